@@ -1,0 +1,221 @@
+"""Architectures as frozen records, in the field names of the reference implementation.
+
+Only integers, floats and strings: no torch, no I/O. `from_dict` is strict, so that a typo in a
+configuration file is an error that names the key instead of a silently different model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from perception_rt.errors import InputError
+
+PoolType = Literal["attn", "tok", "avg", "none"]
+
+
+class _Record:
+    """Strict conversion between a frozen dataclass and a plain dictionary."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> Self:
+        """Builds the record; InputError names unknown, missing and mistyped keys."""
+        if not isinstance(data, Mapping):
+            raise InputError(f"{where} must be an object, not {type(data).__name__}")
+        known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise InputError(f"{where}: unknown keys {unknown}; known are {sorted(known)}")
+        required = [n for n, f in known.items() if f.default is MISSING]
+        missing = sorted(set(required) - set(data))
+        if missing:
+            raise InputError(f"{where}: missing keys {missing}")
+        values = {n: _checked(data[n], known[n].type, f"{where}.{n}") for n in known if n in data}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+
+def _checked(value: Any, declared: Any, where: str) -> Any:
+    """Checks one scalar against its annotation; an int is accepted where a float is declared."""
+    options = get_args(declared) or (declared,)
+    if isinstance(options[0], str):  # a Literal of strings
+        if value not in options:
+            raise InputError(f"{where} must be one of {list(options)}, not {value!r:.60}")
+        return value
+    if value is None and type(None) in options:
+        return None
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not any(type(value) is o for o in options):
+        names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
+        raise InputError(f"{where} must be {names}, not {type(value).__name__}")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig(_Record):
+    """A PE vision tower. Lengths in pixels where named so by the reference (`image_size`).
+
+    Source: facebookresearch/perception_models `core/vision_encoder/config.py` at 3e352cc.
+    """
+
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float
+    output_dim: int | None = None
+    ls_init_value: float | None = None
+    drop_path: float = 0.0
+    image_size: int = 224
+    use_abs_posemb: bool = True
+    use_cls_token: bool = False
+    use_rope2d: bool = True
+    pool_type: PoolType = "attn"
+    attn_pooler_heads: int = 8
+    use_ln_pre: bool = True
+    use_ln_post: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "width", "layers", "heads", "image_size", "attn_pooler_heads"):
+            value = getattr(self, name)
+            _require(value >= 1, f"vision.{name} must be at least 1, not {value}")
+        _require(
+            self.width % self.heads == 0,
+            f"vision.width {self.width} is not divisible by vision.heads {self.heads}",
+        )
+        _require(
+            not self.use_rope2d or self.head_dim % 4 == 0,
+            f"2-D RoPE needs a head size divisible by 4, not {self.head_dim}",
+        )
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"vision.image_size {self.image_size} is not divisible by patch_size {self.patch_size}",
+        )
+        _require(self.mlp_dim >= 1, f"vision.mlp_ratio must be positive, not {self.mlp_ratio}")
+        _require(
+            self.pool_type != "attn" or self.width % self.attn_pooler_heads == 0,
+            f"vision.width {self.width} is not divisible by attn_pooler_heads "
+            f"{self.attn_pooler_heads}",
+        )
+        _require(
+            self.pool_type != "tok" or self.use_cls_token,
+            "vision.pool_type 'tok' needs use_cls_token",
+        )
+        _require(
+            self.output_dim is None or self.output_dim >= 1,
+            f"vision.output_dim must be at least 1, not {self.output_dim}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.width // self.heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden channels of the MLP, truncated as the reference does."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def grid(self) -> int:
+        """Patches per side at the native image size."""
+        return self.image_size // self.patch_size
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of what `forward` returns."""
+        return self.output_dim or self.width
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patch rows and columns of an image; InputError unless the patch size divides both."""
+        p = self.patch_size
+        if height < p or width < p or height % p or width % p:
+            raise InputError(
+                f"image size {height}x{width} is not a multiple of the patch size {p}"
+            )
+        return height // p, width // p
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig(_Record):
+    """A PE text tower. Source: `core/vision_encoder/config.py` of the reference at 3e352cc."""
+
+    context_length: int
+    width: int
+    heads: int
+    layers: int
+    output_dim: int
+    mlp_ratio: float = 4.0
+    vocab_size: int = 49408
+
+    def __post_init__(self) -> None:
+        for name in ("context_length", "width", "heads", "layers", "output_dim", "vocab_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"text.{name} must be at least 1, not {value}")
+        _require(
+            self.width % self.heads == 0,
+            f"text.width {self.width} is not divisible by text.heads {self.heads}",
+        )
+        _require(self.mlp_dim >= 1, f"text.mlp_ratio must be positive, not {self.mlp_ratio}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.width // self.heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden channels of the MLP."""
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeConfig:
+    """A Perception Encoder: a vision tower and, for the core family, a text tower."""
+
+    vision: VisionConfig
+    text: TextConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None:
+            return
+        _require(
+            self.vision.pool_type != "none",
+            "a text tower needs a pooled vision tower; vision.pool_type is 'none'",
+        )
+        _require(
+            self.vision.embed_dim == self.text.output_dim,
+            f"vision and text must share an output dimension, not {self.vision.embed_dim} "
+            f"and {self.text.output_dim}",
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Accepts `{"vision": ..., "text": ...}` or the fields of a vision tower alone."""
+        if not isinstance(data, Mapping):
+            raise InputError(f"config must be an object, not {type(data).__name__}")
+        if "vision" not in data:
+            return cls(vision=VisionConfig.from_dict(data))
+        unknown = sorted(set(data) - {"vision", "text"})
+        if unknown:
+            raise InputError(f"config: unknown keys {unknown}; known are ['text', 'vision']")
+        text = data.get("text")
+        return cls(
+            vision=VisionConfig.from_dict(data["vision"], "vision"),
+            text=None if text is None else TextConfig.from_dict(text, "text"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; `text` is null for a vision tower alone."""
+        return {
+            "vision": self.vision.to_dict(),
+            "text": None if self.text is None else self.text.to_dict(),
+        }

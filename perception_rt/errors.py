@@ -1,0 +1,37 @@
+"""Every error that perception_rt raises on purpose.
+
+A message names the thing, the value and the limit, and nothing else: no address, no foreign repr.
+`assert` is for our own invariants; whatever a user can cause is one of these.
+"""
+
+
+class PerceptionError(Exception):
+    """Base of all errors of this library."""
+
+
+class InputError(PerceptionError, ValueError):
+    """A user's value is unusable: an image, a text, an option, a configuration."""
+
+
+class CapacityError(PerceptionError):
+    """A valid request exceeds what was set aside for it."""
+
+
+class CheckpointError(PerceptionError):
+    """Weights cannot be read, or do not fit the architecture."""
+
+
+class ExportError(PerceptionError):
+    """An export could not be completed, or its engine failed the fidelity gate."""
+
+
+class PackageError(PerceptionError):
+    """An engine package is damaged, incomplete, unsafe or of another version."""
+
+
+class BackendError(PerceptionError):
+    """A backend is missing, cannot run here, or failed while running."""
+
+
+class Cancelled(PerceptionError):
+    """The caller asked to stop."""

@@ -1,0 +1,42 @@
+"""Every limit on untrusted input, in one record that is passed as an argument.
+
+A limit is checked at the outermost layer, from a header or a length, before memory is spent.
+"""
+
+from dataclasses import dataclass
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Upper bounds; a value equal to a bound is accepted.
+
+    Attributes:
+        image_bytes: encoded size of one image.
+        image_pixels: width x height of one image, read from its header.
+        image_side_px: width or height of one image.
+        text_bytes: UTF-8 size of one text.
+        video_bytes: encoded size of one video.
+        video_pixels: width x height of one video frame.
+        video_frames: frames selected from one video.
+        video_seconds: duration of one video.
+        manifest_bytes: size of a package's manifest.
+        manifest_depth: nesting depth of a package's manifest.
+        package_files: files in one package.
+    """
+
+    image_bytes: int = 64 * _MIB
+    image_pixels: int = 128 * _MIB
+    image_side_px: int = 32_768
+    text_bytes: int = 64 * 1024
+    video_bytes: int = 4096 * _MIB
+    video_pixels: int = 8192 * 4352
+    video_frames: int = 1024
+    video_seconds: float = 6 * 3600.0
+    manifest_bytes: int = _MIB
+    manifest_depth: int = 16
+    package_files: int = 256
+
+
+DEFAULT_LIMITS = Limits()

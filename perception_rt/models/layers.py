@@ -1,0 +1,187 @@
+"""The layers that the PE towers share, and the one seam through which all attention goes.
+
+Parameter names equal the reference's checkpoint names. `forward` changes no state, and every table
+is a function of integers, so that two threads or two grids can never meet.
+
+Legend: N batch, T tokens, C width, h w grid rows and columns, D channels per head.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LN_EPS = 1e-5
+ROPE_THETA = 10000.0
+
+
+class Rope(NamedTuple):
+    """Rotation tables, float32 (T, D/2): one angle per adjacent pair of channels."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Attention(Protocol):
+    """How queries meet keys: the seam that lowerings and training kernels replace."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        heads: int,
+        rope: Rope | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """Multi-head attention of (N, Tq, C) over (N, Tk, C); returns (N, Tq, C)."""
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(N, T, C) -> (N, heads, T, D)."""
+    n, t, c = x.shape
+    return x.reshape(n, t, heads, c // heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(N, heads, T, D) -> (N, T, C)."""
+    n, heads, t, d = x.shape
+    return x.transpose(1, 2).reshape(n, t, heads * d)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotates adjacent channel pairs of (N, heads, T, D) in float32, then returns to x's dtype."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    a, b = pairs.unbind(-1)  # (N, heads, T, D/2)
+    turned = (a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+def sdpa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    heads: int,
+    rope: Rope | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """The default `Attention`: torch's scaled dot product attention, scale D ** -0.5."""
+    q, k, v = (split_heads(x, heads) for x in (query, key, value))
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+
+
+def rope_2d(
+    grid: tuple[int, int], head_dim: int, *, class_token: bool, device: torch.device | None = None
+) -> Rope:
+    """2-D rotary tables of a grid, tokens row-major.
+
+    The first half of a head's channels turns with the column, the second with the row; each half
+    has D/4 frequencies. With a class token, patches count from 1 and the class token has angle 0.
+    """
+    half = head_dim // 2
+    steps = torch.arange(0, half, 2, dtype=torch.float32, device=device)
+    freqs = 1.0 / ROPE_THETA ** (steps / half)  # (D/4,)
+    offset = 1 if class_token else 0
+    rows = torch.arange(grid[0], dtype=torch.float32, device=device) + offset
+    cols = torch.arange(grid[1], dtype=torch.float32, device=device) + offset
+    by_col = (cols[:, None] * freqs).expand(grid[0], -1, -1)  # (h, w, D/4)
+    by_row = (rows[:, None] * freqs)[:, None].expand(-1, grid[1], -1)
+    angles = torch.cat([by_col, by_row], dim=-1).flatten(0, 1)  # (h*w, D/2)
+    if class_token:
+        angles = torch.cat([angles.new_zeros(1, half), angles])
+    return Rope(angles.cos(), angles.sin())
+
+
+def drop_path(x: Tensor, rate: float, *, training: bool) -> Tensor:
+    """Stochastic depth: in training, drops whole samples of a residual branch with `rate`."""
+    if not training or rate == 0.0:
+        return x
+    keep = torch.rand(x.shape[0], *([1] * (x.ndim - 1)), device=x.device) >= rate
+    return x * keep.to(x.dtype) / (1.0 - rate)
+
+
+class SelfAttention(nn.Module):
+    """Attention with packed input projections, as torch's MultiheadAttention stores them."""
+
+    def __init__(self, width: int, heads: int, attention: Attention) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention = attention
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, *, rope: Rope | None = None, causal: bool = False) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(self.attention(q, k, v, heads=self.heads, rope=rope, causal=causal))
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on a residual branch."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm residual block: attention, then MLP, each with an optional layer scale."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_dim: int,
+        attention: Attention,
+        *,
+        ls_init: float | None = None,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.ln_1 = nn.LayerNorm(width, eps=LN_EPS)
+        self.attn = SelfAttention(width, heads, attention)
+        self.ls_1 = nn.Identity() if ls_init is None else LayerScale(width, ls_init)
+        self.ln_2 = nn.LayerNorm(width, eps=LN_EPS)
+        self.mlp = Mlp(width, mlp_dim)
+        self.ls_2 = nn.Identity() if ls_init is None else LayerScale(width, ls_init)
+
+    def forward(self, x: Tensor, *, rope: Rope | None = None, causal: bool = False) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        rate, training = self.drop_path_rate, self.training
+        mixed = self.ls_1(self.attn(self.ln_1(x), rope=rope, causal=causal))
+        x = x + drop_path(mixed, rate, training=training)
+        return x + drop_path(self.ls_2(self.mlp(self.ln_2(x))), rate, training=training)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, under the name that checkpoints give it."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(blocks)
+
+

@@ -1,0 +1,119 @@
+"""What an engine graph takes and gives: every graph, input and output name is spelled here only.
+
+The exporter builds graphs to these records, the manifest stores them, and the runtime checks each
+call against them. No torch, no numpy: names, dtypes and shapes.
+
+Legend: N batch (dynamic), H W pixels, T tokens, D embedding channels, C width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from perception_rt.errors import PackageError
+
+# Graphs of a Perception Encoder package. All of them share one weights file.
+VISION = "vision"  # uint8 images -> what the reference's vision `forward` returns
+PIXELS = "pixels"  # the same from already normalised float pixels
+FEATURES = "features"  # uint8 images -> one output per tapped block, no final norm
+TEXT = "text"  # token ids -> text features, not normalised
+
+# Inputs.
+IMAGES_U8 = "images"  # uint8 (N, H, W, 3), RGB
+PIXELS_F32 = "pixels"  # float32 (N, 3, H, W), normalised
+TOKENS = "tokens"  # int64 (N, T)
+
+# Outputs.
+EMBEDDING = "embedding"  # float32 (N, D) of a pooled tower, or (N, T, C) of a tower without pool
+TEXT_EMBEDDING = "text_embedding"  # float32 (N, D)
+
+BATCH = "batch"  # the name of the dynamic first dimension
+
+DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
+
+
+def tap_name(layer: int) -> str:
+    """Output name of the block at a non-negative `layer`."""
+    return f"block_{layer}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One input or output: name, numpy dtype name, and shape with names for dynamic sizes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Strict inverse of `to_dict`; PackageError on anything else."""
+        if not isinstance(data, dict) or set(data) != {"name", "dtype", "shape"}:
+            raise PackageError("a tensor spec must have exactly the keys dtype, name, shape")
+        name, dtype, shape = data["name"], data["dtype"], data["shape"]
+        if not isinstance(name, str) or not 1 <= len(name) <= 64:
+            raise PackageError("a tensor spec's name must be a string of 1 to 64 characters")
+        if dtype not in DTYPES:
+            raise PackageError(f"tensor {name!r}: dtype must be one of {list(DTYPES)}")
+        if not isinstance(shape, list) or len(shape) > 8:
+            raise PackageError(f"tensor {name!r}: shape must be a list of at most 8 sizes")
+        for size in shape:
+            if not (type(size) is int and 0 < size < 2**31) and not (
+                isinstance(size, str) and 0 < len(size) <= 64
+            ):
+                raise PackageError(f"tensor {name!r}: a size is a positive integer or a name")
+        return cls(name=name, dtype=dtype, shape=tuple(shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSpec:
+    """One engine graph: its file, the weight files it refers to, and its inputs and outputs."""
+
+    file: str
+    data: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "file": self.file,
+            "data": list(self.data),
+            "inputs": [t.to_dict() for t in self.inputs],
+            "outputs": [t.to_dict() for t in self.outputs],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Strict inverse of `to_dict`; PackageError on anything else."""
+        if not isinstance(data, dict) or set(data) != {"file", "data", "inputs", "outputs"}:
+            raise PackageError("a graph must have exactly the keys data, file, inputs, outputs")
+        if not isinstance(data["file"], str):
+            raise PackageError("a graph's file must be a string")
+        for key in ("data", "inputs", "outputs"):
+            if not isinstance(data[key], list):
+                raise PackageError(f"a graph's {key} must be a list")
+        if not all(isinstance(name, str) for name in data["data"]):
+            raise PackageError("a graph's data must be a list of file names")
+        spec = cls(
+            file=data["file"],
+            data=tuple(data["data"]),
+            inputs=tuple(TensorSpec.from_dict(t) for t in data["inputs"]),
+            outputs=tuple(TensorSpec.from_dict(t) for t in data["outputs"]),
+        )
+        names = [t.name for t in spec.inputs + spec.outputs]
+        if len(set(names)) != len(names):
+            raise PackageError(f"graph {spec.file!r}: a tensor name occurs twice")
+        return spec
+
+    def output(self, name: str) -> TensorSpec:
+        """The output called `name`."""
+        for spec in self.outputs:
+            if spec.name == name:
+                return spec
+        raise PackageError(f"graph {self.file!r} has no output {name!r}")
+
+
