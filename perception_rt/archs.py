@@ -14,33 +14,45 @@ _TEXT_LARGE = TextConfig(context_length=32, width=1024, heads=16, layers=24, out
 _TEXT_G = TextConfig(context_length=72, width=1280, heads=20, layers=24, output_dim=1280)
 
 _CORE_T = VisionConfig(
-    image_size=384, patch_size=16, width=192, layers=12, heads=3, mlp_ratio=4.0, output_dim=512,
+    image_size=384,
+    patch_size=16,
+    width=192,
+    layers=12,
+    heads=3,
+    mlp_ratio=4.0,
+    output_dim=512,
     use_cls_token=True,
 )
 _CORE_S = replace(_CORE_T, width=384, heads=6)
 _CORE_B = replace(_CORE_T, image_size=224, width=768, heads=12, output_dim=1024)
 _CORE_L = replace(_CORE_B, image_size=336, patch_size=14, width=1024, layers=24, heads=16)
 _CORE_G = VisionConfig(
-    image_size=448, patch_size=14, width=1536, layers=50, heads=16, mlp_ratio=8960 / 1536,
+    image_size=448,
+    patch_size=14,
+    width=1536,
+    layers=50,
+    heads=16,
+    mlp_ratio=8960 / 1536,
     output_dim=1280,
 )
 
 _LANG_L = replace(
-    _CORE_L, image_size=448, layers=23, pool_type="none", use_ln_post=False, output_dim=None,
+    _CORE_L,
+    image_size=448,
+    layers=23,
+    pool_type="none",
+    use_ln_post=False,
+    output_dim=None,
     ls_init_value=0.1,
 )
 _LANG_G = replace(
     _CORE_G, layers=47, pool_type="none", use_ln_post=False, output_dim=None, ls_init_value=0.1
 )
 
-_SPATIAL_T = replace(
-    _CORE_T, image_size=512, pool_type="none", use_ln_post=False, output_dim=None
-)
+_SPATIAL_T = replace(_CORE_T, image_size=512, pool_type="none", use_ln_post=False, output_dim=None)
 _SPATIAL_S = replace(_SPATIAL_T, width=384, heads=6)
 _SPATIAL_B = replace(_SPATIAL_T, width=768, heads=12)
-_SPATIAL_L = replace(
-    _CORE_L, image_size=448, pool_type="none", use_ln_post=False, output_dim=None
-)
+_SPATIAL_L = replace(_CORE_L, image_size=448, pool_type="none", use_ln_post=False, output_dim=None)
 _SPATIAL_G = replace(
     _CORE_G, pool_type="none", use_ln_post=False, output_dim=None, ls_init_value=0.1
 )

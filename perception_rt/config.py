@@ -138,9 +138,7 @@ class VisionConfig(_Record):
         """Patch rows and columns of an image; InputError unless the patch size divides both."""
         p = self.patch_size
         if height < p or width < p or height % p or width % p:
-            raise InputError(
-                f"image size {height}x{width} is not a multiple of the patch size {p}"
-            )
+            raise InputError(f"image size {height}x{width} is not a multiple of the patch size {p}")
         return height // p, width // p
 
 

@@ -33,5 +33,5 @@ class BackendError(PerceptionError):
     """A backend is missing, cannot run here, or failed while running."""
 
 
-class Cancelled(PerceptionError):
+class Cancelled(PerceptionError):  # noqa: N818 - not an error of anybody's
     """The caller asked to stop."""

@@ -183,5 +183,3 @@ class Transformer(nn.Module):
     def __init__(self, blocks: list[Block]) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(blocks)
-
-

@@ -21,10 +21,7 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.transformer = Transformer(
-            [
-                Block(width, config.heads, config.mlp_dim, attention)
-                for _ in range(config.layers)
-            ]
+            [Block(width, config.heads, config.mlp_dim, attention) for _ in range(config.layers)]
         )
         self.ln_final = nn.LayerNorm(width, eps=LN_EPS)
         self.text_projection = nn.Parameter(torch.empty(width, config.output_dim))

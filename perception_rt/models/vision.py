@@ -1,6 +1,7 @@
 """The PE vision tower: patches, position tables, blocks, pooling, at any grid.
 
-Legend: N batch, H W pixels, h w grid, T tokens (h*w, plus one with a class token), C width, D output.
+Legend: N batch, H W pixels, h w grid, T tokens (h*w, and one more with a class token), C width,
+D output.
 """
 
 from collections.abc import Sequence
@@ -35,12 +36,11 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """(N, Q, C) over (N, T, C) -> (N, Q, C)."""
+        """(1, Q, C) over (N, T, C) -> (N, Q, C); the same queries for every sample."""
         width = query.shape[-1]
-        weight_q, weight_kv = self.in_proj_weight.split([width, 2 * width])
-        bias_q, bias_kv = self.in_proj_bias.split([width, 2 * width])
-        q = F.linear(query, weight_q, bias_q)
-        k, v = F.linear(tokens, weight_kv, bias_kv).chunk(2, dim=-1)
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        q = F.linear(query, weight[:width], bias[:width]).expand(tokens.shape[0], -1, -1)
+        k, v = F.linear(tokens, weight[width:], bias[width:]).chunk(2, dim=-1)
         return self.out_proj(self.attention(q, k, v, heads=self.heads))
 
 
@@ -56,8 +56,7 @@ class AttentionPooling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, C) -> (N, C)."""
-        probe = self.probe.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-        x = self.attn(probe, tokens)
+        x = self.attn(self.probe, tokens)
         return (x + self.mlp(self.layernorm(x))).squeeze(1)
 
 
@@ -74,6 +73,22 @@ def resize_positions(table: Tensor, native: int, grid: tuple[int, int], prefix: 
     resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
     body = resized.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
     return torch.cat([head, body])
+
+
+def token_table(
+    positions: Tensor | None, class_embedding: Tensor | None, native: int, grid: tuple[int, int]
+) -> Tensor | None:
+    """What is added to the tokens of a grid, (T, C): positions, and the class token itself.
+
+    The class token enters the tower as a row of zeros, so that its value is one more constant
+    here. None if the tower has neither.
+    """
+    prefix = 0 if class_embedding is None else 1
+    table = None if positions is None else resize_positions(positions, native, grid, prefix)
+    if class_embedding is None:
+        return table
+    head = F.pad(class_embedding[None], (0, 0, 0, grid[0] * grid[1]))
+    return head if table is None else head + table
 
 
 class VisionTower(nn.Module):
@@ -110,9 +125,7 @@ class VisionTower(nn.Module):
         )
         self.ln_post = nn.LayerNorm(width, eps=LN_EPS) if config.use_ln_post else nn.Identity()
         if config.pool_type == "attn":
-            self.attn_pool = AttentionPooling(
-                width, config.attn_pooler_heads, 4 * width, attention
-            )
+            self.attn_pool = AttentionPooling(width, config.attn_pooler_heads, 4 * width, attention)
         if config.output_dim is not None:
             self.proj = nn.Parameter(torch.empty(width, config.output_dim))
 
@@ -122,7 +135,7 @@ class VisionTower(nn.Module):
         return int(self.config.use_cls_token)
 
     def patchify(self, pixels: Tensor) -> Tensor:
-        """float (N, 3, H, W) -> (N, h*w, C): the stride-equals-kernel convolution as one product."""
+        """float (N, 3, H, W) -> (N, h*w, C): the patch convolution as one product."""
         n, channels, height, width = pixels.shape
         p = self.config.patch_size
         h, w = self.config.grid_of(height, width)
@@ -130,19 +143,11 @@ class VisionTower(nn.Module):
         return F.linear(x.reshape(n, h * w, channels * p * p), self.conv1.weight.flatten(1))
 
     def token_table(self, grid: tuple[int, int]) -> Tensor | None:
-        """What is added to the tokens of a grid, (T, C): positions, and the class token itself.
-
-        The class token enters as a row of zeros, so that its value is one more constant here.
-        """
-        table = None
-        if self.config.use_abs_posemb:
-            table = resize_positions(
-                self.positional_embedding, self.config.grid, grid, self.num_prefix
-            )
-        if self.config.use_cls_token:
-            head = self.class_embedding[None]
-            table = F.pad(head, (0, 0, 0, grid[0] * grid[1])) + (0.0 if table is None else table)
-        return table
+        """The (T, C) table that is added to the tokens of a grid."""
+        config = self.config
+        positions = self.positional_embedding if config.use_abs_posemb else None
+        class_embedding = self.class_embedding if config.use_cls_token else None
+        return token_table(positions, class_embedding, config.grid, grid)
 
     def rope_table(self, grid: tuple[int, int]) -> Rope | None:
         """Rotary tables of a grid, or None for a tower without them."""

@@ -1,0 +1,1 @@
+"""Foreign weights in: readers, name tables, strict checks, hub download."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to an engine package: trace once, lower per backend, verify, publish."""

@@ -1,0 +1,57 @@
+"""Images and texts that measurements run on: seeded, made here, the same on every machine."""
+
+from typing import Any
+
+import numpy as np
+
+from perception_rt.config import TextConfig
+from perception_rt.processing.clip_bpe import VOCAB_SIZE, ClipTokenizer
+
+Array = np.ndarray[Any, Any]
+
+TEXTS = (
+    "a photo of a cat sitting on a red sofa",
+    "two people riding bicycles along the river at sunset",
+    "diagram of a neural network",
+    "7",
+)
+
+
+def images(count: int, height: int, width: int, *, seed: int = 0) -> Array:
+    """uint8 (count, height, width, 3): coloured shapes over gradients and noise.
+
+    Smooth areas, edges and texture at several scales, so that activations spread as on photographs
+    rather than as on white noise.
+    """
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    result = np.empty((count, height, width, 3), np.uint8)
+    for index in range(count):
+        canvas = np.stack([_gradient(rng, x, y) for _ in range(3)], axis=-1)
+        for _ in range(12):
+            inside = _ellipse(rng, x, y)
+            canvas[inside] = 0.2 * canvas[inside] + 0.8 * rng.random(3)
+        canvas += rng.normal(0, 0.04, canvas.shape)
+        result[index] = (canvas.clip(0, 1) * 255).astype(np.uint8)
+    return result
+
+
+def tokens(config: TextConfig) -> Array:
+    """int64 (4, context): captions, or seeded ids where the vocabulary is not CLIP's."""
+    if config.vocab_size == VOCAB_SIZE and config.context_length >= 3:
+        return ClipTokenizer(context_length=config.context_length)(TEXTS)
+    rng = np.random.default_rng(0)
+    return rng.integers(0, config.vocab_size, (len(TEXTS), config.context_length), np.int64)
+
+
+def _gradient(rng: np.random.Generator, x: Array, y: Array) -> Array:
+    a, b, c = rng.uniform(-1, 1, 3)
+    wave: Array = 0.5 + 0.25 * a * np.sin(6.0 * (b * x + c * y) + rng.uniform(0, 6))
+    return wave + 0.25 * b * x
+
+
+def _ellipse(rng: np.random.Generator, x: Array, y: Array) -> Array:
+    cx, cy = rng.random(2)
+    rx, ry = rng.uniform(0.02, 0.3, 2)
+    inside: Array = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1
+    return inside

@@ -1,0 +1,62 @@
+"""How close an engine's output is to eager, as a record, and the limits of the export gate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perception_rt.errors import ExportError
+
+Array = np.ndarray[Any, Any]
+
+# Least cosine of any row against eager float32, by precision.
+MIN_COSINE: Mapping[str, float] = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.995}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """The comparison of one output.
+
+    Attributes:
+        cosine: the least over rows; a row is one embedding or one token.
+        max_abs: largest absolute difference.
+        scale: root mean square of eager's output, to read `max_abs` by.
+    """
+
+    cosine: float
+    max_abs: float
+    scale: float
+
+    @classmethod
+    def compare(cls, output: Array, eager: Array) -> "Fidelity":
+        """Compares float arrays of the same shape (..., D)."""
+        if output.shape != eager.shape:
+            raise ExportError(f"the engine returned {output.shape}, eager {eager.shape}")
+        a, b = output.astype(np.float64), eager.astype(np.float64)
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        cosine = (a * b).sum(axis=-1) / np.maximum(norms, 1e-30)
+        return cls(
+            cosine=float(cosine.min()),
+            max_abs=float(np.abs(a - b).max()),
+            scale=float(np.sqrt((b * b).mean())),
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain JSON values, to 8 digits."""
+        return {
+            "cosine": round(self.cosine, 8),
+            "max_abs": float(f"{self.max_abs:.3g}"),
+            "scale": float(f"{self.scale:.3g}"),
+        }
+
+
+def check_gate(results: Mapping[str, Fidelity], precision: str) -> None:
+    """ExportError that names every output below the precision's limit, NaN included."""
+    least = MIN_COSINE[precision]
+    failed = [f"{n} {r.cosine:.6f}" for n, r in results.items() if not r.cosine >= least]
+    if failed:
+        raise ExportError(
+            f"the {precision} engine is not faithful to eager: cosine of {', '.join(failed)}; "
+            f"at least {least} is required. Nothing was published"
+        )

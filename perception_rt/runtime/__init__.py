@@ -1,0 +1,1 @@
+"""Runs engine packages: numpy and a backend, never torch."""

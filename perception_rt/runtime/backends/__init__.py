@@ -1,0 +1,1 @@
+"""One module per backend, each with `open_session`; `perception_rt.targets` names them."""

@@ -1,0 +1,106 @@
+"""One engine graph, opened: the seam between the runtime and a backend.
+
+A backend returns an `Engine`; `Session` checks what goes in and what comes out against the
+graph's spec, so that no backend sees a wrong shape and no caller sees a NaN.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+
+from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.package.contract import GraphSpec, TensorSpec
+from perception_rt.package.reader import Package
+from perception_rt.targets import get_target
+
+Array = np.ndarray[Any, Any]
+
+
+class Engine(Protocol):
+    """What a backend implements. Must allow `run` from several threads at once."""
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Computes the named outputs; BackendError when the backend fails."""
+
+    def close(self) -> None:
+        """Frees the backend's memory; called once."""
+
+
+class OpenEngine(Protocol):
+    """What `Target.session` names."""
+
+    def __call__(self, package: Package, graph: str, *, device: str, threads: int | None) -> Engine:
+        """Opens a graph of a package; BackendError if it cannot run here."""
+
+
+class Session:
+    """A graph of a package on a backend. Safe to call from several threads."""
+
+    def __init__(self, engine: Engine, spec: GraphSpec, name: str) -> None:
+        self.spec = spec
+        self._name = name
+        self._engine: Engine | None = engine
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Runs the graph.
+
+        Args:
+            inputs: an array for each input of the spec; dtype and shape must match.
+            outputs: names of the wanted outputs.
+
+        Raises:
+            InputError: an input does not match the spec.
+            BackendError: the backend failed, or an output is not finite.
+        """
+        if self._engine is None:
+            raise BackendError(f"graph {self._name!r} is closed")
+        for spec in self.spec.inputs:
+            _check_input(spec, inputs)
+        for output in outputs:
+            self.spec.output(output)
+        arrays = self._engine.run(inputs, outputs)
+        for output, array in zip(outputs, arrays, strict=True):
+            if not np.isfinite(array).all():
+                raise BackendError(f"output {output!r} of graph {self._name!r} is not finite")
+        return arrays
+
+    def close(self) -> None:
+        """Frees the engine; a second call does nothing."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+
+def open_session(
+    package: Package, graph: str, *, backend: str, device: str, threads: int | None
+) -> Session:
+    """Opens a graph of a package; BackendError names what is missing."""
+    target = get_target(backend)
+    module, _, function = target.session.partition(":")
+    spec = package.manifest.content.graphs.get(graph)
+    if spec is None:
+        raise PackageError(f"package {package.name!r} has no graph {graph!r}")
+    try:
+        open_engine: OpenEngine = getattr(import_module(module), function)
+    except ImportError:
+        raise BackendError(
+            f"backend {backend} is not installed here: pip install {target.install!r}"
+        ) from None
+    return Session(open_engine(package, graph, device=device, threads=threads), spec, graph)
+
+
+def _check_input(spec: TensorSpec, inputs: Mapping[str, Array]) -> None:
+    if spec.name not in inputs:
+        raise InputError(f"input {spec.name!r} is missing")
+    array = inputs[spec.name]
+    if array.dtype != np.dtype(spec.dtype):
+        raise InputError(f"input {spec.name!r} must be {spec.dtype}, not {array.dtype}")
+    fits = len(array.shape) == len(spec.shape) and all(
+        size >= 1 if isinstance(want, str) else size == want
+        for size, want in zip(array.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        wanted = "(" + ", ".join(str(s) for s in spec.shape) + ")"
+        raise InputError(f"input {spec.name!r} must have shape {wanted}, not {array.shape}")

@@ -1,0 +1,70 @@
+"""What each backend can express, as data: importable without the backend installed.
+
+Adding a backend is a record here, an emitter in `export/emit/`, and a session in
+`runtime/backends/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from perception_rt.errors import InputError
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A backend.
+
+    Attributes:
+        name: as in `--backend`.
+        precisions: those it can express, each with the devices that run it.
+        emitter: "module:class" of the lowering, imported on export; empty if it has none.
+        session: "module:function" that opens a graph, imported at run time.
+        install: the pip requirement that brings what the session needs; empty for none.
+    """
+
+    name: str
+    precisions: Mapping[str, tuple[str, ...]]
+    emitter: str
+    session: str
+    install: str
+
+
+TARGETS: dict[str, Target] = {
+    "onnxruntime": Target(
+        name="onnxruntime",
+        # int8 is dynamic quantization, which the CUDA provider does not have.
+        precisions={"fp32": ("cpu", "cuda"), "fp16": ("cpu", "cuda"), "int8": ("cpu",)},
+        emitter="perception_rt.export.emit.onnxruntime:OnnxRuntimeLowering",
+        session="perception_rt.runtime.backends.onnxruntime:open_session",
+        install="perception_rt",
+    ),
+    # Predictable outputs without an engine: the test double of everything above a session.
+    "reference": Target(
+        name="reference",
+        precisions={},
+        emitter="",
+        session="perception_rt.runtime.backends.reference:open_session",
+        install="",
+    ),
+}
+
+
+def get_target(backend: str) -> Target:
+    """The record of a backend; InputError names the known ones."""
+    try:
+        return TARGETS[backend]
+    except KeyError:
+        raise InputError(
+            f"unknown backend {backend!r:.40}; known are {', '.join(TARGETS)}"
+        ) from None
+
+
+def check_precision(target: Target, precision: str) -> None:
+    """InputError unless the target can express the precision."""
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r:.40}; known are {', '.join(PRECISIONS)}")
+    if precision not in target.precisions:
+        have = ", ".join(target.precisions) or "none: it cannot be exported to"
+        raise InputError(f"precision {precision} is not for backend {target.name}; it has {have}")
