@@ -139,7 +139,7 @@ class Lowering:
         self,
         op_type: str,
         inputs: Sequence[Operand | None],
-        attributes: Mapping[str, object] | None = None,
+        attributes: Mapping[str, Any] | None = None,
         *,
         domain: str = "",
         outputs: int = 1,
@@ -149,7 +149,7 @@ class Lowering:
             domain,
             op_type,
             [None if x is None else self.value(x) for x in inputs],
-            ir.convenience.convert_attributes(dict(attributes or {})),
+            ir.convenience.convert_attributes(attributes or {}),
             num_outputs=outputs,
         )
         if domain:
@@ -354,7 +354,7 @@ def _fold(node: ir.Node, weights: Sequence[Weight]) -> Weight:
     if not floats:
         array = _evaluate(node, [w.load() for w in weights])
         return constant(f"constant.{result.name}", np.asarray(array))
-    shape = tuple(int(size) for size in result.shape or ())
+    shape = tuple(size for size in result.shape or () if isinstance(size, int))
     name = f"{floats[0].name}.{result.name}"
     return replace(
         floats[0],

@@ -1,1 +1,1 @@
-"""From files and strings to arrays, in numpy and Pillow: one code for training, export and runtime."""
+"""Files and strings to arrays, in numpy and Pillow: one code for training, export, runtime."""

@@ -169,8 +169,9 @@ class Embedder:
         embeddings = self.embed_images(images, on_progress=on_progress)
         logits = self.logit_scale * (embeddings @ weights.T)
         logits -= logits.max(axis=1, keepdims=True)
-        odds: Array = np.exp(logits)
-        return odds / odds.sum(axis=1, keepdims=True)
+        odds = np.exp(logits)
+        probabilities: Array = odds / odds.sum(axis=1, keepdims=True)
+        return probabilities
 
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> Array:
         """Unit label embeddings for zero-shot use, float32 (L, D); see `classify`."""

@@ -24,7 +24,7 @@ class OnnxRuntimeLowering(Lowering):
         """MatMul and Add, or the fused dynamically quantized product."""
         if self.is_int8(weight):
             packed, scale = _int8(weight)
-            operands = [x, packed, scale, None, bias]
+            operands: list[Operand | None] = [x, packed, scale, None, bias]
             self.bind(node, self.op("DynamicQuantizeMatMul", operands, domain=CONTRIB))
             return
         transposed = weight.derive(".t", np.transpose, weight.shape[::-1])

@@ -1,0 +1,323 @@
+"""The tokenizer of PE's text tower: OpenAI CLIP's byte-pair encoding, id for id.
+
+User text never yields a control id: `<end_of_text>` in a caption is thirteen plain characters.
+Time is bounded for hostile text: merging is not quadratic, and the repairs that ftfy repeats until
+nothing changes are repeated a fixed number of times.
+"""
+
+import functools
+import gzip
+import hashlib
+import heapq
+import html
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice, pairwise
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import regex
+from ftfy import fixes
+from ftfy.badness import is_bad
+from numpy.typing import NDArray
+
+from perception_rt.errors import InputError, PackageError
+from perception_rt.limits import DEFAULT_LIMITS, Limits
+
+VOCAB_SIZE = 49408
+SOT = 49406
+EOT = 49407
+PAD = 0
+
+_VOCAB_FILE = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
+_VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+_NUM_BYTES = 256
+_NUM_MERGES = SOT - 2 * _NUM_BYTES
+_VOCAB_BYTES = 1_356_917
+_WORD_END = "</w>"
+_GONE = -1
+
+_PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+# Words up to this size are remembered, this many of them: at most a few MiB.
+_CACHED_WORD_BYTES = 48
+_CACHED_WORDS = 8192
+
+# Real text is escaped twice or thrice at most, and each repair repeats over the whole text.
+_MAX_PASSES = 8
+# Lines that need an encoding repaired are repaired one by one, at 0.1 ms each.
+_MAX_REPAIRED_LINES = 1024
+_LINE = regex.compile(r"[^\n]*\n|[^\n]+")
+_LONG_MARKS = regex.compile(r"\p{M}{32,}")
+
+_REPAIRS = (
+    fixes.fix_c1_controls,
+    fixes.fix_latin_ligatures,
+    fixes.fix_character_width,
+    fixes.uncurl_quotes,
+    fixes.fix_line_breaks,
+    fixes.fix_surrogates,
+    fixes.remove_terminal_escapes,
+    fixes.remove_control_chars,
+)
+
+
+class ClipTokenizer:
+    """Texts to token ids of a fixed length, and back.
+
+    Instances are immutable and may be shared between threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        context_length: int,
+        limits: Limits = DEFAULT_LIMITS,
+        vocab_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Loads the vocabulary.
+
+        Args:
+            context_length: ids per text, including start and end; at least 2.
+            limits: bounds the UTF-8 size of each text.
+            vocab_path: a copy of CLIP's vocabulary file; the library brings its own.
+
+        Raises:
+            InputError: the context length is not an integer of at least 2.
+            PackageError: the vocabulary file is missing or not the one known by its SHA-256.
+        """
+        if type(context_length) is not int or context_length < 2:
+            raise InputError("context_length must be an integer of at least 2")
+        self.context_length = context_length
+        self._limits = limits
+        self._vocab = _load_vocabulary(_VOCAB_FILE if vocab_path is None else Path(vocab_path))
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Encodes texts for the text tower.
+
+        Args:
+            texts: a list of strings; a single string must be put in a list.
+
+        Returns:
+            int64 (N, context_length): start, the text's ids cut to fit, end, then zeros.
+
+        Raises:
+            InputError: as `encode`; or `texts` is not a list of strings.
+        """
+        if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
+            raise InputError(f"texts must be a list of strings, not {type(texts).__name__}")
+        tokens = np.full((len(texts), self.context_length), PAD, np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            # The rest would be cut off, so it is never computed.
+            ids = [SOT, *islice(self._ids(text), self.context_length - 2), EOT]
+            row[: len(ids)] = ids
+        return tokens
+
+    def encode(self, text: str) -> list[int]:
+        """All ids of a text, without start and end; every id is below 49406.
+
+        A lone surrogate becomes U+FFFD, and control characters such as NUL are dropped.
+
+        Raises:
+            InputError: `text` is not a string, or longer than `limits.text_bytes` in UTF-8, or
+                escaped or damaged so many times over that repairing it would take too long.
+        """
+        return list(self._ids(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, with a space after each word; start, end and all after end are left out.
+
+        Raises:
+            InputError: an id is not an integer from 0 to 49407.
+        """
+        data = bytearray()
+        for value in ids:
+            token = int(value) if isinstance(value, int | np.integer) else -1
+            if not 0 <= token < VOCAB_SIZE:
+                raise InputError(f"a token id must be an integer from 0 to {VOCAB_SIZE - 1}")
+            if token == EOT:
+                break
+            if token != SOT:
+                data += self._vocab.spelling[token]
+        return data.decode("utf-8", errors="replace")
+
+    def _ids(self, text: str) -> Iterator[int]:
+        if not isinstance(text, str):
+            raise InputError(f"a text must be a string, not {type(text).__name__}")
+        size = len(text.encode("utf-8", errors="surrogatepass"))
+        if size > self._limits.text_bytes:
+            raise InputError(
+                f"a text has {size} bytes in UTF-8; the limit is {self._limits.text_bytes}"
+            )
+        for cleaned in _clean(text):
+            for piece in _PIECE.finditer(cleaned):
+                yield from self._vocab.encode_word(piece.group().encode("utf-8"))
+
+
+class _Vocabulary:
+    """The merges as ids. Ids are in the order of the merges, so an id is also its own rank."""
+
+    def __init__(self, text: str) -> None:
+        symbols = _byte_symbols()
+        # One id per byte, one per byte at the end of a word, then one per merge.
+        ids = {symbol: i for i, symbol in enumerate(symbols.values())}
+        ids |= {symbol + _WORD_END: i + _NUM_BYTES for symbol, i in ids.items()}
+        self.spelling = [bytes([value]) for value in symbols]
+        self.spelling += [spelling + b" " for spelling in self.spelling]
+        self._merged: dict[tuple[int, int], int] = {}
+        for line in text.split("\n")[1 : _NUM_MERGES + 1]:
+            left, right = line.split()
+            self._merged[ids[left], ids[right]] = len(ids)
+            self.spelling.append(self.spelling[ids[left]] + self.spelling[ids[right]])
+            ids[left + right] = len(ids)
+        assert len(ids) == SOT, "the digest of the file was checked"
+        self._id_of_byte = [ids[symbols[value]] for value in range(_NUM_BYTES)]
+        self._encode_short = functools.lru_cache(maxsize=_CACHED_WORDS)(self._merge)
+
+    def encode_word(self, word: bytes) -> tuple[int, ...]:
+        """The ids of one non-empty word."""
+        if len(word) <= _CACHED_WORD_BYTES:
+            return self._encode_short(word)
+        return self._merge(word)
+
+    def _merge(self, word: bytes) -> tuple[int, ...]:
+        """Merges pairs, lowest rank first and each rank from left to right, until none is left.
+
+        Places wait in one list per rank, so a heap holds ranks and not places. A merge yields an
+        id above its own rank, hence only pairs of higher ranks: each rank comes up once.
+        """
+        ids = [self._id_of_byte[value] for value in word]
+        ids[-1] += _NUM_BYTES
+        end = len(ids)
+        before, after = list(range(-1, end - 1)), list(range(1, end + 1))
+        places: dict[int, list[int]] = {}
+        for i, pair in enumerate(pairwise(ids)):
+            rank = self._merged.get(pair)
+            if rank is not None:
+                places.setdefault(rank, []).append(i)
+        ranks = list(places)
+        heapq.heapify(ranks)
+        while ranks:
+            rank = heapq.heappop(ranks)
+            for i in sorted(places.pop(rank)):
+                j = after[i]
+                if j >= end or self._merged.get((ids[i], ids[j])) != rank:
+                    continue  # an earlier merge took one of the two
+                ids[i], ids[j] = rank, _GONE
+                after[i] = after[j]
+                if after[j] < end:
+                    before[after[j]] = i
+                for a, b in ((before[i], i), (i, after[i])):
+                    new = self._merged.get((ids[a], ids[b])) if a >= 0 and b < end else None
+                    if new is None:
+                        continue
+                    if new not in places:
+                        places[new] = []
+                        heapq.heappush(ranks, new)
+                    places[new].append(a)
+        return tuple(i for i in ids if i != _GONE)
+
+
+def _byte_symbols() -> dict[int, str]:
+    """How the vocabulary file writes each byte, in the order of the ids.
+
+    Printable Latin-1 stands for itself; the other bytes follow, as U+0100 and up.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(_NUM_BYTES)) - set(printable))
+    symbols = {value: chr(value) for value in printable}
+    return symbols | {value: chr(_NUM_BYTES + i) for i, value in enumerate(others)}
+
+
+def _load_vocabulary(path: Path) -> _Vocabulary:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_VOCAB_BYTES + 1)
+    except OSError as error:
+        raise PackageError(f"vocabulary {path.name} cannot be read: {error.strerror}") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != _VOCAB_SHA256:
+        raise PackageError(
+            f"vocabulary {path.name} has SHA-256 {digest}, not {_VOCAB_SHA256}: it is damaged"
+        )
+    return _parse_vocabulary(data)
+
+
+@functools.lru_cache(maxsize=1)
+def _parse_vocabulary(data: bytes) -> _Vocabulary:
+    """Once per process: the digest leaves only one possible argument."""
+    return _Vocabulary(gzip.decompress(data).decode("utf-8"))
+
+
+def _clean(text: str) -> Iterator[str]:
+    """The text repaired, unescaped and in lower case, in parts that no piece spans.
+
+    White space is not collapsed as in the original, for pieces never contain any.
+    """
+    for part in _repair(text):
+        try:
+            yield html.unescape(html.unescape(part)).lower()
+        except ValueError:  # int() refuses thousands of digits
+            raise InputError("a text has a character reference with too many digits") from None
+
+
+def _repair(text: str) -> Iterator[str]:
+    """What `ftfy.fix_text` makes of a text, in parts.
+
+    ftfy goes line by line, which costs seconds for a text of line breaks, and each line as often
+    as it changes, which `&amp;amp;amp;...` makes quadratic. Most repairs do not look beyond a
+    line, so they are done for all lines at once, unless a line may have a broken encoding.
+    """
+    tag = text.find("<")  # from its line on, ftfy takes the text for HTML and leaves escapes alone
+    start = len(text) if tag < 0 else text.rfind("\n", 0, tag) + 1
+    for part, unescape in ((text[:start], True), (text[start:], False)):
+        whole = _repair_segment(part, unescape, _unless_suspect)
+        if whole is not None:
+            yield whole
+            continue
+        for count, line in enumerate(_LINE.findall(part)):
+            if count == _MAX_REPAIRED_LINES:
+                raise InputError(
+                    f"a text has a broken encoding and more than {_MAX_REPAIRED_LINES} lines"
+                )
+            yield _repair_segment(line, unescape, ftfy.fix_encoding) or ""
+
+
+def _repair_segment(
+    text: str, unescape: bool, fix_encoding: Callable[[str], str | None]
+) -> str | None:
+    """Repairs as ftfy does, until nothing changes; None as soon as `fix_encoding` says so."""
+    for _ in range(_MAX_PASSES):
+        before = text
+        if unescape:
+            text = fixes.unescape_html(text)
+        fixed = fix_encoding(text)
+        if fixed is None:
+            return None
+        text = fixed
+        for repair in _REPAIRS:
+            text = repair(text)
+        text = unicodedata.normalize("NFC", _LONG_MARKS.sub(_sort_marks, text))
+        if text == before:
+            return text
+    raise InputError(f"a text is escaped more than {_MAX_PASSES - 2} times over")
+
+
+def _unless_suspect(text: str) -> str | None:
+    """The text, if ftfy would leave the encoding of each of its lines alone."""
+    if text.isascii():
+        return text
+    # Both, because what ftfy looks for may be tied to the start of a line, or may span lines that
+    # ftfy does not tell apart.
+    suspect = is_bad(text) or any(map(is_bad, set(text.split("\n"))))
+    return None if suspect else text
+
+
+def _sort_marks(run: regex.Match[str]) -> str:
+    """A run of marks in canonical order, which NFC would establish in quadratic time."""
+    return "".join(
+        "".join(sorted(marks, key=unicodedata.combining) if movable else marks)
+        for movable, marks in groupby(run.group(), key=lambda mark: unicodedata.combining(mark) > 0)
+    )

@@ -1,0 +1,330 @@
+"""Images of any accepted kind to uint8 RGB arrays of one size, and to normalised float pixels.
+
+Everything untrusted is checked before memory is spent on it: the encoded size before reading, and
+width and height before decoding. Pillow is called for pixels only, and its words never get out.
+Knows nothing of models: what a model wants is an `ImageSpec`.
+"""
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from perception_rt.errors import InputError
+from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.processing.containers import exif_orientation, read_container
+from perception_rt.processing.files import open_regular_file, path_name
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
+Resize: TypeAlias = Literal["squash", "center_crop"]
+Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+
+_MAX_TARGET_SIDE = 8192
+# A centre crop resizes the whole image first, so a long thin image would cost its aspect ratio.
+_MAX_CROP_ASPECT = 64
+
+# The decoders are called directly: Image.open() would apply (and warn about) process-wide limits.
+_DECODERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+}
+_CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """How a model wants its images. The released encoders all use the defaults.
+
+    Attributes:
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+        resize: "squash" scales each side by itself; "center_crop" keeps the aspect ratio, scales
+            until the image covers the result, and cuts what sticks out.
+        interpolation: Pillow's antialiased filter of that name.
+        mean: per channel, subtracted from pixels in [0, 1].
+        std: per channel, what the difference is divided by.
+    """
+
+    height: int
+    width: int
+    resize: Resize = "squash"
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= _MAX_TARGET_SIDE:
+                raise InputError(
+                    f"image.{name} must be an integer from 1 to {_MAX_TARGET_SIDE}, "
+                    f"not {_scalar(value)}"
+                )
+        for name, options in (("resize", get_args(Resize)), ("interpolation", tuple(_FILTERS))):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in options:
+                raise InputError(
+                    f"image.{name} must be one of {list(options)}, not {_scalar(value)}"
+                )
+        object.__setattr__(self, "mean", _channels("mean", self.mean, zero_allowed=True))
+        object.__setattr__(self, "std", _channels("std", self.std, zero_allowed=False))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Strict inverse of `to_dict`; InputError names unknown, missing and mistyped keys."""
+        if not isinstance(data, Mapping):
+            raise InputError(f"image must be an object, not {type(data).__name__}")
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(str(key) for key in data if key not in known)
+        if unknown:
+            raise InputError(f"image: unknown keys {unknown}; known are {sorted(known)}")
+        missing = [name for name in ("height", "width") if name not in data]
+        if missing:
+            raise InputError(f"image: missing keys {missing}")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; tuples become lists."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _scalar(value: Any) -> str:
+    """A value in words: itself if it is a plain scalar, else its type, never a foreign repr."""
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return f"{value!r:.60}" if plain else f"a {type(value).__name__}"
+
+
+def _channels(name: str, values: Any, *, zero_allowed: bool) -> tuple[float, float, float]:
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise InputError(f"image.{name} must be a list of 3 numbers, not {_scalar(values)}")
+    for value in values:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise InputError(f"image.{name} must hold finite numbers, not {_scalar(value)}")
+        if value < 0 or (value == 0 and not zero_allowed):
+            raise InputError(f"image.{name} must be positive, not {value}")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def load_images(
+    sources: Iterable[ImageSource], spec: ImageSpec, *, limits: Limits = DEFAULT_LIMITS
+) -> NDArray[np.uint8]:
+    """Decodes and resizes images.
+
+    Args:
+        sources: paths, encoded bytes, Pillow images or arrays; see `decode_image`.
+        spec: the size of the result and the way to it.
+        limits: bounds on each source.
+
+    Returns:
+        uint8 (N, height, width, 3).
+
+    Raises:
+        InputError: some images cannot be used; the message lists the index and reason of each.
+            `load_image` handles one, for a caller who wants to go on with the others.
+    """
+    if isinstance(sources, str | bytes | os.PathLike | Image.Image):
+        raise InputError(f"images must be a list of images, not one {type(sources).__name__}")
+    pixels: list[NDArray[np.uint8]] = []
+    problems: list[str] = []
+    count = 0
+    for index, source in enumerate(sources):
+        count += 1
+        try:
+            pixels.append(load_image(source, spec, limits=limits))
+        except InputError as error:
+            problems.append(f"[{index}] {error}")
+    if problems:
+        raise InputError(
+            f"{len(problems)} of {count} images cannot be used:\n" + "\n".join(problems)
+        )
+    if not pixels:
+        return np.empty((0, spec.height, spec.width, 3), np.uint8)
+    return np.stack(pixels)
+
+
+def load_image(
+    source: ImageSource, spec: ImageSpec, *, limits: Limits = DEFAULT_LIMITS
+) -> NDArray[np.uint8]:
+    """Decodes and resizes one image to uint8 (height, width, 3); InputError as `decode_image`."""
+    return resize_image(decode_image(source, limits=limits), spec)
+
+
+def decode_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+    """Decodes one image to RGB, upright.
+
+    Alpha is dropped, not composited, as the reference does. 16-bit samples lose their low byte.
+    Of an animation the first frame is taken, of a Pillow image the one it stands at.
+
+    Args:
+        source: path of a JPEG, PNG or WebP file, the bytes of one, a Pillow image, or an array
+            uint8 (H, W, 3) in RGB order with any strides.
+        limits: bounds on encoded bytes, sides and pixels.
+
+    Returns:
+        A Pillow image of mode RGB with the EXIF orientation applied.
+
+    Raises:
+        InputError: the source is missing, too large, damaged, or of another kind.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, limits)
+    if isinstance(source, Image.Image):
+        return _from_pillow(source, limits)
+    if isinstance(source, bytes):
+        return _from_bytes(source, f"image of {len(source)} bytes", limits)
+    if isinstance(source, str | os.PathLike):
+        name, data = _read_file(source, limits)
+        return _from_bytes(data, name, limits)
+    raise InputError(
+        f"an image must be a path, bytes, a Pillow image or an array, not {type(source).__name__}"
+    )
+
+
+def resize_image(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
+    """Resizes an RGB image to uint8 (height, width, 3).
+
+    Raises:
+        InputError: the image is not RGB, or too long and thin for a centre crop.
+    """
+    if image.mode != "RGB":
+        raise InputError(f"image must have mode RGB, not {image.mode}")
+    resample = _FILTERS[spec.interpolation]
+    if spec.resize == "squash":
+        return np.array(image.resize((spec.width, spec.height), resample))
+    width, height = _cover(image.width, image.height, spec)
+    left = round((width - spec.width) / 2)
+    top = round((height - spec.height) / 2)
+    scaled = image.resize((width, height), resample)
+    return np.array(scaled.crop((left, top, left + spec.width, top + spec.height)))
+
+
+def _cover(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
+    """The size, in the image's own aspect ratio, that just covers the target."""
+    if spec.width * height >= spec.height * width:
+        covering = spec.width, spec.width * height // width
+    else:
+        covering = spec.height * width // height, spec.height
+    if covering[0] * covering[1] > _MAX_CROP_ASPECT * spec.width * spec.height:
+        raise InputError(
+            f"image of {width}x{height} is more than {_MAX_CROP_ASPECT} times too long for a "
+            f"centre crop to {spec.width}x{spec.height}"
+        )
+    return covering
+
+
+def normalize(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
+    """Maps uint8 (..., H, W, 3) to float32 (..., 3, H, W): (x / 255 - mean) / std per channel."""
+    if pixels.dtype != np.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
+        raise InputError(f"pixels must be uint8 (..., H, W, 3), not {pixels.dtype} {pixels.shape}")
+    planes = np.moveaxis(pixels, -1, -3)
+    scaled = np.divide(planes, np.float32(255), dtype=np.float32, order="C")
+    scaled -= np.asarray(spec.mean, np.float32)[:, None, None]
+    scaled /= np.asarray(spec.std, np.float32)[:, None, None]
+    return scaled
+
+
+def _check_size(width: int, height: int, name: str, limits: Limits) -> None:
+    if width < 1 or height < 1:
+        raise InputError(f"{name} is empty: {width}x{height}")
+    if max(width, height) > limits.image_side_px:
+        raise InputError(
+            f"{name} is {width}x{height}; the limit is {limits.image_side_px} pixels a side"
+        )
+    if width * height > limits.image_pixels:
+        raise InputError(
+            f"{name} is {width}x{height} = {width * height} pixels; "
+            f"the limit is {limits.image_pixels}"
+        )
+
+
+def _from_array(array: NDArray[Any], limits: Limits) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise InputError(f"an image array must be uint8 (H, W, 3), not {array.dtype} {array.shape}")
+    _check_size(array.shape[1], array.shape[0], "image array", limits)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_pillow(image: Image.Image, limits: Limits) -> Image.Image:
+    name = "Pillow image"
+    _check_size(image.width, image.height, name, limits)
+    try:
+        copy = image.copy()  # decodes it if it was only opened
+    except Exception:
+        raise InputError(f"{name} cannot be decoded") from None
+    exif = copy.info.get("exif")
+    orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
+    return _upright(_to_rgb(copy, name), orientation)
+
+
+def _from_bytes(data: bytes, name: str, limits: Limits) -> Image.Image:
+    if len(data) > limits.image_bytes:
+        raise InputError(f"{name} has {len(data)} bytes; the limit is {limits.image_bytes} bytes")
+    try:
+        encoded = read_container(data)
+    except InputError as error:
+        raise InputError(f"{name} {error}") from None
+    _check_size(encoded.width, encoded.height, name, limits)
+    try:
+        image = _DECODERS[encoded.format](io.BytesIO(encoded.data))
+        if image.size == (encoded.width, encoded.height):
+            image.load()
+    except Exception:
+        # Decoders raise whatever the damage makes them trip over; their texts name addresses.
+        raise InputError(f"{name} is a damaged {encoded.format} image") from None
+    if image.size != (encoded.width, encoded.height):
+        raise InputError(f"{name} declares two different sizes")
+    return _upright(_to_rgb(image, name), encoded.orientation)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """RGB with 8 bits; may change `image.info`, so `image` must be ours."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        # Pillow would clip at 255; the high byte is also what it makes of 16-bit colour.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode not in _CONVERTIBLE:
+        raise InputError(f"{name} has mode {image.mode}; convert it to RGB first")
+    image.info.pop("transparency", None)  # alpha is dropped; a palette's would cause a warning
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _read_file(source: str | os.PathLike[str], limits: Limits) -> tuple[str, bytes]:
+    """The path as typed, for messages, and the file's bytes."""
+    path, name = path_name(source, "image")
+    with open_regular_file(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limits.image_bytes:
+            raise InputError(f"{name} has {size} bytes; the limit is {limits.image_bytes} bytes")
+        try:
+            return name, file.read(size)
+        except OSError as error:
+            raise InputError(f"{name} cannot be read: {error.strerror}") from None
