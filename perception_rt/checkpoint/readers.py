@@ -1,0 +1,296 @@
+"""Untrusted weight files, read tensor by tensor: safetensors, sharded or not, and torch's `.pt`.
+
+A reader lists every tensor from headers and reads one on demand, memory-mapped. It runs no code
+from a file: `.pt` goes through torch's weights-only loading, and only plain dense tensors come out.
+It knows nothing of names or architectures. The files must not change while a reader is in use.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from perception_rt.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+_INDEX_BYTES = 64 * 1024 * 1024
+_SHARDS = 1024
+_WRAPPERS = ("state_dict", "weights", "model")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SAFETENSORS_FLOATS = ("F32", "F16", "BF16", "F64")
+_HASH_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What is known of a stored tensor before it is read.
+
+    Attributes:
+        shape: its shape.
+        unusable: why it cannot be a weight, in a word or two; None for a dense float tensor.
+    """
+
+    shape: tuple[int, ...]
+    unusable: str | None = None
+
+
+class FileSet:
+    """Files as they were when they were opened, and their digest."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+        self._stamps = [_stamp(path) for path in paths]
+        self._digest: str | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _, _ in self._stamps)
+
+    def sha256(self) -> str:
+        """The digest of one file, or of the lines that `sha256sum` prints for several.
+
+        The files are read on the first call only.
+
+        Raises:
+            CheckpointError: a file has changed since it was opened.
+        """
+        if self._digest is None:
+            digests = [_file_sha256(path) for path in self._paths]
+            changed = [
+                path.name
+                for path, stamp in zip(self._paths, self._stamps, strict=True)
+                if _stamp(path) != stamp
+            ]
+            if changed:
+                raise CheckpointError(f"{changed[0]} changed while it was being read")
+            self._digest = digests[0] if len(digests) == 1 else self._combined(digests)
+        return self._digest
+
+    def _combined(self, digests: list[str]) -> str:
+        lines = (f"{d}  {p.name}\n" for d, p in zip(digests, self._paths, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path.name}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_HASH_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path.name}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+class Reader(Protocol):
+    """An open weight file, or set of shards."""
+
+    @property
+    def label(self) -> str:
+        """Base name of what was opened, for messages and provenance."""
+
+    @property
+    def format(self) -> str:
+        """`safetensors` or `pt`."""
+
+    @property
+    def files(self) -> FileSet:
+        """The files that hold the tensors."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Every tensor, by its key in the file."""
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of a key, on the CPU, in its stored dtype; CheckpointError if unreadable."""
+
+
+def open_reader(path: Path) -> Reader:
+    """Opens a weight file by its suffix, an index of shards, or a directory with either.
+
+    Raises:
+        CheckpointError: nothing readable is there.
+    """
+    if path.is_dir():
+        path = _in_directory(path)
+    if not path.is_file():
+        raise CheckpointError(f"no weights file at {path}")
+    if path.name.endswith(".index.json"):
+        return SafetensorsReader(path.name, _shards(path))
+    if path.suffix == ".safetensors":
+        return SafetensorsReader(path.name, [path])
+    if path.suffix in _TORCH_SUFFIXES:
+        return TorchReader(path)
+    raise CheckpointError(
+        f"{path.name} is not a weights file: its name must end in .safetensors, .pt, .pth, .bin "
+        "or .index.json"
+    )
+
+
+def _in_directory(directory: Path) -> Path:
+    index = directory / INDEX_NAME
+    if index.is_file():
+        return index
+    found = sorted(directory.glob("*.safetensors"))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"directory {directory} must hold {INDEX_NAME} or exactly one .safetensors file, "
+            f"and it has {len(found)} of the latter"
+        )
+    return found[0]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The shard files of an index, each a plain name beside it."""
+    try:
+        if index.stat().st_size > _INDEX_BYTES:
+            raise CheckpointError(f"{index.name} exceeds the limit of {_INDEX_BYTES} bytes")
+        content = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index.name} is not a readable JSON file") from error
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{index.name} has no object 'weight_map'")
+    names = set(table.values()) if all(isinstance(v, str) for v in table.values()) else {""}
+    for name in sorted(names):
+        if not name.endswith(".safetensors") or any(c in name for c in "/\\\0"):
+            raise CheckpointError(
+                f"{index.name} names a shard {name!a:.80}: shards are plain .safetensors names"
+            )
+    if len(names) > _SHARDS:
+        raise CheckpointError(f"{index.name} has {len(names)} shards, the limit is {_SHARDS}")
+    return [index.parent / name for name in sorted(names)]
+
+
+class SafetensorsReader:
+    """One safetensors file, or several that together hold a model."""
+
+    format = "safetensors"
+
+    def __init__(self, label: str, paths: list[Path]) -> None:
+        self.label = label
+        self.files = FileSet(paths)
+        self.headers: dict[str, Header] = {}
+        self._handles: dict[str, Any] = {}
+        for path in paths:
+            self._add(path)
+
+    def _add(self, path: Path) -> None:
+        try:
+            handle: Any = safe_open(path, framework="pt", device="cpu")
+            keys = list(handle.keys())
+            headers = {key: _safetensors_header(handle.get_slice(key)) for key in keys}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path.name} is damaged, or not a safetensors file: its header does not match "
+                "its contents"
+            ) from error
+        twice = sorted(self.headers.keys() & headers.keys())
+        if twice:
+            raise CheckpointError(f"{self.label}: two shards hold {twice[0]!a:.80}")
+        self.headers |= headers
+        self._handles |= dict.fromkeys(keys, handle)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of a key; a view of the mapped file."""
+        try:
+            tensor: Tensor = self._handles[key].get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.label}: {key!a:.80} cannot be read") from error
+        return tensor
+
+
+def _safetensors_header(view: Any) -> Header:
+    dtype = view.get_dtype()
+    unusable = None if dtype in _SAFETENSORS_FLOATS else f"dtype {dtype}"
+    return Header(shape=tuple(view.get_shape()), unusable=unusable)
+
+
+class TorchReader:
+    """A file of `torch.save`: a dictionary of tensors, perhaps inside one of the usual wrappers."""
+
+    format = "pt"
+
+    def __init__(self, path: Path) -> None:
+        self.label = path.name
+        self.files = FileSet([path])
+        self._tensors = _tensors(_load_weights_only(path), path.name)
+        self.headers = {key: _torch_header(tensor) for key, tensor in self._tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        """The tensor of a key; a view of the mapped file."""
+        return self._tensors[key].detach()
+
+
+def _load_weights_only(path: Path) -> object:
+    """The restricted loading of torch, with whatever a hostile file makes it raise in one line."""
+    try:
+        _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except CheckpointError:
+        raise
+    # The unpickler meets arbitrary bytes, and has no one class for what can go wrong with them.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path.name} is damaged or holds more than tensors: torch's weights-only loading "
+            "refused it"
+        ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuses old formats, which cannot be mapped, and compression, which torch never writes."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path.name} is truncated, or not written by torch.save since 1.6: weights-only "
+            "loading refused it"
+        )
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise CheckpointError(
+                f"{path.name} has compressed records, which torch.save does not write: "
+                "weights-only loading refused it"
+            )
+
+
+def _tensors(content: object, label: str) -> dict[str, Tensor]:
+    if isinstance(content, dict):
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        content = inner[0] if inner else content
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{label} must hold a dictionary of tensors")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{label} must hold a dictionary of tensors; {key!a:.80} is none")
+    return content
+
+
+def _torch_header(tensor: Tensor) -> Header:
+    if tensor.is_nested:  # it has no shape to ask for
+        return Header(shape=(), unusable="nested")
+    unusable = None
+    if tensor.is_quantized:
+        unusable = "quantised"
+    elif tensor.layout != torch.strided:
+        unusable = "not dense"
+    elif tensor.device.type != "cpu":
+        unusable = "without data"
+    elif tensor.dtype not in _FLOATS:
+        unusable = f"dtype {str(tensor.dtype).removeprefix('torch.')}"
+    return Header(shape=tuple(tensor.shape), unusable=unusable)
