@@ -18,6 +18,7 @@ import numpy as np
 
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
+from perception_rt.errors import ExportError
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.files import write_graphs
 from perception_rt.export.gate import run_gate
@@ -82,6 +83,11 @@ def export_package(
     return manifest
 
 
+def check_destination(out: str | os.PathLike[str], *, force: bool) -> None:
+    """ExportError unless a package can be published as `out`; before weights are looked for."""
+    Stage.create(out, force=force).discard()
+
+
 def _lowering(plan: ExportPlan) -> type[Lowering]:
     module, _, name = plan.target.emitter.partition(":")
     kind: type[Lowering] = getattr(import_module(module), name)
@@ -99,12 +105,18 @@ def _lower(
     traced, parameters = tower.traced()
     dtype = np.dtype(np.float16 if precision == "fp16" else np.float32)
     int8 = set(errors) - set(_float_layers(errors))
-    return {
-        name: lowering(traced, parameters, dtype=dtype, int8=int8).lower(
-            recipe.source, recipe.entry, recipe.outputs
-        )
-        for name, recipe in tower.recipes().items()
-    }
+    graphs = {}
+    for name, recipe in tower.recipes().items():
+        instance = lowering(traced, parameters, dtype=dtype, int8=int8)
+        graph = instance.lower(recipe.source, recipe.entry, recipe.outputs)
+        fused = graph.count(lowering.attention_op)
+        if fused != recipe.attentions:
+            raise ExportError(
+                f"graph {name!r} has {fused} {lowering.attention_op} operators, "
+                f"not {recipe.attentions}: attention was not fused"
+            )
+        graphs[name] = graph
+    return graphs
 
 
 def _content(

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from perception_rt.errors import ExportError
-from perception_rt.export.lowering import LoweredGraph, Weight
+from perception_rt.export.lowering import LoweredGraph
 from perception_rt.package.contract import GraphSpec, TensorSpec
-from perception_rt.package.store import Stage, StageWriter
+from perception_rt.package.store import Stage
 
 _ALIGNMENT = 64
 
@@ -28,19 +27,11 @@ def write_graphs(
             padding = -position % _ALIGNMENT
             writer.write(bytes(padding))
             offsets[name] = position + padding
-            _write_weight(writer, weight)
+            writer.write(weight.array().reshape(-1).view(np.uint8).data)
             position = offsets[name] + weight.nbytes
     return {
         name: _write_graph(stage, name, graph, data_file, offsets) for name, graph in graphs.items()
     }
-
-
-def _write_weight(writer: StageWriter, weight: Weight) -> None:
-    array = np.ascontiguousarray(weight.load())
-    assert array.shape == weight.shape and array.dtype == weight.dtype, weight.name
-    if not np.isfinite(array).all():
-        raise ExportError(f"{weight.name} is not finite as {weight.dtype}")
-    writer.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _write_graph(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from perception_rt.errors import ExportError
 from perception_rt.export.trace import DOMAIN, OPSET, Traced
 from perception_rt.package.contract import TensorSpec
 
@@ -48,6 +49,14 @@ class Weight:
         """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
+    def array(self) -> Array:
+        """The contiguous array; ExportError that names the weight if it is not finite."""
+        array = np.ascontiguousarray(self.load())
+        assert array.shape == self.shape and array.dtype == self.dtype, self.name
+        if not np.isfinite(array).all():
+            raise ExportError(f"{self.name} is not finite as {self.dtype}")
+        return array
+
     def derive(
         self, suffix: str, function: Callable[[Array], Array], shape: tuple[int, ...]
     ) -> "Weight":
@@ -71,6 +80,10 @@ class LoweredGraph:
     model: ir.Model
     weights: dict[str, Weight]
 
+    def count(self, op_type: str) -> int:
+        """How many operators of a type the graph has."""
+        return sum(node.op_type == op_type for node in self.model.graph)
+
 
 class Lowering:
     """Rebuilds a traced graph for one backend. An instance is used once.
@@ -84,6 +97,8 @@ class Lowering:
 
     # Operator domains that the backend's graphs may use; the runtime refuses any other.
     domains: frozenset[str] = frozenset({""})
+    # The one operator that each traced attention becomes; the export counts them.
+    attention_op: str
 
     def __init__(
         self,
@@ -176,7 +191,12 @@ class Lowering:
             return weight
         dtype, load = self.dtype, weight.load
         name = f"{weight.name}.{dtype.name}"
-        return replace(weight, name=name, dtype=dtype, load=lambda: load().astype(dtype))
+
+        def cast() -> Array:
+            with np.errstate(over="ignore"):  # `Weight.array` names a weight that overflows
+                return load().astype(dtype)
+
+        return replace(weight, name=name, dtype=dtype, load=cast)
 
     def is_int8(self, weight: Weight) -> bool:
         """Whether a linear weight, or the tensor that it is a part of, becomes int8."""
@@ -245,7 +265,7 @@ class Lowering:
                 continue
             initializers.append(value)
             if weight.nbytes <= INLINE_BYTES:
-                value.const_value = ir.Tensor(weight.load(), name=name)
+                value.const_value = ir.Tensor(weight.array(), name=name)
             else:
                 external[name] = weight
         for node in reversed(self.nodes):

@@ -36,11 +36,13 @@ class Recipe:
         source: the graph's input.
         entry: turns it into the traced graph's input.
         outputs: the graph's output for each traced output that it has.
+        attentions: how many attentions the graph computes.
     """
 
     source: TensorSpec
     entry: Entry
     outputs: Mapping[str, TensorSpec]
+    attentions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,12 +147,20 @@ class VisionExport:
         }
         normalise = uint8_images(spec.mean, spec.std)
         whole = {contract.EMBEDDING: embedding}
+        attentions = config.layers + (config.pool_type == "attn")
         recipes = {
-            contract.VISION: Recipe(source=images, entry=normalise, outputs=whole),
-            contract.PIXELS: Recipe(source=pixels, entry=as_is, outputs=whole),
+            contract.VISION: Recipe(
+                source=images, entry=normalise, outputs=whole, attentions=attentions
+            ),
+            contract.PIXELS: Recipe(
+                source=pixels, entry=as_is, outputs=whole, attentions=attentions
+            ),
         }
         if taps:
-            recipes[contract.FEATURES] = Recipe(source=images, entry=normalise, outputs=taps)
+            deepest = max(self.plan.tapped) + 1
+            recipes[contract.FEATURES] = Recipe(
+                source=images, entry=normalise, outputs=taps, attentions=deepest
+            )
         return recipes
 
 
@@ -194,8 +204,13 @@ class TextExport:
             shape=(contract.BATCH, self.config.context_length),
         )
         features = _float(contract.TEXT_EMBEDDING, self.config.output_dim)
-        outputs = {contract.TEXT_EMBEDDING: features}
-        return {contract.TEXT: Recipe(source=tokens, entry=as_is, outputs=outputs)}
+        recipe = Recipe(
+            source=tokens,
+            entry=as_is,
+            outputs={contract.TEXT_EMBEDDING: features},
+            attentions=self.config.layers,
+        )
+        return {contract.TEXT: recipe}
 
 
 def towers(plan: ExportPlan, source: WeightSource) -> list[Tower]:

@@ -19,6 +19,7 @@ class OnnxRuntimeLowering(Lowering):
     """Standard ONNX plus ONNX Runtime's contrib operators, on CPU or CUDA."""
 
     domains = frozenset({"", CONTRIB})
+    attention_op = "MultiHeadAttention"
 
     def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
         """MatMul and Add, or the fused dynamically quantized product."""
@@ -41,7 +42,7 @@ class OnnxRuntimeLowering(Lowering):
         causal = node.attributes["causal"].as_int()
         attributes = {"num_heads": heads, "unidirectional": causal}
         operands = [query, key, value]
-        self.bind(node, self.op("MultiHeadAttention", operands, attributes, domain=CONTRIB))
+        self.bind(node, self.op(self.attention_op, operands, attributes, domain=CONTRIB))
 
     def rotary(self, x: Operand | None, cos: Operand, sin: Operand | None, heads: int) -> ir.Value:
         """Adjacent channel pairs of (N, T, C) turned by tables (T, D/2), from position 0 on."""

@@ -1,0 +1,275 @@
+"""The commands `perception-rt` and `perception-export`: arguments in, one line or JSON out.
+
+Each sub-command parses into the call that a program would make, and imports what it needs itself:
+`perception-rt embed` never imports torch. Nothing imports this module.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from perception_rt._version import __version__
+from perception_rt.errors import InputError, PerceptionError
+from perception_rt.progress import Progress
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `perception-rt`; returns the exit status."""
+    return _run(_parser(), arguments)
+
+
+def export_main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `perception-export`; returns the exit status."""
+    return _run(_export_parser(), arguments)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Runs a command; an error of ours is one line on standard error and status 2."""
+    options = parser.parse_args(arguments)
+    try:
+        options.command(options)
+    except PerceptionError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perception-export", description="Make an engine package from a checkpoint."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a released model, such as PE-Core-L14-336, or PE-Demo")
+    what.add_argument("--checkpoint", metavar="FILE", help="weights of any PE; needs --config")
+    parser.add_argument("--config", metavar="FILE", help="its architecture, as JSON")
+    parser.add_argument(
+        "--weights", metavar="SOURCE", help="of --model: hf (default), random, or a file"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --weights random")
+    parser.add_argument("--precision", help="fp32 (default), fp16, int8")
+    parser.add_argument("--fp8", action="store_true", help="the same as --precision fp8")
+    parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
+    parser.add_argument("--image-size", metavar="HxW", help="default: the model's own")
+    parser.add_argument("--center-crop", action="store_true", help="crop images; default: squash")
+    parser.add_argument(
+        "--taps", metavar="LAYERS", help="blocks that `features` can return: all (default), none, "
+        "or a list such as 5,11,-1"
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="DIR", help="the package to make")
+    parser.add_argument("--force", action="store_true", help="replace an existing package")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(command=_export)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="perception-rt", description="Run engine packages.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    embed = _command(commands, "embed", _embed, "embed images, texts or videos")
+    _package_arguments(embed)
+    embed.add_argument("--image", action="append", default=[], metavar="FILE")
+    embed.add_argument("--text", action="append", default=[])
+    embed.add_argument("--video", action="append", default=[], metavar="FILE")
+    embed.add_argument("--num-frames", type=int, default=8, help="per video (default: 8)")
+    embed.add_argument("--out", metavar="FILE.npy", help="write float32 (N, D): images, then "
+                       "texts, then videos")  # fmt: skip
+
+    classify = _command(commands, "classify", _classify, "choose between labels for images")
+    _package_arguments(classify)
+    classify.add_argument("--image", action="append", required=True, metavar="FILE")
+    classify.add_argument("--label", action="append", required=True)
+    classify.add_argument("--template", action="append", metavar="TEXT", help="with {} for a label")
+
+    features = _command(commands, "features", _features, "draw the dense features of an image")
+    _package_arguments(features)
+    features.add_argument("--image", required=True, metavar="FILE")
+    features.add_argument("--layer", type=int, default=-1, help="block index (default: -1)")
+    features.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+
+    inspect = _command(commands, "inspect", _inspect, "show what a package is")
+    inspect.add_argument("package", metavar="DIR")
+
+    verify = _command(commands, "verify", _verify, "check every byte of a package")
+    verify.add_argument("package", metavar="DIR")
+    verify.add_argument("--expect", metavar="ID", help="the package id that must be there")
+
+    doctor = _command(commands, "doctor", _doctor, "show what can run here; lint a package")
+    doctor.add_argument("package", metavar="DIR", nargs="?")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Command, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _package_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", metavar="DIR", help="an engine package")
+    parser.add_argument("--backend", default="auto", help="default: the package's own")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, help="default: one per physical core")
+    parser.add_argument("--expect", metavar="ID", help="the package id that must be there")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from perception_rt.runtime.load import load
+
+    return load(
+        options.package,
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        expect=options.expect,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    try:
+        from perception_rt.export.command import run_export
+    except ImportError as error:
+        raise InputError(
+            f"exporting needs {error.name}: pip install 'perception_rt[export]'"
+        ) from None
+    with Progress() as progress:
+        manifest = run_export(options, progress.step)
+    if options.json:
+        _print_json({"package": options.out, "id": manifest.id, "record": manifest.record})
+    else:
+        print(f"{options.out}  {manifest.id}")
+
+
+def _embed(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    if not options.image + options.text + options.video:
+        raise InputError("nothing to embed: give --image, --text or --video")
+    out = None if options.out is None else _output(options.out, ".npy")
+    with Progress() as progress, _load(options) as engine:
+        parts = []
+        if options.image:
+            count = progress.counter("images")
+            parts.append(engine.embed_images(options.image, on_progress=count))
+        if options.text:
+            parts.append(engine.embed_texts(options.text, on_progress=progress.counter("texts")))
+        if options.video:
+            parts.append(
+                engine.embed_videos(
+                    options.video,
+                    num_frames=options.num_frames,
+                    on_progress=progress.counter("videos"),
+                )
+            )
+    rows = np.concatenate(parts)
+    names = [*options.image, *options.text, *options.video]
+    if out is not None:
+        np.save(out, rows)
+    if options.json:
+        vectors = None if out is not None else rows.tolist()
+        _print_json({"items": names, "dim": rows.shape[1], "embeddings": vectors})
+        return
+    cosines = rows @ rows.T
+    for index, name in enumerate(names):
+        print(
+            f"{name}: dim {rows.shape[1]}, cosines " + " ".join(f"{c:.3f}" for c in cosines[index])
+        )
+
+
+def _classify(options: argparse.Namespace) -> None:
+    with Progress() as progress, _load(options) as engine:
+        probabilities = engine.classify(
+            options.image, options.label, options.template, on_progress=progress.counter("images")
+        )
+    rows = [dict(zip(options.label, map(float, row), strict=True)) for row in probabilities]
+    if options.json:
+        _print_json(dict(zip(options.image, rows, strict=True)))
+        return
+    for image, row in zip(options.image, rows, strict=True):
+        ranked = sorted(row.items(), key=lambda item: -item[1])
+        print(f"{image}: " + ", ".join(f"{label} {p:.1%}" for label, p in ranked[:5]))
+
+
+def _features(options: argparse.Namespace) -> None:
+    from perception_rt.processing.image import decode_image
+    from perception_rt.processing.pca import side_by_side
+
+    out = _output(options.out, ".png")
+    with Progress() as progress, _load(options) as engine:
+        count = progress.counter("images")
+        (dense,) = engine.features([options.image], options.layer, on_progress=count)
+    side_by_side(decode_image(options.image), dense).save(out)
+    shape = "x".join(map(str, dense.shape))
+    if options.json:
+        _print_json({"image": options.image, "shape": list(dense.shape), "picture": options.out})
+    else:
+        print(f"{options.out}: {shape} features of layer {options.layer}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from perception_rt.package.reader import read_manifest
+    from perception_rt.report import describe
+
+    manifest = read_manifest(options.package)
+    if options.json:
+        _print_json(manifest.to_dict())
+    else:
+        print("\n".join(describe(manifest)))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from perception_rt.package.reader import verify_package
+
+    with Progress() as progress:
+        progress.step("hashing")
+        manifest = verify_package(options.package, expect=options.expect)
+    total = sum(entry.size_bytes for entry in manifest.content.files.values())
+    if options.json:
+        _print_json({"ok": True, "id": manifest.id, "bytes": total})
+    else:
+        print(f"ok: {len(manifest.content.files)} files, {total:,} bytes, {manifest.id}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from perception_rt.report import environment, lint
+
+    found = environment()
+    notes = [] if options.package is None else lint(options.package)
+    if options.json:
+        _print_json({"environment": found, "package": notes})
+        return
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    for note in notes:
+        print(f"{options.package}: {note}")
+
+
+def _output(path: str, ending: str) -> Path:
+    """A file that can be written; checked before any work."""
+    out = Path(path)
+    if out.suffix != ending:
+        raise InputError(f"--out must end in {ending}, not {path!r:.80}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f"cannot write {path!r:.80}: no such folder, or a folder is there")
+    return out
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=lambda v: dict(v)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

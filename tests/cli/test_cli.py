@@ -1,0 +1,214 @@
+"""The commands: what they print, what they write, and one clear line for each bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_data import golden
+from PIL import Image
+from safetensors.torch import save_file
+
+from perception_rt.cli import export_main, main
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint in the reference's names, and its configuration."""
+    data = golden("pe_core_cls")
+    file, config = tmp_path / "weights.safetensors", tmp_path / "config.json"
+    save_file({k.removeprefix("visual."): v for k, v in data.weights.items()}, file)
+    config.write_text(json.dumps(data.config_dict()))
+    return file, config
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+    small.resize((200, 150)).save(path)
+    return str(path)
+
+
+def _json(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_export_inspect_verify(checkpoint, tmp_path: Path, capsys) -> None:
+    file, config = checkpoint
+    out = str(tmp_path / "package")
+    arguments = ["--checkpoint", str(file), "--config", str(config), "--out", out]
+    assert export_main([*arguments, "--image-size", "70x84", "--json"]) == 0
+    exported = _json(capsys)
+    assert main(["verify", out, "--json", "--expect", exported["id"]]) == 0
+    assert _json(capsys)["ok"] is True
+    assert main(["inspect", out, "--json"]) == 0
+    manifest = _json(capsys)
+    assert manifest["id"] == exported["id"]
+    assert manifest["content"]["processing"]["image"]["height"] == 70
+    assert manifest["content"]["weights"]["layout"] == "reference"
+    assert main(["inspect", out]) == 0
+    assert "fidelity    vision.embedding: cosine" in capsys.readouterr().out
+    assert main(["doctor", out]) == 0
+    printed = capsys.readouterr().out
+    assert "onnxruntime: cpu" in printed or "'onnxruntime': 'cpu" in printed
+    assert "intact" in printed
+
+
+def test_pt_checkpoint_gives_the_same_engine(checkpoint, tmp_path: Path, capsys) -> None:
+    _, config = checkpoint
+    weights = golden("pe_core_cls").weights
+    nested = {"state_dict": {f"module.{k}": v for k, v in weights.items()}}
+    torch.save(nested, tmp_path / "weights.pt")
+    out = str(tmp_path / "package")
+    arguments = ["--checkpoint", str(tmp_path / "weights.pt"), "--config", str(config)]
+    assert export_main([*arguments, "--out", out]) == 0
+
+
+def test_embed_classify_features(tiny_package: Path, photo: str, tmp_path: Path, capsys) -> None:
+    package = str(tiny_package)
+    npy = tmp_path / "rows.npy"
+    embed = ["embed", package, "--image", photo, "--text", "a cat", "--out", str(npy)]
+    assert main(embed) == 0
+    assert "cosines 1.000" in capsys.readouterr().out
+    assert np.load(npy).shape == (2, 32)
+    assert main(["embed", package, "--text", "a cat", "--json"]) == 0
+    result = _json(capsys)
+    assert result["dim"] == 32 and len(result["embeddings"][0]) == 32
+    classify = ["classify", package, "--image", photo, "--label", "cat", "--label", "dog"]
+    assert main([*classify, "--template", "a {}", "--json"]) == 0
+    assert sum(_json(capsys)[photo].values()) == pytest.approx(1, abs=1e-5)
+    assert main(classify) == 0
+    assert "%" in capsys.readouterr().out
+    picture = tmp_path / "features.png"
+    assert main(["features", package, "--image", photo, "--out", str(picture)]) == 0
+    with Image.open(picture) as image:
+        assert image.size == (2 * 597 + 8, 448)
+        right = np.asarray(image)[:, 605:]
+    assert len(np.unique(right.reshape(-1, 3), axis=0)) > 8
+
+
+def _fails(capsys, arguments: list[str], message: str, run=export_main) -> None:
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if " s  " not in line]
+    assert len(lines) == 1, captured.err
+    assert message in lines[0]
+
+
+def test_bad_exports_leave_nothing(checkpoint, tmp_path: Path, capsys) -> None:
+    file, config = checkpoint
+    here = tmp_path / "out"
+    here.mkdir()
+    out = str(here / "p")
+    good = ["--checkpoint", str(file), "--config", str(config)]
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(file.read_bytes()[:-1000])
+    broken_pt = tmp_path / "broken.pt"
+    broken_pt.write_bytes(b"PK\x03\x04" + bytes(100))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(golden("pe_core_nocls_mlp").config_dict()))
+    typo = tmp_path / "typo.json"
+    typo.write_text(json.dumps({**golden("pe_core_cls").config_dict(), "widht": 3}))
+    not_json = tmp_path / "not.json"
+    not_json.write_text("{")
+    a_file = tmp_path / "file"
+    a_file.write_text("")
+    folder = here / "folder"
+    folder.mkdir()
+    (folder / "keep.txt").write_text("mine")
+    for arguments, message in (
+        (["--model", "PE-Core-X", "--out", out], "unknown model 'PE-Core-X'"),
+        (["--checkpoint", "absent.pt", "--config", str(config), "--out", out], "absent.pt"),
+        (["--checkpoint", str(file), "--out", out], "--config"),
+        ([*good, "--weights", "random", "--out", out], "--weights goes with --model"),
+        (["--model", "PE-Core-B16-224", "--config", "x.json", "--out", out], "--config goes with"),
+        ([*good[:3], "absent.json", "--out", out], "absent.json"),
+        (["--checkpoint", str(truncated), *good[2:], "--out", out], "truncated.safetensors"),
+        (["--checkpoint", str(broken_pt), *good[2:], "--out", out], "broken.pt"),
+        ([*good[:3], str(other), "--out", out], "class_embedding"),
+        ([*good[:3], str(typo), "--out", out], "widht"),
+        ([*good[:3], str(not_json), "--out", out], "is not JSON"),
+        ([*good, "--out", str(a_file / "p")], "not a directory"),
+        ([*good, "--out", str(a_file)], "file"),
+        ([*good, "--out", str(folder)], "folder"),
+        ([*good, "--out", str(folder), "--force"], "folder"),
+        ([*good, "--image-size", "57x56", "--out", out], "multiple of the patch size 14"),
+        ([*good, "--image-size", "big", "--out", out], "HxW"),
+        ([*good, "--fp8", "--out", out], "precision fp8 is not for backend onnxruntime"),
+        ([*good, "--precision", "int4", "--out", out], "precision int4 is not for backend"),
+        ([*good, "--backend", "tensorrt", "--out", out], "unknown backend 'tensorrt'"),
+        ([*good, "--taps", "0,9", "--out", out], "tap 9 is out of range"),
+    ):
+        _fails(capsys, arguments, message)
+        assert sorted(p.name for p in here.iterdir()) == ["folder"]
+        assert [p.name for p in folder.iterdir()] == ["keep.txt"]
+
+
+def test_existing_output_needs_force(checkpoint, tmp_path: Path, capsys) -> None:
+    file, config = checkpoint
+    arguments = ["--checkpoint", str(file), "--config", str(config), "--out", str(tmp_path / "p")]
+    assert export_main(arguments) == 0
+    capsys.readouterr()
+    before = (tmp_path / "p" / "manifest.json").read_bytes()
+    _fails(capsys, arguments, "exists")
+    assert (tmp_path / "p" / "manifest.json").read_bytes() == before
+    assert export_main([*arguments, "--precision", "int8", "--force"]) == 0
+    assert (tmp_path / "p" / "manifest.json").read_bytes() != before
+
+
+def test_bad_uses_are_one_line(tiny_package: Path, photo: str, tmp_path: Path, capsys) -> None:
+    package = str(tiny_package)
+    for arguments, message in (
+        (["embed", "absent", "--image", photo], "absent"),
+        (["embed", package], "nothing to embed"),
+        (["embed", package, "--image", "absent.jpg"], "absent.jpg"),
+        (["embed", package, "--image", photo, "--out", "rows.txt"], ".npy"),
+        (["embed", package, "--image", photo, "--backend", "none"], "unknown backend"),
+        (["features", package, "--image", photo, "--out", "/nowhere/x.png"], "cannot write"),
+        (["features", package, "--image", photo, "--layer", "7", "--out", "x.png"], "layer 7"),
+        (["verify", str(tmp_path)], "manifest"),
+        (["inspect", photo], "photo.jpg"),
+    ):
+        _fails(capsys, arguments, message, run=main)
+
+
+def test_damage_is_found(tiny_package: Path, tmp_path: Path, capsys) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_package, copy)
+    data = copy / "text.data"
+    data.chmod(0o644)
+    content = bytearray(data.read_bytes())
+    content[1000] ^= 1
+    data.write_bytes(content)
+    _fails(capsys, ["verify", str(copy)], "text.data is damaged", run=main)
+    _fails(capsys, ["embed", str(copy), "--text", "a"], "text.data is damaged", run=main)
+    assert main(["doctor", str(copy)]) == 0
+    assert "damaged: " in capsys.readouterr().out
+
+
+def test_python_dash_m(tiny_package: Path) -> None:
+    command = [sys.executable, "-m", "perception_rt", "inspect", str(tiny_package), "--json"]
+    result = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert json.loads(result.stdout)["content"]["name"] == "tiny"
+
+
+def test_the_set_of_options_is_frozen() -> None:
+    """A new option is a decision: it is made here too."""
+    from perception_rt.cli import _export_parser, _parser
+
+    export = {s for a in _export_parser()._actions for s in a.option_strings}
+    assert export == {
+        "-h", "--help", "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
+        "--fp8", "--backend", "--image-size", "--center-crop", "--taps", "--out", "--force",
+        "--json", "--version",
+    }  # fmt: skip
+    commands = next(a for a in _parser()._actions if a.choices).choices
+    assert set(commands) == {"embed", "classify", "features", "inspect", "verify", "doctor"}

@@ -1,0 +1,56 @@
+"""Every released architecture exports at full size, with random weights, and passes its gate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perception_rt.archs import PE_MODELS
+
+# Measured in a child, so that the peak is this export's own.
+_EXPORT = """
+import sys
+from perception_rt.cli import export_main
+sys.exit(export_main(sys.argv[1:]))
+"""
+
+_FP32_BYTES = {"PE-Core-L14-336": 671_137_793 * 4}
+_GIGANTIC = [name for name in PE_MODELS if "G14" in name]
+_OTHERS = [name for name in PE_MODELS if "G14" not in name]
+
+
+def _export(name: str, precision: str, out: Path) -> dict:
+    arguments = ["--model", name, "--weights", "random", "--precision", precision]
+    command = [sys.executable, "-c", _EXPORT, *arguments, "--out", str(out), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)["record"]
+
+
+def _check(record: dict, least: float) -> None:
+    assert record["fidelity"]
+    for name, fidelity in record["fidelity"].items():
+        assert fidelity["cosine"] >= least, name
+
+
+@pytest.mark.parametrize("name", _OTHERS)
+def test_exports(name: str, tmp_path: Path) -> None:
+    record = _export(name, "fp32", tmp_path / "p")
+    _check(record, 0.99999)
+    if name in _FP32_BYTES:
+        peak = record["export"]["peak_rss_bytes"]
+        assert peak <= 2.5 * _FP32_BYTES[name], f"{peak / _FP32_BYTES[name]:.2f} x"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _GIGANTIC)
+def test_exports_gigantic(name: str, tmp_path: Path) -> None:
+    _check(_export(name, "fp32", tmp_path / "p"), 0.99999)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PE-Core-B16-224", "PE-Core-L14-336"])
+def test_int8_is_close(name: str, tmp_path: Path) -> None:
+    _check(_export(name, "int8", tmp_path / "p"), 0.999)

@@ -1,0 +1,208 @@
+"""The public methods: shapes, norms, batching, errors, threads; and the reference backend."""
+
+import hashlib
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import perception_rt as prt
+from perception_rt.errors import BackendError, InputError, PackageError
+
+
+def _images(count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(20, 90, (count, 2))
+    return [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in sizes]
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "reference"])
+def engine(request: pytest.FixtureRequest, tiny_package: Path):
+    with prt.load(tiny_package, backend=request.param, threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def ort_engine(tiny_package: Path):
+    with prt.load(tiny_package, threads=2) as engine:
+        yield engine
+
+
+def test_embeddings_are_unit_rows(engine) -> None:
+    images = engine.embed_images(_images(5))
+    texts = engine.embed_texts(["a cat", "", "two dogs"])
+    videos = engine.embed_videos([np.stack([np.full((24, 30, 3), v, np.uint8) for v in range(9)])])
+    for rows, count in ((images, 5), (texts, 3), (videos, 1)):
+        assert rows.shape == (count, 32) and rows.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    assert engine.embed_images([]).shape == (0, 32)
+    assert engine.embed_texts([]).shape == (0, 32)
+
+
+def test_video_is_the_mean_of_its_frames(engine) -> None:
+    rng = np.random.default_rng(1)
+    video = rng.integers(0, 256, (15, 40, 40, 3), np.uint8)
+    chosen = [video[int(i * 14 / 7)] for i in range(8)]
+    mean = engine.embed_images(chosen).mean(axis=0)
+    (row,) = engine.embed_videos([video], num_frames=8)
+    np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_every_kind_of_source_gives_the_same_row(engine, tmp_path: Path) -> None:
+    (array,) = _images(1)
+    picture = Image.fromarray(array)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    path = tmp_path / "image.png"
+    path.write_bytes(buffer.getvalue())
+    rows = engine.embed_images([array, picture, buffer.getvalue(), path, str(path)])
+    assert (rows == rows[0]).all()
+
+
+def test_classify_is_a_softmax_over_labels(engine) -> None:
+    images, labels = _images(4), ["cat", "dog", "tree"]
+    odds = engine.classify(images, labels)
+    assert odds.shape == (4, 3)
+    np.testing.assert_allclose(odds.sum(axis=1), 1, atol=1e-6)
+    logits = engine.logit_scale * engine.embed_images(images) @ engine.embed_texts(labels).T
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(odds, expected, atol=1e-6)
+
+
+def test_templates_are_averaged(engine) -> None:
+    templates = ["a photo of a {}", "{}, drawn"]
+    vectors = engine.embed_texts(["a photo of a cat", "cat, drawn"]).mean(axis=0)
+    (row,) = engine.embed_labels(["cat"], templates)
+    np.testing.assert_allclose(row, vectors / np.linalg.norm(vectors), atol=1e-6)
+    for bad in ([], ["no place"]):
+        with pytest.raises(InputError, match="templates"):
+            engine.classify(_images(1), ["cat"], bad)
+
+
+def test_features_drop_the_class_token(engine) -> None:
+    dense = engine.features(_images(3), layer=0)
+    assert dense.shape == (3, 4, 4, 64) and dense.dtype == np.float32
+    with pytest.raises(InputError, match="layer 2 is out of range for 2 blocks"):
+        engine.features(_images(1), layer=2)
+
+
+def test_progress_counts_to_the_end(engine) -> None:
+    seen: list[tuple[int, int]] = []
+    engine.embed_images(_images(7), batch_size=3, on_progress=lambda *n: seen.append(n))
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_bad_images_in_a_batch_leave_the_others_alone(ort_engine) -> None:
+    """IMG-05: 56 rows equal to single runs, bit for bit, and 8 errors with their places."""
+    images: list = _images(64)
+    bad = [0, 7, 13, 14, 31, 40, 62, 63]
+    for index in bad:
+        images[index] = b"not an image" if index % 2 else np.zeros((3, 8, 8), np.uint8)
+    errors: dict[int, InputError] = {}
+    rows = ort_engine.embed_images(images, on_error=errors.__setitem__)
+    assert sorted(errors) == bad
+    for index, image in enumerate(images):
+        if index in errors:
+            assert not rows[index].any()
+        else:
+            assert np.array_equal(rows[index], ort_engine.embed_images([image])[0])
+    with pytest.raises(InputError, match="image 7: "):
+        ort_engine.embed_images(images[1:9] and [images[1]] * 7 + [images[7]])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_row_does_not_depend_on_its_batch(precision: str, tiny_packages) -> None:
+    images, texts = _images(9), [f"text number {i}" for i in range(9)]
+    with prt.load(tiny_packages[precision], threads=2) as engine:
+        for embed, items in ((engine.embed_images, images), (engine.embed_texts, texts)):
+            together = embed(items)
+            alone = np.concatenate([embed([item]) for item in items])
+            assert np.array_equal(together, alone)
+
+
+def test_64_threads_share_one_engine(ort_engine) -> None:
+    """CON-02: bit-equal to serial, with different graphs in flight."""
+    images = _images(8)
+    expected = [ort_engine.embed_images([image])[0] for image in images]
+    dense = ort_engine.features(images[:1])
+    barrier = threading.Barrier(64)
+
+    def work(index: int) -> bool:
+        barrier.wait()
+        same = True
+        for step in range(50):
+            image = (index + step) % 8
+            same &= np.array_equal(ort_engine.embed_images([images[image]])[0], expected[image])
+            if step % 10 == index % 10:
+                same &= np.array_equal(ort_engine.features(images[:1]), dense)
+        return same
+
+    with ThreadPoolExecutor(64) as pool:
+        assert all(pool.map(work, range(64)))
+
+
+def test_wrong_arguments_are_named(engine) -> None:
+    for call, message in (
+        (lambda: engine.embed_texts("a cat"), "list of strings"),
+        (lambda: engine.classify(_images(1), []), "labels"),
+        (lambda: engine.classify(_images(1), "cat"), "labels"),
+        (lambda: engine.embed_images(_images(1), batch_size=0), "batch_size must be 1 to 256"),
+        (lambda: engine.encode_pixels(np.zeros((1, 3, 32, 32))), "float32, not float64"),
+        (lambda: engine.encode_pixels(np.zeros((1, 3, 32, 40), np.float32)), r"\(1, 3, 32, 40\)"),
+        (lambda: engine.encode_pixels(np.zeros((0, 3, 32, 32), np.float32)), "shape"),
+        (lambda: engine.encode_tokens(np.full((1, 16), 49408)), "0 to 49407"),
+        (lambda: engine.encode_tokens(np.full((1, 16), -1)), "0 to 49407"),
+        (lambda: engine.encode_tokens(np.zeros((1, 16), np.int32)), "int64, not int32"),
+        (lambda: engine.encode_tokens(np.zeros((1, 8), np.int64)), r"\(1, 8\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_nan_never_comes_back(ort_engine) -> None:
+    pixels = np.full((1, 3, 32, 32), np.nan, np.float32)
+    with pytest.raises(BackendError, match="not finite"):
+        ort_engine.encode_pixels(pixels)
+
+
+def test_what_cannot_be_had_is_an_error(tiny_package: Path, tiny_packages) -> None:
+    package_id = prt.load(tiny_package).manifest.id
+    prt.load(tiny_package, expect=package_id).close()
+    wrong = "sha256:" + hashlib.sha256(b"").hexdigest()
+    with pytest.raises(PackageError, match="sha256:"):
+        prt.load(tiny_package, expect=wrong)
+    with pytest.raises(InputError, match="unknown backend 'tensorrt'"):
+        prt.load(tiny_package, backend="tensorrt")
+    with pytest.raises(InputError, match="threads must be 1 to 1024"):
+        prt.load(tiny_package, threads=0)
+    with prt.load(tiny_package, device="cuda") as engine:
+        with pytest.raises(BackendError, match="CUDAExecutionProvider is not in this ONNX Runtime"):
+            engine.embed_images(_images(1))
+    with prt.load(tiny_packages["int8"], device="cuda") as engine:
+        with pytest.raises(BackendError, match="int8 package for onnxruntime does not run on cuda"):
+            engine.embed_images(_images(1))
+    with prt.load(tiny_package, device="tpu") as engine:
+        with pytest.raises(InputError, match="unknown device 'tpu'"):
+            engine.embed_images(_images(1))
+
+
+def test_close_twice_and_use_after_close(tiny_package: Path) -> None:
+    engine = prt.load(tiny_package)
+    engine.embed_images(_images(1))
+    engine.close()
+    engine.close()
+    with pytest.raises((BackendError, PackageError), match="closed"):
+        engine.embed_images(_images(1))
+
+
+def test_reference_backend_is_predictable(tiny_package: Path) -> None:
+    images = _images(3)
+    with prt.load(tiny_package, backend="reference") as engine:
+        rows = engine.embed_images([*images, images[0]])
+        assert np.array_equal(rows[0], rows[3])
+        assert not np.array_equal(rows[0], rows[1])
+        assert np.array_equal(rows[1], engine.embed_images([images[1]])[0])
