@@ -115,5 +115,3 @@ class GraphSpec:
             if spec.name == name:
                 return spec
         raise PackageError(f"graph {self.file!r} has no output {name!r}")
-
-

@@ -172,7 +172,7 @@ def test_not_finite_weights_are_named(value: float, tmp_path: Path) -> None:
     weights[key] = weights[key].clone()
     weights[key][3] = value
     plan = _plan(data.config, "fp16")
-    with pytest.raises(ExportError, match="resblocks.0.ln_2.weight.float16 is not finite"):
+    with pytest.raises(ExportError, match=r"resblocks.0.ln_2.weight.float16 is not finite"):
         build.export_package(plan, replace(data, weights=weights), tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
 
