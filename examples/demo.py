@@ -1,0 +1,115 @@
+"""A minute with perception_rt: export a model, classify with its engines, draw dense features.
+
+`make demo` runs it; the results are in out/demo. Each export is a command, as a user would type it,
+so that this process, which only runs engines, never loads torch. Exit status 1 if an engine
+recognises fewer digits than it should.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+import perception_rt
+from perception_rt.processing.pca import side_by_side
+from perception_rt.progress import Progress
+from training.digits import Bytes, Labels, held_out_digits
+from training.scenes import WORDS
+
+OUT = Path("out/demo")
+PRECISIONS = ("fp32", "int8")
+TEMPLATES = ("a photo of the handwritten digit {}", "a handwritten {}")
+LEAST_ACCURACY = 0.95
+PHOTO = "china.jpg"
+PHOTO_SIZE = "320x480"
+
+
+def main() -> int:
+    """Runs all steps; returns the exit status."""
+    start = time.perf_counter()
+    OUT.mkdir(parents=True, exist_ok=True)
+    print("PE-Demo: a small Perception Encoder, trained on handwritten digits and captions")
+
+    print("\nExport (from torch to engines for ONNX Runtime on this CPU)")
+    for precision in PRECISIONS:
+        export("--precision", precision, "--out", str(OUT / precision))
+
+    images, labels = held_out_digits(image_size(OUT / PRECISIONS[0]))
+    print(f"\nZero-shot: {len(labels)} digits of writers it was not trained on, 10 labels as text")
+    accuracies = [classify(OUT / precision, images, labels) for precision in PRECISIONS]
+
+    print(f"\nDense features of a photograph ({PHOTO} of scikit-learn)")
+    export("--image-size", PHOTO_SIZE, "--out", str(OUT / "photo"))
+    draw_features(OUT / "photo", OUT / "features.png")
+
+    assert "torch" not in sys.modules
+    print(f"\nAll of it is in {OUT}/, made in {time.perf_counter() - start:.0f} s.")
+    if min(accuracies) < LEAST_ACCURACY:
+        print(f"FAILED: at least {LEAST_ACCURACY:.0%} of the digits should be right")
+        return 1
+    return 0
+
+
+def export(*options: str) -> None:
+    """Runs `perception-export` for the demo model; leaves if it fails, having said why."""
+    arguments = ["--model", "PE-Demo", *options, "--force"]
+    print("  $ perception-export", *arguments, flush=True)
+    command = Path(sys.executable).with_name("perception-export")
+    start = time.perf_counter()
+    result = subprocess.run([command, *arguments], stdout=subprocess.DEVNULL, check=False)  # noqa: S603
+    if result.returncode:
+        sys.exit(result.returncode)
+    with perception_rt.load(Path(options[-1])) as engine:
+        content, record = engine.manifest.content, engine.manifest.record
+    size = sum(entry.size_bytes for entry in content.files.values()) / 1e6
+    cosine = min(result["cosine"] for result in record["fidelity"].values())
+    print(
+        f"    {time.perf_counter() - start:.1f} s, {size:.1f} MB, least cosine of any output "
+        f"against torch {cosine:.5f}"
+    )
+
+
+def image_size(package: Path) -> int:
+    """The side of the images that a package takes, in pixels."""
+    with perception_rt.load(package) as engine:
+        return engine.image_spec.height
+
+
+def classify(package: Path, images: Bytes, labels: Labels) -> float:
+    """Prints and returns the accuracy, from 0 to 1, and prints the throughput."""
+    with Progress() as progress, perception_rt.load(package) as engine:
+        classes = engine.embed_labels(WORDS, TEMPLATES)
+        engine.embed_images([images[0]])  # opens the engine, which is not what is measured below
+        start = time.perf_counter()
+        embeddings = engine.embed_images(list(images), on_progress=progress.counter("images"))
+        seconds = time.perf_counter() - start
+        batch = engine.batch_size
+    right = int(((embeddings @ classes.T).argmax(axis=1) == labels).sum())
+    accuracy = right / len(labels)
+    print(
+        f"  {package.name}: accuracy {accuracy:.1%} ({right} of {len(labels)}), "
+        f"{len(labels) / seconds:,.0f} images/s at batch size {batch}"
+    )
+    return accuracy
+
+
+def draw_features(package: Path, picture: Path) -> None:
+    """Writes the photograph beside its last block's features, their main directions as colours."""
+    photo = np.asarray(load_sample_image(PHOTO))
+    start = time.perf_counter()
+    with perception_rt.load(package) as engine:
+        (dense,) = engine.features([photo])
+    side_by_side(Image.fromarray(photo), dense).save(picture)
+    height, width, channels = dense.shape
+    print(
+        f"  {picture}: {height}x{width} patches of {channels} channels, "
+        f"in {time.perf_counter() - start:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""Reads from the bytes of an ONNX model what decides whether it may be loaded, without onnx.
+
+A reader of the protobuf wire format for the few fields that matter: operators, opsets, the names
+of inputs and outputs, and every reference to data outside the model. What two parsers could read
+differently (a singular field twice, a wrong wire type) is refused, not interpreted.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from perception_rt.errors import PackageError
+from perception_rt.package.contract import GraphSpec
+from perception_rt.package.manifest import FileEntry
+
+_MAX_DEPTH = 8  # graphs inside graphs
+_MAX_RANK = 32
+_VARINT, _FIXED64, _LEN, _FIXED32 = 0, 1, 2, 5
+_EXTERNAL = 1  # TensorProto.DataLocation
+_EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
+
+# Values of TensorProto.DataType by bits per element; types that cannot be external are left out.
+_TYPES_BY_BITS = {
+    2: (25, 26),
+    4: (21, 22, 23),
+    8: (2, 3, 9, 17, 18, 19, 20, 24),
+    16: (4, 5, 10, 16),
+    32: (1, 6, 12),
+    64: (7, 11, 13, 14),
+    128: (15,),
+}
+_ELEMENT_BITS = {kind: bits for bits, kinds in _TYPES_BY_BITS.items() for kind in kinds}
+
+# The wire types of the fields that are read, by message; `dims` may also come packed.
+_MODEL = {7: _LEN, 8: _LEN, 20: _LEN, 25: _LEN}
+_GRAPH = {1: _LEN, 5: _LEN, 11: _LEN, 12: _LEN, 15: _LEN}
+_FUNCTION = {7: _LEN, 11: _LEN}
+_NODE = {4: _LEN, 5: _LEN, 7: _LEN}
+_ATTRIBUTE = {5: _LEN, 6: _LEN, 10: _LEN, 11: _LEN, 22: _LEN, 23: _LEN}
+_SPARSE = {1: _LEN, 2: _LEN}
+_TENSOR = {1: None, 2: _VARINT, 8: _LEN, 13: _LEN, 14: _VARINT}
+_OPSET = {1: _LEN, 2: _VARINT}
+_ENTRY = {1: _LEN, 2: _LEN}
+_VALUE_INFO = {1: _LEN}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExternalTensor:
+    """A tensor whose elements are in another file: its size, and the model's claims about it."""
+
+    name: str
+    size_bytes: int
+    entries: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphScan:
+    """What a model refers to, subgraphs and functions included.
+
+    Attributes:
+        opsets: (domain, version) of every opset import of the model.
+        nodes: (op_type, domain) of every node; the default domain is "".
+        externals: every tensor with data outside the model.
+        inputs: names of the main graph's inputs, in order.
+        outputs: names of the main graph's outputs, in order.
+    """
+
+    opsets: tuple[tuple[str, int], ...]
+    nodes: tuple[tuple[str, str], ...]
+    externals: tuple[ExternalTensor, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def scan_graph(data: bytes) -> GraphScan:
+    """Lists what the ONNX model in `data` refers to.
+
+    Raises:
+        PackageError: `data` is not an ONNX model, or is ambiguous.
+    """
+    model = _Message(memoryview(data), "model", _MODEL)
+    if 20 in model.fields:
+        raise PackageError("ONNX model: training graphs are not allowed")
+    opsets = []
+    for view in model.messages(8):
+        opset = _Message(view, "opset import", _OPSET)
+        opsets.append((_domain(opset), opset.integer(2)))
+    graph = model.one(7)
+    if graph is None:
+        raise PackageError("ONNX model: no graph")
+    walk = _Walk()
+    inputs, outputs = walk.graph(graph, 1)
+    for view in model.messages(25):
+        function = _Message(view, "function", _FUNCTION)
+        walk.nodes_of(function.messages(7), 1)
+        walk.attributes(function.messages(11), 1)
+    return GraphScan(
+        opsets=tuple(opsets),
+        nodes=tuple(walk.nodes),
+        externals=tuple(walk.externals),
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def check_graph(
+    data: bytes,
+    spec: GraphSpec,
+    files: Mapping[str, FileEntry],
+    *,
+    domains: frozenset[str] | None,
+) -> None:
+    """Refuses a model that could read outside the package or is not what `spec` says.
+
+    Args:
+        data: the ONNX model.
+        spec: its record in the manifest.
+        files: the files of the package.
+        domains: operator domains that may occur ("" is ONNX's own); None allows all.
+
+    Raises:
+        PackageError: names the first operator, tensor or name that is wrong.
+    """
+    scan = scan_graph(data)
+    for op_type, domain in scan.nodes:
+        if op_type == "EPContext":
+            raise PackageError(f"graph {spec.file!r}: EPContext nodes are not allowed")
+        if domains is not None and domain not in domains:
+            raise PackageError(
+                f"graph {spec.file!r}: operator {op_type!a:.80} is of domain {domain!a:.80}; "
+                f"allowed are {sorted(domains)}"
+            )
+    for what, found, wanted in (
+        ("inputs", scan.inputs, spec.inputs),
+        ("outputs", scan.outputs, spec.outputs),
+    ):
+        names = tuple(tensor.name for tensor in wanted)
+        if found != names:
+            raise PackageError(
+                f"graph {spec.file!r}: {what} are {list(found)!a:.200}, not {list(names)!a:.200}"
+            )
+    if scan.externals and "/" in spec.file:
+        # A location is relative to the model's folder: only there it equals the path in `files`.
+        raise PackageError(f"graph {spec.file!r}: with external data it must be at the top level")
+    _check_overlaps([_external_range(t, spec, files) for t in scan.externals], spec.file)
+
+
+def _external_range(
+    tensor: ExternalTensor, spec: GraphSpec, files: Mapping[str, FileEntry]
+) -> tuple[str, int, int]:
+    """The checked (file, start, end) of an external tensor."""
+    where = f"graph {spec.file!r}: tensor {tensor.name!a:.80}"
+    unknown = sorted(set(tensor.entries) - _EXTERNAL_KEYS)
+    if unknown:
+        raise PackageError(f"{where} has the external data key {unknown[0]!a:.80}")
+    location = tensor.entries.get("location")
+    if location not in spec.data or location not in files:
+        raise PackageError(
+            f"{where} has data in {location!a:.80}, which is not a file of the graph"
+        )
+    offset = _number(tensor.entries.get("offset", "0"), f"{where}: offset")
+    length = _number(tensor.entries.get("length", str(tensor.size_bytes)), f"{where}: length")
+    if length != tensor.size_bytes:
+        raise PackageError(
+            f"{where} has {length} bytes of external data; its shape needs {tensor.size_bytes}"
+        )
+    if offset + length > files[location].size_bytes:
+        raise PackageError(
+            f"{where} ends at byte {offset + length} of {location!r}, which has "
+            f"{files[location].size_bytes}"
+        )
+    return location, offset, offset + length
+
+
+def _check_overlaps(ranges: list[tuple[str, int, int]], file: str) -> None:
+    """PackageError where two ranges share bytes and are not the same range."""
+    reached: dict[str, int] = {}
+    for location, start, end in sorted(set(ranges)):
+        if start < end and start < reached.get(location, 0):
+            raise PackageError(f"graph {file!r}: tensors overlap at byte {start} of {location!r}")
+        reached[location] = max(end, reached.get(location, 0))
+
+
+def _number(text: str, where: str) -> int:
+    if not _NUMBER.fullmatch(text):
+        raise PackageError(f"{where} {text!a:.40} is not a non-negative 64-bit integer")
+    return int(text)
+
+
+@dataclass(slots=True)
+class _Walk:
+    """Collects nodes and external tensors over all graphs of a model."""
+
+    nodes: list[tuple[str, str]] = field(default_factory=list)
+    externals: list[ExternalTensor] = field(default_factory=list)
+
+    def graph(self, view: memoryview, depth: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Walks one graph; returns the names of its inputs and outputs."""
+        if depth > _MAX_DEPTH:
+            raise PackageError(f"ONNX model: more than {_MAX_DEPTH} graphs inside each other")
+        graph = _Message(view, "graph", _GRAPH)
+        self.nodes_of(graph.messages(1), depth)
+        for tensor in graph.messages(5):
+            self.tensor(tensor)
+        for sparse in graph.messages(15):
+            self.sparse_tensor(sparse)
+        return _value_names(graph.messages(11)), _value_names(graph.messages(12))
+
+    def nodes_of(self, views: list[memoryview], depth: int) -> None:
+        for view in views:
+            node = _Message(view, "node", _NODE)
+            self.nodes.append((node.text(4), _domain(node, 7)))
+            self.attributes(node.messages(5), depth)
+
+    def attributes(self, views: list[memoryview], depth: int) -> None:
+        for view in views:
+            attribute = _Message(view, "attribute", _ATTRIBUTE)
+            for number in (5, 6, 22):
+                attribute.one(number)  # not twice
+            for tensor in attribute.messages(5) + attribute.messages(10):
+                self.tensor(tensor)
+            for sparse in attribute.messages(22) + attribute.messages(23):
+                self.sparse_tensor(sparse)
+            for graph in attribute.messages(6) + attribute.messages(11):
+                self.graph(graph, depth + 1)
+
+    def sparse_tensor(self, view: memoryview) -> None:
+        sparse = _Message(view, "sparse tensor", _SPARSE)
+        for part in (sparse.one(1), sparse.one(2)):
+            if part is not None:
+                self.tensor(part)
+
+    def tensor(self, view: memoryview) -> None:
+        tensor = _Message(view, "tensor", _TENSOR)
+        name, location = tensor.text(8), tensor.integer(14)
+        entries: dict[str, str] = {}
+        for item in tensor.messages(13):
+            entry = _Message(item, "external data entry", _ENTRY)
+            key = entry.text(1)
+            if key in entries:
+                raise PackageError(f"ONNX model: tensor {name!a:.80} has {key!a:.80} twice")
+            entries[key] = entry.text(2)
+        if location not in (0, _EXTERNAL) or bool(entries) != (location == _EXTERNAL):
+            raise PackageError(
+                f"ONNX model: tensor {name!a:.80} has data location {location} and "
+                f"{len(entries)} external data entries"
+            )
+        if entries:
+            size = _tensor_size(tensor, name)
+            self.externals.append(ExternalTensor(name=name, size_bytes=size, entries=entries))
+
+
+def _tensor_size(tensor: "_Message", name: str) -> int:
+    """Bytes that the dims and the data type of a tensor stand for."""
+    dims: list[int] = []
+    for value in tensor.fields.get(1, []):
+        if isinstance(value, int):
+            dims.append(value)
+            continue
+        position = 0
+        while position < len(value) and len(dims) <= _MAX_RANK:
+            size, position = _varint(value, position)
+            dims.append(size)
+    bits = _ELEMENT_BITS.get(tensor.integer(2))
+    if bits is None or len(dims) > _MAX_RANK or any(size >= 2**63 for size in dims):
+        raise PackageError(f"ONNX model: tensor {name!a:.80} has an unusable type or shape")
+    return (math.prod(dims) * bits + 7) // 8
+
+
+def _value_names(views: list[memoryview]) -> tuple[str, ...]:
+    return tuple(_Message(view, "value", _VALUE_INFO).text(1) for view in views)
+
+
+def _domain(message: "_Message", number: int = 1) -> str:
+    """A domain field; "ai.onnx" is another spelling of the default domain."""
+    domain = message.text(number)
+    return "" if domain == "ai.onnx" else domain
+
+
+class _Message:
+    """The wanted fields of one protobuf message; all others are skipped."""
+
+    __slots__ = ("fields", "kind")
+
+    def __init__(self, view: memoryview, kind: str, wires: Mapping[int, int | None]) -> None:
+        self.kind = kind
+        self.fields: dict[int, list[int | memoryview]] = {}
+        for number, wire, value in _read_fields(view):
+            if number not in wires:
+                continue
+            if wire != wires[number] and (wires[number] is not None or wire not in (_VARINT, _LEN)):
+                raise PackageError(f"ONNX model: {kind} field {number} has wire type {wire}")
+            self.fields.setdefault(number, []).append(value)
+
+    def messages(self, number: int) -> list[memoryview]:
+        """All values of a length-delimited field."""
+        return [v for v in self.fields.get(number, []) if isinstance(v, memoryview)]
+
+    def one(self, number: int) -> memoryview | None:
+        """The value of a singular length-delimited field, None if it is not there."""
+        self._refuse_repeats(number)
+        values = self.messages(number)
+        return values[0] if values else None
+
+    def text(self, number: int) -> str:
+        """The value of a string field, "" if it is not there."""
+        view = self.one(number)
+        try:
+            return "" if view is None else str(view, "utf-8")
+        except UnicodeDecodeError:
+            raise PackageError(f"ONNX model: {self.kind} field {number} is not UTF-8") from None
+
+    def integer(self, number: int) -> int:
+        """The value of an integer field, 0 if it is not there."""
+        self._refuse_repeats(number)
+        value = self.fields.get(number, [0])[0]
+        assert isinstance(value, int)  # by the wire types above
+        return value
+
+    def _refuse_repeats(self, number: int) -> None:
+        if len(self.fields.get(number, [])) > 1:
+            raise PackageError(f"ONNX model: {self.kind} field {number} occurs twice")
+
+
+def _read_fields(view: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
+    """Yields (field number, wire type, value) of a message; fixed-size values are skipped."""
+    position = 0
+    while position < len(view):
+        tag, position = _varint(view, position)
+        number, wire = tag >> 3, tag & 7
+        value: int | memoryview
+        if wire == _VARINT:
+            value, position = _varint(view, position)
+        elif wire in (_FIXED64, _FIXED32, _LEN):
+            size = {_FIXED64: 8, _FIXED32: 4}.get(wire, 0)
+            if wire == _LEN:
+                size, position = _varint(view, position)
+            if size > len(view) - position:
+                raise PackageError("ONNX model: a field is longer than what contains it")
+            value = view[position : position + size]
+            position += size
+        else:
+            raise PackageError(f"ONNX model: wire type {wire} does not occur in ONNX")
+        if not 0 < number < 2**29:
+            raise PackageError(f"ONNX model: field number {number} does not exist")
+        yield number, wire, value
+
+
+def _varint(view: memoryview, position: int) -> tuple[int, int]:
+    """The variable-length integer at `position` (64 bits), and the position after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(view):
+            raise PackageError("ONNX model: ends inside an integer")
+        byte = view[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if value >= 2**64:
+                break
+            return value, position
+    raise PackageError("ONNX model: an integer is longer than 64 bits")

@@ -1,0 +1,135 @@
+"""SEC-02: what is in the wheel, and that it runs an engine where torch and onnx are not installed.
+
+The engine is made by the source tree. pip, in processes of its own, may use the network.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from perception_rt.cli import export_main
+
+ROOT = Path(__file__).parents[1]
+DEMO = "perception_rt/demo/pe_demo.safetensors"
+ABSENT = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "transformers", "training")
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+
+def run(*command: str | Path, cwd: Path, timeout: float = 300) -> str:
+    """Standard output of a command that must succeed, away from this tree and its settings."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ORT_"))}
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    isolation = ["--no-build-isolation"] if find_spec("hatchling") else []
+    run(*PIP, "wheel", ROOT, "--no-deps", *isolation, "--wheel-dir", out, cwd=out)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the commands of an environment with the wheel and what it requires."""
+    directory = tmp_path_factory.mktemp("venv")
+    run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=directory)
+    run(*PIP, "--python", directory / "bin" / "python", "install", wheel, cwd=directory)
+    return directory / "bin"
+
+
+@pytest.fixture(scope="module")
+def demo_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "PE-Demo"
+    assert export_main(["--model", "PE-Demo", "--precision", "int8", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (n for n in names if n.endswith("/METADATA"))
+        requirements = [
+            line
+            for line in archive.read(metadata).decode().splitlines()
+            if line.startswith("Requires-Dist:") and "extra ==" not in line
+        ]
+    needed = {
+        "perception_rt/__init__.py",
+        "perception_rt/py.typed",
+        "perception_rt/processing/assets/bpe_simple_vocab_16e6.txt.gz",
+        DEMO,
+        DEMO.replace(".safetensors", ".json"),
+    }
+    assert needed - names == set()
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "perception_rt").rglob("*.py")}
+    assert modules - names == set()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"perception_rt"}
+    licenses = sorted(n.partition("/licenses/")[2] for n in names if "/licenses/" in n)
+    assert licenses == ["LICENSE", "perception_rt/processing/assets/LICENSE.clip_bpe.txt"]
+    assert sorted(line.split()[1].partition(">")[0] for line in requirements) == [
+        "ftfy",
+        "numpy",
+        "onnxruntime",
+        "pillow",
+        "regex",
+    ]
+
+
+def test_the_runtime_loads_what_it_requires_and_no_more(installed: Path, tmp_path: Path) -> None:
+    code = f"""
+import importlib.util, json, sys
+import perception_rt.runtime.load
+print(json.dumps([
+    [name for name in {ABSENT} if importlib.util.find_spec(name)],
+    sorted({{name.partition(".")[0] for name in sys.modules}} - sys.stdlib_module_names),
+]))
+"""
+    here, loaded = json.loads(run(installed / "python", "-c", code, cwd=tmp_path))
+    assert here == []
+    expected = {"__main__", "perception_rt", "numpy", "PIL", "ftfy", "regex", "wcwidth"}
+    assert set(loaded) <= expected  # onnxruntime only when an engine is opened
+
+
+def test_an_engine_classifies_and_embeds_without_torch(
+    installed: Path, demo_package: Path, tmp_path: Path
+) -> None:
+    from training.digits import held_out_digits
+    from training.scenes import WORDS
+
+    digits, labels = held_out_digits(32)
+    names = [f"{i}.png" for i in range(20)]
+    for name, pixels in zip(names, digits, strict=False):
+        Image.fromarray(pixels).save(tmp_path / name)
+    images = [part for name in names for part in ("--image", name)]
+
+    command = [installed / "perception-rt", "classify", demo_package, "--json", *images]
+    command += [part for word in WORDS for part in ("--label", word)]
+    answer = json.loads(run(*command, "--template", "a handwritten {}", cwd=tmp_path))
+    best = [max(answer[name], key=answer[name].__getitem__) for name in names]
+    assert sum(word == WORDS[label] for word, label in zip(best, labels, strict=False)) >= 18
+
+    command = [installed / "perception-rt", "embed", demo_package, *images, "--text", "a seven"]
+    run(*command, "--out", "rows.npy", cwd=tmp_path)
+    rows = np.load(tmp_path / "rows.npy")
+    assert rows.shape == (21, 64) and rows.dtype == np.float32
+    assert np.allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-5)
