@@ -1,1 +1,1 @@
-"""The engine package as a file format: what is in the directory, and how it is published and read."""
+"""The engine package as a file format: what its directory holds, how it is published and read."""
