@@ -141,7 +141,9 @@ def _load(options: argparse.Namespace) -> Any:
 def _export(options: argparse.Namespace) -> None:
     try:
         from perception_rt.export.command import run_export
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "perception_rt":
+            raise
         raise InputError(
             f"exporting needs {error.name}: pip install 'perception_rt[export]'"
         ) from None

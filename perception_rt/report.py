@@ -86,11 +86,9 @@ def _backends() -> dict[str, str]:
     result = {"reference": "cpu (predictable outputs for tests, not a model)"}
     if find_spec("onnxruntime") is None:
         return result | {"onnxruntime": "not installed: pip install perception_rt"}
-    import onnxruntime
+    from perception_rt.runtime.backends.onnxruntime import devices
 
-    names = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
-    devices = [names[p] for p in onnxruntime.get_available_providers() if p in names]
-    return result | {"onnxruntime": ", ".join(devices)}
+    return result | {"onnxruntime": ", ".join(devices())}
 
 
 def _version(name: str) -> str:

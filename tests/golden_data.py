@@ -41,7 +41,7 @@ def golden(name: str) -> Golden:
     path = GOLDEN / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         config = PeConfig.from_dict(json.loads(file.metadata()["config"]))
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

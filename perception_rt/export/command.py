@@ -10,7 +10,7 @@ from perception_rt.checkpoint.hub import PE_LICENSE, download
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import WeightSource, open_checkpoint
 from perception_rt.config import PeConfig
-from perception_rt.demo import CHECKPOINT_FILE, CONFIG_FILE, LICENSE_NOTE
+from perception_rt.demo import LICENSE_NOTE, config_path, weights_path
 from perception_rt.errors import InputError
 from perception_rt.export.build import check_destination, export_package
 from perception_rt.export.plan import ExportPlan, parse_image_size
@@ -76,7 +76,7 @@ def _config(options: argparse.Namespace) -> PeConfig:
     if options.config is not None:
         raise InputError("--config goes with --checkpoint; --model has its own architecture")
     if options.model == DEMO_MODEL:
-        return _read_config(CONFIG_FILE)
+        return _read_config(config_path())
     return get_config(options.model)
 
 
@@ -104,6 +104,6 @@ def _source(
     if options.weights not in (None, "hf"):
         return open_checkpoint(options.weights, config)
     if options.model == DEMO_MODEL:
-        return open_checkpoint(CHECKPOINT_FILE, config, license_note=LICENSE_NOTE)
+        return open_checkpoint(weights_path(), config, license_note=LICENSE_NOTE)
     report(f"looking for {options.model} in the hub cache, or downloading it")
     return open_checkpoint(download(options.model), config, license_note=PE_LICENSE)

@@ -1,9 +1,13 @@
 """ONNX Runtime, on CPU or CUDA. A device that cannot be had is an error, never another device."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+# ONNX Runtime keeps and sends telemetry from the moment it is loaded, unless it is told before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from perception_rt.errors import BackendError, InputError
@@ -14,6 +18,12 @@ Array = np.ndarray[Any, Any]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DOMAINS = frozenset({"", "com.microsoft"})
+
+
+def devices() -> list[str]:
+    """The devices that the installed ONNX Runtime was built for."""
+    available = ort.get_available_providers()
+    return [device for device, provider in _PROVIDERS.items() if provider in available]
 
 
 class OnnxRuntimeEngine:
