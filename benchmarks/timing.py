@@ -1,0 +1,77 @@
+"""Timed calls of one row, and the figures made of their samples. Knows no model and no backend."""
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+WARM_UP_CALLS = 2
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What one process measured of one row at one batch.
+
+    Attributes:
+        ms: milliseconds of each timed call, in order.
+        cosine: least cosine of any image of any call, warm-up included, against the reference.
+        peak_rss_bytes: the process's peak resident memory so far.
+    """
+
+    ms: list[float]
+    cosine: float
+    peak_rss_bytes: int
+
+
+def measure(
+    run: Callable[[Array], Array], inputs: Array, reference: Array, *, batch: int, repeats: int
+) -> Samples:
+    """Times `run` on successive batches of `inputs`, after two calls that are not timed.
+
+    Args:
+        run: inputs (batch, ...) -> outputs (batch, ..., D).
+        inputs: (N, ...); each call takes the next `batch` of them, in a circle.
+        reference: (N, ..., D), the expected output of each input up to its length.
+        batch: inputs per call, at least 1.
+        repeats: timed calls, at least 1.
+    """
+    times, cosines = [], []
+    for call in range(WARM_UP_CALLS + repeats):
+        indices = (call * batch + np.arange(batch)) % len(inputs)
+        part = np.ascontiguousarray(inputs[indices])
+        start = time.perf_counter()
+        output = run(part)
+        times.append((time.perf_counter() - start) * 1e3)
+        cosines.append(least_cosine(output, reference[indices]))
+    return Samples(ms=times[WARM_UP_CALLS:], cosine=min(cosines), peak_rss_bytes=peak_rss_bytes())
+
+
+def least_cosine(a: Array, b: Array) -> float:
+    """The least cosine between the rows of two arrays (..., D) of one shape."""
+    assert a.shape == b.shape
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    cosines: Array = (a * b).sum(axis=-1) / norms
+    return float(cosines.min())
+
+
+def percentile(samples: Sequence[float], q: float) -> float:
+    """The q-th percentile, 0 to 100, interpolated between samples."""
+    return float(np.percentile(samples, q))
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since it was executed."""
+    # Linux lets getrusage's figure start from the parent's peak; VmHWM is this process's own.
+    if _STATUS.is_file():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,190 @@
+"""The benchmark's arithmetic, its options, and one whole run on a tiny tower."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import embed
+from benchmarks.flops import vision_flops, vision_macs
+from benchmarks.report import summarize
+from benchmarks.rows import BASELINE, Row, rows_for
+from benchmarks.timing import least_cosine, measure, peak_rss_bytes
+from benchmarks.worker import perform, run_task
+from perception_rt import archs
+from perception_rt.config import PeConfig, VisionConfig
+from perception_rt.errors import BackendError
+
+TINY = PeConfig(
+    vision=VisionConfig(
+        patch_size=8,
+        width=64,
+        layers=1,
+        heads=2,
+        mlp_ratio=4.0,
+        output_dim=32,
+        image_size=32,
+        use_cls_token=True,
+    )
+)
+
+# What timm counts for these models.
+GMACS = {
+    "PE-Core-T16-384": 4.74,
+    "PE-Core-S16-384": 15.69,
+    "PE-Core-B16-224": 17.82,
+    "PE-Core-L14-336": 192.33,
+    "PE-Core-G14-448": 2060.12,
+    "PE-Lang-L14-448": 346.99,
+    "PE-Spatial-B16-512": 107.13,
+}
+
+# A process where torch cannot be imported.
+WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = None
+from benchmarks.worker import perform
+print(json.dumps(perform(json.loads(sys.argv[1]))))
+"""
+
+
+@pytest.mark.parametrize("name", GMACS)
+def test_macs_equal_published_counts(name: str) -> None:
+    assert vision_macs(archs.get_config(name).vision) / 1e9 == pytest.approx(GMACS[name], rel=5e-3)
+
+
+def test_measure_walks_over_all_inputs_and_leaves_warm_up_out() -> None:
+    seen = []
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        seen.append(batch[:, 0].tolist())
+        return np.where(batch == 2, -batch, batch)  # one input of five comes out opposite
+
+    inputs = np.arange(5.0)[:, None] + [[0.0, 0.0]]
+    inputs[0] = 9.0
+    samples = measure(run, inputs, inputs, batch=2, repeats=3)
+    assert seen == [[9, 1], [2, 3], [4, 9], [1, 2], [3, 4]]
+    assert len(samples.ms) == 3
+    assert min(samples.ms) > 0
+    assert samples.cosine == pytest.approx(-1)
+    assert 1 << 20 < samples.peak_rss_bytes <= peak_rss_bytes()
+
+
+def test_least_cosine_is_of_the_worst_row() -> None:
+    a = np.array([[[1.0, 0.0], [1.0, 1.0]]], np.float32)
+    b = np.array([[[2.0, 0.0], [0.0, 1.0]]], np.float32)
+    assert least_cosine(a, b) == pytest.approx(np.sqrt(0.5))
+
+
+def test_summary_pools_rounds() -> None:
+    def samples(ms: list[float], cosine: float, peak: int) -> dict:
+        return {"2": {"ms": ms, "cosine": cosine, "peak_rss_bytes": peak}}
+
+    fast = Row(name="fast", kind="plain", limit="int8")
+    rounds = [
+        {BASELINE.name: samples([90.0, 100.0], 1.0, 10), "fast": samples([10.0, 20.0], 0.9, 5)},
+        {BASELINE.name: samples([110.0], 1.0, 10), "fast": samples([30.0], 0.8, 7)},
+    ]
+    limits = {"fp32": 1e9, "int8": 1e3 * vision_flops(TINY.vision)}
+    first, second = summarize(TINY.vision, [BASELINE, fast], rounds, limits)
+    assert (first["p50_ms"], first["speed_up"]) == (100.0, 1.0)
+    assert second["batch"] == 2
+    assert (second["p50_ms"], second["p90_ms"]) == (20.0, pytest.approx(28.0))
+    assert second["images_per_s"] == pytest.approx(100)
+    assert second["speed_up"] == pytest.approx(5)
+    assert (second["cosine"], second["peak_rss_bytes"]) == (0.8, 7)
+    assert second["share"] == pytest.approx(0.1)
+    assert second["ms"] == [[10.0, 20.0], [30.0]]
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("torch_threads")
+def test_whole_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(task: dict) -> object:
+        # Processes cost seconds; one shows that they work, one that engines need no torch.
+        kind = task["row"]["kind"] if task["do"] == "row" else ""
+        if kind == "pixels":
+            return run_task(task)
+        if kind == "images":
+            command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(task)]
+            return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        return perform(task)
+
+    monkeypatch.setitem(archs.PE_MODELS, "PE-Tiny", TINY)
+    monkeypatch.setattr(embed, "run_task", run)
+    out = tmp_path / "result.json"
+    arguments = "--model PE-Tiny --quick --rounds 2 --repeats 1 --precision int8 --threads 1"
+    status = embed.main([*arguments.split(), "--batch=1", "--batch=3", f"--out={out}"])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    result = json.loads(out.read_text())
+    (model,) = result["models"]
+    rows = {(r["row"], r["batch"]): r for r in model["rows"]}
+    assert list(rows) == [(r.name, b) for r in rows_for(TINY.vision, ["int8"]) for b in (1, 3)]
+    for (name, _), record in rows.items():
+        assert [len(ms) for ms in record["ms"]] == [1, 1]
+        assert record["cosine"] > (0.999999 if "fp32" in name else 0.99), name
+        assert 0 < record["share"] < 2
+        assert record["peak_rss_bytes"] > 10 << 20
+    assert all(rate > 0 for rate in result["limits"].values())
+    assert result["settings"]["threads"] == 1
+    assert printed.out.count("\n| ") == 1 + len(rows)
+    assert "nan" not in printed.out
+
+
+def test_stamp_names_no_host_and_no_user() -> None:
+    stamp = embed.environment()
+    assert {"cpu", "cores", "flags", "torch", "onnxruntime", "perception_rt"} <= set(stamp)
+    assert str(Path.home()) not in json.dumps(stamp)
+    with_name = subprocess.run(["uname", "-n"], capture_output=True, text=True, check=True)
+    assert with_name.stdout.strip() not in stamp.values()
+
+
+def test_failed_task_names_its_row(tmp_path: Path) -> None:
+    task = {
+        "do": "row",
+        "model": "PE-Tiny",
+        "row": {"name": "engine int8", "kind": "pixels", "limit": "int8", "precision": "int8"},
+        "work": str(tmp_path),
+        "config": TINY.to_dict(),
+    }
+    with pytest.raises(BackendError, match=r"PE-Tiny: engine int8 failed: .*No such file"):
+        run_task(task)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "--model"),
+        ("--model PE-Core-X", "unknown model 'PE-Core-X'"),
+        ("--model PE-Core-B16-224 --batch 0", "--batch must be 1 to 256, not 0"),
+        ("--model PE-Core-B16-224 --batch two", "invalid int value: 'two'"),
+        ("--model PE-Core-B16-224 --threads 0", "--threads must be 1 to 1024, not 0"),
+        ("--model PE-Core-B16-224 --repeats 0", "--repeats must be 1 to 1000, not 0"),
+        ("--model PE-Core-B16-224 --precision fp7", "unknown precision 'fp7'"),
+        ("--model PE-Core-B16-224 --out missing/x.json", "--out must be a .json file"),
+        ("--model PE-Core-B16-224 --out x.csv", "--out must be a .json file"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed.main(arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
