@@ -48,11 +48,24 @@ _VALUE_INFO = {1: _LEN}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalTensor:
-    """A tensor whose elements are in another file: its size, and the model's claims about it."""
+    """A tensor whose elements are in another file.
+
+    Attributes:
+        name: as operators refer to it.
+        kind: the value of TensorProto.DataType.
+        shape: sizes.
+        entries: what the model says of where the elements are.
+    """
 
     name: str
-    size_bytes: int
+    kind: int
+    shape: tuple[int, ...]
     entries: Mapping[str, str]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the elements take."""
+        return (math.prod(self.shape) * _ELEMENT_BITS[self.kind] + 7) // 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,12 +261,14 @@ class _Walk:
                 f"{len(entries)} external data entries"
             )
         if entries:
-            size = _tensor_size(tensor, name)
-            self.externals.append(ExternalTensor(name=name, size_bytes=size, entries=entries))
+            shape, kind = _shape(tensor, name), tensor.integer(2)
+            self.externals.append(
+                ExternalTensor(name=name, kind=kind, shape=shape, entries=entries)
+            )
 
 
-def _tensor_size(tensor: "_Message", name: str) -> int:
-    """Bytes that the dims and the data type of a tensor stand for."""
+def _shape(tensor: "_Message", name: str) -> tuple[int, ...]:
+    """The dims of a tensor of a type that has a size."""
     dims: list[int] = []
     for value in tensor.fields.get(1, []):
         if isinstance(value, int):
@@ -263,10 +278,10 @@ def _tensor_size(tensor: "_Message", name: str) -> int:
         while position < len(value) and len(dims) <= _MAX_RANK:
             size, position = _varint(value, position)
             dims.append(size)
-    bits = _ELEMENT_BITS.get(tensor.integer(2))
-    if bits is None or len(dims) > _MAX_RANK or any(size >= 2**63 for size in dims):
+    sized = tensor.integer(2) in _ELEMENT_BITS
+    if not sized or len(dims) > _MAX_RANK or any(size >= 2**63 for size in dims):
         raise PackageError(f"ONNX model: tensor {name!a:.80} has an unusable type or shape")
-    return (math.prod(dims) * bits + 7) // 8
+    return tuple(dims)
 
 
 def _value_names(views: list[memoryview]) -> tuple[str, ...]:

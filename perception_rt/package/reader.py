@@ -90,6 +90,13 @@ class Package:
                 self._maps[file] = memoryview(mapped)
             return self._maps[file]
 
+    def release(self, file: str) -> None:
+        """Gives the memory of a mapping back; what is read again comes from the file again."""
+        with self._lock:
+            view = self._maps.get(file)
+            if view is not None and isinstance(view.obj, mmap.mmap):
+                view.obj.madvise(mmap.MADV_DONTNEED)
+
     def verify(self) -> None:
         """Hashes every file that was not hashed yet, several at a time.
 

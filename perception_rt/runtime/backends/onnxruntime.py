@@ -10,7 +10,8 @@ import numpy as np
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
-from perception_rt.errors import BackendError, InputError
+from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.package.onnx_scan import scan_graph
 from perception_rt.package.reader import Package
 from perception_rt.targets import get_target
 
@@ -18,6 +19,12 @@ Array = np.ndarray[Any, Any]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DOMAINS = frozenset({"", "com.microsoft"})
+
+# By the values of TensorProto.DataType, for those that our graphs keep outside.
+_DTYPES = {
+    kind: np.dtype(name)
+    for kind, name in ((1, "float32"), (2, "uint8"), (3, "int8"), (7, "int64"), (10, "float16"))
+}
 
 
 def devices() -> list[str]:
@@ -29,8 +36,9 @@ def devices() -> list[str]:
 class OnnxRuntimeEngine:
     """An inference session; ONNX Runtime allows concurrent runs on one."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(self, session: ort.InferenceSession, weights: Mapping[str, Array]) -> None:
         self._session: ort.InferenceSession | None = session
+        self._weights = weights  # the session refers to those that it did not repack
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Computes the named outputs."""
@@ -68,12 +76,11 @@ def open_session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if threads is not None:
         options.intra_op_num_threads = threads
-    spec = package.manifest.content.graphs[graph]
-    data = [package.map(name) for name in spec.data]
-    if data:
-        lengths = [len(view) for view in data]
-        options.add_external_initializers_from_files_in_memory(list(spec.data), data, lengths)
     model = package.read_graph(graph, domains=DOMAINS)
+    weights = _weights(package, model)
+    options.add_external_initializers(
+        list(weights), [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+    )
     try:
         session = ort.InferenceSession(model, options, providers=[_PROVIDERS[device]])
     except Exception as error:
@@ -84,7 +91,25 @@ def open_session(
         raise BackendError(
             f"ONNX Runtime could not start {_PROVIDERS[device]}; none is used instead"
         )
-    return OnnxRuntimeEngine(session)
+    # The session has repacked the large weights; their pages would only look like its memory.
+    for name in package.graph(graph).data:
+        package.release(name)
+    return OnnxRuntimeEngine(session, weights)
+
+
+def _weights(package: Package, model: bytes) -> dict[str, Array]:
+    """The graph's external tensors as views of verified, mapped files: no copy is made."""
+    weights: dict[str, Array] = {}
+    for tensor in scan_graph(model).externals:
+        dtype = _DTYPES.get(tensor.kind)
+        if dtype is None:
+            raise PackageError(f"tensor {tensor.name!a:.80} is of a type that is not used here")
+        data = package.map(tensor.entries["location"])
+        offset = int(tensor.entries.get("offset", "0"))
+        count = tensor.size_bytes // dtype.itemsize
+        array = np.frombuffer(data, dtype, count, offset)
+        weights[tensor.name] = array.reshape(tensor.shape)
+    return weights
 
 
 def _check_device(backend: str, precision: str, device: str) -> None:
