@@ -1,0 +1,21 @@
+"""What the training tests share: the tiny recipe, in a directory of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from training.config import TrainConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "training" / "configs" / "pe_tiny.yaml"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Builds the tiny recipe's configuration; arguments are `key=value` overrides."""
+
+    def build(*overrides: str) -> TrainConfig:
+        return load_config(TINY, [f"run.out_dir={tmp_path / 'run'}", *overrides])
+
+    return build

@@ -1,0 +1,52 @@
+"""The softmax contrastive loss over a batch that may be spread over ranks.
+
+Each rank scores its own rows against everybody's columns. The mean over ranks of these losses, and
+of their gradients, is that of one process with the whole batch.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenates every rank's rows; the gradient of a row is the sum over all its readers."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(n, D) of this rank -> (ranks * n, D) in rank order, differentiable; n is the same on all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """The symmetric cross entropy of matching row i of `image` with row i of `text`.
+
+    Args:
+        image: unit features (n, D) of this rank.
+        text: unit features (n, D) of this rank.
+        scale: the factor on cosines, a scalar.
+
+    Returns:
+        This rank's scalar loss; average it, and the gradients, over ranks.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    target = torch.arange(len(image), device=image.device) + rank * len(image)
+    by_image = scale * image @ gather_rows(text).T
+    by_text = scale * text @ gather_rows(image).T
+    return (F.cross_entropy(by_image, target) + F.cross_entropy(by_text, target)) / 2

@@ -1,0 +1,52 @@
+"""`torchrun training/train.py RECIPE.yaml [--set key=value ...]`, or `python` for one process.
+
+Reads the recipe, then trains. Exits with 2 on a wrong recipe or option, with 1 on a failed run.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+try:
+    from perception_rt.errors import InputError, PerceptionError
+    from training.config import load_config
+    from training.distributed import process_group
+    from training.trainer import Trainer
+except ModuleNotFoundError as error:
+    print(f'error: no module {error.name}; run `pip install -e ".[train]"` first', file=sys.stderr)
+    sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, as everything else is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one recipe; returns the exit status."""
+    parser = _Parser(description="Trains a Perception Encoder by a recipe.")
+    parser.add_argument("recipe", type=Path, help="YAML file; training/configs has examples")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides one setting, for example optim.lr=0.001; repeatable",
+    )
+    try:
+        options = parser.parse_args(arguments)
+        config = load_config(options.recipe, options.set)
+        with process_group() as group:
+            Trainer(config, group).run()
+    except PerceptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
