@@ -17,8 +17,10 @@ sys.exit(export_main(sys.argv[1:]))
 """
 
 _FP32_BYTES = {"PE-Core-L14-336": 671_137_793 * 4}
-_GIGANTIC = [name for name in PE_MODELS if "G14" in name]
-_OTHERS = [name for name in PE_MODELS if "G14" not in name]
+# The -Tiling checkpoints differ in their weights alone.
+_DISTINCT = [name for name in PE_MODELS if not name.endswith("-Tiling")]
+_GIGANTIC = [name for name in _DISTINCT if "G14" in name]
+_OTHERS = [name for name in _DISTINCT if "G14" not in name]
 
 
 def _export(name: str, precision: str, out: Path) -> dict:
@@ -33,6 +35,11 @@ def _check(record: dict, least: float) -> None:
     assert record["fidelity"]
     for name, fidelity in record["fidelity"].items():
         assert fidelity["cosine"] >= least, name
+
+
+def test_tiling_models_have_the_architecture_of_their_base() -> None:
+    for name, config in PE_MODELS.items():
+        assert config == PE_MODELS[name.removesuffix("-Tiling")]
 
 
 @pytest.mark.parametrize("name", _OTHERS)
