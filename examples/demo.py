@@ -42,7 +42,7 @@ def main() -> int:
     print(f"\nZero-shot: {len(labels)} digits of writers it was not trained on, 10 labels as text")
     accuracies = [classify(OUT / precision, images, labels) for precision in PRECISIONS]
 
-    print(f"\nDense features of a photograph ({PHOTO} of scikit-learn)")
+    print(f"\nA photograph ({PHOTO} of scikit-learn): embedding and dense features")
     export("--image-size", PHOTO_SIZE, "--out", str(OUT / "photo"))
     draw_features(OUT / "photo", OUT / "features.png")
 
@@ -103,11 +103,12 @@ def draw_features(package: Path, picture: Path) -> None:
     start = time.perf_counter()
     with perception_rt.load(package) as engine:
         (dense,) = engine.features([photo])
+        (embedding,) = engine.embed_images([photo])
     side_by_side(Image.fromarray(photo), dense).save(picture)
     height, width, channels = dense.shape
     print(
         f"  {picture}: {height}x{width} patches of {channels} channels, "
-        f"in {time.perf_counter() - start:.1f} s"
+        f"and an embedding of {embedding.size} numbers, in {time.perf_counter() - start:.1f} s"
     )
 
 
