@@ -88,7 +88,7 @@ def open_row(
         case _:
             engine = prt.load(work / engine_directory(row.precision), threads=threads)
             if row.kind == "pixels":
-                return engine.encode_pixels
+                return lambda pixels: engine.encode_pixels(pixels, batch_size=len(pixels))
             return lambda images: engine.embed_images(list(images), batch_size=len(images))
 
 

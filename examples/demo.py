@@ -21,7 +21,7 @@ from training.digits import Bytes, Labels, held_out_digits
 from training.scenes import WORDS
 
 OUT = Path("out/demo")
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
 TEMPLATES = ("a photo of the handwritten digit {}", "a handwritten {}")
 LEAST_ACCURACY = 0.95
 PHOTO = "china.jpg"

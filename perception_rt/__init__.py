@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from perception_rt._version import __version__
 from perception_rt.errors import (
     BackendError,
-    Cancelled,
-    CapacityError,
     CheckpointError,
     ExportError,
     InputError,
@@ -32,8 +30,6 @@ _LAZY = {
 
 __all__ = [
     "BackendError",
-    "Cancelled",
-    "CapacityError",
     "CheckpointError",
     "Embedder",
     "ExportError",

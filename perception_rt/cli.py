@@ -15,7 +15,9 @@ from perception_rt._version import __version__
 from perception_rt.errors import InputError, PerceptionError
 from perception_rt.progress import Progress
 
-Command = Callable[[argparse.Namespace], None]
+_SHOWN_COSINES = 8
+
+Command = Callable[[argparse.Namespace], int | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,16 +34,19 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     """Runs a command; an error of ours is one line on standard error and status 2."""
     options = parser.parse_args(arguments)
     try:
-        options.command(options)
+        return options.command(options) or 0
     except PerceptionError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            return 1
+        where = "" if error.filename is None else f": {error.filename}"
+        print(f"{parser.prog}: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 1
-    return 0
 
 
 def _export_parser() -> argparse.ArgumentParser:
@@ -80,18 +85,18 @@ def _parser() -> argparse.ArgumentParser:
 
     embed = _command(commands, "embed", _embed, "embed images, texts or videos")
     _package_arguments(embed)
-    embed.add_argument("--image", action="append", default=[], metavar="FILE")
-    embed.add_argument("--text", action="append", default=[])
-    embed.add_argument("--video", action="append", default=[], metavar="FILE")
+    _list_argument(embed, "--image", "FILE")
+    _list_argument(embed, "--text", "TEXT")
+    _list_argument(embed, "--video", "FILE")
     embed.add_argument("--num-frames", type=int, default=8, help="per video (default: 8)")
     embed.add_argument("--out", metavar="FILE.npy", help="write float32 (N, D): images, then "
                        "texts, then videos")  # fmt: skip
 
     classify = _command(commands, "classify", _classify, "choose between labels for images")
     _package_arguments(classify)
-    classify.add_argument("--image", action="append", required=True, metavar="FILE")
-    classify.add_argument("--label", action="append", required=True)
-    classify.add_argument("--template", action="append", metavar="TEXT", help="with {} for a label")
+    _list_argument(classify, "--image", "FILE", required=True)
+    _list_argument(classify, "--label", "LABEL", required=True)
+    _list_argument(classify, "--template", "TEXT", help="with {} for the label; default: {}")
 
     features = _command(commands, "features", _features, "draw the dense features of an image")
     _package_arguments(features)
@@ -118,6 +123,19 @@ def _command(commands: Any, name: str, function: Command, text: str) -> argparse
     return parser
 
 
+def _list_argument(
+    parser: argparse.ArgumentParser,
+    name: str,
+    metavar: str,
+    *,
+    required: bool = False,
+    help: str = "one or more",
+) -> None:
+    parser.add_argument(
+        name, action="extend", nargs="+", default=[], metavar=metavar, required=required, help=help
+    )
+
+
 def _package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="DIR", help="an engine package")
     parser.add_argument("--backend", default="auto", help="default: the package's own")
@@ -126,9 +144,10 @@ def _package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expect", metavar="ID", help="the package id that must be there")
 
 
-def _load(options: argparse.Namespace) -> Any:
+def _load(options: argparse.Namespace, progress: Progress) -> Any:
     from perception_rt.runtime.load import load
 
+    progress.step(f"opening {options.package}")
     return load(
         options.package,
         backend=options.backend,
@@ -161,7 +180,7 @@ def _embed(options: argparse.Namespace) -> None:
     if not options.image + options.text + options.video:
         raise InputError("nothing to embed: give --image, --text or --video")
     out = None if options.out is None else _output(options.out, ".npy")
-    with Progress() as progress, _load(options) as engine:
+    with Progress() as progress, _load(options, progress) as engine:
         parts = []
         if options.image:
             count = progress.counter("images")
@@ -186,19 +205,22 @@ def _embed(options: argparse.Namespace) -> None:
         return
     cosines = rows @ rows.T
     for index, name in enumerate(names):
-        print(
-            f"{name}: dim {rows.shape[1]}, cosines " + " ".join(f"{c:.3f}" for c in cosines[index])
-        )
+        shown = " ".join(f"{cosine:.3f}" for cosine in cosines[index, :_SHOWN_COSINES])
+        print(f"{name}: dim {rows.shape[1]}, cosines {shown}")
 
 
 def _classify(options: argparse.Namespace) -> None:
-    with Progress() as progress, _load(options) as engine:
+    with Progress() as progress, _load(options, progress) as engine:
         probabilities = engine.classify(
-            options.image, options.label, options.template, on_progress=progress.counter("images")
+            options.image,
+            options.label,
+            options.template or None,
+            on_progress=progress.counter("items"),
         )
     rows = [dict(zip(options.label, map(float, row), strict=True)) for row in probabilities]
     if options.json:
-        _print_json(dict(zip(options.image, rows, strict=True)))
+        pairs = zip(options.image, rows, strict=True)
+        _print_json([{"image": image, "probabilities": row} for image, row in pairs])
         return
     for image, row in zip(options.image, rows, strict=True):
         ranked = sorted(row.items(), key=lambda item: -item[1])
@@ -210,7 +232,7 @@ def _features(options: argparse.Namespace) -> None:
     from perception_rt.processing.pca import side_by_side
 
     out = _output(options.out, ".png")
-    with Progress() as progress, _load(options) as engine:
+    with Progress() as progress, _load(options, progress) as engine:
         count = progress.counter("images")
         (dense,) = engine.features([options.image], options.layer, on_progress=count)
     side_by_side(decode_image(options.image), dense).save(out)
@@ -245,18 +267,21 @@ def _verify(options: argparse.Namespace) -> None:
         print(f"ok: {len(manifest.content.files)} files, {total:,} bytes, {manifest.id}")
 
 
-def _doctor(options: argparse.Namespace) -> None:
-    from perception_rt.report import environment, lint
+def _doctor(options: argparse.Namespace) -> int:
+    from perception_rt.report import DAMAGED, environment, lint
 
-    found = environment()
-    notes = [] if options.package is None else lint(options.package)
+    with Progress() as progress:
+        progress.step("looking around")
+        found = environment()
+        notes = [] if options.package is None else lint(options.package)
     if options.json:
         _print_json({"environment": found, "package": notes})
-        return
-    for name, value in found.items():
-        print(f"{name}: {value}")
-    for note in notes:
-        print(f"{options.package}: {note}")
+    else:
+        for name, value in found.items():
+            print(f"{name}: {value}")
+        for note in notes:
+            print(f"{options.package}: {note}")
+    return 2 if any(note.startswith(DAMAGED) for note in notes) else 0
 
 
 def _output(path: str, ending: str) -> Path:

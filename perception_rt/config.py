@@ -12,8 +12,11 @@ from perception_rt.errors import InputError
 
 PoolType = Literal["attn", "tok", "avg", "none"]
 
+_MAX_NUMBER = 2**24  # of any field; the released models stay below 2**17
+_MAX_LAYERS = 1024
 
-class _Record:
+
+class Record:
     """Strict conversion between a frozen dataclass and a plain dictionary."""
 
     @classmethod
@@ -46,8 +49,12 @@ def _checked(value: Any, declared: Any, where: str) -> Any:
         return value
     if value is None and type(None) in options:
         return None
-    if float in options and isinstance(value, int) and not isinstance(value, bool):
+    if float in options and type(value) in (int, float):
+        if not abs(value) <= _MAX_NUMBER:
+            raise InputError(f"{where} must be a number of at most {_MAX_NUMBER:g}")
         return float(value)
+    if type(value) is int and abs(value) > _MAX_NUMBER:
+        raise InputError(f"{where} must be a number of at most {_MAX_NUMBER:g}")
     if not any(type(value) is o for o in options):
         names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
         raise InputError(f"{where} must be {names}, not {type(value).__name__}")
@@ -60,7 +67,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VisionConfig(_Record):
+class VisionConfig(Record):
     """A PE vision tower. Lengths in pixels where named so by the reference (`image_size`).
 
     Source: facebookresearch/perception_models `core/vision_encoder/config.py` at 3e352cc.
@@ -100,6 +107,11 @@ class VisionConfig(_Record):
             f"vision.image_size {self.image_size} is not divisible by patch_size {self.patch_size}",
         )
         _require(self.mlp_dim >= 1, f"vision.mlp_ratio must be positive, not {self.mlp_ratio}")
+        _require(0 <= self.drop_path < 1, f"vision.drop_path must be below 1, not {self.drop_path}")
+        _require(
+            self.layers <= _MAX_LAYERS,
+            f"vision.layers must be at most {_MAX_LAYERS}, not {self.layers}",
+        )
         _require(
             self.pool_type != "attn" or self.width % self.attn_pooler_heads == 0,
             f"vision.width {self.width} is not divisible by attn_pooler_heads "
@@ -129,6 +141,12 @@ class VisionConfig(_Record):
         """Patches per side at the native image size."""
         return self.image_size // self.patch_size
 
+    def block_index(self, layer: int) -> int:
+        """A block counted from the front; `layer` may be negative. InputError out of range."""
+        if type(layer) is not int or not -self.layers <= layer < self.layers:
+            raise InputError(f"layer {layer!r:.40} is out of range for {self.layers} blocks")
+        return layer % self.layers
+
     @property
     def embed_dim(self) -> int:
         """Channels of what `forward` returns."""
@@ -143,7 +161,7 @@ class VisionConfig(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextConfig(_Record):
+class TextConfig(Record):
     """A PE text tower. Source: `core/vision_encoder/config.py` of the reference at 3e352cc."""
 
     context_length: int
@@ -163,11 +181,10 @@ class TextConfig(_Record):
             f"text.width {self.width} is not divisible by text.heads {self.heads}",
         )
         _require(self.mlp_dim >= 1, f"text.mlp_ratio must be positive, not {self.mlp_ratio}")
-
-    @property
-    def head_dim(self) -> int:
-        """Channels per attention head."""
-        return self.width // self.heads
+        _require(
+            self.layers <= _MAX_LAYERS,
+            f"text.layers must be at most {_MAX_LAYERS}, not {self.layers}",
+        )
 
     @property
     def mlp_dim(self) -> int:

@@ -13,10 +13,6 @@ class InputError(PerceptionError, ValueError):
     """A user's value is unusable: an image, a text, an option, a configuration."""
 
 
-class CapacityError(PerceptionError):
-    """A valid request exceeds what was set aside for it."""
-
-
 class CheckpointError(PerceptionError):
     """Weights cannot be read, or do not fit the architecture."""
 
@@ -31,7 +27,3 @@ class PackageError(PerceptionError):
 
 class BackendError(PerceptionError):
     """A backend is missing, cannot run here, or failed while running."""
-
-
-class Cancelled(PerceptionError):  # noqa: N818 - not an error of anybody's
-    """The caller asked to stop."""

@@ -1,4 +1,4 @@
-"""Every limit on untrusted input, in one record that is passed as an argument.
+"""What untrusted input may cost, in one record that is passed as an argument.
 
 A limit is checked at the outermost layer, from a header or a length, before memory is spent.
 """

@@ -14,17 +14,18 @@ from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import verify_package
 from perception_rt.targets import TARGETS
 
+DAMAGED = "damaged"  # how the note on a package that cannot be used begins
+
 _OPTIONAL = ("onnxruntime", "numpy", "pillow", "av", "torch", "onnx", "onnxscript", "openvino")
 
 
 def describe(manifest: Manifest) -> list[str]:
     """A manifest in lines."""
-    content, record = manifest.content, manifest.record
-    image = content.image
+    content, record, image = manifest.content, manifest.record, manifest.content.image
     lines = [
         f"{content.name}  {manifest.id}",
         f"target      {content.target.backend}, {content.target.precision}",
-        f"images      {image['height']}x{image['width']}, {image['resize']}",
+        f"images      {_pairs(image)}",
         f"weights     {_pairs(content.weights)}",
         f"versions    {_pairs(content.versions)}",
     ]
@@ -37,10 +38,10 @@ def describe(manifest: Manifest) -> list[str]:
     lines += [
         f"file        {path}: {entry.size_bytes:,} bytes" for path, entry in content.files.items()
     ]
-    for name, result in record.get("fidelity", {}).items():
-        lines.append(f"fidelity    {name}: {_pairs(result)}")
-    for name, result in record.get("latency", {}).items():
-        lines.append(f"latency     {name}, batch 1: {_pairs(result)}")
+    for part, note in (("fidelity", ""), ("latency", ", batch 1")):
+        measured = record.get(part)
+        for name, result in measured.items() if isinstance(measured, Mapping) else ():
+            lines.append(f"{part:<11} {name}{note}: {_pairs(result)}")
     return lines
 
 
@@ -49,7 +50,7 @@ def lint(path: str | os.PathLike[str]) -> list[str]:
     try:
         manifest = verify_package(path)
     except PerceptionError as error:
-        return [f"damaged: {error}"]
+        return [f"{DAMAGED}: {error}"]
     content, record = manifest.content, manifest.record
     notes = ["intact: every file has the bytes that the manifest says"]
     if content.weights.get("source") == "random":
@@ -98,5 +99,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
+def _pairs(values: Any) -> str:
+    if not isinstance(values, Mapping):
+        return str(values)
     return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -19,13 +19,15 @@ class Target:
     Attributes:
         name: as in `--backend`.
         precisions: those it can express, each with the devices that run it.
+        domains: operator domains of its ONNX graphs; a graph with any other is refused.
         emitter: "module:class" of the lowering, imported on export; empty if it has none.
-        session: "module:function" that opens a graph, imported at run time.
+        session: module with `open_session` and `check_device`, imported at run time.
         install: the pip requirement that brings what the session needs; empty for none.
     """
 
     name: str
     precisions: Mapping[str, tuple[str, ...]]
+    domains: frozenset[str]
     emitter: str
     session: str
     install: str
@@ -36,16 +38,18 @@ TARGETS: dict[str, Target] = {
         name="onnxruntime",
         # int8 is dynamic quantization, which the CUDA provider does not have.
         precisions={"fp32": ("cpu", "cuda"), "fp16": ("cpu", "cuda"), "int8": ("cpu",)},
+        domains=frozenset({"", "com.microsoft"}),
         emitter="perception_rt.export.emit.onnxruntime:OnnxRuntimeLowering",
-        session="perception_rt.runtime.backends.onnxruntime:open_session",
+        session="perception_rt.runtime.backends.onnxruntime",
         install="perception_rt",
     ),
     # Predictable outputs without an engine: the test double of everything above a session.
     "reference": Target(
         name="reference",
         precisions={},
+        domains=frozenset(),
         emitter="",
-        session="perception_rt.runtime.backends.reference:open_session",
+        session="perception_rt.runtime.backends.reference",
         install="",
     ),
 }

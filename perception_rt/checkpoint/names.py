@@ -89,14 +89,14 @@ class Stored:
 
 
 def without_module_prefix(keys: Collection[str]) -> dict[str, str]:
-    """Maps each key, freed of the `module.` that data-parallel wrappers add, to the key itself.
+    """Maps each key, freed of the `module` that data-parallel wrappers add, to the key itself.
 
     Raises:
         CheckpointError: two keys differ only by that prefix.
     """
-    mapping = {key.removeprefix("module."): key for key in keys}
+    mapping = {".".join(p for p in key.split(".") if p != "module"): key for key in keys}
     if len(mapping) != len(keys):
-        raise CheckpointError("two tensors differ only by the prefix 'module.'")
+        raise CheckpointError("two tensors differ only by 'module.' in their names")
     return mapping
 
 

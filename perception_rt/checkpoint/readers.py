@@ -23,6 +23,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _INDEX_BYTES = 64 * 1024 * 1024
 _SHARDS = 1024
 _WRAPPERS = ("state_dict", "weights", "model")
+_MAX_WRAPPERS = 2  # one inside the other
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFETENSORS_FLOATS = ("F32", "F16", "BF16", "F64")
@@ -128,9 +129,12 @@ def open_reader(path: Path) -> Reader:
     Raises:
         CheckpointError: nothing readable is there.
     """
-    if path.is_dir():
-        path = _in_directory(path)
-    if not path.is_file():
+    try:
+        path = _in_directory(path) if path.is_dir() else path
+        found = path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"cannot open {path.name:.80}: {error.strerror}") from None
+    if not found:
         raise CheckpointError(f"no weights file at {path}")
     if path.name.endswith(".index.json"):
         return SafetensorsReader(path.name, _shards(path))
@@ -270,14 +274,17 @@ def _check_archive(path: Path) -> None:
 
 
 def _tensors(content: object, label: str) -> dict[str, Tensor]:
-    if isinstance(content, dict):
-        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
-        content = inner[0] if inner else content
+    for _ in range(_MAX_WRAPPERS):
+        if isinstance(content, dict):
+            inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
+            content = inner[0] if inner else content
     if not isinstance(content, dict):
         raise CheckpointError(f"{label} must hold a dictionary of tensors")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{label} must hold a dictionary of tensors; {key!a:.80} is none")
+            raise CheckpointError(
+                f"{label} must hold a dictionary of tensors; {key!a:.80} is not a tensor"
+            )
     return content
 
 

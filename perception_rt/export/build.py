@@ -29,7 +29,7 @@ from perception_rt.export.towers import Reference, Tower, towers
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
 from perception_rt.package.store import Stage
-from perception_rt.processing.clip_bpe import VOCAB_SIZE
+from perception_rt.processing.clip_bpe import MIN_CONTEXT, VOCAB_SIZE, TextSpec
 
 Report = Callable[[str], None]
 
@@ -71,13 +71,13 @@ def export_package(
             lowered = _lower(tower, lowering, plan.precision, reference.errors)
             graphs |= write_graphs(stage, f"{tower.name}.data", lowered)
         content = _content(plan, source, stage, graphs, kept)
-        stage.seal(Manifest.create(content, record={}), domains=lowering.domains)
+        stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
         report("comparing the package with eager")
         fidelity, latency = run_gate(stage.directory, references)
         check_gate(fidelity, plan.precision)
         record = _record(plan, fidelity, latency, kept, time.monotonic() - started)
         manifest = Manifest.create(content, record=record)
-        stage.seal(manifest, domains=lowering.domains)
+        stage.seal(manifest, domains=plan.target.domains)
         stage.publish()
     report(f"published {Path(out).name}, {manifest.id}")
     return manifest
@@ -151,11 +151,13 @@ def _text(plan: ExportPlan, source: WeightSource) -> dict[str, Any] | None:
     text = plan.config.text
     if text is None:
         return None
-    return {
-        "tokenizer": "clip_bpe" if text.vocab_size == VOCAB_SIZE else None,
-        "context_length": text.context_length,
-        "logit_scale": float(source.load("logit_scale").float().exp().item()),
-    }
+    known = text.vocab_size == VOCAB_SIZE and text.context_length >= MIN_CONTEXT
+    spec = TextSpec(
+        tokenizer="clip_bpe" if known else None,
+        context_length=text.context_length,
+        logit_scale=float(source.load("logit_scale").float().exp().item()),
+    )
+    return spec.to_dict()
 
 
 def _record(

@@ -2,14 +2,15 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from perception_rt.archs import DEMO_MODEL, get_config
 from perception_rt.checkpoint.hub import PE_LICENSE, download
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import WeightSource, open_checkpoint
-from perception_rt.config import PeConfig
+from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, weights_path
 from perception_rt.errors import InputError
 from perception_rt.export.build import check_destination, export_package
@@ -23,9 +24,27 @@ _MAX_CONFIG_BYTES = 64 * 1024
 def run_export(options: argparse.Namespace, report: Callable[[str], None]) -> Manifest:
     """Exports as the parsed arguments of `perception-export` say."""
     plan = _plan(options)
-    check_destination(options.out, force=options.force)
-    source = _source(options, plan.config, report)
-    return export_package(plan, source, options.out, force=options.force, on_progress=report)
+    with _parents(Path(options.out)):
+        check_destination(options.out, force=options.force)
+        source = _source(options, plan.config, report)
+        return export_package(plan, source, options.out, force=options.force, on_progress=report)
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Makes the missing folders above `out`; an export that fails leaves none of them."""
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out.parent}: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _plan(options: argparse.Namespace) -> ExportPlan:
@@ -39,7 +58,7 @@ def _plan(options: argparse.Namespace) -> ExportPlan:
         backend=options.backend,
         precision=_precision(options),
         image=ImageSpec(height=size[0], width=size[1], resize=resize),
-        taps=_taps(options.taps, config.vision.layers),
+        taps=_taps(options.taps, config.vision),
     )
 
 
@@ -50,7 +69,7 @@ def _precision(options: argparse.Namespace) -> str:
     return precision
 
 
-def _taps(text: str | None, layers: int) -> tuple[int, ...] | None:
+def _taps(text: str | None, vision: VisionConfig) -> tuple[int, ...] | None:
     """`all`, `none`, or block indices from the front or, negative, from the end."""
     if text is None or text == "all":
         return None
@@ -60,10 +79,7 @@ def _taps(text: str | None, layers: int) -> tuple[int, ...] | None:
         indices = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--taps must be all, none or integers, not {text!r:.60}") from None
-    for index in indices:
-        if not -layers <= index < layers:
-            raise InputError(f"tap {index} is out of range for a tower of {layers} blocks")
-    return tuple(index % layers for index in indices)
+    return tuple(vision.block_index(index) for index in indices)
 
 
 def _config(options: argparse.Namespace) -> PeConfig:

@@ -1,7 +1,7 @@
 """The modules that are traced: the model's own towers, with their tables as named constants.
 
 No maths is written again here. A tower is built on the meta device with the traced attention, and
-layer scale left out: its gains are folded into the weights (`weights.py`).
+layer scale left out: its gains are folded into the weights (`parameters.py`).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def _meta(*shape: int) -> nn.Parameter:
 class VisionGraph(nn.Module):
     """A vision tower on one grid: normalised pixels -> what `forward` returns, and block taps.
 
-    Its own parameters `table`, `rope_cos`, `rope_sin` are computed by `weights.py` from the
+    Its own parameters `table`, `rope_cos`, `rope_sin` are computed by `parameters.py` from the
     tower's functions of the same meaning.
     """
 

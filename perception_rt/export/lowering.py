@@ -51,7 +51,7 @@ class Weight:
 
     def array(self) -> Array:
         """The contiguous array; ExportError that names the weight if it is not finite."""
-        array = np.ascontiguousarray(self.load())
+        array = np.asarray(self.load(), order="C")
         assert array.shape == self.shape and array.dtype == self.dtype, self.name
         if not np.isfinite(array).all():
             raise ExportError(f"{self.name} is not finite as {self.dtype}")
@@ -95,8 +95,6 @@ class Lowering:
         int8: names of the linear weights that become int8.
     """
 
-    # Operator domains that the backend's graphs may use; the runtime refuses any other.
-    domains: frozenset[str] = frozenset({""})
     # The one operator that each traced attention becomes; the export counts them.
     attention_op: str
 

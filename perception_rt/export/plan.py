@@ -31,10 +31,11 @@ class ExportPlan:
     def __post_init__(self) -> None:
         check_precision(self.target, self.precision)
         _ = self.grid
-        layers = self.config.vision.layers
+        if not 1 <= len(self.name) <= 128 or not self.name.isprintable():
+            raise InputError(f"the model's name {self.name!a:.60} is not 1 to 128 characters")
         for tap in self.taps or ():
-            if not 0 <= tap < layers:
-                raise InputError(f"tap {tap} is out of range for a tower of {layers} blocks")
+            if self.config.vision.block_index(tap) != tap:
+                raise InputError(f"tap {tap} must be counted from the front")
 
     @property
     def target(self) -> Target:

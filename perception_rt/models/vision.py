@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception_rt.config import VisionConfig
-from perception_rt.errors import InputError
 from perception_rt.models.layers import (
     LN_EPS,
     Attention,
@@ -174,18 +173,11 @@ class VisionTower(nn.Module):
                 outputs[index] = x
         return [outputs[i] for i in taps]
 
-    def layer_index(self, layer: int) -> int:
-        """A block index counted from the front; InputError unless -layers <= layer < layers."""
-        layers = self.config.layers
-        if not -layers <= layer < layers:
-            raise InputError(f"layer {layer} is out of range for a tower of {layers} blocks")
-        return layer % layers
-
     def forward_taps(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Outputs (N, T, C) of the blocks `layers`, class token included, no final norm."""
         height, width = pixels.shape[-2:]
         grid = self.config.grid_of(height, width)
-        indices = [self.layer_index(i) for i in layers]
+        indices = [self.config.block_index(i) for i in layers]
         x = self.embed(pixels, self.token_table(grid))
         return self.run_blocks(x, self.rope_table(grid), indices)
 

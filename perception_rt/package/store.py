@@ -307,11 +307,13 @@ class Stage:
 
 
 def _check_destination(dest: Path, force: bool) -> None:
-    """ExportError unless `dest` is absent, or a package that may be replaced."""
+    """ExportError unless `dest` is absent or empty, or a package that may be replaced."""
     if not os.path.lexists(dest):
         return
     if dest.is_symlink() or not dest.is_dir():
         raise ExportError(f"{dest} exists and is not a directory; it is not replaced")
+    if not any(dest.iterdir()):
+        return  # a rename takes the place of an empty directory
     try:
         found = read_manifest(dest)
     except PackageError as error:

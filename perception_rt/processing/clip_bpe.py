@@ -13,8 +13,10 @@ import html
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from pathlib import Path
+from typing import Literal
 
 import ftfy
 import numpy as np
@@ -23,6 +25,7 @@ from ftfy import fixes
 from ftfy.badness import is_bad
 from numpy.typing import NDArray
 
+from perception_rt.config import Record
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 
@@ -30,6 +33,7 @@ VOCAB_SIZE = 49408
 SOT = 49406
 EOT = 49407
 PAD = 0
+MIN_CONTEXT = 2  # the start and the end
 
 _VOCAB_FILE = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 _VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -64,6 +68,21 @@ _REPAIRS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec(Record):
+    """How a model wants its texts, and how it scales cosines.
+
+    Attributes:
+        tokenizer: "clip_bpe", or None for a vocabulary that no tokenizer here belongs to.
+        context_length: tokens per text.
+        logit_scale: the learned factor on cosines before a softmax.
+    """
+
+    tokenizer: Literal["clip_bpe", None]
+    context_length: int
+    logit_scale: float
+
+
 class ClipTokenizer:
     """Texts to token ids of a fixed length, and back.
 
@@ -88,8 +107,8 @@ class ClipTokenizer:
             InputError: the context length is not an integer of at least 2.
             PackageError: the vocabulary file is missing or not the one known by its SHA-256.
         """
-        if type(context_length) is not int or context_length < 2:
-            raise InputError("context_length must be an integer of at least 2")
+        if type(context_length) is not int or context_length < MIN_CONTEXT:
+            raise InputError(f"context_length must be an integer of at least {MIN_CONTEXT}")
         self.context_length = context_length
         self._limits = limits
         self._vocab = _load_vocabulary(_VOCAB_FILE if vocab_path is None else Path(vocab_path))

@@ -1,7 +1,8 @@
 """What an encoded image says about itself, read from its header without decoding a pixel.
 
 Knows the outer layout of JPEG, PNG and WebP and nothing of their pixels. Metadata that the decoder
-does not need (EXIF, ICC, XMP, text, animation) is cut away here, so that it cannot reach it.
+does not need (EXIF, ICC, XMP, text, animation) is cut out of JPEG and PNG here, so that it cannot
+reach the decoder; a WebP goes to it whole.
 """
 
 import re

@@ -8,7 +8,7 @@ Knows nothing of models: what a model wants is an `ImageSpec`.
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, TypeAlias, get_args
 
@@ -38,7 +38,7 @@ _DECODERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
 }
-_CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
+_CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB")
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -127,43 +127,6 @@ def _channels(name: str, values: Any, *, zero_allowed: bool) -> tuple[float, flo
         if value < 0 or (value == 0 and not zero_allowed):
             raise InputError(f"image.{name} must be positive, not {value}")
     return float(values[0]), float(values[1]), float(values[2])
-
-
-def load_images(
-    sources: Iterable[ImageSource], spec: ImageSpec, *, limits: Limits = DEFAULT_LIMITS
-) -> NDArray[np.uint8]:
-    """Decodes and resizes images.
-
-    Args:
-        sources: paths, encoded bytes, Pillow images or arrays; see `decode_image`.
-        spec: the size of the result and the way to it.
-        limits: bounds on each source.
-
-    Returns:
-        uint8 (N, height, width, 3).
-
-    Raises:
-        InputError: some images cannot be used; the message lists the index and reason of each.
-            `load_image` handles one, for a caller who wants to go on with the others.
-    """
-    if isinstance(sources, str | bytes | os.PathLike | Image.Image):
-        raise InputError(f"images must be a list of images, not one {type(sources).__name__}")
-    pixels: list[NDArray[np.uint8]] = []
-    problems: list[str] = []
-    count = 0
-    for index, source in enumerate(sources):
-        count += 1
-        try:
-            pixels.append(load_image(source, spec, limits=limits))
-        except InputError as error:
-            problems.append(f"[{index}] {error}")
-    if problems:
-        raise InputError(
-            f"{len(problems)} of {count} images cannot be used:\n" + "\n".join(problems)
-        )
-    if not pixels:
-        return np.empty((0, spec.height, spec.width, 3), np.uint8)
-    return np.stack(pixels)
 
 
 def load_image(

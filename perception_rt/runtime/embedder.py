@@ -6,9 +6,10 @@ nor anything about a model that the manifest does not say.
 Legend: N items, D embedding channels, L labels, h w grid, C width.
 """
 
+import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package import contract
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import Package
-from perception_rt.processing.clip_bpe import ClipTokenizer
+from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec, load_image
 from perception_rt.processing.video import VideoSource, load_video
 from perception_rt.runtime.session import Session, open_session
@@ -26,9 +27,10 @@ from perception_rt.runtime.session import Session, open_session
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]
 OnError = Callable[[int, InputError], None]
-Item = TypeVar("Item")
 
 MAX_BATCH = 256
+# Dimensions of the arrays that are one item.
+_IMAGE_NDIM, _VIDEO_NDIM = 3, 4
 
 
 class Embedder:
@@ -58,6 +60,8 @@ class Embedder:
         try:
             self._config = PeConfig.from_dict(content.architecture)
             self.image_spec = ImageSpec.from_dict(content.image)
+            self._text = None if content.text is None else TextSpec.from_dict(content.text, "text")
+            _check_agreement(package, self._config, self.image_spec, self._text)
         except InputError as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
         self.batch_size = 1 if content.target.precision == "int8" else 8
@@ -68,7 +72,10 @@ class Embedder:
         self._limits = limits
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
-        self._tokenizer = _tokenizer(package.manifest, limits)
+        self._tokenizer: ClipTokenizer | None = None
+        if self._text is not None and self._text.tokenizer is not None:
+            context = self._text.context_length
+            self._tokenizer = ClipTokenizer(context_length=context, limits=limits)
 
     def embed_images(
         self,
@@ -91,6 +98,7 @@ class Embedder:
             InputError: an image is unusable, or the model has no pooled embedding.
         """
         self._require_pooled()
+        images = _listed(images, "images", _IMAGE_NDIM)
 
         def run(part: Sequence[ImageSource], start: int) -> Array:
             return self._images(part, start, contract.VISION, contract.EMBEDDING, on_error)
@@ -114,8 +122,7 @@ class Embedder:
         Raises:
             InputError: a text is unusable, or the model has no text tower or no known tokenizer.
         """
-        if isinstance(texts, str):
-            raise InputError("texts must be a list of strings, not one string")
+        texts = _listed(texts, "texts")
         tokenizer = self._require_tokenizer()
 
         def run(part: Sequence[str], start: int) -> Array:
@@ -140,9 +147,13 @@ class Embedder:
             on_progress: called with the numbers of videos done and in all.
         """
         self._require_pooled()
+        videos = _listed(videos, "videos", _VIDEO_NDIM)
         rows = []
         for index, video in enumerate(videos):
-            frames = load_video(video, num_frames=num_frames, limits=self._limits)
+            try:
+                frames = load_video(video, num_frames=num_frames, limits=self._limits)
+            except InputError as error:
+                raise InputError(f"video {index}: {error}") from None
             rows.append(self.embed_images(list(frames), batch_size=batch_size).mean(axis=0))
             if on_progress is not None:
                 on_progress(index + 1, len(videos))
@@ -163,9 +174,9 @@ class Embedder:
             labels: what to choose from, at least one.
             templates: sentences with `{}` for the label; a label's vector is the mean over them.
                 None takes the labels as they are.
-            on_progress: called with the numbers of images done and in all.
+            on_progress: called with the numbers done and in all, of label texts, then of images.
         """
-        weights = self.embed_labels(labels, templates)
+        weights = self.embed_labels(labels, templates, on_progress=on_progress)
         embeddings = self.embed_images(images, on_progress=on_progress)
         logits = self.logit_scale * (embeddings @ weights.T)
         logits -= logits.max(axis=1, keepdims=True)
@@ -173,15 +184,24 @@ class Embedder:
         probabilities: Array = odds / odds.sum(axis=1, keepdims=True)
         return probabilities
 
-    def embed_labels(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> Array:
+    def embed_labels(
+        self,
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> Array:
         """Unit label embeddings for zero-shot use, float32 (L, D); see `classify`."""
-        if isinstance(labels, str) or not labels:
-            raise InputError("labels must be a list of at least one string")
-        templates = ["{}"] if templates is None else list(templates)
-        if not templates or not all("{}" in t for t in templates):
+        labels = _listed(labels, "labels")
+        templates = ["{}"] if templates is None else _listed(templates, "templates")
+        if not labels or not all(isinstance(label, str) for label in labels):
+            raise InputError("labels must be at least one string")
+        if not templates or not all(isinstance(t, str) and "{}" in t for t in templates):
             raise InputError("templates must be strings that contain {}")
         texts = [t.replace("{}", label) for label in labels for t in templates]
-        vectors = self.embed_texts(texts).reshape(len(labels), len(templates), -1)
+        vectors = self.embed_texts(texts, on_progress=on_progress).reshape(
+            len(labels), len(templates), -1
+        )
         return _unit(vectors.mean(axis=1))
 
     def features(
@@ -204,9 +224,8 @@ class Embedder:
             InputError: no such block, or the package was exported without its output.
         """
         vision = self._config.vision
-        if not -vision.layers <= layer < vision.layers:
-            raise InputError(f"layer {layer} is out of range for {vision.layers} blocks")
-        name = contract.tap_name(layer % vision.layers)
+        images = _listed(images, "images", _IMAGE_NDIM)
+        name = contract.tap_name(vision.block_index(layer))
         graph = self.manifest.content.graphs.get(contract.FEATURES)
         if graph is None or name not in [t.name for t in graph.outputs]:
             raise InputError(f"this package was exported without the output of layer {layer}")
@@ -219,22 +238,31 @@ class Embedder:
         tokens = self._collect(rows, grid[0] * grid[1] + int(vision.use_cls_token), vision.width)
         return tokens[:, int(vision.use_cls_token) :].reshape(-1, *grid, vision.width)
 
-    def encode_pixels(self, pixels: Array) -> Array:
+    def encode_pixels(self, pixels: Array, *, batch_size: int | None = None) -> Array:
         """What the reference's vision `forward` returns, float32 (N, D) or (N, T, C).
 
         Args:
             pixels: float32 (N, 3, H, W), already normalised, of the package's image size.
+            batch_size: rows per call of the engine, 1 to 256.
         """
-        pixels = np.asarray(pixels)
-        return self._run(contract.PIXELS, contract.PIXELS_F32, pixels, contract.EMBEDDING)
 
-    def encode_tokens(self, tokens: Array) -> Array:
+        def run(part: Array, start: int) -> Array:
+            return self._run(contract.PIXELS, contract.PIXELS_F32, part, contract.EMBEDDING)
+
+        return np.concatenate(list(self._batches(_array(pixels), batch_size, None, run)))
+
+    def encode_tokens(self, tokens: Array, *, batch_size: int | None = None) -> Array:
         """What the reference's `encode_text(normalize=False)` returns, float32 (N, D).
 
         Args:
             tokens: int64 (N, context) ids below the vocabulary size.
+            batch_size: rows per call of the engine, 1 to 256.
         """
-        return self._tokens(np.asarray(tokens))
+
+        def run(part: Array, start: int) -> Array:
+            return self._tokens(part)
+
+        return np.concatenate(list(self._batches(_array(tokens), batch_size, None, run)))
 
     @property
     def dim(self) -> int:
@@ -244,10 +272,9 @@ class Embedder:
     @property
     def logit_scale(self) -> float:
         """The learned factor on cosines before the softmax."""
-        text = self.manifest.content.text
-        if text is None:
+        if self._text is None:
             raise InputError("this model has no text tower")
-        return float(text["logit_scale"])
+        return self._text.logit_scale
 
     def close(self) -> None:
         """Frees every engine and closes the package; a second call does nothing."""
@@ -307,22 +334,23 @@ class Embedder:
         text = self._config.text
         if text is None:
             raise InputError("this model has no text tower")
-        outside = tokens.size and (tokens.min() < 0 or tokens.max() >= text.vocab_size)
-        if outside:
+        if tokens.dtype != np.int64:
+            raise InputError(f"token ids must be int64, not {tokens.dtype}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < text.vocab_size:
             raise InputError(f"a token id is not in 0 to {text.vocab_size - 1}")
         return self._run(contract.TEXT, contract.TOKENS, tokens, contract.TEXT_EMBEDDING)
 
     def _batches(
         self,
-        items: Sequence[Item],
+        items: Sequence[Any] | Array,
         batch_size: int | None,
         on_progress: Progress | None,
-        run: Callable[[Sequence[Item], int], Array],
+        run: Callable[[Any, int], Array],
     ) -> Iterator[Array]:
         """Results of `run` on parts of at most `batch_size` items."""
         size = self.batch_size if batch_size is None else batch_size
-        if not 1 <= size <= MAX_BATCH:
-            raise InputError(f"batch_size must be 1 to {MAX_BATCH}, not {size}")
+        if type(size) is not int or not 1 <= size <= MAX_BATCH:
+            raise InputError(f"batch_size must be an integer, 1 to {MAX_BATCH}, not {size!r:.40}")
         for start in range(0, len(items), size):
             yield run(items[start : start + size], start)
             if on_progress is not None:
@@ -349,13 +377,39 @@ class Embedder:
         return self._tokenizer
 
 
-def _tokenizer(manifest: Manifest, limits: Limits) -> ClipTokenizer | None:
-    text = manifest.content.text
-    if text is None or text.get("tokenizer") is None:
-        return None
-    if text["tokenizer"] != "clip_bpe":
-        raise PackageError("the package names a tokenizer that is not known here; known: clip_bpe")
-    return ClipTokenizer(context_length=int(text["context_length"]), limits=limits)
+def _listed(items: Any, what: str, item_ndim: int = 0) -> list[Any]:
+    """The items as a list; InputError for one item where a list of them is meant."""
+    one = isinstance(items, str | bytes | os.PathLike)
+    one |= isinstance(items, np.ndarray) and items.ndim <= item_ndim
+    if one or not isinstance(items, Iterable):
+        raise InputError(f"{what} must be a list, not one {type(items).__name__}")
+    return list(items)
+
+
+def _array(values: Any) -> Array:
+    """Rows as an array; InputError for what is none, such as a ragged list."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.empty(0)
+    if array.ndim == 0 or array.dtype == object or len(array) == 0:
+        raise InputError("expected an array of at least one row")
+    return array
+
+
+def _check_agreement(
+    package: Package, config: PeConfig, image: ImageSpec, text: TextSpec | None
+) -> None:
+    """InputError unless a manifest's parts say the same of images and texts."""
+    config.vision.grid_of(image.height, image.width)
+    (source,) = package.graph(contract.VISION).inputs
+    if source.shape[1:] != (image.height, image.width, 3):
+        raise InputError("the vision graph takes another image size than the package states")
+    if (config.text is None) != (text is None):
+        raise InputError("the architecture and the processing differ in whether there is text")
+    contexts = {part.context_length for part in (config.text, text) if part is not None}
+    if len(contexts) > 1:
+        raise InputError("the architecture and the processing differ in context length")
 
 
 def _unit(rows: Array) -> Array:

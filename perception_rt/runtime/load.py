@@ -6,6 +6,7 @@ from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.reader import open_package
 from perception_rt.runtime.embedder import Embedder
+from perception_rt.runtime.session import check_backend
 from perception_rt.targets import get_target
 
 MAX_THREADS = 1024
@@ -20,7 +21,7 @@ def load(
     expect: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Embedder:
-    """Loads an engine package.
+    """Loads an engine package and verifies all its bytes; engines open when first needed.
 
     Args:
         path: the package directory.
@@ -35,8 +36,10 @@ def load(
         BackendError: the backend or device cannot be had here.
         InputError: an argument is unusable.
     """
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise InputError(f"threads must be 1 to {MAX_THREADS}, not {threads}")
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"a package is named by a path, not by a {type(path).__name__}")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise InputError(f"threads must be an integer from 1 to {MAX_THREADS}, not {threads!r:.40}")
     package = open_package(path, expect=expect, limits=limits)
     try:
         built_for = package.manifest.content.target.backend
@@ -44,6 +47,8 @@ def load(
         get_target(name)
         if name not in (built_for, "reference"):
             raise PackageError(f"this package was exported for backend {built_for}, not {name}")
+        check_backend(package, backend=name, device=device)
+        package.verify()
         return Embedder(package, backend=name, device=device, threads=threads, limits=limits)
     except BaseException:
         package.close()

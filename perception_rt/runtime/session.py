@@ -6,7 +6,7 @@ graph's spec, so that no backend sees a wrong shape and no caller sees a NaN.
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -28,10 +28,15 @@ class Engine(Protocol):
         """Frees the backend's memory; called once."""
 
 
-class OpenEngine(Protocol):
-    """What `Target.session` names."""
+class BackendModule(Protocol):
+    """The functions of the module that `Target.session` names."""
 
-    def __call__(self, package: Package, graph: str, *, device: str, threads: int | None) -> Engine:
+    def check_device(self, device: str) -> None:
+        """BackendError unless the device can be had; InputError if there is none of that name."""
+
+    def open_session(
+        self, package: Package, graph: str, *, device: str, threads: int | None
+    ) -> Engine:
         """Opens a graph of a package; BackendError if it cannot run here."""
 
 
@@ -77,18 +82,34 @@ def open_session(
     package: Package, graph: str, *, backend: str, device: str, threads: int | None
 ) -> Session:
     """Opens a graph of a package; BackendError names what is missing."""
-    target = get_target(backend)
-    module, _, function = target.session.partition(":")
     spec = package.manifest.content.graphs.get(graph)
     if spec is None:
         raise PackageError(f"package {package.name!r} has no graph {graph!r}")
+    engine = _module(backend).open_session(package, graph, device=device, threads=threads)
+    return Session(engine, spec, graph)
+
+
+def check_backend(package: Package, *, backend: str, device: str) -> None:
+    """BackendError unless the backend is installed and runs the package on the device."""
+    _module(backend).check_device(device)
+    target = package.manifest.content.target
+    devices = get_target(backend).precisions.get(target.precision)
+    if devices is not None and device not in devices:
+        raise BackendError(
+            f"a {target.precision} package for {backend} does not run on {device}; "
+            f"it runs on {', '.join(devices)}"
+        )
+
+
+def _module(backend: str) -> BackendModule:
+    target = get_target(backend)
     try:
-        open_engine: OpenEngine = getattr(import_module(module), function)
+        module: Any = import_module(target.session)
     except ImportError:
         raise BackendError(
             f"backend {backend} is not installed here: pip install {target.install!r}"
         ) from None
-    return Session(open_engine(package, graph, device=device, threads=threads), spec, graph)
+    return cast(BackendModule, module)
 
 
 def _check_input(spec: TensorSpec, inputs: Mapping[str, Array]) -> None:

@@ -119,6 +119,8 @@ def test_foreign_keys_and_impossible_layouts_are_refused():
 
 
 def test_module_prefixes():
-    assert without_module_prefix(["module.a", "b"]) == {"a": "module.a", "b": "b"}
-    with pytest.raises(CheckpointError, match="differ only by the prefix"):
+    keys = ["module.a", "b", "visual.module.c", "modules.d"]
+    mapping = {"a": keys[0], "b": "b", "visual.c": keys[2], "modules.d": keys[3]}
+    assert without_module_prefix(keys) == mapping
+    with pytest.raises(CheckpointError, match=r"differ only by 'module\.'"):
         without_module_prefix(["module.a", "a"])

@@ -79,9 +79,11 @@ def test_embed_classify_features(tiny_package: Path, photo: str, tmp_path: Path,
     assert main(["embed", package, "--text", "a cat", "--json"]) == 0
     result = _json(capsys)
     assert result["dim"] == 32 and len(result["embeddings"][0]) == 32
-    classify = ["classify", package, "--image", photo, "--label", "cat", "--label", "dog"]
+    classify = ["classify", package, "--image", photo, "--label", "cat", "dog"]
     assert main([*classify, "--template", "a {}", "--json"]) == 0
-    assert sum(_json(capsys)[photo].values()) == pytest.approx(1, abs=1e-5)
+    (result,) = _json(capsys)
+    assert result["image"] == photo
+    assert sum(result["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert main(classify) == 0
     assert "%" in capsys.readouterr().out
     picture = tmp_path / "features.png"
@@ -117,6 +119,8 @@ def test_bad_exports_leave_nothing(checkpoint, tmp_path: Path, capsys) -> None:
     typo.write_text(json.dumps({**golden("pe_core_cls").config_dict(), "widht": 3}))
     not_json = tmp_path / "not.json"
     not_json.write_text("{")
+    nan = tmp_path / "nan.json"
+    nan.write_text(json.dumps(golden("pe_core_cls").config_dict() | {"mlp_ratio": float("nan")}))
     a_file = tmp_path / "file"
     a_file.write_text("")
     folder = here / "folder"
@@ -134,20 +138,34 @@ def test_bad_exports_leave_nothing(checkpoint, tmp_path: Path, capsys) -> None:
         ([*good[:3], str(other), "--out", out], "class_embedding"),
         ([*good[:3], str(typo), "--out", out], "widht"),
         ([*good[:3], str(not_json), "--out", out], "is not JSON"),
-        ([*good, "--out", str(a_file / "p")], "not a directory"),
+        ([*good, "--out", str(a_file / "p")], "cannot make the folder"),
+        ([*good, "--precision", "int4", "--out", str(here / "a" / "b")], "int4"),
+        (["--checkpoint", "x" * 300, *good[2:], "--out", str(here / "a" / "b")], "1 to 128 characters"),
         ([*good, "--out", str(a_file)], "file"),
         ([*good, "--out", str(folder)], "folder"),
         ([*good, "--out", str(folder), "--force"], "folder"),
+        ([*good[:3], str(nan), "--out", out], "mlp_ratio"),
         ([*good, "--image-size", "57x56", "--out", out], "multiple of the patch size 14"),
         ([*good, "--image-size", "big", "--out", out], "HxW"),
         ([*good, "--fp8", "--out", out], "precision fp8 is not for backend onnxruntime"),
         ([*good, "--precision", "int4", "--out", out], "precision int4 is not for backend"),
         ([*good, "--backend", "tensorrt", "--out", out], "unknown backend 'tensorrt'"),
-        ([*good, "--taps", "0,9", "--out", out], "tap 9 is out of range"),
+        ([*good, "--taps", "0,9", "--out", out], "layer 9 is out of range"),
     ):
         _fails(capsys, arguments, message)
         assert sorted(p.name for p in here.iterdir()) == ["folder"]
         assert [p.name for p in folder.iterdir()] == ["keep.txt"]
+
+
+def test_missing_parents_are_made_and_an_empty_folder_will_do(
+    checkpoint, tmp_path: Path, capsys
+) -> None:
+    file, config = checkpoint
+    good = ["--checkpoint", str(file), "--config", str(config)]
+    assert export_main([*good, "--out", str(tmp_path / "a" / "b" / "p")]) == 0
+    (tmp_path / "empty").mkdir()
+    assert export_main([*good, "--out", str(tmp_path / "empty")]) == 0
+    assert main(["verify", str(tmp_path / "empty")]) == 0
 
 
 def test_existing_output_needs_force(checkpoint, tmp_path: Path, capsys) -> None:
@@ -190,7 +208,7 @@ def test_damage_is_found(tiny_package: Path, tmp_path: Path, capsys) -> None:
     data.write_bytes(content)
     _fails(capsys, ["verify", str(copy)], "text.data is damaged", run=main)
     _fails(capsys, ["embed", str(copy), "--text", "a"], "text.data is damaged", run=main)
-    assert main(["doctor", str(copy)]) == 0
+    assert main(["doctor", str(copy)]) == 2
     assert "damaged: " in capsys.readouterr().out
 
 

@@ -208,6 +208,25 @@ def test_taps_are_chosen(tmp_path: Path) -> None:
         engine.features(image, 1)
 
 
+SWITCHES = [
+    {"pool_type": "tok"},
+    {"pool_type": "avg", "output_dim": None, "use_ln_post": False},
+    {"pool_type": "attn", "use_cls_token": False, "use_rope2d": False},
+    {"pool_type": "avg", "use_abs_posemb": False, "use_ln_pre": False, "ls_init_value": 0.3},
+    {"pool_type": "none", "use_abs_posemb": False, "use_cls_token": False, "mlp_ratio": 2.7},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_every_switch_of_the_reference_exports(switches: dict, tmp_path: Path) -> None:
+    """The gate compares each with eager, to five nines of cosine."""
+    config = PeConfig.from_dict(golden("pe_core_cls").config_dict() | switches)
+    manifest = build.export_package(
+        _plan(config, size=(28, 42)), RandomWeights(config, 0), tmp_path / "p"
+    )
+    assert all(f["max_abs"] <= MAX_ABS for f in manifest.record["fidelity"].values())
+
+
 def test_layer_scale_is_folded(tmp_path: Path) -> None:
     data = golden("pe_lang")
     build.export_package(_plan(data.config), data, tmp_path / "p")

@@ -187,7 +187,6 @@ def outside_trouble(tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_bytes(b"mine")
-    (tmp_path / "empty").mkdir()
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "manifest.json").write_bytes(b'{"name": "a web app"}')
     (tmp_path / "link").symlink_to("package")
@@ -199,11 +198,16 @@ def outside_trouble(tmp_path):
         ("link", "is not a directory"),
         ("dangling", "is not a directory"),
         ("folder", "replaces only an engine package"),
-        ("empty", "replaces only an engine package"),
         ("app", "replaces only an engine package"),
         ("guarded", "notes.txt' does not belong"),
         ("x" * 256, "File name too long"),
     ]
+
+
+def test_empty_directory_is_taken(tools, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    tools.Tiny().publish(tmp_path / "tiny")
+    open_package(tmp_path / "tiny").close()
 
 
 @pytest.mark.parametrize("force", [False, True])

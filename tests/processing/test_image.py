@@ -17,7 +17,6 @@ from perception_rt.processing.image import (
     ImageSpec,
     decode_image,
     load_image,
-    load_images,
     normalize,
     resize_image,
 )
@@ -130,31 +129,6 @@ def test_a_pillow_image_is_left_as_it_was():
     rgb = picture()
     decode_image(rgb).putpixel((0, 0), (1, 2, 3))
     assert rgb.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_load_images_stacks_in_order():
-    sources = [np.full((5, 5, 3), value, np.uint8) for value in (3, 1, 2)]
-    assert load_images(sources, SPEC)[:, 0, 0, 0].tolist() == [3, 1, 2]
-    assert load_images([], SPEC).shape == (0, 28, 28, 3)
-
-
-def test_load_images_names_every_bad_one():
-    good = encode(picture(), "PNG")
-    sources = [good if i % 8 else b"bad" for i in range(64)]
-    with pytest.raises(InputError) as caught:
-        load_images(sources, SPEC)
-    lines = str(caught.value).splitlines()
-    assert lines[0] == "8 of 64 images cannot be used:"
-    assert [line.split("]")[0] for line in lines[1:]] == [f"[{i}" for i in range(0, 64, 8)]
-    expected = load_image(good, SPEC)
-    single = [load_image(source, SPEC) for source in sources if source is good]
-    assert all(np.array_equal(pixels, expected) for pixels in single)
-
-
-@pytest.mark.parametrize("source", ["cat.png", b"bytes", Path("cat.png"), picture()])
-def test_load_images_wants_a_list(source):
-    with pytest.raises(InputError, match="must be a list"):
-        load_images(source, SPEC)
 
 
 def test_limits_are_inclusive():

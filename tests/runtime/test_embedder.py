@@ -4,6 +4,7 @@ import hashlib
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from PIL import Image
 
 import perception_rt as prt
 from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.package.manifest import Manifest
+from perception_rt.package.reader import read_manifest
+from perception_rt.package.store import Stage
 
 
 def _images(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -147,13 +151,27 @@ def test_64_threads_share_one_engine(ort_engine) -> None:
 
 def test_wrong_arguments_are_named(engine) -> None:
     for call, message in (
-        (lambda: engine.embed_texts("a cat"), "list of strings"),
+        (lambda: engine.embed_texts("a cat"), "texts must be a list"),
         (lambda: engine.classify(_images(1), []), "labels"),
         (lambda: engine.classify(_images(1), "cat"), "labels"),
-        (lambda: engine.embed_images(_images(1), batch_size=0), "batch_size must be 1 to 256"),
+        (lambda: engine.embed_images("a.jpg"), "images must be a list, not one str"),
+        (lambda: engine.embed_images(_images(1)[0]), "images must be a list, not one ndarray"),
+        (lambda: engine.embed_images(None), "images must be a list, not one NoneType"),
+        (lambda: engine.embed_videos("a.mp4"), "videos must be a list, not one str"),
+        (lambda: engine.embed_videos(["absent.mp4"]), "video 0: "),
+        (lambda: engine.classify(_images(1), [1]), "labels must be at least one string"),
+        (lambda: engine.classify(_images(1), ["a"], [5]), "templates"),
+        (lambda: engine.features(_images(1), layer="1"), "layer '1' is out of range"),
+        (lambda: engine.encode_tokens([["a"] * 16]), "int64"),
+        (lambda: engine.encode_pixels([[1], [1, 2]]), "array of at least one row"),
+        (lambda: engine.embed_images(_images(1), batch_size=2.5), "batch_size must be"),
+        (
+            lambda: engine.embed_images(_images(1), batch_size=0),
+            "batch_size must be an integer, 1 to 256",
+        ),
         (lambda: engine.encode_pixels(np.zeros((1, 3, 32, 32))), "float32, not float64"),
         (lambda: engine.encode_pixels(np.zeros((1, 3, 32, 40), np.float32)), r"\(1, 3, 32, 40\)"),
-        (lambda: engine.encode_pixels(np.zeros((0, 3, 32, 32), np.float32)), "shape"),
+        (lambda: engine.encode_pixels(np.zeros((0, 3, 32, 32), np.float32)), "at least one row"),
         (lambda: engine.encode_tokens(np.full((1, 16), 49408)), "0 to 49407"),
         (lambda: engine.encode_tokens(np.full((1, 16), -1)), "0 to 49407"),
         (lambda: engine.encode_tokens(np.zeros((1, 16), np.int32)), "int64, not int32"),
@@ -169,7 +187,9 @@ def test_nan_never_comes_back(ort_engine) -> None:
         ort_engine.encode_pixels(pixels)
 
 
-def test_what_cannot_be_had_is_an_error(tiny_package: Path, tiny_packages) -> None:
+def test_what_cannot_be_had_is_an_error(
+    tiny_package: Path, tiny_packages, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package_id = prt.load(tiny_package).manifest.id
     prt.load(tiny_package, expect=package_id).close()
     wrong = "sha256:" + hashlib.sha256(b"").hexdigest()
@@ -177,17 +197,46 @@ def test_what_cannot_be_had_is_an_error(tiny_package: Path, tiny_packages) -> No
         prt.load(tiny_package, expect=wrong)
     with pytest.raises(InputError, match="unknown backend 'tensorrt'"):
         prt.load(tiny_package, backend="tensorrt")
-    with pytest.raises(InputError, match="threads must be 1 to 1024"):
+    with pytest.raises(InputError, match="threads must be an integer from 1 to 1024"):
         prt.load(tiny_package, threads=0)
-    with prt.load(tiny_package, device="cuda") as engine:
-        with pytest.raises(BackendError, match="CUDAExecutionProvider is not in this ONNX Runtime"):
-            engine.embed_images(_images(1))
-    with prt.load(tiny_packages["int8"], device="cuda") as engine:
-        with pytest.raises(BackendError, match="int8 package for onnxruntime does not run on cuda"):
-            engine.embed_images(_images(1))
-    with prt.load(tiny_package, device="tpu") as engine:
-        with pytest.raises(InputError, match="unknown device 'tpu'"):
-            engine.embed_images(_images(1))
+    with pytest.raises(BackendError, match="CUDAExecutionProvider is not in this ONNX Runtime"):
+        prt.load(tiny_package, device="cuda")
+    with pytest.raises(InputError, match="unknown device 'tpu'"):
+        prt.load(tiny_package, device="tpu")
+    monkeypatch.setattr("perception_rt.runtime.backends.onnxruntime.check_device", lambda d: None)
+    with pytest.raises(BackendError, match="int8 package for onnxruntime does not run on cuda"):
+        prt.load(tiny_packages["int8"], device="cuda")
+
+
+def test_iterables_and_stacked_arrays_are_lists(engine) -> None:
+    images = np.stack([np.full((20, 30, 3), value, np.uint8) for value in (0, 90, 200)])
+    rows = engine.embed_images(images)
+    assert np.array_equal(rows, engine.embed_images(image for image in images))
+    assert np.array_equal(rows, engine.embed_images(tuple(images)))
+
+
+def test_manifest_that_disagrees_with_itself_is_refused(tiny_package: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(tiny_package)
+    content = manifest.content
+    text = dict(content.text or {})
+    for index, change in enumerate(
+        (
+            {"image": {**content.image, "height": 40}},
+            {"image": {"height": 32}},
+            {"text": None},
+            {"text": {"tokenizer": "clip_bpe"}},
+            {"text": text | {"context_length": 12}},
+            {"text": text | {"tokenizer": "bert"}},
+        )
+    ):
+        dest = tmp_path / str(index)
+        with Stage.create(dest) as stage:
+            for name in content.files:
+                stage.write(name, [(tiny_package / name).read_bytes()])
+            stage.seal(Manifest.create(replace(content, **change), record={"fidelity": 3}))
+            stage.publish()
+        with pytest.raises(PackageError, match="package 'tiny'"):
+            prt.load(dest)
 
 
 def test_close_twice_and_use_after_close(tiny_package: Path) -> None:

@@ -18,7 +18,6 @@ CONTRIB = "com.microsoft"
 class OnnxRuntimeLowering(Lowering):
     """Standard ONNX plus ONNX Runtime's contrib operators, on CPU or CUDA."""
 
-    domains = frozenset({"", CONTRIB})
     attention_op = "MultiHeadAttention"
 
     def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:

@@ -18,7 +18,6 @@ from perception_rt.targets import get_target
 Array = np.ndarray[Any, Any]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-DOMAINS = frozenset({"", "com.microsoft"})
 
 # By the values of TensorProto.DataType, for those that our graphs keep outside.
 _DTYPES = {
@@ -57,6 +56,17 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
+def check_device(device: str) -> None:
+    """BackendError unless the installed ONNX Runtime has the device; InputError if none has."""
+    if device not in _PROVIDERS:
+        raise InputError(f"unknown device {device!r:.40}; known are {', '.join(_PROVIDERS)}")
+    if device not in devices():
+        raise BackendError(
+            f"{_PROVIDERS[device]} is not in this ONNX Runtime; it has "
+            f"{', '.join(ort.get_available_providers())}"
+        )
+
+
 def open_session(
     package: Package, graph: str, *, device: str, threads: int | None
 ) -> OnnxRuntimeEngine:
@@ -68,21 +78,25 @@ def open_session(
         device: "cpu" or "cuda".
         threads: of one run; None for one per physical core.
     """
-    target = package.manifest.content.target
-    _check_device(target.backend, target.precision, device)
+    target = get_target(package.manifest.content.target.backend)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Sequential runs of a graph that is a chain; threads work inside an operator.
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if threads is not None:
         options.intra_op_num_threads = threads
-    model = package.read_graph(graph, domains=DOMAINS)
+    model = package.read_graph(graph, domains=target.domains)
     weights = _weights(package, model)
     options.add_external_initializers(
         list(weights), [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
     )
     try:
-        session = ort.InferenceSession(model, options, providers=[_PROVIDERS[device]])
+        session = ort.InferenceSession(
+            model,
+            options,
+            providers=[_PROVIDERS[device]],
+            enable_fallback=0,  # its own, to the CPU, with a line on standard output
+        )
     except Exception as error:
         raise BackendError(
             f"ONNX Runtime cannot open graph {graph!r}: {type(error).__name__}"
@@ -110,19 +124,3 @@ def _weights(package: Package, model: bytes) -> dict[str, Array]:
         array = np.frombuffer(data, dtype, count, offset)
         weights[tensor.name] = array.reshape(tensor.shape)
     return weights
-
-
-def _check_device(backend: str, precision: str, device: str) -> None:
-    if device not in _PROVIDERS:
-        raise InputError(f"unknown device {device!r:.40}; known are {', '.join(_PROVIDERS)}")
-    devices = get_target(backend).precisions.get(precision, ())
-    if device not in devices:
-        raise BackendError(
-            f"a {precision} package for {backend} does not run on {device}; it runs on "
-            f"{', '.join(devices) or 'no device'}"
-        )
-    if _PROVIDERS[device] not in ort.get_available_providers():
-        raise BackendError(
-            f"{_PROVIDERS[device]} is not in this ONNX Runtime; it has "
-            f"{', '.join(ort.get_available_providers())}"
-        )

@@ -32,6 +32,10 @@ class ReferenceEngine:
         """Nothing to free."""
 
 
+def check_device(device: str) -> None:
+    """Every device will do: none is used."""
+
+
 def open_session(
     package: Package, graph: str, *, device: str, threads: int | None
 ) -> ReferenceEngine:
