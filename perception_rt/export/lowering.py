@@ -7,6 +7,7 @@ in memory before it is written.
 Legend: N batch, T tokens, C channels in, O channels out.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,7 +86,7 @@ class LoweredGraph:
         return sum(node.op_type == op_type for node in self.model.graph)
 
 
-class Lowering:
+class Lowering(ABC):
     """Rebuilds a traced graph for one backend. An instance is used once.
 
     Args:
@@ -138,13 +139,13 @@ class Lowering:
 
     # What a backend overrides.
 
+    @abstractmethod
     def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
         """Emits x @ weight.T + bias, weight (O, C), and binds the node's output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
         """Emits attention over q, k, v and optional cos, sin, and binds the node's output."""
-        raise NotImplementedError
 
     # What it builds with.
 

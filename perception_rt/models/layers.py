@@ -105,8 +105,8 @@ def drop_path(x: Tensor, rate: float, *, training: bool) -> Tensor:
     return x * keep.to(x.dtype) / (1.0 - rate)
 
 
-class SelfAttention(nn.Module):
-    """Attention with packed input projections, as torch's MultiheadAttention stores them."""
+class PackedAttention(nn.Module):
+    """The parameters of an attention, packed as torch's MultiheadAttention stores them."""
 
     def __init__(self, width: int, heads: int, attention: Attention) -> None:
         super().__init__()
@@ -115,6 +115,10 @@ class SelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+
+
+class SelfAttention(PackedAttention):
+    """Attention of tokens over themselves."""
 
     def forward(self, x: Tensor, *, rope: Rope | None = None, causal: bool = False) -> Tensor:
         """(N, T, C) -> (N, T, C)."""

@@ -16,6 +16,7 @@ from perception_rt.models.layers import (
     Attention,
     Block,
     Mlp,
+    PackedAttention,
     Rope,
     Transformer,
     rope_2d,
@@ -23,16 +24,8 @@ from perception_rt.models.layers import (
 )
 
 
-class CrossAttention(nn.Module):
-    """Attention of a few queries over all tokens, with torch's packed parameter names."""
-
-    def __init__(self, width: int, heads: int, attention: Attention) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention = attention
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+class CrossAttention(PackedAttention):
+    """Attention of a few queries over all tokens."""
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
         """(1, Q, C) over (N, T, C) -> (N, Q, C); the same queries for every sample."""

@@ -140,7 +140,10 @@ def test_bad_exports_leave_nothing(checkpoint, tmp_path: Path, capsys) -> None:
         ([*good[:3], str(not_json), "--out", out], "is not JSON"),
         ([*good, "--out", str(a_file / "p")], "cannot make the folder"),
         ([*good, "--precision", "int4", "--out", str(here / "a" / "b")], "int4"),
-        (["--checkpoint", "x" * 300, *good[2:], "--out", str(here / "a" / "b")], "1 to 128 characters"),
+        (
+            ["--checkpoint", "x" * 300, *good[2:], "--out", str(here / "a" / "b")],
+            "1 to 128 characters",
+        ),
         ([*good, "--out", str(a_file)], "file"),
         ([*good, "--out", str(folder)], "folder"),
         ([*good, "--out", str(folder), "--force"], "folder"),
