@@ -47,7 +47,7 @@ def export_package(
     Args:
         plan: what to make.
         source: the weights; read twice, tensor by tensor.
-        out: must not exist, or be a package that `force` may replace.
+        out: must not exist, or be an empty directory, or a package that `force` may replace.
         force: replace an existing package.
         on_progress: called with a line for each step.
 
