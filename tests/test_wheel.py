@@ -125,7 +125,8 @@ def test_an_engine_classifies_and_embeds_without_torch(
     command = [installed / "perception-rt", "classify", demo_package, "--json", *images]
     command += [part for word in WORDS for part in ("--label", word)]
     answer = json.loads(run(*command, "--template", "a handwritten {}", cwd=tmp_path))
-    best = [max(answer[name], key=answer[name].__getitem__) for name in names]
+    assert [item["image"] for item in answer] == names
+    best = [max(item["probabilities"], key=item["probabilities"].get) for item in answer]
     assert sum(word == WORDS[label] for word, label in zip(best, labels, strict=False)) >= 18
 
     command = [installed / "perception-rt", "embed", demo_package, *images, "--text", "a seven"]
