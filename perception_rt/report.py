@@ -65,7 +65,7 @@ def lint(path: str | os.PathLike[str]) -> list[str]:
     if left:
         notes.append(f"{len(left)} linear layers stay in float: int8 would hurt them")
     if content.target.precision == "fp16":
-        notes.append("fp16 is for GPUs: on a CPU, fp32 or int8 is faster")
+        notes.append("fp16 is for GPUs: on a CPU it is no faster than fp32, and int8 is")
     if content.target.backend not in TARGETS:
         notes.append(f"backend {content.target.backend} is not known to this version")
     return notes
