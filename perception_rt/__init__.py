@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from perception_rt._version import __version__
 from perception_rt.errors import (
     BackendError,
+    CapacityError,
     CheckpointError,
     ExportError,
     InputError,
@@ -30,6 +31,7 @@ _LAZY = {
 
 __all__ = [
     "BackendError",
+    "CapacityError",
     "CheckpointError",
     "Embedder",
     "ExportError",

@@ -1,13 +1,15 @@
-"""The released Perception Encoder architectures, as data and nothing else.
+"""The released architectures, as data and nothing else.
 
-Source: the reference's `core/vision_encoder/config.py` at 3e352cc. The `-Tiling` checkpoints have
-the architecture of their base: they are the encoders that PLM-3B (L) and PLM-8B (G) start from.
+Source: the reference's `core/vision_encoder/config.py` and `apps/plm/configs/` at 3e352cc. The
+`-Tiling` checkpoints have the architecture of their base: they are the encoders that PLM-3B (L) and
+PLM-8B (G) start from.
 """
 
 from dataclasses import replace
 
 from perception_rt.config import PeConfig, TextConfig, VisionConfig
 from perception_rt.errors import InputError
+from perception_rt.plm_config import IMAGE_TOKEN_ID, DecoderConfig, PlmConfig
 
 _TEXT_SMALL = TextConfig(context_length=32, width=512, heads=8, layers=12, output_dim=512)
 _TEXT_LARGE = TextConfig(context_length=32, width=1024, heads=16, layers=24, output_dim=1024)
@@ -74,12 +76,58 @@ PE_MODELS: dict[str, PeConfig] = {
     "PE-Spatial-G14-448": PeConfig(vision=_SPATIAL_G),
 }
 
+_LLAMA_1B = DecoderConfig(
+    dim=2048,
+    n_layers=16,
+    n_heads=32,
+    n_kv_heads=8,
+    vocab_size=128256,
+    ffn_dim_multiplier=1.5,
+    multiple_of=256,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scale_factor=32.0,
+    high_freq_factor=4.0,
+    max_seqlen=11520,
+    weight_tying=True,
+)
+_LLAMA_3B = replace(_LLAMA_1B, dim=3072, n_layers=28, n_heads=24, ffn_dim_multiplier=1.0)
+_LLAMA_8B = replace(
+    _LLAMA_1B,
+    dim=4096,
+    n_layers=32,
+    ffn_dim_multiplier=1.3,
+    multiple_of=1024,
+    rope_scale_factor=1.0,
+    high_freq_factor=32.0,
+    weight_tying=False,
+)
+# Stochastic depth in training only.
+_PLM_L, _PLM_G = replace(_LANG_L, drop_path=0.1), replace(_LANG_G, drop_path=0.1)
+
+PLM_MODELS: dict[str, PlmConfig] = {
+    "PLM-1B": PlmConfig(
+        decoder=_LLAMA_1B, vision=_PLM_L, pooling_ratio=2, image_token_id=IMAGE_TOKEN_ID
+    ),
+    "PLM-3B": PlmConfig(
+        decoder=_LLAMA_3B, vision=_PLM_L, pooling_ratio=2, image_token_id=IMAGE_TOKEN_ID
+    ),
+    "PLM-8B": PlmConfig(
+        decoder=_LLAMA_8B, vision=_PLM_G, pooling_ratio=2, image_token_id=IMAGE_TOKEN_ID
+    ),
+}
+
 DEMO_MODEL = "PE-Demo"
 
 
-def get_config(name: str) -> PeConfig:
-    """The architecture of a released checkpoint, by its name without the `facebook/` prefix."""
+def get_config(name: str) -> PeConfig | PlmConfig:
+    """The architecture of a released checkpoint, by its name without the `facebook/` prefix.
+
+    The hub calls the language models `Perception-LM-1B` and so on; either name will do.
+    """
+    short = name.removeprefix("facebook/").replace("Perception-LM-", "PLM-")
+    known: dict[str, PeConfig | PlmConfig] = {**PE_MODELS, **PLM_MODELS}
     try:
-        return PE_MODELS[name.removeprefix("facebook/")]
+        return known[short]
     except KeyError:
-        raise InputError(f"unknown model {name!r:.80}; known are {', '.join(PE_MODELS)}") from None
+        raise InputError(f"unknown model {name!r:.80}; known are {', '.join(known)}") from None

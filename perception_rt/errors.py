@@ -27,3 +27,7 @@ class PackageError(PerceptionError):
 
 class BackendError(PerceptionError):
     """A backend is missing, cannot run here, or failed while running."""
+
+
+class CapacityError(PerceptionError):
+    """A request does not fit the memory, the queue or the context; a smaller one may."""

@@ -32,7 +32,17 @@ class Part:
     lazy_libraries: tuple[str, ...] = ()
 
 
-LAYER_1 = ("_version", "archs", "config", "demo", "errors", "limits", "progress", "targets")
+LAYER_1 = (
+    "_version",
+    "archs",
+    "config",
+    "demo",
+    "errors",
+    "limits",
+    "plm_config",
+    "progress",
+    "targets",
+)
 LAYER_2 = (*LAYER_1, "processing", "package")
 TORCH_SIDE = (*LAYER_2, "models", "checkpoint")
 EXPORTER = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript")

@@ -33,10 +33,15 @@ class Attention(Protocol):
         value: Tensor,
         *,
         heads: int,
+        kv_heads: int | None = None,
         rope: Rope | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """Multi-head attention of (N, Tq, C) over (N, Tk, C); returns (N, Tq, C)."""
+        """Multi-head attention of (N, Tq, C) over (N, Tk, C); returns (N, Tq, C).
+
+        With fewer `kv_heads` than `heads`, keys and values are (N, Tk, kv_heads * D), and each of
+        their heads serves a group of consecutive query heads.
+        """
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -65,14 +70,18 @@ def sdpa_attention(
     value: Tensor,
     *,
     heads: int,
+    kv_heads: int | None = None,
     rope: Rope | None = None,
     causal: bool = False,
 ) -> Tensor:
     """The default `Attention`: torch's scaled dot product attention, scale D ** -0.5."""
-    q, k, v = (split_heads(x, heads) for x in (query, key, value))
+    q = split_heads(query, heads)
+    k, v = (split_heads(x, kv_heads or heads) for x in (key, value))
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+    grouped = kv_heads is not None and kv_heads != heads
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    return merge_heads(y)
 
 
 def rope_2d(

@@ -3,7 +3,8 @@
 The exporter builds graphs to these records, the manifest stores them, and the runtime checks each
 call against them. No torch, no numpy: names, dtypes and shapes.
 
-Legend: N batch (dynamic), H W pixels, T tokens, D embedding channels, C width, V vocabulary.
+Legend: N batch (dynamic), H W pixels, T tokens, D embedding channels, C width, V vocabulary;
+L logit positions, K key and value heads, S cache slots, E channels per head.
 """
 
 from dataclasses import dataclass
@@ -17,16 +18,33 @@ PIXELS = "pixels"  # the same from already normalised float pixels
 FEATURES = "features"  # uint8 images -> one output per tapped block, no final norm
 TEXT = "text"  # token ids -> text features, not normalised
 
+# Graphs of a Perception Language Model package; `vision` and `pixels` are there too, for tiles. The
+# decoder is cut into parts of whole layers, so that no more than one need be in memory to check it;
+# the first takes what `embed` returns, each other one the hidden state of the part before it.
+EMBED = "embed"  # token ids -> hidden
+DECODER = "decoder_"  # hidden, cache -> hidden, or logits from the last part; see `decoder_part`
+
 # Inputs.
 IMAGES_U8 = "images"  # uint8 (N, H, W, 3), RGB
 PIXELS_F32 = "pixels"  # float32 (N, 3, H, W), normalised
 TOKENS = "tokens"  # int64 (N, T)
+HIDDEN = "hidden"  # float32 (N, T, C)
+PAST_LENGTHS = "past_lengths"  # int32 (N,): tokens already in the cache; T > 1 needs N = 1
+LOGIT_POSITIONS = "logit_positions"  # int64 (N, L): which of the T tokens to predict from
 
 # Outputs.
 EMBEDDING = "embedding"  # float32 (N, D) of a pooled tower, or (N, T, C) of a tower without pool
 TEXT_EMBEDDING = "text_embedding"  # float32 (N, D)
 
-BATCH = "batch"  # the name of the dynamic first dimension
+IMAGE_FEATURES = "image_features"  # float32 (N, image tokens per tile, C of the decoder)
+HIDDEN_OUT = "hidden_out"  # float32 (N, T, C)
+LOGITS = "logits"  # float32 (N, L, V)
+
+# Names of dynamic dimensions.
+BATCH = "batch"
+LENGTH = "length"  # T of a decoder
+SLOTS = "slots"  # S
+POSITIONS = "positions"  # L
 
 DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
 
@@ -34,6 +52,29 @@ DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
 def tap_name(layer: int) -> str:
     """Output name of the block at a non-negative `layer`."""
     return f"block_{layer}"
+
+
+def decoder_part(index: int) -> str:
+    """Name of the decoder graph at an index from 0."""
+    return f"{DECODER}{index}"
+
+
+def key_cache(layer: int) -> str:
+    """Keys of a decoder layer, float32 or float16 (N, K, S, E): read, and written in place.
+
+    The graph's output `updated(name)` must be bound to the same memory as the input.
+    """
+    return f"key_cache_{layer}"
+
+
+def value_cache(layer: int) -> str:
+    """Values of a decoder layer; see `key_cache`."""
+    return f"value_cache_{layer}"
+
+
+def updated(cache: str) -> str:
+    """Name of the output that is the cache input `cache` after a call."""
+    return f"{cache}_out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

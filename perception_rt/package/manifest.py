@@ -18,7 +18,7 @@ from perception_rt.package.contract import GraphSpec
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
-FAMILIES = ("pe",)
+FAMILIES = ("pe", "plm")
 
 _INT_BOUND = 2**63  # integers are in [-2^63, 2^63)
 _MAX_PATH = 128
