@@ -1,21 +1,30 @@
-"""Frames of a video, picked by index over its whole length, as uint8 RGB arrays.
+"""Frames of a video, picked by index over the whole of it or over a clip, as uint8 RGB arrays.
 
 A file is decoded by PyAV, which is imported when the first file is opened and not before. What a
 container declares about itself (length, rate, number of frames) is not believed: packets and frames
-are counted. Knows nothing of models; `image.py` resizes the frames.
+are counted, and the rate is what the times of the packets make it. Knows nothing of models but a
+`TileSpec`; `image.py` resizes the frames.
+
+Legend: T frames, H height, W width, n frames that were picked, S side of a tile in pixels.
 """
 
 import io
+import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from perception_rt.errors import BackendError, InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.files import open_regular_file, path_name
+from perception_rt.processing.image import resize_image
+from perception_rt.processing.tiles import TileSpec
 
 VideoSource: TypeAlias = str | os.PathLike[str] | NDArray[Any]
 
@@ -24,6 +33,7 @@ _CONTAINERS = "mov,matroska,avi,mpegts"
 _MAX_FPS = 240  # together with `Limits.video_seconds`, a bound on packets
 _MAX_RESULT_PIXELS = 2**30  # of all selected frames together, 3 bytes each
 _READ_BYTES = 256 * 1024
+_MAX_SECONDS = 2**31  # as an argument; also of frames per second
 
 
 def select_frames(total: int, num_frames: int) -> list[int]:
@@ -34,12 +44,86 @@ def select_frames(total: int, num_frames: int) -> list[int]:
     Raises:
         InputError: one of the numbers is not an integer of at least 1.
     """
-    for name, value in (("total", total), ("num_frames", num_frames)):
-        if type(value) is not int or value < 1:
-            raise InputError(f"{name} must be an integer of at least 1")
+    _check_counts(total=total, num_frames=num_frames)
     if num_frames == 1:
         return [total // 2]
     return [i * (total - 1) // (num_frames - 1) for i in range(num_frames)]
+
+
+def select_plm_frames(
+    total: int,
+    fps: float | None,
+    max_frames: int,
+    start_s: float | None = None,
+    end_s: float | None = None,
+) -> list[int]:
+    """Indices of the frames that the reference's language models look at.
+
+    One frame per second from the first of the clip on, where that makes `max_frames`. Where it
+    makes more, `max_frames` of these; where it makes fewer, as many of all the clip's frames, or
+    all of them. Costs what it returns, whatever the numbers.
+
+    Three cases are ours, because the reference fails in them: a rate below a half takes every
+    frame, an index stays below `total`, and times in the wrong order are an error.
+
+    Args:
+        total: frames of the video.
+        fps: frames per second; None where it is unknown, and then all frames count alike.
+        max_frames: how many indices to return at most.
+        start_s: where the clip begins, in seconds; None for the video's first frame.
+        end_s: where it ends, in seconds; None or a time past the end for the last frame.
+
+    Returns:
+        At least one index, in ascending order.
+
+    Raises:
+        InputError: a number is out of range, or the clip begins after the last frame.
+    """
+    _check_counts(total=total, max_frames=max_frames)
+    _check_times(start_s, end_s)
+    if fps is not None and not (type(fps) in (int, float) and 0 < fps <= _MAX_SECONDS):
+        raise InputError(f"fps must be a number above 0 and at most {_MAX_SECONDS}")
+    first, last = _clip(total, fps, start_s, end_s)
+    stride = 1 if fps is None else max(1, round(fps))
+    count = (last - first) // stride + 1
+    if count < max_frames:
+        stride, count = 1, last - first + 1
+    number = min(max_frames, count)
+    step = (count - 1) / (number - 1) if number > 1 else 0.0
+    return [first + stride * min(round(i * step), count - 1) for i in range(number)]
+
+
+def _clip(
+    total: int, fps: float | None, start_s: float | None, end_s: float | None
+) -> tuple[int, int]:
+    """First and last frame of a clip; a moment has two frames, as in the reference."""
+    if fps is None:
+        if start_s is not None or end_s is not None:
+            raise InputError("start_s and end_s need a video whose frames have times")
+        return 0, total - 1
+    first = 0 if start_s is None else int(start_s * fps)
+    if first >= total:
+        raise InputError(
+            f"start_s {start_s:g} is after the end of the video, at {total / fps:g} seconds"
+        )
+    last = total - 1 if end_s is None else min(int(end_s * fps), total - 1)
+    return first, max(last, min(first + 1, total - 1))
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if type(value) is not int or not 1 <= value < 2**63:
+            raise InputError(f"{name} must be an integer from 1 to 2**63 - 1")
+
+
+def _check_times(start_s: float | None, end_s: float | None) -> None:
+    for name, value in (("start_s", start_s), ("end_s", end_s)):
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0 <= value <= _MAX_SECONDS:
+            raise InputError(f"{name} must be a number of seconds from 0 to {_MAX_SECONDS}")
+    if start_s is not None and end_s is not None and end_s < start_s:
+        raise InputError(f"end_s {end_s:g} is before start_s {start_s:g}")
 
 
 def load_video(
@@ -66,8 +150,77 @@ def load_video(
     """
     if type(num_frames) is not int or not 1 <= num_frames <= limits.video_frames:
         raise InputError(f"num_frames must be an integer from 1 to {limits.video_frames}")
+    plan = _Plan(
+        select=lambda total, _: select_frames(total, num_frames),
+        finish=lambda pixels: pixels,
+        held=num_frames,
+    )
+    return _load(source, plan, limits)
+
+
+def load_frames(
+    source: VideoSource,
+    spec: TileSpec,
+    *,
+    num_frames: int | None = None,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> NDArray[np.uint8]:
+    """Decodes the frames that `select_plm_frames` picks, each squashed to one tile.
+
+    Frames are resized by Pillow, as still images are. The reference resizes the frames of a video
+    as tensors, with the same filter but without Pillow's rounding in between: about one value in
+    six differs by 1 of 255, and next to the sharpest edges a few by more.
+
+    Args:
+        source: as `load_video` takes it. The frames of an array have no times: all count alike,
+            and the array is taken as it is where it is short enough.
+        spec: the model's.
+        num_frames: how many frames to take at most; None for `spec.max_frames`.
+        start_s: where to begin, in seconds from the first frame.
+        end_s: where to end, in seconds from the first frame.
+        limits: bounds on the file's bytes, its duration, the size of a frame and `num_frames`.
+
+    Returns:
+        uint8 (n, S, S, 3), 1 <= n <= num_frames; `normalize` it with `spec.tile`.
+
+    Raises:
+        InputError: an argument is out of range, or as `load_video`.
+        BackendError: PyAV is not installed.
+    """
+    most = min(spec.max_frames, limits.video_frames)
+    number = most if num_frames is None else num_frames
+    if type(number) is not int or not 1 <= number <= most:
+        raise InputError(f"num_frames must be an integer from 1 to {most}")
+    _check_times(start_s, end_s)
+    tile = spec.tile
+    plan = _Plan(
+        select=lambda total, fps: select_plm_frames(total, fps, number, start_s, end_s),
+        finish=lambda pixels: resize_image(Image.fromarray(np.ascontiguousarray(pixels)), tile),
+        held=1,
+    )
+    return _load(source, plan, limits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """Which frames are wanted and what becomes of them.
+
+    Attributes:
+        select: from the number of frames and their rate, None if unknown, to indices.
+        finish: from an upright frame, uint8 (H, W, 3), to what is returned of it.
+        held: how many frames are in memory at once in their own size.
+    """
+
+    select: Callable[[int, float | None], list[int]]
+    finish: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+    held: int
+
+
+def _load(source: VideoSource, plan: _Plan, limits: Limits) -> NDArray[np.uint8]:
     if isinstance(source, np.ndarray):
-        return _from_array(source, num_frames, limits)
+        return _from_array(source, plan, limits)
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"a video must be a path or an array, not {type(source).__name__}")
     path, name = path_name(source, "video")
@@ -77,7 +230,7 @@ def load_video(
         if size > limits.video_bytes:
             raise InputError(f"{name} has {size} bytes; the limit is {limits.video_bytes} bytes")
         try:
-            return _Reader(av, file, name, limits).read(num_frames)
+            return _Reader(av, file, name, limits).read(plan)
         except InputError:
             raise
         except Exception:
@@ -95,15 +248,14 @@ def _import_av() -> ModuleType:
     return av
 
 
-def _from_array(array: NDArray[Any], num_frames: int, limits: Limits) -> NDArray[np.uint8]:
+def _from_array(array: NDArray[Any], plan: _Plan, limits: Limits) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
         raise InputError(
             f"a video array must be uint8 (T, H, W, 3), not {array.dtype} {array.shape}"
         )
     frames, height, width, _ = array.shape
-    indices = select_frames(frames, num_frames)
-    _check_size(width, height, len(indices), "video array", limits)
-    return np.ascontiguousarray(array[indices])
+    _check_size(width, height, plan.held, "video array", limits)
+    return np.stack([plan.finish(array[i]) for i in plan.select(frames, None)])
 
 
 def _check_size(width: int, height: int, num_frames: int, name: str, limits: Limits) -> None:
@@ -129,18 +281,25 @@ class _Reader:
         self._file = file
         self._name = name
         self._limits = limits
+        self._seconds = 0.0  # that the packets take; 0 until they are counted, or if unknown
 
-    def read(self, num_frames: int) -> NDArray[np.uint8]:
-        """The selected frames, uint8 (num_frames, H, W, 3)."""
-        total = self._count_packets(num_frames)
-        indices = select_frames(total, num_frames)
-        frames, decoded = self._decode(set(indices))
+    def read(self, plan: _Plan) -> NDArray[np.uint8]:
+        """The selected frames, uint8 (n, ...)."""
+        total = self._count_packets(plan.held)
+        indices = plan.select(total, self._fps(total))
+        frames, decoded = self._decode(set(indices), plan)
         if decoded != total:  # a packet may hold half a frame, or one that is not shown
             if decoded == 0:
                 raise InputError(f"{self._name} has no frame that can be decoded")
-            indices = select_frames(decoded, num_frames)
-            frames, _ = self._decode(set(indices))
+            indices = plan.select(decoded, self._fps(decoded))
+            frames, _ = self._decode(set(indices), plan)
         return np.stack([frames[i] for i in indices])
+
+    def _fps(self, frames: int) -> float | None:
+        """Frames per second, None where packets have no times."""
+        fps = frames / self._seconds if self._seconds > 0 else 0.0
+        fps = round(fps, 6)  # 9.999999999999998 would put second 1 at frame 9
+        return fps if 0 < fps <= _MAX_SECONDS else None
 
     def _open(self) -> Any:
         self._file.seek(0)
@@ -158,14 +317,14 @@ class _Reader:
             raise InputError(f"{self._name} has no video stream")
         return container.streams.video[0]
 
-    def _count_packets(self, num_frames: int) -> int:
-        """Packets with something to show; checks size and duration on the way."""
+    def _count_packets(self, held: int) -> int:
+        """Packets with something to show; checks size and measures duration on the way."""
         limit = int(self._limits.video_seconds * _MAX_FPS)
         total = 0
-        first = last = None
+        first, last, end = math.inf, -math.inf, -math.inf  # end of the last packet
         with self._open() as container:
             stream = self._video_stream(container)
-            _check_size(stream.width, stream.height, num_frames, self._name, self._limits)
+            _check_size(stream.width, stream.height, held, self._name, self._limits)
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise InputError(f"{self._name} is cut off or damaged")
@@ -178,18 +337,22 @@ class _Reader:
                 if time is None or not packet.time_base:
                     continue
                 seconds = float(time * packet.time_base)
-                first = seconds if first is None else min(first, seconds)
-                last = seconds if last is None else max(last, seconds)
+                first, last = min(first, seconds), max(last, seconds)
+                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
                 if last - first > self._limits.video_seconds:
                     raise InputError(
                         f"{self._name} is longer than {self._limits.video_seconds:g} seconds"
                     )
         if total == 0:
             raise InputError(f"{self._name} has no frames")
+        if end > last:
+            self._seconds = end - first
+        elif last > first:  # no packet says how long it lasts
+            self._seconds = (last - first) * total / (total - 1)
         return total
 
-    def _decode(self, wanted: set[int]) -> tuple[dict[int, NDArray[np.uint8]], int]:
-        """The wanted frames by index, and how many frames there are."""
+    def _decode(self, wanted: set[int], plan: _Plan) -> tuple[dict[int, NDArray[np.uint8]], int]:
+        """The wanted frames by index, finished, and how many frames there are."""
         kept: dict[int, NDArray[np.uint8]] = {}
         size: tuple[int, int] | None = None
         count = 0
@@ -199,11 +362,12 @@ class _Reader:
             for frame in container.decode(stream):
                 if size is None:
                     size = frame.width, frame.height
-                    _check_size(*size, len(wanted), self._name, self._limits)
+                    _check_size(*size, plan.held, self._name, self._limits)
                 elif (frame.width, frame.height) != size:
                     raise InputError(f"{self._name} changes the size of its frames")
                 if count in wanted:
-                    kept[count] = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                    pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                    kept[count] = plan.finish(pixels)
                 count += 1
         return kept, count
 

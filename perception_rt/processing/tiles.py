@@ -1,0 +1,232 @@
+"""Images of any size to the tiles of a language model: a thumbnail, then a canvas cut in squares.
+
+The canvas is the reference's choice, in its own floating-point arithmetic, from widths and heights
+alone. Knows the geometry of tiles and nothing of tokens; `image.py` decodes and normalises.
+
+Legend: n tiles, S tile side in pixels.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, Literal, Self, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from perception_rt.errors import InputError
+from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.processing.image import (
+    ImageSource,
+    ImageSpec,
+    Interpolation,
+    decode_image,
+    resize_image,
+)
+
+TileMode: TypeAlias = Literal["vanilla", "thumb+tile"]
+
+_MOST = {"tile_size": 8192, "max_tiles": 1024, "max_frames": 1024}
+_MAX_PIXELS = 2**27  # of all tiles or frames of one image or video together, 3 bytes each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileSpec:
+    """How a language model wants images and videos. The released models use the defaults at 448.
+
+    Attributes:
+        tile_size: side of a tile and of a video frame, in pixels.
+        max_tiles: tiles that an image's canvas is cut into at most; the thumbnail is not counted.
+        mode: "thumb+tile" makes a thumbnail and the tiles of a canvas, "vanilla" the thumbnail.
+        max_frames: frames taken from a video at most.
+        interpolation: Pillow's antialiased filter of that name.
+        mean: per channel, subtracted from pixels in [0, 1].
+        std: per channel, what the difference is divided by.
+    """
+
+    tile_size: int
+    max_tiles: int = 36
+    mode: TileMode = "thumb+tile"
+    max_frames: int = 32
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise InputError(
+                    f"image.{name} must be an integer from 1 to {most}, not {_named(value)}"
+                )
+        if not isinstance(self.mode, str) or self.mode not in get_args(TileMode):
+            raise InputError(f"image.mode must be one of {list(get_args(TileMode))}")
+        pixels = self.tile_size**2 * max(self.max_tiles + 1, self.max_frames)
+        if pixels > _MAX_PIXELS:
+            raise InputError(
+                f"image: {self.max_tiles} tiles or {self.max_frames} frames of {self.tile_size} "
+                f"pixels a side are {pixels} pixels; the limit is {_MAX_PIXELS}"
+            )
+        checked = self.tile  # an ImageSpec, which checks the other fields
+        object.__setattr__(self, "mean", checked.mean)
+        object.__setattr__(self, "std", checked.std)
+
+    @property
+    def tile(self) -> ImageSpec:
+        """How one tile, thumbnail or frame is made and normalised."""
+        return ImageSpec(
+            height=self.tile_size,
+            width=self.tile_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Strict inverse of `to_dict`; InputError names unknown, missing and mistyped keys."""
+        if not isinstance(data, Mapping):
+            raise InputError(f"image must be an object, not {type(data).__name__}")
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(str(key) for key in data if key not in known)
+        if unknown:
+            raise InputError(f"image: unknown keys {unknown}; known are {sorted(known)}")
+        if "tile_size" not in data:
+            raise InputError("image: missing keys ['tile_size']")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; tuples become lists."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _named(value: object) -> str:
+    """An argument in words: a plain number as it is, anything else by its type."""
+    if type(value) is int and value.bit_length() > 64:
+        return f"one of {value.bit_length()} bits"
+    return repr(value) if type(value) in (bool, int, float) else f"a {type(value).__name__}"
+
+
+def load_tiles(
+    source: ImageSource,
+    spec: TileSpec,
+    *,
+    max_tiles: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> NDArray[np.uint8]:
+    """Decodes one image and cuts it into tiles.
+
+    The image is squashed to one tile, the thumbnail, and in mode "thumb+tile" also to the canvas
+    that `choose_canvas` picks, which is cut row by row.
+
+    Args:
+        source: as `decode_image` takes it.
+        spec: the model's.
+        max_tiles: a tighter budget than the spec's for this image. As in the reference it counts
+            tiles of the canvas, so that up to `max_tiles + 1` come back: with 1 the thumbnail is
+            followed by its copy, as the reference does it, and with 0 it is alone, as in mode
+            "vanilla".
+        limits: bounds on encoded bytes, sides and pixels.
+
+    Returns:
+        uint8 (n, S, S, 3), thumbnail first; `normalize` of it with `spec.tile` is what the
+        reference feeds to its vision tower.
+
+    Raises:
+        InputError: the budget is not an integer from 0 to `spec.max_tiles`, or as `decode_image`.
+    """
+    if max_tiles is None:
+        max_tiles = spec.max_tiles
+    elif type(max_tiles) is not int or not 0 <= max_tiles <= spec.max_tiles:
+        raise InputError(
+            f"max_tiles must be an integer from 0 to {spec.max_tiles}, not {_named(max_tiles)}"
+        )
+    image = decode_image(source, limits=limits)
+    thumbnail = resize_image(image, spec.tile)
+    if spec.mode == "vanilla" or max_tiles == 0:
+        return thumbnail[None]
+    columns, rows = choose_canvas(
+        image.width, image.height, tile_size=spec.tile_size, max_tiles=max_tiles
+    )
+    side = spec.tile_size
+    resample = Image.Resampling[spec.interpolation.upper()]
+    canvas = np.asarray(image.resize((columns * side, rows * side), resample))
+    tiles = np.empty((1 + rows * columns, side, side, 3), np.uint8)
+    tiles[0] = thumbnail
+    grid = tiles[1:].reshape(rows, columns, side, side, 3)  # a view
+    grid[:] = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+    return tiles
+
+
+def choose_canvas(width: int, height: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
+    """The grid of tiles that the reference squashes an image of this size to.
+
+    Of the canvases that hold the image without making it smaller, it is the one on which the
+    image, in its own aspect ratio, would have the longest short side: the largest, usually. If
+    none holds it, it is the largest canvas of the nearest aspect ratio that is not above the
+    image's own for a landscape or a square, and of the nearest that is above it for a portrait.
+
+    Args:
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        tile_size: side of a tile, in pixels.
+        max_tiles: how many tiles the canvas may have.
+
+    Returns:
+        (columns, rows), with 1 <= columns * rows <= max_tiles.
+
+    Raises:
+        InputError: one of the numbers is not an integer of at least 1, or max_tiles is too large.
+    """
+    sizes = {"width": width, "height": height, "tile_size": tile_size, "max_tiles": max_tiles}
+    for name, value in sizes.items():
+        most = _MOST.get(name, 2**31)
+        if type(value) is not int or not 1 <= value <= most:
+            raise InputError(f"{name} must be an integer from 1 to {most}, not {_named(value)}")
+    best, best_side = None, -1
+    for canvases in _canvases(max_tiles).values():
+        for canvas in canvases:
+            room = canvas[0] * tile_size, canvas[1] * tile_size
+            if room[0] >= width and room[1] >= height:
+                side = _fitted_short_side(width, height, *room)
+                if side >= best_side:  # the last of equals, as the reference
+                    best, best_side = canvas, side
+    return best or _nearest_canvas(width / height, max_tiles)
+
+
+@lru_cache(maxsize=64)
+def _canvases(max_tiles: int) -> dict[float, list[tuple[int, int]]]:
+    """Every canvas (columns, rows) by its aspect ratio, both in the reference's order.
+
+    The canvases of one ratio go from the largest to the smallest.
+    """
+    found: dict[float, list[tuple[int, int]]] = {}
+    for tiles in range(max_tiles, 0, -1):
+        for columns in range(1, tiles + 1):
+            if tiles % columns == 0:
+                rows = tiles // columns
+                found.setdefault(columns / rows, []).append((columns, rows))
+    return found
+
+
+def _fitted_short_side(width: int, height: int, room_width: int, room_height: int) -> int:
+    """Short side of an image scaled to fit, rounded down as the reference does."""
+    scale = width / height
+    factor = min(room_width / width, room_height / height)
+    if scale >= 1:
+        return math.floor(factor * width / scale)
+    return math.floor(factor * height * scale)
+
+
+def _nearest_canvas(ratio: float, max_tiles: int) -> tuple[int, int]:
+    """The largest canvas of the ratio below a landscape's, or above a portrait's."""
+    canvases = _canvases(max_tiles)
+    nearest = (
+        max(r for r in canvases if r <= ratio)
+        if ratio >= 1
+        else min(r for r in canvases if r > ratio)
+    )
+    return canvases[nearest][0]
