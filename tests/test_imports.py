@@ -52,7 +52,8 @@ PARTS = {
     "perception_rt": Part(uses=LAYER_1, lazy=("processing", "runtime")),
     **{f"perception_rt.{name}": Part(uses=LAYER_1) for name in LAYER_1},
     "perception_rt.processing": Part(
-        uses=LAYER_1, libraries=("numpy", "PIL", "regex", "ftfy"), lazy_libraries=("av",)
+        uses=LAYER_1, libraries=("numpy", "PIL", "regex", "ftfy"),
+        lazy_libraries=("av", "sentencepiece", "tiktoken", "tokenizers")
     ),
     "perception_rt.package": Part(uses=LAYER_1),
     "perception_rt.models": Part(uses=LAYER_1, libraries=("torch",)),

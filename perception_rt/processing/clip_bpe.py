@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from perception_rt.config import Record
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.processing.byte_symbols import byte_symbols
 
 VOCAB_SIZE = 49408
 SOT = 49406
@@ -179,7 +180,7 @@ class _Vocabulary:
     """The merges as ids. Ids are in the order of the merges, so an id is also its own rank."""
 
     def __init__(self, text: str) -> None:
-        symbols = _byte_symbols()
+        symbols = byte_symbols()
         # One id per byte, one per byte at the end of a word, then one per merge.
         ids = {symbol: i for i, symbol in enumerate(symbols.values())}
         ids |= {symbol + _WORD_END: i + _NUM_BYTES for symbol, i in ids.items()}
@@ -237,17 +238,6 @@ class _Vocabulary:
                         heapq.heappush(ranks, new)
                     places[new].append(a)
         return tuple(i for i in ids if i != _GONE)
-
-
-def _byte_symbols() -> dict[int, str]:
-    """How the vocabulary file writes each byte, in the order of the ids.
-
-    Printable Latin-1 stands for itself; the other bytes follow, as U+0100 and up.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(_NUM_BYTES)) - set(printable))
-    symbols = {value: chr(value) for value in printable}
-    return symbols | {value: chr(_NUM_BYTES + i) for i, value in enumerate(others)}
 
 
 def _load_vocabulary(path: Path) -> _Vocabulary:

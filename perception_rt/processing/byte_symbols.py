@@ -1,0 +1,17 @@
+"""How vocabularies of byte-pair encodings write bytes as characters, since GPT-2."""
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+
+@functools.cache
+def byte_symbols() -> Mapping[int, str]:
+    """The character of each byte, in the order in which vocabularies number them.
+
+    Printable Latin-1 stands for itself; the other bytes follow, as U+0100 and up.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    symbols = {value: chr(value) for value in printable}
+    return MappingProxyType(symbols | {value: chr(256 + i) for i, value in enumerate(others)})

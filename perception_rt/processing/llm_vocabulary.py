@@ -1,0 +1,347 @@
+"""The kinds of vocabulary that a language model's tokenizer may have, read from a file's bytes.
+
+Each reader gives the same few facts, with the control tokens kept away from the library that splits
+text, so that no text can spell one. Knows nothing of limits, architectures or prompts. A library is
+imported when the first file of its kind is opened, and not before.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from perception_rt.errors import BackendError, InputError
+from perception_rt.processing.byte_symbols import byte_symbols
+
+# Control tokens that a prompt is made of, by the names that the reference and the hub use.
+BEGIN_OF_TEXT = "<|begin_of_text|>"
+END_OF_TEXT = "<|end_of_text|>"
+IMAGE = "<|image|>"
+START_HEADER = "<|start_header_id|>"
+END_HEADER = "<|end_header_id|>"
+EOT = "<|eot_id|>"
+CONTROLS = (BEGIN_OF_TEXT, END_OF_TEXT, IMAGE, START_HEADER, END_HEADER, EOT)
+
+_NUM_BYTES = 256
+
+
+def _reserved(first: int, last: int) -> Iterator[str]:
+    return (f"<|reserved_special_token_{i}|>" for i in range(first, last + 1))
+
+
+# The ids after the ranks of a Llama 3 file, in their order: `apps/plm/tokenizer.py` at 3e352cc.
+LLAMA_SPECIALS = (
+    BEGIN_OF_TEXT,
+    END_OF_TEXT,
+    IMAGE,
+    *_reserved(1, 3),
+    START_HEADER,
+    END_HEADER,
+    *_reserved(4, 4),
+    EOT,
+    *_reserved(5, 250),
+)
+
+# How Llama 3 splits text into words, as the reference has it.
+_WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
+
+# SentencePiece's types of piece, and how it writes a space and shows what it does not know.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_SPACE = "\u2581"
+_UNKNOWN_TEXT = " \u2047 "
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What a tokenizer's file says.
+
+    Attributes:
+        encode: a text without lone surrogates to ids.
+        spelling: the bytes of each id that stands for text.
+        controls: the id of each token that does not.
+        prefix: what the vocabulary puts before every text: nothing, or a space.
+    """
+
+    encode: Callable[[str], list[int]]
+    spelling: Mapping[int, bytes]
+    controls: Mapping[str, int]
+    prefix: bytes = b""
+
+
+@contextmanager
+def _optional(library: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError:
+        raise BackendError(
+            f'this tokenizer needs {library}: pip install "perception_rt[plm]"'
+        ) from None
+
+
+def byte_vocabulary(vocab_size: int, image_token_id: int) -> Vocabulary:
+    """Ids 0 to 255 are bytes; the last ids are control tokens, around the image token's own id.
+
+    Raises:
+        InputError: the vocabulary is too small, or the image token is among the bytes.
+    """
+    if vocab_size < _NUM_BYTES + len(CONTROLS):
+        raise InputError(
+            f"a vocabulary of bytes needs at least {_NUM_BYTES + len(CONTROLS)} ids, "
+            f"not {vocab_size}"
+        )
+    if image_token_id < _NUM_BYTES:
+        raise InputError(
+            f"a vocabulary of bytes needs an image_token_id of at least {_NUM_BYTES}, "
+            f"not {image_token_id}"
+        )
+    others = [name for name in CONTROLS if name != IMAGE]
+    free = [i for i in range(vocab_size - len(CONTROLS), vocab_size) if i != image_token_id]
+    return Vocabulary(
+        encode=lambda text: list(text.encode("utf-8")),
+        spelling={i: bytes([i]) for i in range(_NUM_BYTES)},
+        controls={**dict(zip(others, free[-len(others) :], strict=True)), IMAGE: image_token_id},
+    )
+
+
+def read_tiktoken(data: bytes) -> Vocabulary:
+    """Llama 3's `tokenizer.model`: lines of a token in base64 and its rank, which is its id.
+
+    Raises:
+        InputError: the file is damaged.
+        BackendError: tiktoken is not installed.
+    """
+    lines = [line for line in data.splitlines() if line]
+    ranks = dict(map(_rank, lines))
+    if len(ranks) != len(lines):
+        raise InputError("the tokenizer has a token twice")
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise InputError("the ranks of the tokenizer are not all the integers from 0")
+    if not all(bytes([value]) in ranks for value in range(_NUM_BYTES)):
+        raise InputError("the tokenizer does not have a token for every byte")
+    with _optional("tiktoken"):
+        import tiktoken
+
+    encoding = tiktoken.Encoding("llama3", pat_str=_WORD, mergeable_ranks=ranks, special_tokens={})
+    return Vocabulary(
+        encode=encoding.encode_ordinary,
+        spelling={rank: token for token, rank in ranks.items()},
+        controls={name: len(ranks) + i for i, name in enumerate(LLAMA_SPECIALS)},
+    )
+
+
+def is_rank_line(line: bytes) -> bool:
+    """Whether a line looks like one of Llama 3's `tokenizer.model`."""
+    return _RANK_LINE.fullmatch(line) is not None
+
+
+def _rank(line: bytes) -> tuple[bytes, int]:
+    match = _RANK_LINE.fullmatch(line)
+    try:
+        if match is not None:
+            return base64.b64decode(match[1], validate=True), int(match[2])
+    except ValueError:
+        pass
+    raise InputError("a line of the tokenizer is not a token in base64 and its rank")
+
+
+def read_hf(data: bytes) -> Vocabulary:
+    """Hugging Face's `tokenizer.json` with a byte-level BPE, as Llama 3's is.
+
+    Added tokens, special or not, are kept as names and taken out of what splits text.
+
+    Raises:
+        InputError: the file is damaged, or of another kind than byte-level BPE.
+        BackendError: tokenizers is not installed.
+    """
+    root = _json_object(data)
+    model, controls = _byte_level_bpe(root), _added_tokens(root)
+    vocab = {symbol: i for symbol, i in model["vocab"].items() if symbol not in controls}
+    _check_hf_ids(model["vocab"], vocab, controls)
+    plain = {
+        **root,
+        "added_tokens": [],
+        **dict.fromkeys(("truncation", "padding", "post_processor", "decoder")),
+        "model": {**model, "vocab": vocab, "dropout": None, "unk_token": None},
+    }
+    with _optional("tokenizers"):
+        import tokenizers
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    except Exception:
+        # The library has one class of error for all, and its messages quote the file.
+        raise InputError("the tokenizer's JSON is not one that tokenizers accepts") from None
+    values = {symbol: value for value, symbol in byte_symbols().items()}
+    return Vocabulary(
+        encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        spelling={
+            i: bytes(values[c] for c in symbol)
+            for symbol, i in vocab.items()
+            if values.keys() >= set(symbol)
+        },
+        controls=controls,
+        prefix=b" " if _byte_level(root).get("add_prefix_space") else b"",
+    )
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        root = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InputError("the tokenizer is not JSON") from None
+    if not isinstance(root, dict):
+        raise InputError("the tokenizer's JSON is not an object")
+    return root
+
+
+def _byte_level_bpe(root: dict[str, Any]) -> dict[str, Any]:
+    model = root.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        raise InputError("the tokenizer's model is not BPE")
+    unlike = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    if not _byte_level(root) or any(model.get(name) for name in unlike):
+        raise InputError("the tokenizer is not a byte-level BPE")
+    if root.get("normalizer"):
+        raise InputError("the tokenizer changes the text before it splits it")
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+        raise InputError("the tokenizer's vocabulary is not tokens with their ids")
+    if not all(symbol in vocab for symbol in byte_symbols().values()):
+        raise InputError("the tokenizer does not have a token for every byte")
+    return model
+
+
+def _byte_level(root: dict[str, Any]) -> dict[str, Any]:
+    """The step that turns characters into bytes; empty if there is none."""
+    split = root.get("pre_tokenizer")
+    steps = split.get("pretokenizers", [split]) if isinstance(split, dict) else None
+    for step in steps if isinstance(steps, list) else ():
+        if isinstance(step, dict) and step.get("type") == "ByteLevel":
+            return step
+    return {}
+
+
+def _added_tokens(root: dict[str, Any]) -> dict[str, int]:
+    added = root.get("added_tokens")
+    controls: dict[str, int] = {}
+    for token in added if isinstance(added, list) else [None]:
+        values = token if isinstance(token, dict) else {}
+        name, i = values.get("content"), values.get("id")
+        if not isinstance(name, str) or not name or type(i) is not int or i < 0:
+            raise InputError("the tokenizer's added tokens are not names with their ids")
+        if name in controls:
+            raise InputError(f"the tokenizer has the added token {name!r:.60} twice")
+        controls[name] = i
+    return controls
+
+
+def _check_hf_ids(vocab: dict[str, int], plain: dict[str, int], controls: dict[str, int]) -> None:
+    if any(vocab.get(name, i) != i for name, i in controls.items()):
+        raise InputError("the tokenizer has two ids for an added token")
+    if len({*plain.values(), *controls.values()}) != len(plain) + len(controls):
+        raise InputError("the tokenizer has an id twice")
+
+
+def read_sentencepiece(data: bytes) -> Vocabulary:
+    """A SentencePiece model; its control symbols are the control tokens.
+
+    Raises:
+        InputError: the file is damaged, or has user-defined symbols, which any text could spell.
+        BackendError: sentencepiece is not installed.
+    """
+    pieces, prefix = _pieces(data)
+    with _optional("sentencepiece"):
+        import sentencepiece
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except Exception:
+        # Damage surfaces as several classes, and the messages name source files.
+        raise InputError("the tokenizer is not one that sentencepiece accepts") from None
+    if processor.vocab_size() != len(pieces):
+        raise InputError("the tokenizer is not one that sentencepiece accepts")
+    controls = {name: i for i, (name, kind) in enumerate(pieces) if kind == _CONTROL}
+    return Vocabulary(
+        encode=processor.encode,
+        spelling={
+            i: _spelling(name, kind) for i, (name, kind) in enumerate(pieces) if kind != _CONTROL
+        },
+        controls=controls,
+        prefix=prefix,
+    )
+
+
+def _pieces(data: bytes) -> tuple[list[tuple[str, int]], bytes]:
+    """(name, type) of each piece of a SentencePiece model, and what it puts before a text."""
+    pieces = []
+    prefix = b" "
+    for number, value in _fields(data):
+        if number == 1:
+            piece = dict(_fields(value))
+            name, kind = _text(piece.get(1)), piece.get(3, _NORMAL)
+            if kind == _USER_DEFINED:
+                raise InputError(
+                    f"the tokenizer has {name!r:.60} as a user-defined symbol, which any text "
+                    "could spell; it must be a control symbol"
+                )
+            pieces.append((name, kind))
+        elif number == 3 and dict(_fields(value)).get(3) == 0:  # normalizer, add_dummy_prefix
+            prefix = b""
+    if not pieces:
+        raise InputError("the tokenizer has no pieces")
+    return pieces, prefix
+
+
+def _spelling(name: str, kind: int) -> bytes:
+    if kind == _UNKNOWN:
+        return _UNKNOWN_TEXT.encode("utf-8")
+    if kind == _BYTE:
+        match = _BYTE_PIECE.fullmatch(name)
+        if match is None:
+            raise InputError(f"the tokenizer has {name!r:.60} as the name of a byte")
+        return bytes.fromhex(match[1])
+    return name.replace(_SPACE, " ").encode("utf-8")
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value, "utf-8")
+    except (TypeError, ValueError):
+        raise InputError("a piece of the tokenizer is not text") from None
+
+
+def _fields(data: Any) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message: integers, or bytes."""
+    if not isinstance(data, bytes):
+        raise InputError("the tokenizer is not a SentencePiece model")
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        size = {1: 8, 5: 4}.get(wire_type)
+        if wire_type == 2:
+            size, at = _varint(data, at)
+        if size is None or at + size > len(data):
+            raise InputError("the tokenizer is not a SentencePiece model, or is cut off")
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """An integer of 7 bits per byte, and where it ends."""
+    value = 0
+    for count, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 0x7F) << 7 * count
+        if byte < 0x80:
+            return value, at + count + 1
+    raise InputError("the tokenizer is not a SentencePiece model, or is cut off")
