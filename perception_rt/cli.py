@@ -54,14 +54,18 @@ def _export_parser() -> argparse.ArgumentParser:
         prog="perception-export", description="Make an engine package from a checkpoint."
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="a released model, such as PE-Core-L14-336, or PE-Demo")
-    what.add_argument("--checkpoint", metavar="FILE", help="weights of any PE; needs --config")
-    parser.add_argument("--config", metavar="FILE", help="its architecture, as JSON")
+    what.add_argument(
+        "--model", help="a released model, such as PE-Core-L14-336 or PLM-1B, or PE-Demo"
+    )
+    what.add_argument("--checkpoint", metavar="PATH", help="weights of any PE or PLM")
     parser.add_argument(
-        "--weights", metavar="SOURCE", help="of --model: hf (default), random, or a file"
+        "--config", metavar="FILE", help="its architecture, as JSON; default: params.json beside it"
+    )
+    parser.add_argument(
+        "--weights", metavar="SOURCE", help="of --model: hf (default), random, or a path"
     )
     parser.add_argument("--seed", type=int, default=0, help="of --weights random")
-    parser.add_argument("--precision", help="fp32 (default), fp16, int8")
+    parser.add_argument("--precision", help="fp32 (default), fp16, int8; int4 for PLM")
     parser.add_argument("--fp8", action="store_true", help="the same as --precision fp8")
     parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
     parser.add_argument("--image-size", metavar="HxW", help="default: the model's own")
@@ -70,6 +74,13 @@ def _export_parser() -> argparse.ArgumentParser:
         "--taps", metavar="LAYERS", help="blocks that `features` can return: all (default), none, "
         "or a list such as 5,11,-1"
     )  # fmt: skip
+    parser.add_argument(
+        "--blocks", metavar="FORMAT", help="of a PLM's decoder in int4: int8 (default) for fast "
+        "prompts, int4 for half the memory"
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="of a PLM; default: tokenizer.model beside its weights"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the package to make")
     parser.add_argument("--force", action="store_true", help="replace an existing package")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -21,6 +21,11 @@ class Limits:
         video_pixels: width x height of one video frame.
         video_frames: frames selected from one video.
         video_seconds: duration of one video.
+        conversation_bytes: UTF-8 size of a question and what was said before it.
+        history_turns: questions and answers before a question.
+        stop_strings: strings that end one answer.
+        stop_chars: length of one of them.
+        queued_requests: requests that wait for memory.
         manifest_bytes: size of a package's manifest.
         manifest_depth: nesting depth of a package's manifest.
         package_files: files in one package.
@@ -34,6 +39,11 @@ class Limits:
     video_pixels: int = 8192 * 4352
     video_frames: int = 1024
     video_seconds: float = 6 * 3600.0
+    conversation_bytes: int = 256 * 1024
+    history_turns: int = 256
+    stop_strings: int = 16
+    stop_chars: int = 256
+    queued_requests: int = 128
     manifest_bytes: int = _MIB
     manifest_depth: int = 16
     package_files: int = 256

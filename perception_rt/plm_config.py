@@ -5,7 +5,7 @@ and `core/transformer.py` at 3e352cc.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from perception_rt.config import Record, VisionConfig
@@ -164,13 +164,16 @@ class PlmConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Accepts the reference's flat fields, or a `params.json` that has them under `model`.
 
+        A `params.json` is a record of a training run: what it says beyond the architecture is not
+        looked at.
+
         Raises:
-            InputError: names unknown, missing and mistyped keys.
+            InputError: names missing and mistyped keys, and unknown ones of flat fields.
         """
         if not isinstance(data, Mapping):
             raise InputError(f"config must be an object, not {type(data).__name__}")
         if isinstance(data.get("model"), Mapping):
-            data = data["model"]
+            data = {key: value for key, value in data["model"].items() if key in _KNOWN}
         values = {key: value for key, value in data.items() if key not in _IGNORED}
         if "vision_model" not in values:
             raise InputError("config: missing keys ['vision_model']")
@@ -207,6 +210,11 @@ def is_plm(data: Any) -> bool:
         return False
     model = data.get("model")
     return "vision_model" in (model if isinstance(model, Mapping) else data)
+
+
+_KNOWN = frozenset({"vision_model", "pooling_ratio", "image_token_id", "head_dim", *_FIXED}) | {
+    field.name for field in fields(DecoderConfig)
+}
 
 
 def _integer(values: dict[str, Any], name: str, default: int) -> int:

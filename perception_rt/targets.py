@@ -37,7 +37,12 @@ TARGETS: dict[str, Target] = {
     "onnxruntime": Target(
         name="onnxruntime",
         # int8 is dynamic quantization, which the CUDA provider does not have.
-        precisions={"fp32": ("cpu", "cuda"), "fp16": ("cpu", "cuda"), "int8": ("cpu",)},
+        precisions={
+            "fp32": ("cpu", "cuda"),
+            "fp16": ("cpu", "cuda"),
+            "int8": ("cpu",),
+            "int4": ("cpu",),
+        },
         domains=frozenset({"", "com.microsoft"}),
         emitter="perception_rt.export.emit.onnxruntime:OnnxRuntimeLowering",
         session="perception_rt.runtime.backends.onnxruntime",

@@ -1,7 +1,7 @@
 """Reads the golden files: configuration, weights under our names, inputs and outputs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,12 @@ import torch
 from safetensors import safe_open
 
 from perception_rt.config import PeConfig
+from perception_rt.plm_config import PlmConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 VISION_FILES = ("pe_core_cls", "pe_core_nocls_mlp", "pe_lang", "pe_spatial")
+PLM_FILES = ("plm_tied_ropescaled", "plm_untied_noscale")
+TIED_COPY = "output.tied_module.weight"
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Golden:
     """One golden file; also a `WeightSource`."""
 
     path: Path
-    config: PeConfig
+    config: PeConfig | PlmConfig
     weights: dict[str, torch.Tensor]
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
@@ -31,6 +34,9 @@ class Golden:
     def load(self, name: str) -> torch.Tensor:
         return self.weights[name]
 
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.weights[name][start:stop]
+
     def config_dict(self) -> dict:
         """The metadata as it stands in the file: the reference's own field names."""
         with safe_open(self.path, "pt") as file:
@@ -38,9 +44,21 @@ class Golden:
 
 
 def golden(name: str) -> Golden:
+    """A Perception Encoder."""
+    data = _read(name, PeConfig)
+    return replace(data, weights={_ours(k, data.config): v for k, v in data.weights.items()})
+
+
+def plm_golden(name: str) -> Golden:
+    """A Perception Language Model; a tied head's copy of the embedding is not in its weights."""
+    data = _read(name, PlmConfig)
+    return replace(data, weights={k: v for k, v in data.weights.items() if k != TIED_COPY})
+
+
+def _read(name: str, kind: type[PeConfig] | type[PlmConfig]) -> Golden:
     path = GOLDEN / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
-        config = PeConfig.from_dict(json.loads(file.metadata()["config"]))
+        config = kind.from_dict(json.loads(file.metadata()["config"]))
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -49,7 +67,7 @@ def golden(name: str) -> Golden:
     return Golden(
         path=path,
         config=config,
-        weights={_ours(k, config): v for k, v in part("weights.").items()},
+        weights=part("weights."),
         inputs={k: v.numpy() for k, v in part("inputs.").items()},
         outputs={k: v.numpy() for k, v in part("outputs.").items()},
     )

@@ -1,91 +1,30 @@
-"""Three ways to store a Perception Encoder, as tables between their keys and our names.
+"""The ways to store a model, as tables between their keys and our names.
 
-`reference` is what Meta publishes, `timm` and `open_clip` are the two libraries that have ported
-it. Our names are the parameter names of `models.pe.PerceptionEncoder`. One table serves both
-directions. This module knows tensors, not files.
+Of a Perception Encoder, `reference` is what Meta publishes, `timm` and `open_clip` are the two
+libraries that have ported it. Of a Perception Language Model, `original` is what Meta publishes
+and `hf` is transformers' port. Our names are the parameter names of `models.pe.PerceptionEncoder`
+and `models.plm.PerceptionLM`. One table serves both directions. This module knows tensors, not
+files.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from perception_rt.checkpoint.plm_names import HF_STEMS, ORIGINAL_STEMS, hf_entry, original_entry
+from perception_rt.checkpoint.stored import Shape, Stored
+from perception_rt.checkpoint.timm_names import timm_entry
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
+from perception_rt.plm_config import PlmConfig
 
-Layout = Literal["reference", "timm", "open_clip"]
-Shape = tuple[int, ...]
+Layout = Literal["reference", "timm", "open_clip", "original", "hf"]
 
-# Stems of our names inside a vision tower, and what timm calls them.
-_TIMM_BLOCK = {
-    "ln_1.": "norm1.",
-    "attn.in_proj_": "attn.qkv.",
-    "attn.out_proj.": "attn.proj.",
-    "ls_1.gamma": "gamma_1",
-    "ln_2.": "norm2.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-    "ls_2.gamma": "gamma_2",
-}
-_TIMM_TOWER = {
-    "conv1.": "patch_embed.proj.",
-    "class_embedding": "cls_token",
-    "positional_embedding": "pos_embed",
-    "ln_pre.": "norm_pre.",
-    "ln_post.": "norm.",
-    "attn_pool.probe": "attn_pool.latent",
-    "attn_pool.attn.out_proj.": "attn_pool.proj.",
-    "attn_pool.layernorm.": "attn_pool.norm.",
-    "attn_pool.mlp.c_fc.": "attn_pool.mlp.fc1.",
-    "attn_pool.mlp.c_proj.": "attn_pool.mlp.fc2.",
-}
-_BLOCKS = "transformer.resblocks."
-_POOL_INPUT = "attn_pool.attn.in_proj_"
 _TRUNK = "visual.trunk."
 
 # A buffer that some open_clip versions save with the weights; the causal mask is no weight.
-IGNORED_KEYS: Mapping[Layout, frozenset[str]] = {
-    "reference": frozenset(),
-    "timm": frozenset(),
-    "open_clip": frozenset({"text.attn_mask"}),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """How a layout stores one of our tensors.
-
-    Attributes:
-        name: our name.
-        shape: our shape.
-        keys: the layout's keys; several are parts along the first axis.
-        shapes: the shape under each key.
-        transposed: the layout stores the transpose of our matrix.
-    """
-
-    name: str
-    shape: Shape
-    keys: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    transposed: bool = False
-
-    def unpack(self, parts: Sequence[Tensor]) -> Tensor:
-        """The tensors under `keys` -> ours, contiguous; a view where that is possible."""
-        tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        return (tensor.T if self.transposed else tensor).reshape(self.shape).contiguous()
-
-    def pack(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensor -> the tensors under `keys`; copies only what the layout cuts or turns."""
-        if len(self.keys) == 1 and not self.transposed:
-            return {self.keys[0]: tensor.reshape(self.shapes[0])}
-        turned = tensor.T if self.transposed else tensor
-        parts = torch.split(turned, [shape[0] for shape in self.shapes])
-        return {
-            key: part.clone(memory_format=torch.contiguous_format)
-            for key, part in zip(self.keys, parts, strict=True)
-        }
+IGNORED_KEYS: Mapping[Layout, frozenset[str]] = {"open_clip": frozenset({"text.attn_mask"})}
 
 
 def without_module_prefix(keys: Collection[str]) -> dict[str, str]:
@@ -100,7 +39,7 @@ def without_module_prefix(keys: Collection[str]) -> dict[str, str]:
     return mapping
 
 
-def detect_layout(names: Collection[str], config: PeConfig) -> Layout:
+def detect_layout(names: Collection[str], config: PeConfig | PlmConfig) -> Layout:
     """Which layout a set of keys is in, `module.` already stripped.
 
     Raises:
@@ -110,6 +49,12 @@ def detect_layout(names: Collection[str], config: PeConfig) -> Layout:
     def has(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in names)
 
+    if isinstance(config, PlmConfig):
+        if has(*HF_STEMS):
+            return "hf"
+        if has(*ORIGINAL_STEMS):
+            return "original"
+        raise _unknown(names, "Perception Language Model in the original or hf layout")
     if has(_TRUNK):
         return "open_clip"
     if has("blocks.", "patch_embed."):
@@ -118,44 +63,50 @@ def detect_layout(names: Collection[str], config: PeConfig) -> Layout:
                 "a timm checkpoint is a vision tower alone, and this architecture has a text tower"
             )
         return "timm"
-    if has("visual.", _BLOCKS, "conv1."):
+    if has("visual.", "transformer.resblocks.", "conv1."):
         return "reference"
+    raise _unknown(names, "Perception Encoder in the reference, timm or open_clip layout")
+
+
+def _unknown(names: Collection[str], what: str) -> CheckpointError:
     example = f"such as {min(names)!a:.80}" if names else "because there are none"
-    raise CheckpointError(
-        f"not a Perception Encoder in the reference, timm or open_clip layout: its {len(names)} "
-        f"keys fit none of them, {example}"
-    )
+    return CheckpointError(f"not a {what}: its {len(names)} keys fit none of them, {example}")
 
 
-def stored_tensors(layout: Layout, shapes: Mapping[str, Shape]) -> tuple[Stored, ...]:
+def stored_tensors(
+    layout: Layout, shapes: Mapping[str, Shape], head_dim: int | None = None
+) -> tuple[Stored, ...]:
     """The table of a layout for the tensors of one architecture.
 
     Args:
-        layout: one of the three layouts.
+        layout: one of the five layouts.
         shapes: our names and shapes. In the reference layout a vision tower alone has keys
             without `visual.`, as in the reference's own module.
+        head_dim: channels per head of the decoder; only `hf` asks for it.
 
     Raises:
-        CheckpointError: a name is not a parameter of a Perception Encoder, or has no place in
-            the layout.
+        CheckpointError: a name is not a parameter of such a model, or has no place in the layout.
     """
+    if layout == "original":
+        return tuple(original_entry(name, shape) for name, shape in shapes.items())
+    if layout == "hf":
+        return tuple(hf_entry(name, shape, head_dim) for name, shape in shapes.items())
     bare = layout == "reference" and all(name.startswith("visual.") for name in shapes)
-    entries = []
-    for name, shape in shapes.items():
-        tower, _, leaf = name.partition(".")
-        if tower == "visual":
-            entry = (
-                _reference_entry(name, leaf if bare else name, shape)
-                if layout == "reference"
-                else _timm_entry(name, leaf, shape, _TRUNK if layout == "open_clip" else "")
-            )
-        elif layout != "timm" and (tower == "text" or name == "logit_scale"):
-            key = name.removeprefix("text.") if layout == "reference" else name
-            entry = _reference_entry(name, key, shape)
-        else:
-            raise CheckpointError(f"the {layout} layout has no place for {name!a:.80}")
-        entries.append(entry)
-    return tuple(entries)
+    return tuple(_pe_entry(layout, name, shape, bare) for name, shape in shapes.items())
+
+
+def _pe_entry(layout: Layout, name: str, shape: Shape, bare: bool) -> Stored:
+    """A Perception Encoder's tensor; `bare` keys have no tower in front."""
+    tower, _, leaf = name.partition(".")
+    if tower == "visual" and layout != "reference":
+        return timm_entry(name, shape, _TRUNK if layout == "open_clip" else "")
+    if tower == "visual":
+        key = leaf if bare else name
+    elif layout != "timm" and (tower == "text" or name == "logit_scale"):
+        key = name.removeprefix("text.") if layout == "reference" else name
+    else:
+        raise CheckpointError(f"the {layout} layout has no place for {name!a:.80}")
+    return Stored(name=name, shape=shape, keys=(key,), shapes=(shape,))
 
 
 def zero_tensors(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -170,7 +121,9 @@ def zero_tensors(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Shape
     return {f"{prefix}head.bias": (projection[1],)}
 
 
-def to_layout(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def to_layout(
+    state: Mapping[str, Tensor], layout: Layout, head_dim: int | None = None
+) -> dict[str, Tensor]:
     """All our tensors under a layout's keys: the inverse of reading a checkpoint.
 
     Raises:
@@ -178,55 +131,8 @@ def to_layout(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     stored: dict[str, Tensor] = {}
-    for entry in stored_tensors(layout, shapes):
+    for entry in stored_tensors(layout, shapes, head_dim):
         stored |= entry.pack(state[entry.name])
     for key, shape in zero_tensors(layout, shapes).items():
         stored[key] = state["visual.proj"].new_zeros(shape)
     return stored
-
-
-def _reference_entry(name: str, key: str, shape: Shape) -> Stored:
-    return Stored(name=name, shape=shape, keys=(key,), shapes=(shape,))
-
-
-def _timm_entry(name: str, leaf: str, shape: Shape, prefix: str) -> Stored:
-    """One vision tensor in timm's terms; `leaf` is its name without `visual.`."""
-    if leaf == "proj":
-        keys, shapes = ["head.weight"], [shape[::-1]]
-    elif leaf.startswith(_POOL_INPUT):
-        kind = leaf.removeprefix(_POOL_INPUT)
-        width = shape[0] // 3
-        keys = [f"attn_pool.q.{kind}", f"attn_pool.kv.{kind}"]
-        shapes = [(width, *shape[1:]), (2 * width, *shape[1:])]
-    else:
-        keys, shapes = [_timm_key(leaf)], [_timm_shape(leaf, shape)]
-    return Stored(
-        name=name,
-        shape=shape,
-        keys=tuple(prefix + key for key in keys),
-        shapes=tuple(shapes),
-        transposed=leaf == "proj",
-    )
-
-
-def _timm_key(leaf: str) -> str:
-    head, stems = "", _TIMM_TOWER
-    rest = leaf
-    if leaf.startswith(_BLOCKS):
-        index, _, rest = leaf.removeprefix(_BLOCKS).partition(".")
-        head, stems = f"blocks.{index}.", _TIMM_BLOCK
-    for stem, theirs in stems.items():
-        if rest.startswith(stem):
-            return head + theirs + rest.removeprefix(stem)
-    raise CheckpointError(f"the timm layout has no place for 'visual.{leaf:.80}'")
-
-
-def _timm_shape(leaf: str, shape: Shape) -> Shape:
-    """The ports keep a batch axis on its token tables."""
-    match leaf:
-        case "class_embedding":
-            return (1, 1, *shape)
-        case "positional_embedding":
-            return (1, *shape)
-        case _:
-            return shape

@@ -1,10 +1,12 @@
 """Random weights for an architecture: the same for the same seed, whatever is asked for first.
 
 For benchmarks and tests where a trained model would teach nothing. Activations keep their size
-through any depth. Nothing is kept, so that the largest model costs one tensor of memory.
+through any depth, and logits are about one. Nothing is kept, so that the largest model costs one
+tensor of memory, or some rows of one.
 """
 
 import hashlib
+import sys
 from math import prod, sqrt
 
 import torch
@@ -14,13 +16,20 @@ from perception_rt.checkpoint.source import expected_tensors
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.models.pe import INIT_LOGIT_SCALE
+from perception_rt.plm_config import PlmConfig
 
 _EMBEDDING_STD = 0.1
 _BIAS_STD = 0.02
 _EMBEDDINGS = ("class_embedding", "positional_embedding", "token_embedding.weight", "probe")
-_NORMS = ("ln_1", "ln_2", "ln_pre", "ln_post", "ln_final", "layernorm")
+_NORMS = ("ln_1", "ln_2", "ln_pre", "ln_post", "ln_final", "norm")
 # Stored as (input, output), unlike a linear layer's weight.
 _PROJECTIONS = ("visual.proj", "text.text_projection")
+# With a gain, a decoder's attention prefers some tokens to others, and what it generates varies;
+# with much more of one, rounding errors would grow from block to block.
+_SHARPENED = (".attention.wq.weight", ".attention.wk.weight")
+_SHARPNESS = sqrt(2.0)
+# Rows of a language model's tensors that are drawn together, each block from its own seed.
+_BLOCK_ROWS = 4096
 
 
 class RandomWeights:
@@ -31,10 +40,11 @@ class RandomWeights:
         seed: any integer.
     """
 
-    def __init__(self, config: PeConfig, seed: int) -> None:
+    def __init__(self, config: PeConfig | PlmConfig, seed: int) -> None:
         self._shapes = expected_tensors(config)
         self._layer_scale = config.vision.ls_init_value
         self._seed = seed
+        self._block_rows = _BLOCK_ROWS if isinstance(config, PlmConfig) else sys.maxsize
 
     @property
     def provenance(self) -> dict[str, str | int]:
@@ -43,23 +53,51 @@ class RandomWeights:
 
     def load(self, name: str) -> Tensor:
         """The float32 tensor of a parameter; CheckpointError for a name that is none."""
+        shape = self._shape(name)
+        constant = self._constant(name)
+        if constant is not None:
+            return torch.full(shape, constant)
+        return self._draw(name, 0, shape[0])
+
+    def load_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`load(name)[start:stop]`; of a language model's, only the blocks around are drawn."""
+        rows, size = self._shape(name)[0], self._block_rows
+        if self._constant(name) is not None:
+            return self.load(name)[start:stop]
+        first = start // size * size
+        last = min(-(-stop // size) * size, rows)
+        return self._draw(name, first, last)[start - first : stop - first]
+
+    def _shape(self, name: str) -> torch.Size:
         if name not in self._shapes:
             raise CheckpointError(f"the architecture has no parameter {name!a:.80}")
-        shape = self._shapes[name]
+        return self._shapes[name]
+
+    def _constant(self, name: str) -> float | None:
+        """The value of all elements of a parameter that is not random."""
         owner, _, kind = name.rpartition(".")
         if kind == "gamma":
             assert self._layer_scale is not None
-            return torch.full(shape, self._layer_scale)
+            return self._layer_scale
         if name == "logit_scale":
-            return torch.full(shape, INIT_LOGIT_SCALE)
+            return INIT_LOGIT_SCALE
         if owner.endswith(_NORMS):
-            return torch.ones(shape) if kind == "weight" else torch.zeros(shape)
+            return 1.0 if kind == "weight" else 0.0
+        return None
+
+    def _draw(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows from the beginning of a block to the end of one, without a second copy of them."""
+        shape, size = self._shapes[name], self._block_rows
         # Uniform rather than normal: whole numbers scaled, hence equal on every processor.
         bound = sqrt(3.0) * _std(name, shape)
-        return torch.empty(shape).uniform_(-bound, bound, generator=self._generator(name))
+        tensor = torch.empty(stop - start, *shape[1:])
+        for block, part in enumerate(tensor.split(size), start // size):
+            part.uniform_(-bound, bound, generator=self._generator(name, block))
+        return tensor
 
-    def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+    def _generator(self, name: str, block: int) -> torch.Generator:
+        text = f"{self._seed}:{name}" if block == 0 else f"{self._seed}:{name}:{block}"
+        digest = hashlib.sha256(text.encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
@@ -69,4 +107,5 @@ def _std(name: str, shape: torch.Size) -> float:
     if name.endswith("bias"):
         return _BIAS_STD
     fan_in = shape[0] if name in _PROJECTIONS else prod(shape[1:])
-    return 1.0 / sqrt(fan_in)
+    gain = _SHARPNESS if name.endswith(_SHARPENED) else 1.0
+    return gain / sqrt(fan_in)

@@ -2,13 +2,14 @@
 
 A reader lists every tensor from headers and reads one on demand, memory-mapped. It runs no code
 from a file: `.pt` goes through torch's weights-only loading, and only plain dense tensors come out.
-It knows nothing of names or architectures. The files must not change while a reader is in use.
+A file is mapped anew after every so many bytes, so that reading a whole model does not keep all of
+it in memory. It knows nothing of names or architectures. The files must not change while a reader
+is in use.
 """
 
 import hashlib
-import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from perception_rt.checkpoint.locate import TORCH_SUFFIXES, weight_files
 from perception_rt.errors import CheckpointError
 
-INDEX_NAME = "model.safetensors.index.json"
-_INDEX_BYTES = 64 * 1024 * 1024
-_SHARDS = 1024
+# Pages of a mapping that were read count as this process's memory until it is unmapped.
+MAPPED_BYTES = 512 * 1024 * 1024
 _WRAPPERS = ("state_dict", "weights", "model")
 _MAX_WRAPPERS = 2  # one inside the other
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFETENSORS_FLOATS = ("F32", "F16", "BF16", "F64")
 _HASH_BLOCK = 1 << 20
@@ -46,7 +46,7 @@ class Header:
 class FileSet:
     """Files as they were when they were opened, and their digest."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self._stamps = [_stamp(path) for path in paths]
         self._digest: str | None = None
@@ -66,15 +66,15 @@ class FileSet:
         """
         if self._digest is None:
             digests = [_file_sha256(path) for path in self._paths]
-            changed = [
-                path.name
-                for path, stamp in zip(self._paths, self._stamps, strict=True)
-                if _stamp(path) != stamp
-            ]
-            if changed:
-                raise CheckpointError(f"{changed[0]} changed while it was being read")
+            self.check()
             self._digest = digests[0] if len(digests) == 1 else self._combined(digests)
         return self._digest
+
+    def check(self) -> None:
+        """CheckpointError if a file has changed since it was opened."""
+        for path, stamp in zip(self._paths, self._stamps, strict=True):
+            if _stamp(path) != stamp:
+                raise CheckpointError(f"{path.name} changed while it was being read")
 
     def _combined(self, digests: list[str]) -> str:
         lines = (f"{d}  {p.name}\n" for d, p in zip(digests, self._paths, strict=True))
@@ -100,27 +100,69 @@ def _file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class Reader(Protocol):
-    """An open weight file, or set of shards."""
-
-    @property
-    def label(self) -> str:
-        """Base name of what was opened, for messages and provenance."""
-
-    @property
-    def format(self) -> str:
-        """`safetensors` or `pt`."""
-
-    @property
-    def files(self) -> FileSet:
-        """The files that hold the tensors."""
+class OpenFile(Protocol):
+    """A mapped weight file of one format."""
 
     @property
     def headers(self) -> Mapping[str, Header]:
         """Every tensor, by its key in the file."""
 
     def read(self, key: str) -> Tensor:
-        """The tensor of a key, on the CPU, in its stored dtype; CheckpointError if unreadable."""
+        """The tensor of a key, a view of the mapping; CheckpointError if unreadable."""
+
+
+class Reader:
+    """A weight file, or the shards that together hold a model.
+
+    Attributes:
+        label: base name of what was opened, for messages and provenance.
+        format: `safetensors` or `pt`.
+        files: the files that hold the tensors.
+        headers: every tensor, by its key in the file.
+    """
+
+    def __init__(self, label: str, paths: Sequence[Path]) -> None:
+        torch_files = paths[0].suffix in TORCH_SUFFIXES
+        self.label = label
+        self.format = "pt" if torch_files else "safetensors"
+        self.files = FileSet(paths)
+        self.headers: dict[str, Header] = {}
+        self._kind = TorchFile if torch_files else SafetensorsFile
+        self._paths: dict[str, Path] = {}
+        self._open: dict[Path, OpenFile] = {}
+        self._mapped_bytes = 0
+        for path in paths:
+            headers = self._mapped(path).headers
+            twice = sorted(self.headers.keys() & headers.keys())
+            if twice:
+                raise CheckpointError(
+                    f"{label}: two shards hold {twice[0]!a:.80}; shards hold different tensors, "
+                    "each of them whole"
+                )
+            self.headers |= headers
+            self._paths |= dict.fromkeys(headers, path)
+
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """The tensor of a key, or some rows of it, on the CPU and in its stored dtype.
+
+        It is a view of the mapped file, which lives as long as a tensor from it.
+
+        Raises:
+            CheckpointError: it is unreadable, or a file has changed since it was opened.
+        """
+        if self._mapped_bytes >= MAPPED_BYTES:
+            self._open.clear()
+            self._mapped_bytes = 0
+        tensor = self._mapped(self._paths[key]).read(key)
+        tensor = tensor if rows is None else tensor[rows]
+        self._mapped_bytes += tensor.nbytes
+        return tensor
+
+    def _mapped(self, path: Path) -> OpenFile:
+        if path not in self._open:
+            self._open[path] = self._kind(path)
+            self.files.check()
+        return self._open[path]
 
 
 def open_reader(path: Path) -> Reader:
@@ -129,95 +171,36 @@ def open_reader(path: Path) -> Reader:
     Raises:
         CheckpointError: nothing readable is there.
     """
-    try:
-        path = _in_directory(path) if path.is_dir() else path
-        found = path.is_file()
-    except OSError as error:
-        raise CheckpointError(f"cannot open {path.name:.80}: {error.strerror}") from None
-    if not found:
-        raise CheckpointError(f"no weights file at {path}")
-    if path.name.endswith(".index.json"):
-        return SafetensorsReader(path.name, _shards(path))
-    if path.suffix == ".safetensors":
-        return SafetensorsReader(path.name, [path])
-    if path.suffix in _TORCH_SUFFIXES:
-        return TorchReader(path)
-    raise CheckpointError(
-        f"{path.name} is not a weights file: its name must end in .safetensors, .pt, .pth, .bin "
-        "or .index.json"
-    )
-
-
-def _in_directory(directory: Path) -> Path:
-    index = directory / INDEX_NAME
-    if index.is_file():
-        return index
-    found = sorted(directory.glob("*.safetensors"))
-    if len(found) != 1:
+    found = weight_files(path)
+    if found.paths[0].suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise CheckpointError(
-            f"directory {directory} must hold {INDEX_NAME} or exactly one .safetensors file, "
-            f"and it has {len(found)} of the latter"
+            f"{found.label} is not a weights file: its name must end in .safetensors, .pt, .pth, "
+            ".bin or .index.json"
         )
-    return found[0]
+    return Reader(found.label, found.paths)
 
 
-def _shards(index: Path) -> list[Path]:
-    """The shard files of an index, each a plain name beside it."""
-    try:
-        if index.stat().st_size > _INDEX_BYTES:
-            raise CheckpointError(f"{index.name} exceeds the limit of {_INDEX_BYTES} bytes")
-        content = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index.name} is not a readable JSON file") from error
-    table = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(table, dict) or not table:
-        raise CheckpointError(f"{index.name} has no object 'weight_map'")
-    names = set(table.values()) if all(isinstance(v, str) for v in table.values()) else {""}
-    for name in sorted(names):
-        if not name.endswith(".safetensors") or any(c in name for c in "/\\\0"):
-            raise CheckpointError(
-                f"{index.name} names a shard {name!a:.80}: shards are plain .safetensors names"
-            )
-    if len(names) > _SHARDS:
-        raise CheckpointError(f"{index.name} has {len(names)} shards, the limit is {_SHARDS}")
-    return [index.parent / name for name in sorted(names)]
+class SafetensorsFile:
+    """A safetensors file."""
 
-
-class SafetensorsReader:
-    """One safetensors file, or several that together hold a model."""
-
-    format = "safetensors"
-
-    def __init__(self, label: str, paths: list[Path]) -> None:
-        self.label = label
-        self.files = FileSet(paths)
-        self.headers: dict[str, Header] = {}
-        self._handles: dict[str, Any] = {}
-        for path in paths:
-            self._add(path)
-
-    def _add(self, path: Path) -> None:
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
         try:
-            handle: Any = safe_open(path, framework="pt", device="cpu")
-            keys = list(handle.keys())
-            headers = {key: _safetensors_header(handle.get_slice(key)) for key in keys}
+            self._handle: Any = safe_open(path, framework="pt", device="cpu")
+            keys = list(self._handle.keys())
+            self.headers = {key: _safetensors_header(self._handle.get_slice(key)) for key in keys}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path.name} is damaged, or not a safetensors file: its header does not match "
                 "its contents"
             ) from error
-        twice = sorted(self.headers.keys() & headers.keys())
-        if twice:
-            raise CheckpointError(f"{self.label}: two shards hold {twice[0]!a:.80}")
-        self.headers |= headers
-        self._handles |= dict.fromkeys(keys, handle)
 
     def read(self, key: str) -> Tensor:
         """The tensor of a key; a view of the mapped file."""
         try:
-            tensor: Tensor = self._handles[key].get_tensor(key)
+            tensor: Tensor = self._handle.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.label}: {key!a:.80} cannot be read") from error
+            raise CheckpointError(f"{self._name}: {key!a:.80} cannot be read") from error
         return tensor
 
 
@@ -227,14 +210,10 @@ def _safetensors_header(view: Any) -> Header:
     return Header(shape=tuple(view.get_shape()), unusable=unusable)
 
 
-class TorchReader:
+class TorchFile:
     """A file of `torch.save`: a dictionary of tensors, perhaps inside one of the usual wrappers."""
 
-    format = "pt"
-
     def __init__(self, path: Path) -> None:
-        self.label = path.name
-        self.files = FileSet([path])
         self._tensors = _tensors(_load_weights_only(path), path.name)
         self.headers = {key: _torch_header(tensor) for key, tensor in self._tensors.items()}
 

@@ -1,35 +1,45 @@
 """Where weights come from, one tensor at a time, under our own names.
 
-Our names are the parameter names of `models.pe.PerceptionEncoder`. A file is checked against the
-architecture when it is opened, every name and every shape; a tensor is read, and checked for
-numbers that are not finite, when it is asked for.
+Our names are the parameter names of `models.pe.PerceptionEncoder` and `models.plm.PerceptionLM`. A
+file is checked against the architecture when it is opened, every name and every shape; a tensor is
+read, and checked for numbers that are not finite, when it is asked for.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perception_rt.checkpoint.names import (
     IGNORED_KEYS,
     Layout,
-    Shape,
-    Stored,
     detect_layout,
     stored_tensors,
     without_module_prefix,
     zero_tensors,
 )
+from perception_rt.checkpoint.plm_names import tied_copy
 from perception_rt.checkpoint.readers import Header, Reader, open_reader
+from perception_rt.checkpoint.stored import Shape, Stored
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.models.pe import PerceptionEncoder
+from perception_rt.models.plm import PerceptionLM
+from perception_rt.plm_config import PlmConfig
 
 LICENSE_UNKNOWN = "not stated"
 _LISTED = 5
+_PIECE = 1 << 20  # elements that are looked at together
+# The tensors whose width tells one architecture from another, and the axis that it is on.
+_WIDTHS = {
+    "visual.conv1.weight": ("vision tower", 0),
+    "vision_model.conv1.weight": ("vision tower", 0),
+    "tok_embeddings.weight": ("decoder", 1),
+}
 
 
 class WeightSource(Protocol):
@@ -42,34 +52,41 @@ class WeightSource(Protocol):
     def load(self, name: str) -> Tensor:
         """The tensor of a parameter, in its stored dtype; CheckpointError if it is unreadable."""
 
+    def load_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`load(name)[start:stop]`, at the cost of these rows where the source can do so."""
+
 
 def state_dict(source: WeightSource, names: Collection[str]) -> dict[str, Tensor]:
     """All tensors for `load_state_dict`, float32."""
     return {name: source.load(name).to(torch.float32) for name in names}
 
 
-def expected_tensors(config: PeConfig) -> dict[str, torch.Size]:
+def expected_tensors(config: PeConfig | PlmConfig) -> dict[str, torch.Size]:
     """Names and shapes of an architecture's parameters, without memory for their values."""
     with torch.device("meta"):
-        model = PerceptionEncoder(config)
+        model: nn.Module = (
+            PerceptionLM(config) if isinstance(config, PlmConfig) else PerceptionEncoder(config)
+        )
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def open_checkpoint(
-    path: Path | str, config: PeConfig, *, license_note: str = LICENSE_UNKNOWN
+    path: Path | str, config: PeConfig | PlmConfig, *, license_note: str = LICENSE_UNKNOWN
 ) -> "FileWeights":
     """Opens weights in any known format and layout, and checks all names and shapes.
 
     Args:
         path: a `.safetensors`, `.pt`, `.pth` or `.bin` file, an index of shards, or a directory
-            with an index or a single safetensors file.
+            with an index, a single safetensors file, `consolidated.pth`, or all of
+            `consolidated.00.pth`, `consolidated.01.pth`, ...
         config: the architecture that the weights must fit exactly. Without a text tower, a
-            reference checkpoint of a whole CLIP is accepted, and its text tower dropped.
+            reference checkpoint of a whole CLIP is accepted, and its text tower dropped. A
+            language model whose head is tied may hold the embedding twice.
         license_note: the weights' licence, as far as the caller knows it.
 
     Raises:
-        CheckpointError: the file is unreadable or unsafe, or a tensor is missing, unexpected,
-            misshapen or not a dense float.
+        CheckpointError: the file is unreadable or unsafe, a tensor is missing, unexpected,
+            misshapen or not a dense float, or the two embeddings of a tied head differ.
     """
     return FileWeights(open_reader(Path(path)), config, license_note)
 
@@ -77,7 +94,7 @@ def open_checkpoint(
 class FileWeights:
     """The weights of an architecture in a file: a `WeightSource`."""
 
-    def __init__(self, reader: Reader, config: PeConfig, license_note: str) -> None:
+    def __init__(self, reader: Reader, config: PeConfig | PlmConfig, license_note: str) -> None:
         self._reader = reader
         self._license_note = license_note
         try:
@@ -93,6 +110,8 @@ class FileWeights:
                 raise CheckpointError(
                     f"{reader.label}: {key} must be all zeros, as the reference has no such bias"
                 )
+        for key, name in plan.copies.items():
+            self._check_copy(key, self._stored[name])
 
     @property
     def provenance(self) -> dict[str, str | int]:
@@ -117,16 +136,47 @@ class FileWeights:
             CheckpointError: the architecture has no such parameter, or the tensor is unreadable
                 or has an element that is not finite.
         """
-        if name not in self._stored:
-            raise CheckpointError(f"the architecture has no parameter {name!a:.80}")
-        entry = self._stored[name]
+        entry = self._entry(name)
         return entry.unpack([self._read(key) for key in entry.keys])
 
-    def _read(self, key: str) -> Tensor:
-        tensor = self._reader.read(self._file_keys[key])
-        if not torch.isfinite(tensor).all():
+    def load_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`load(name)[start:stop]`; only these rows are read unless the layout turns them.
+
+        Raises:
+            CheckpointError: as `load` does.
+        """
+        entry = self._entry(name)
+        if not entry.has_our_rows:
+            return self.load(name)[start:stop]
+        return self._read(entry.keys[0], slice(start, stop)).contiguous()
+
+    def _entry(self, name: str) -> Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"the architecture has no parameter {name!a:.80}")
+        return self._stored[name]
+
+    def _read(self, key: str, rows: slice | None = None) -> Tensor:
+        tensor = self._reader.read(self._file_keys[key], rows)
+        pieces = [tensor[part] for part in _pieces(tensor.shape)] if tensor.ndim else [tensor]
+        if not all(torch.isfinite(piece).all() for piece in pieces):
             raise CheckpointError(f"{self._reader.label}: {key} has elements that are not finite")
         return tensor
+
+    def _check_copy(self, key: str, entry: Stored) -> None:
+        """Compares in pieces: the two matrices may be gigabytes."""
+        (original,) = entry.keys
+        for rows in _pieces(entry.shape):
+            first, second = self._read(original, rows), self._read(key, rows)
+            if first.dtype != second.dtype or not torch.equal(first, second):
+                raise CheckpointError(
+                    f"{self._reader.label}: {key} must equal {original}, as the head is tied"
+                )
+
+
+def _pieces(shape: Sequence[int]) -> Iterator[slice]:
+    """Ranges of rows that cover a tensor of one or more axes, each of about `_PIECE` elements."""
+    step = max(1, _PIECE // max(1, prod(shape[1:])))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,24 +186,35 @@ class _Plan:
     layout: Layout
     stored: tuple[Stored, ...]
     zeros: Mapping[str, Shape]
+    copies: Mapping[str, str]
     file_keys: Mapping[str, str]
     dropped: int
 
 
-def _plan(headers: Mapping[str, Header], config: PeConfig) -> _Plan:
+def _plan(headers: Mapping[str, Header], config: PeConfig | PlmConfig) -> _Plan:
     """Recognises a layout and checks it; CheckpointError says what does not fit."""
     file_keys = without_module_prefix(headers)
     layout = detect_layout(file_keys, config)
     total = len(file_keys)
-    if layout == "reference" and config.text is None:
+    head_dim = None
+    if isinstance(config, PlmConfig):
+        head_dim = config.decoder.head_dim
+    elif layout == "reference" and config.text is None:
         file_keys = _visual_only(file_keys)
-    dropped = total - len(file_keys)
     shapes: dict[str, Shape] = {n: tuple(s) for n, s in expected_tensors(config).items()}
-    stored, zeros = stored_tensors(layout, shapes), zero_tensors(layout, shapes)
-    ignored = IGNORED_KEYS[layout]
+    stored, zeros = stored_tensors(layout, shapes, head_dim), zero_tensors(layout, shapes)
+    copies = {k: name for k, name in tied_copy(layout, shapes).items() if k in file_keys}
+    ignored = IGNORED_KEYS.get(layout, frozenset())
     found = {k: headers[f] for k, f in file_keys.items() if k not in ignored}
-    _check(found, stored, zeros)
-    return _Plan(layout=layout, stored=stored, zeros=zeros, file_keys=file_keys, dropped=dropped)
+    _check(found, stored, zeros | {key: shapes[name] for key, name in copies.items()})
+    return _Plan(
+        layout=layout,
+        stored=stored,
+        zeros=zeros,
+        copies=copies,
+        file_keys=file_keys,
+        dropped=total - len(file_keys),
+    )
 
 
 def _visual_only(file_keys: Mapping[str, str]) -> dict[str, str]:
@@ -163,9 +224,9 @@ def _visual_only(file_keys: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check(
-    found: Mapping[str, Header], stored: Sequence[Stored], zeros: Mapping[str, Shape]
+    found: Mapping[str, Header], stored: Sequence[Stored], extra: Mapping[str, Shape]
 ) -> None:
-    wanted = dict(zeros)
+    wanted = dict(extra)
     for entry in stored:
         wanted |= zip(entry.keys, entry.shapes, strict=True)
     common = [key for key in wanted if key in found]
@@ -198,10 +259,14 @@ def _listing(kind: str, entries: list[str]) -> str:
 
 def _width_hint(found: Mapping[str, Header], stored: Sequence[Stored]) -> str:
     """Widths that differ mean that the whole file is of another model."""
-    (patches,) = (entry for entry in stored if entry.name == "visual.conv1.weight")
-    header = found.get(patches.keys[0])
-    if header is None or not header.shape or header.shape[0] == patches.shape[0]:
-        return ""
-    return (
-        f". Other architecture? Its vision tower is {header.shape[0]} wide, not {patches.shape[0]}"
-    )
+    for entry in stored:
+        what, axis = _WIDTHS.get(entry.name, ("", 0))
+        header = found.get(entry.keys[0])
+        if not what or header is None or len(header.shape) != len(entry.shape):
+            continue
+        if header.shape[axis] != entry.shape[axis]:
+            return (
+                f". Other architecture? Its {what} is {header.shape[axis]} wide, "
+                f"not {entry.shape[axis]}"
+            )
+    return ""

@@ -16,23 +16,30 @@ _MODE = 0o644
 
 
 def save_checkpoint(
-    state_dict: Mapping[str, Tensor], path: Path | str, layout: Layout = "reference"
+    state_dict: Mapping[str, Tensor],
+    path: Path | str,
+    layout: Layout = "reference",
+    *,
+    head_dim: int | None = None,
 ) -> None:
     """Writes a safetensors file; a file of that name is replaced in one step, once all is on disk.
 
     Args:
         state_dict: tensors under our names, on any device; all of a model, or of its vision tower.
         path: the file to write; its directory must exist.
-        layout: whose keys to write.
+        layout: whose keys to write; `original` or `hf` for a language model.
+        head_dim: channels per attention head of the decoder; `hf` needs it.
 
     Raises:
-        CheckpointError: a name has no place in the layout, or the file cannot be written.
+        CheckpointError: a name has no place in the layout, `hf` has no fitting `head_dim`, or the
+            file cannot be written.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise CheckpointError(f"cannot write {path}: it exists and is not a regular file")
     on_cpu = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
-    tensors = {key: tensor.contiguous() for key, tensor in to_layout(on_cpu, layout).items()}
+    stored = to_layout(on_cpu, layout, head_dim)
+    tensors = {key: tensor.contiguous() for key, tensor in stored.items()}
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -4,29 +4,59 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from perception_rt.archs import DEMO_MODEL, get_config
-from perception_rt.checkpoint.hub import PE_LICENSE, download
+from perception_rt.checkpoint.hub import PE_LICENSE, PLM_LICENSE, download
+from perception_rt.checkpoint.locate import find_config, find_tokenizer
 from perception_rt.checkpoint.random import RandomWeights
-from perception_rt.checkpoint.source import WeightSource, open_checkpoint
+from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
 from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, weights_path
 from perception_rt.errors import InputError
 from perception_rt.export.build import check_destination, export_package
-from perception_rt.export.plan import ExportPlan, parse_image_size
+from perception_rt.export.plan import ExportPlan, PlmPlan, parse_image_size
 from perception_rt.package.manifest import Manifest
+from perception_rt.plm_config import PlmConfig, is_plm
 from perception_rt.processing.image import ImageSpec, Resize
+from perception_rt.processing.llm_tokenizer import TokenizerSpec, detect_tokenizer
+from perception_rt.processing.tiles import TileSpec
 
 _MAX_CONFIG_BYTES = 64 * 1024
+# Ids that the built-in byte tokenizer needs: one per byte, and some for control tokens.
+_MIN_BYTES_VOCABULARY = 320
+_ENCODER_ONLY = ("image_size", "center_crop", "taps")
+_LANGUAGE_ONLY = ("tokenizer", "blocks")
+
+Report = Callable[[str], None]
+Config = PeConfig | PlmConfig
 
 
-def run_export(options: argparse.Namespace, report: Callable[[str], None]) -> Manifest:
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Where weights are: a file or directory, or nowhere for random ones."""
+
+    path: Path | None
+    license_note: str = LICENSE_UNKNOWN
+
+
+def run_export(options: argparse.Namespace, report: Report) -> Manifest:
     """Exports as the parsed arguments of `perception-export` say."""
-    plan = _plan(options)
+    config = _config(options)
+    _refuse_foreign_options(options, config)
+    # What needs no weights is checked before they are looked for, and downloaded.
+    draft = _plan(options, config, None)
     with _parents(Path(options.out)):
         check_destination(options.out, force=options.force)
-        source = _source(options, plan.config, report)
+        weights = _weights(options, report)
+        source: WeightSource = (
+            RandomWeights(config, options.seed)
+            if weights.path is None
+            else open_checkpoint(weights.path, config, license_note=weights.license_note)
+        )
+        plan = _plan(options, config, weights.path) if isinstance(config, PlmConfig) else draft
         return export_package(plan, source, options.out, force=options.force, on_progress=report)
 
 
@@ -47,18 +77,40 @@ def _parents(out: Path) -> Iterator[None]:
         raise
 
 
-def _plan(options: argparse.Namespace) -> ExportPlan:
-    config = _config(options)
+def _refuse_foreign_options(options: argparse.Namespace, config: Config) -> None:
+    """InputError for an option that the model's family has no use for."""
+    plm = isinstance(config, PlmConfig)
+    for name in _ENCODER_ONLY if plm else _LANGUAGE_ONLY:
+        if getattr(options, name):
+            kind = "an encoder" if plm else "a language model"
+            raise InputError(f"--{name.replace('_', '-')} is for {kind}")
+
+
+def _plan(
+    options: argparse.Namespace, config: Config, weights: Path | None
+) -> ExportPlan | PlmPlan:
+    name = (options.model or Path(options.checkpoint).stem).removeprefix("facebook/")
+    common: dict[str, Any] = {
+        "name": name.replace("Perception-LM-", "PLM-"),
+        "backend": options.backend,
+        "precision": _precision(options),
+    }
+    if isinstance(config, PlmConfig):
+        return PlmPlan(
+            config=config,
+            tiles=TileSpec(tile_size=config.vision.image_size),
+            blocks=options.blocks or "int8",
+            tokenizer=_tokenizer(options, config, weights),
+            **common,
+        )
     native = config.vision.image_size
     size = parse_image_size(options.image_size) if options.image_size else (native, native)
     resize: Resize = "center_crop" if options.center_crop else "squash"
     return ExportPlan(
-        name=(options.model or Path(options.checkpoint).stem).removeprefix("facebook/"),
         config=config,
-        backend=options.backend,
-        precision=_precision(options),
         image=ImageSpec(height=size[0], width=size[1], resize=resize),
         taps=_taps(options.taps, config.vision),
+        **common,
     )
 
 
@@ -67,6 +119,19 @@ def _precision(options: argparse.Namespace) -> str:
         raise InputError(f"--fp8 and --precision {options.precision} contradict each other")
     precision: str = "fp8" if options.fp8 else options.precision or "fp32"
     return precision
+
+
+def _tokenizer(
+    options: argparse.Namespace, config: PlmConfig, weights: Path | None
+) -> tuple[TokenizerSpec, bytes | None] | None:
+    """The one that was named or lies beside the weights; plain bytes for random weights."""
+    vocab_size, image = config.decoder.vocab_size, config.image_token_id
+    found = options.tokenizer or (None if weights is None else find_tokenizer(weights))
+    if found is not None:
+        return detect_tokenizer(found, vocab_size=vocab_size, image_token_id=image)
+    if options.weights != "random" or vocab_size < _MIN_BYTES_VOCABULARY:
+        return None
+    return TokenizerSpec(kind="bytes", vocab_size=vocab_size, image_token_id=image), None
 
 
 def _taps(text: str | None, vision: VisionConfig) -> tuple[int, ...] | None:
@@ -82,13 +147,16 @@ def _taps(text: str | None, vision: VisionConfig) -> tuple[int, ...] | None:
     return tuple(vision.block_index(index) for index in indices)
 
 
-def _config(options: argparse.Namespace) -> PeConfig:
+def _config(options: argparse.Namespace) -> Config:
     if options.checkpoint is not None:
-        if options.config is None:
-            raise InputError("--checkpoint needs --config, the architecture as JSON")
         if options.weights is not None:
             raise InputError("--weights goes with --model; --checkpoint is the weights")
-        return _read_config(Path(options.config))
+        if options.config is not None:
+            return _read_config(Path(options.config))
+        found = find_config(options.checkpoint)
+        if found is None:
+            raise InputError("--checkpoint needs --config, the architecture as JSON")
+        return found
     if options.config is not None:
         raise InputError("--config goes with --checkpoint; --model has its own architecture")
     if options.model == DEMO_MODEL:
@@ -96,7 +164,7 @@ def _config(options: argparse.Namespace) -> PeConfig:
     return get_config(options.model)
 
 
-def _read_config(path: Path) -> PeConfig:
+def _read_config(path: Path) -> Config:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -107,19 +175,18 @@ def _read_config(path: Path) -> PeConfig:
         values = json.loads(data)
     except (ValueError, RecursionError):
         raise InputError(f"config {path} is not JSON") from None
-    return PeConfig.from_dict(values)
+    return PlmConfig.from_dict(values) if is_plm(values) else PeConfig.from_dict(values)
 
 
-def _source(
-    options: argparse.Namespace, config: PeConfig, report: Callable[[str], None]
-) -> WeightSource:
+def _weights(options: argparse.Namespace, report: Report) -> _Weights:
     if options.checkpoint is not None:
-        return open_checkpoint(options.checkpoint, config)
+        return _Weights(Path(options.checkpoint))
     if options.weights == "random":
-        return RandomWeights(config, options.seed)
+        return _Weights(None)
     if options.weights not in (None, "hf"):
-        return open_checkpoint(options.weights, config)
+        return _Weights(Path(options.weights))
     if options.model == DEMO_MODEL:
-        return open_checkpoint(weights_path(), config, license_note=LICENSE_NOTE)
+        return _Weights(weights_path(), LICENSE_NOTE)
     report(f"looking for {options.model} in the hub cache, or downloading it")
-    return open_checkpoint(download(options.model), config, license_note=PE_LICENSE)
+    plm = isinstance(get_config(options.model), PlmConfig)
+    return _Weights(download(options.model), PLM_LICENSE if plm else PE_LICENSE)

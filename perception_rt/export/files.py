@@ -11,37 +11,47 @@ from perception_rt.package.store import Stage
 
 _ALIGNMENT = 64
 
+Place = tuple[str, int]  # a data file and the offset in it, in bytes
+
 
 def write_graphs(
-    stage: Stage, data_file: str, graphs: Mapping[str, LoweredGraph]
+    stage: Stage, data_file: str, graphs: Mapping[str, LoweredGraph], places: dict[str, Place]
 ) -> dict[str, GraphSpec]:
     """Stages `data_file` and an ONNX file for each graph; returns their specs.
 
-    A weight that several graphs use is written once; one weight is in memory at a time.
+    A weight that several graphs use is written once; one weight is in memory at a time, or a piece
+    of one.
+
+    Args:
+        stage: what to write into.
+        data_file: name of the file for weights that no earlier file has.
+        graphs: by name.
+        places: where weights are that earlier calls wrote; this one's are added.
     """
     weights = {name: w for graph in graphs.values() for name, w in graph.weights.items()}
-    offsets: dict[str, int] = {}
-    with stage.open_write(data_file) as writer:
-        position = 0
-        for name, weight in weights.items():
-            padding = -position % _ALIGNMENT
-            writer.write(bytes(padding))
-            offsets[name] = position + padding
-            writer.write(weight.array().reshape(-1).view(np.uint8).data)
-            position = offsets[name] + weight.nbytes
-    return {
-        name: _write_graph(stage, name, graph, data_file, offsets) for name, graph in graphs.items()
-    }
+    new = {name: weight for name, weight in weights.items() if name not in places}
+    if new:
+        with stage.open_write(data_file) as writer:
+            position = 0
+            for name, weight in new.items():
+                padding = -position % _ALIGNMENT
+                writer.write(bytes(padding))
+                places[name] = data_file, position + padding
+                for piece in weight.pieces():
+                    writer.write(piece.reshape(-1).view(np.uint8).data)
+                position += padding + weight.nbytes
+    return {name: _write_graph(stage, name, graph, places) for name, graph in graphs.items()}
 
 
 def _write_graph(
-    stage: Stage, name: str, graph: LoweredGraph, data_file: str, offsets: Mapping[str, int]
+    stage: Stage, name: str, graph: LoweredGraph, places: Mapping[str, Place]
 ) -> GraphSpec:
     onnx_graph = graph.model.graph
     for key, weight in graph.weights.items():
+        data_file, offset = places[key]
         onnx_graph.initializers[key].const_value = ir.ExternalTensor(
             data_file,
-            offsets[key],
+            offset,
             weight.nbytes,
             ir.DataType.from_numpy(weight.dtype),
             shape=ir.Shape(weight.shape),
@@ -52,7 +62,7 @@ def _write_graph(
     stage.write(file, [proto.SerializeToString(deterministic=True)])
     return GraphSpec(
         file=file,
-        data=(data_file,) if graph.weights else (),
+        data=tuple(sorted({places[key][0] for key in graph.weights})),
         inputs=tuple(_spec(v) for v in onnx_graph.inputs),
         outputs=tuple(_spec(v) for v in onnx_graph.outputs),
     )

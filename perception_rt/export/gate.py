@@ -1,18 +1,23 @@
 """The gate: the staged package through the real runtime against eager, and its latency."""
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from perception_rt.export.fidelity import Fidelity
+from perception_rt.export.plm_towers import GATE_STEPS
 from perception_rt.export.towers import Reference
-from perception_rt.package.reader import open_package
+from perception_rt.package import contract
+from perception_rt.package.contract import GraphSpec
+from perception_rt.package.reader import Package, open_package
 from perception_rt.runtime.session import Session, open_session
 
 Array = np.ndarray[Any, Any]
+Arrays = Mapping[str, Array]
 
 _LATENCY_BUDGET_S = 1.0
 _LATENCY_RUNS = 9
@@ -23,38 +28,89 @@ def run_gate(
 ) -> tuple[dict[str, Fidelity], dict[str, Any]]:
     """Runs every graph of a sealed package on the CPU, one open at a time.
 
+    A decoder's parts form a chain: each is fed with what the engine before it gave, first most of
+    the prompt at once, then the last tokens one by one, over a cache that is updated in place.
+
     Returns:
-        Fidelity by "graph.output", and batch-1 latency by graph.
+        Fidelity by "graph.output", and latency by graph: of batch 1, or of a decoder's step.
     """
     fidelity: dict[str, Fidelity] = {}
     latency: dict[str, Any] = {}
+    chained: Arrays = {}
     with open_package(directory) as package:
-        backend = package.manifest.content.target.backend
         for reference in references:
             for graph, expected in reference.outputs.items():
                 if not expected:
                     continue
-                session = open_session(package, graph, backend=backend, device="cpu", threads=None)
                 inputs = reference.inputs[graph]
-                fidelity.update(_compare(session, graph, inputs, expected))
-                latency[graph] = _latency(session, inputs, list(expected))
+                session = _open(package, graph)
+                if graph.startswith(contract.DECODER):
+                    chained = _decode(session, chained or inputs, latency, graph)
+                    arrays = chained
+                else:
+                    found = session.run(inputs, list(expected))
+                    arrays = dict(zip(expected, found, strict=True))
+                    latency[graph] = _latency(session, inputs, list(expected))
                 session.close()
+                for name, eager in expected.items():
+                    fidelity[f"{graph}.{name}"] = Fidelity.compare(arrays[name], eager)
+                if contract.HIDDEN_OUT in arrays:
+                    chained = {contract.HIDDEN: arrays[contract.HIDDEN_OUT]}
     return fidelity, latency
 
 
-def _compare(session: Session, graph: str, inputs: Array, expected: Any) -> dict[str, Fidelity]:
-    (source,) = session.spec.inputs
-    arrays = session.run({source.name: inputs}, list(expected))
-    return {
-        f"{graph}.{name}": Fidelity.compare(array, expected[name])
-        for name, array in zip(expected, arrays, strict=True)
+def _open(package: Package, graph: str) -> Session:
+    backend = package.manifest.content.target.backend
+    return open_session(package, graph, backend=backend, device="cpu", threads=None)
+
+
+def _decode(session: Session, inputs: Arrays, latency: dict[str, Any], graph: str) -> Arrays:
+    """A part's output over the whole prompt, or the logits of its last GATE_STEPS + 1 tokens."""
+    hidden = inputs[contract.HIDDEN]
+    tokens = hidden.shape[1]
+    state = _caches(session.spec, tokens)
+    first = max(1, tokens - GATE_STEPS)
+    edges = [0, *range(first, tokens + 1)]
+    pieces, seconds = [], []
+    for start, stop in itertools.pairwise(edges):
+        feed = {
+            contract.HIDDEN: np.ascontiguousarray(hidden[:, start:stop]),
+            contract.PAST_LENGTHS: np.asarray([start], np.int32),
+        }
+        if _is_last(session.spec):
+            feed[contract.LOGIT_POSITIONS] = np.asarray([[stop - start - 1]], np.int64)
+        output = contract.LOGITS if _is_last(session.spec) else contract.HIDDEN_OUT
+        began = time.perf_counter()
+        pieces.append(session.run(feed, [output], state)[0])
+        seconds.append(time.perf_counter() - began)
+    latency[graph] = {
+        "prompt_tokens": first,
+        "prompt_ms": round(seconds[0] * 1e3, 2),
+        "step_median_ms": round(float(np.median(seconds[1:])) * 1e3, 2),
+        "runs": len(seconds) - 1,
     }
+    return {output: np.concatenate(pieces, axis=1)}
 
 
-def _latency(session: Session, inputs: Array, outputs: Sequence[str]) -> dict[str, float | int]:
+def _is_last(spec: GraphSpec) -> bool:
+    return any(output.name == contract.LOGITS for output in spec.outputs)
+
+
+def _caches(spec: GraphSpec, slots: int) -> dict[str, Array]:
+    """Empty caches of one sequence, by input name."""
+    outputs = {output.name for output in spec.outputs}
+    caches = {}
+    for source in spec.inputs:
+        if contract.updated(source.name) in outputs:
+            sizes = {contract.BATCH: 1, contract.SLOTS: slots}
+            shape = [sizes[s] if isinstance(s, str) else s for s in source.shape]
+            caches[source.name] = np.zeros(shape, source.dtype)
+    return caches
+
+
+def _latency(session: Session, inputs: Arrays, outputs: Sequence[str]) -> dict[str, float | int]:
     """Median milliseconds of batch 1 over up to 9 runs in about a second."""
-    (source,) = session.spec.inputs
-    feed = {source.name: inputs[:1]}
+    feed = {name: array[:1] for name, array in inputs.items()}
     times: list[float] = []
     while len(times) < _LATENCY_RUNS and sum(times) < _LATENCY_BUDGET_S:
         start = time.perf_counter()

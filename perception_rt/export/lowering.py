@@ -1,77 +1,30 @@
-"""The walk from a traced graph to a backend's graph, and the weights that it refers to.
+"""The walk from a traced graph to a backend's graph.
 
-A lowering is a subclass that says how `Linear` and `Attention` look for its backend; every other
-operator is copied. Operators on constants alone are folded into lazy weights, so that no weight is
-in memory before it is written.
+A lowering is a subclass that says how our own operators look for its backend; every other operator
+is copied. Operators on constants alone are folded into lazy weights, so that no weight is in memory
+before it is written.
 
 Legend: N batch, T tokens, C channels in, O channels out.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from perception_rt.errors import ExportError
+from perception_rt.export.quantize import Format
 from perception_rt.export.trace import DOMAIN, OPSET, Traced
+from perception_rt.export.weights import Array, DType, Weight, constant
 from perception_rt.package.contract import TensorSpec
 
-Array = np.ndarray[Any, Any]
-DType = np.dtype[Any]
 IR_VERSION = 10
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where optimisers can read them
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A constant of a graph whose bytes exist only while they are written.
-
-    Attributes:
-        name: unique within a package: equal names mean equal bytes.
-        dtype: numpy dtype.
-        shape: sizes.
-        load: reads or computes the array; pure, may be called again.
-        fixed: keeps its dtype in a graph of another.
-        origin: the checkpoint tensor that it is made from, if it is one.
-    """
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    load: Callable[[], Array]
-    fixed: bool = False
-    origin: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-    def array(self) -> Array:
-        """The contiguous array; ExportError that names the weight if it is not finite."""
-        array = np.asarray(self.load(), order="C")
-        assert array.shape == self.shape and array.dtype == self.dtype, self.name
-        if not np.isfinite(array).all():
-            raise ExportError(f"{self.name} is not finite as {self.dtype}")
-        return array
-
-    def derive(
-        self, suffix: str, function: Callable[[Array], Array], shape: tuple[int, ...]
-    ) -> "Weight":
-        """`function` of this weight, of the same dtype, under a name that says so."""
-        load = self.load
-        return replace(self, name=self.name + suffix, shape=shape, load=lambda: function(load()))
-
-
 Operand = ir.Value | Weight
-
-
-def constant(name: str, array: Array) -> Weight:
-    """A small constant that is known now, and keeps its dtype."""
-    return Weight(name, array.dtype, array.shape, lambda: array, fixed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +46,13 @@ class Lowering(ABC):
         traced: what `trace` returned.
         parameters: a `Weight` for every parameter of the traced module, by name.
         dtype: of activations and float weights: float32 or float16.
-        int8: names of the linear weights that become int8.
+        formats: of quantised linear and embedding weights, by the checkpoint tensor's name.
     """
 
-    # The one operator that each traced attention becomes; the export counts them.
+    # The one operator that each traced attention becomes, without and with a cache; the export
+    # counts them.
     attention_op: str
+    cached_attention_op: str
 
     def __init__(
         self,
@@ -105,37 +60,42 @@ class Lowering(ABC):
         parameters: Mapping[str, Weight],
         *,
         dtype: DType,
-        int8: Collection[str] = (),
+        formats: Mapping[str, Format] | None = None,
     ) -> None:
         self.traced = traced
         self.parameters = parameters
         self.dtype = np.dtype(dtype)
-        self.int8 = frozenset(int8)
+        self.formats = formats or {}
         self.nodes: list[ir.Node] = []
+        self.finished: set[ir.Value] = set()
         self.env: dict[ir.Value, Operand] = {}
         self.constants: dict[str, tuple[Weight, ir.Value]] = {}
         self.opsets = {"": OPSET}
 
     def lower(
-        self, spec: TensorSpec, entry: "Entry", outputs: Mapping[str, TensorSpec]
+        self,
+        sources: Sequence[tuple[TensorSpec, "Entry"]],
+        outputs: Mapping[str, TensorSpec],
     ) -> LoweredGraph:
-        """Builds the graph from one input to some of the traced graph's outputs.
+        """Builds the graph from its inputs to some of the traced graph's outputs.
 
         Args:
-            spec: the new graph's input.
-            entry: turns it into the traced graph's input.
+            sources: for each traced input, in order, the new graph's input and what turns it into
+                the traced one.
             outputs: for each wanted traced output, by name, the new graph's output.
         """
         for name, initializer in self.traced.graph.initializers.items():
             self.env[initializer] = self.parameters[name]
-        source = _value(spec)
-        self.env[self.traced.graph.inputs[0]] = entry(self, source)
+        inputs = [_value(spec) for spec, _ in sources]
+        pairs = zip(self.traced.graph.inputs, inputs, sources, strict=True)
+        for old, new, (_, entry) in pairs:
+            self.env[old] = entry(self, new)
         for node in self.traced.graph:
             self.visit(node)
         results = [
             self.finish(self.env[self.traced.outputs[old]], new) for old, new in outputs.items()
         ]
-        return self.assemble(source, results)
+        return self.assemble(inputs, results)
 
     # What a backend overrides.
 
@@ -146,6 +106,14 @@ class Lowering(ABC):
     @abstractmethod
     def attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
         """Emits attention over q, k, v and optional cos, sin, and binds the node's output."""
+
+    @abstractmethod
+    def cached_attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
+        """Emits attention over q, k, v, keys, values, past_lengths, cos, sin; binds 3 outputs."""
+
+    @abstractmethod
+    def embedding(self, node: ir.Node, weight: Weight, ids: ir.Value) -> None:
+        """Emits the rows `ids` of a weight (V, C), and binds the node's output."""
 
     # What it builds with.
 
@@ -188,18 +156,17 @@ class Lowering(ABC):
         """A float32 weight in the graph's dtype; any other as it is."""
         if weight.fixed or weight.dtype != np.float32 or self.dtype == np.float32:
             return weight
-        dtype, load = self.dtype, weight.load
-        name = f"{weight.name}.{dtype.name}"
+        dtype = self.dtype
 
-        def cast() -> Array:
+        def cast(array: Array) -> Array:
             with np.errstate(over="ignore"):  # `Weight.array` names a weight that overflows
-                return load().astype(dtype)
+                return array.astype(dtype)
 
-        return replace(weight, name=name, dtype=dtype, load=cast)
+        return weight.derive_rows(f".{dtype.name}", cast, weight.shape, dtype, fixed=False)
 
-    def is_int8(self, weight: Weight) -> bool:
-        """Whether a linear weight, or the tensor that it is a part of, becomes int8."""
-        return weight.origin in self.int8
+    def format_of(self, weight: Weight) -> Format | None:
+        """How a weight, or the tensor that it is a part of, is quantised; None for not at all."""
+        return self.formats.get(weight.origin)
 
     def bind(self, node: ir.Node, operands: Sequence[Operand]) -> None:
         """Says what stands for the outputs of a traced node."""
@@ -221,15 +188,27 @@ class Lowering(ABC):
         weights = [x for x in inputs if isinstance(x, Weight)]
         if node.op_type in _FOLDED and len(weights) == len(inputs):
             self.bind(node, [_fold(node, weights)])
-        elif node.domain == DOMAIN and node.op_type == "Linear":
-            x, weight, bias = (*inputs, None)[:3]
-            assert isinstance(x, ir.Value) and isinstance(weight, Weight)
-            assert bias is None or isinstance(bias, Weight)
-            self.linear(node, x, weight, bias)
         elif node.domain == DOMAIN:
-            self.attention(node, inputs)
+            self.own(node, inputs)
         else:
             self.standard(node, inputs)
+
+    def own(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
+        """Lowers an operator of our domain."""
+        match node.op_type:
+            case "Linear":
+                x, weight, bias = (*inputs, None)[:3]
+                assert isinstance(x, ir.Value) and isinstance(weight, Weight)
+                assert bias is None or isinstance(bias, Weight)
+                self.linear(node, x, weight, bias)
+            case "Embedding":
+                weight, ids = inputs
+                assert isinstance(weight, Weight) and isinstance(ids, ir.Value)
+                self.embedding(node, weight, ids)
+            case "CachedAttention":
+                self.cached_attention(node, inputs)
+            case _:
+                self.attention(node, inputs)
 
     def standard(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
         """Copies an operator; a reshape in which only the batch is dynamic gets a constant."""
@@ -245,17 +224,23 @@ class Lowering(ABC):
         self.bind(node, self.op(node.op_type, inputs, attributes, outputs=len(node.outputs)))
 
     def finish(self, result: Operand, spec: TensorSpec) -> ir.Value:
-        """A graph output in the dtype and under the name of its spec."""
+        """A graph output in the dtype and under the name of its spec.
+
+        The value itself where that is possible: a copy could not be in place.
+        """
         assert isinstance(result, ir.Value)
         dtype = np.dtype(spec.dtype)
-        op_type = "Cast" if self.dtype != dtype else "Identity"
-        attributes = {"to": int(ir.DataType.from_numpy(dtype))} if op_type == "Cast" else {}
-        (value,) = self.op(op_type, [result], attributes)
+        value = result
+        if self.dtype != dtype:
+            value = self.cast(result, dtype)
+        elif result in self.finished or result.producer() is None:
+            (value,) = self.op("Identity", [result])
+        self.finished.add(value)
         named = _value(spec)
         value.name, value.shape, value.type = named.name, named.shape, named.type
         return value
 
-    def assemble(self, source: ir.Value, results: Sequence[ir.Value]) -> LoweredGraph:
+    def assemble(self, inputs: Sequence[ir.Value], results: Sequence[ir.Value]) -> LoweredGraph:
         """The model of what was emitted, without nodes and constants that nothing uses."""
         needed = _live(self.nodes, results)
         initializers, external = [], {}
@@ -272,7 +257,7 @@ class Lowering(ABC):
                 for index in range(len(node.inputs)):
                     node.replace_input_with(index, None)
         graph = ir.Graph(
-            [source],
+            list(inputs),
             list(results),
             nodes=[n for n in self.nodes if n in needed],
             initializers=initializers,

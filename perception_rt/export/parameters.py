@@ -1,10 +1,10 @@
 """What the traced modules' parameters are made of: checkpoint tensors, gains and tables.
 
 Layer scale is folded into the linear layer before it, exactly; position and rotary tables are
-computed for the grid by the model's own functions.
+computed for the grid, or the positions, by the model's own functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -12,10 +12,18 @@ from torch import Tensor
 
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.config import VisionConfig
-from perception_rt.export.graphs import TextGraph, VisionGraph
-from perception_rt.export.lowering import Array, Weight
-from perception_rt.models.layers import rope_2d
+from perception_rt.export.graphs import (
+    DecoderGraph,
+    EmbedGraph,
+    TextGraph,
+    TileGraph,
+    VisionGraph,
+)
+from perception_rt.export.weights import Array, Weight
+from perception_rt.models.decoder import rope_1d
+from perception_rt.models.layers import Rope, rope_2d
 from perception_rt.models.vision import token_table
+from perception_rt.plm_config import DecoderConfig, PlmConfig
 
 _FLOAT32 = np.dtype(np.float32)
 _GAINS = {"attn.out_proj": "ls_1.gamma", "mlp.c_proj": "ls_2.gamma"}
@@ -25,13 +33,54 @@ def vision_parameters(
     source: WeightSource, graph: VisionGraph, config: VisionConfig, grid: tuple[int, int]
 ) -> dict[str, Weight]:
     """A weight for each parameter of a vision graph; `config` still has its layer scale."""
-    computed = _tables(source, config, grid)
+    return _tower_parameters(source, graph, config, grid, "visual.")
+
+
+def tile_parameters(source: WeightSource, graph: TileGraph, config: PlmConfig) -> dict[str, Weight]:
+    """A weight for each parameter of a tile graph."""
+    grid = (config.vision.grid, config.vision.grid)
+    return _tower_parameters(source, graph, config.vision, grid, "vision_model.")
+
+
+def embed_parameters(source: WeightSource, graph: EmbedGraph) -> dict[str, Weight]:
+    """A weight for each parameter of an embedding graph."""
+    return {name: _matrix(source, name, p) for name, p in graph.named_parameters()}
+
+
+def decoder_parameters(
+    source: WeightSource, graph: DecoderGraph, config: DecoderConfig
+) -> dict[str, Weight]:
+    """A weight for each parameter of a part of a decoder."""
+    head = "tok_embeddings.weight" if config.weight_tying else "output.weight"
+    tables = _rope(lambda: rope_1d(config, config.max_seqlen))
     weights = {}
     for name, parameter in graph.named_parameters():
-        shape = tuple(parameter.shape)
-        load = computed.get(name) or _tower_load(source, config, name.removeprefix("tower."))
-        key = f"visual.{name.removeprefix('tower.')}"
-        weights[name] = Weight(key, _FLOAT32, shape, load, origin=key)
+        if name in tables:
+            shape = tuple(parameter.shape)
+            weights[name] = Weight(f"decoder.{name}", _FLOAT32, shape, tables[name])
+        else:
+            weights[name] = _matrix(source, head if name == "head" else name, parameter)
+    return weights
+
+
+def _tower_parameters(
+    source: WeightSource,
+    graph: VisionGraph | TileGraph,
+    config: VisionConfig,
+    grid: tuple[int, int],
+    prefix: str,
+) -> dict[str, Weight]:
+    """A weight for each parameter; those of the tower are under `prefix` in the checkpoint."""
+    computed = _tables(source, config, grid, prefix)
+    weights = {}
+    for name, parameter in graph.named_parameters():
+        leaf = name.removeprefix("tower.")
+        own = leaf == name and name not in computed
+        key = name if own else prefix + leaf
+        load = computed.get(name) or (
+            _loader(source, key) if own else _tower_load(source, config, prefix, leaf)
+        )
+        weights[name] = Weight(key, _FLOAT32, tuple(parameter.shape), load, origin=key)
     return weights
 
 
@@ -49,43 +98,55 @@ def _loader(source: WeightSource, key: str) -> Callable[[], Array]:
     return lambda: _float32(source.load(key))
 
 
+def _matrix(source: WeightSource, key: str, parameter: Tensor) -> Weight:
+    """A checkpoint tensor that can be read row by row."""
+
+    def rows(start: int, stop: int) -> Array:
+        return _float32(source.load_rows(key, start, stop))
+
+    shape = tuple(parameter.shape)
+    return Weight(key, _FLOAT32, shape, _loader(source, key), origin=key, rows=rows)
+
+
 def _float32(tensor: Tensor) -> Array:
     array: Array = tensor.to(torch.float32).numpy()
     return array
 
 
-def _tower_load(source: WeightSource, config: VisionConfig, name: str) -> Callable[[], Array]:
-    """Reads `visual.<name>`, with the layer scale that follows it folded in."""
-    key = f"visual.{name}"
+def _tower_load(
+    source: WeightSource, config: VisionConfig, prefix: str, name: str
+) -> Callable[[], Array]:
+    """Reads a tensor of a tower, with the layer scale that follows it folded in."""
     block, _, rest = name.partition(".resblocks.")
     index, _, leaf = rest.partition(".")
     gain = _GAINS.get(leaf.rpartition(".")[0])
     if config.ls_init_value is None or gain is None:
-        return _loader(source, key)
-    gain_key = f"visual.{block}.resblocks.{index}.{gain}"
+        return _loader(source, prefix + name)
+    gain_key = f"{prefix}{block}.resblocks.{index}.{gain}"
 
     def load() -> Array:
-        tensor, gains = source.load(key).float(), source.load(gain_key).float()
+        tensor, gains = source.load(prefix + name).float(), source.load(gain_key).float()
         return _float32(tensor * (gains[:, None] if tensor.ndim == 2 else gains))
 
     return load
 
 
 def _tables(
-    source: WeightSource, config: VisionConfig, grid: tuple[int, int]
+    source: WeightSource, config: VisionConfig, grid: tuple[int, int], prefix: str
 ) -> dict[str, Callable[[], Array]]:
     def table() -> Array:
         positions = class_embedding = None
         if config.use_abs_posemb:
-            positions = source.load("visual.positional_embedding").float()
+            positions = source.load(f"{prefix}positional_embedding").float()
         if config.use_cls_token:
-            class_embedding = source.load("visual.class_embedding").float()
+            class_embedding = source.load(f"{prefix}class_embedding").float()
         result = token_table(positions, class_embedding, config.grid, grid)
         assert result is not None
         return _float32(result)
 
-    def rope(part: int) -> Array:
-        tables = rope_2d(grid, config.head_dim, class_token=config.use_cls_token)
-        return _float32(tables[part])
+    rope = _rope(lambda: rope_2d(grid, config.head_dim, class_token=config.use_cls_token))
+    return {"table": table, **rope}
 
-    return {"table": table, "rope_cos": lambda: rope(0), "rope_sin": lambda: rope(1)}
+
+def _rope(tables: Callable[[], Rope]) -> Mapping[str, Callable[[], Array]]:
+    return {"rope_cos": lambda: _float32(tables().cos), "rope_sin": lambda: _float32(tables().sin)}

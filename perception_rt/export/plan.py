@@ -1,10 +1,14 @@
 """What an export will make, decided and checked before any work starts."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError
+from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
+from perception_rt.processing.llm_tokenizer import TokenizerSpec
+from perception_rt.processing.tiles import TileSpec
 from perception_rt.targets import Target, check_precision, get_target
 
 
@@ -30,9 +34,10 @@ class ExportPlan:
 
     def __post_init__(self) -> None:
         check_precision(self.target, self.precision)
+        if self.precision == "int4":
+            raise InputError("int4 is for language models; an encoder can be int8")
         _ = self.grid
-        if not 1 <= len(self.name) <= 128 or not self.name.isprintable():
-            raise InputError(f"the model's name {self.name!a:.60} is not 1 to 128 characters")
+        _check_name(self.name)
         for tap in self.taps or ():
             if self.config.vision.block_index(tap) != tap:
                 raise InputError(f"tap {tap} must be counted from the front")
@@ -41,6 +46,11 @@ class ExportPlan:
     def target(self) -> Target:
         """The backend's record."""
         return get_target(self.backend)
+
+    @property
+    def gate(self) -> str:
+        """Which limit of the export gate holds."""
+        return self.precision
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -52,6 +62,67 @@ class ExportPlan:
         """The tapped blocks, in order."""
         layers = self.config.vision.layers
         return tuple(range(layers)) if self.taps is None else tuple(sorted(set(self.taps)))
+
+
+Blocks = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlmPlan:
+    """Architecture, target, precision and processing of a language model.
+
+    Attributes:
+        name: the model's name, as the package will state it.
+        config: the architecture.
+        backend: a name in `targets.TARGETS`.
+        precision: one of `targets.PRECISIONS`.
+        tiles: how images and videos become tiles.
+        blocks: what int4 means for the decoder's blocks: "int8" keeps prompts fast, "int4" halves
+            the memory. The embedding, the head and the tower are the same in both.
+        tokenizer: a tokenizer's specification and the bytes of its file, None for a package that
+            takes token ids only.
+    """
+
+    name: str
+    config: PlmConfig
+    backend: str
+    precision: str
+    tiles: TileSpec
+    blocks: Blocks = "int8"
+    tokenizer: tuple[TokenizerSpec, bytes | None] | None = None
+
+    def __post_init__(self) -> None:
+        check_precision(self.target, self.precision)
+        _check_name(self.name)
+        if self.tiles.tile_size != self.config.vision.image_size:
+            raise InputError(
+                f"tiles of {self.tiles.tile_size} pixels are not for a tower of "
+                f"{self.config.vision.image_size}"
+            )
+        if self.blocks not in ("int8", "int4"):
+            raise InputError(f"blocks must be int8 or int4, not {self.blocks!r:.40}")
+        if self.blocks == "int4" and self.precision != "int4":
+            raise InputError("blocks can be int4 in precision int4 only")
+
+    @property
+    def target(self) -> Target:
+        """The backend's record."""
+        return get_target(self.backend)
+
+    @property
+    def gate(self) -> str:
+        """Which limit of the export gate holds."""
+        return "int4 blocks" if self.blocks == "int4" else self.precision
+
+    @property
+    def quantized(self) -> bool:
+        """Whether linear weights are integers."""
+        return self.precision in ("int8", "int4")
+
+
+def _check_name(name: str) -> None:
+    if not 1 <= len(name) <= 128 or not name.isprintable():
+        raise InputError(f"the model's name {name!a:.60} is not 1 to 128 characters")
 
 
 def parse_image_size(text: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""The two towers as an export sees them: eager reference, traced graph, graphs to make of it."""
+"""The towers of a PE as an export sees them: eager reference, trace, graphs to make of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,16 +12,18 @@ from perception_rt.checkpoint.source import WeightSource
 from perception_rt.config import TextConfig
 from perception_rt.export import calibration
 from perception_rt.export.graphs import TextGraph, VisionGraph
-from perception_rt.export.lowering import Entry, Weight, as_is, uint8_images
+from perception_rt.export.lowering import Entry, as_is, uint8_images
 from perception_rt.export.parameters import text_parameters, vision_parameters
 from perception_rt.export.plan import ExportPlan
-from perception_rt.export.quantize import layer_errors
+from perception_rt.export.quantize import MAX_LAYER_ERROR, Format, layer_errors
 from perception_rt.export.trace import Traced, trace
+from perception_rt.export.weights import Weight
 from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
 from perception_rt.package import contract
 from perception_rt.package.contract import TensorSpec
-from perception_rt.processing.image import normalize
+from perception_rt.processing.clip_bpe import MIN_CONTEXT, VOCAB_SIZE, TextSpec
+from perception_rt.processing.image import ImageSpec, normalize
 
 Array = np.ndarray[Any, Any]
 
@@ -33,16 +35,16 @@ class Recipe:
     """How one graph of a package is cut from a traced tower.
 
     Attributes:
-        source: the graph's input.
-        entry: turns it into the traced graph's input.
+        sources: for each traced input, the graph's input and what turns it into the traced one.
         outputs: the graph's output for each traced output that it has.
         attentions: how many attentions the graph computes.
+        cached_attentions: how many attentions over a key-value cache.
     """
 
-    source: TensorSpec
-    entry: Entry
+    sources: Sequence[tuple[TensorSpec, Entry]]
     outputs: Mapping[str, TensorSpec]
-    attentions: int
+    attentions: int = 0
+    cached_attentions: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +52,12 @@ class Reference:
     """What eager float32 says.
 
     Attributes:
-        inputs: the input array of each graph.
+        inputs: the input arrays of each graph, by name.
         outputs: by graph and output name, what it should return for that input.
         errors: relative int8 error by linear weight, in our names; empty if not asked for.
     """
 
-    inputs: Mapping[str, Array]
+    inputs: Mapping[str, Mapping[str, Array]]
     outputs: Mapping[str, Mapping[str, Array]]
     errors: Mapping[str, float] = field(default_factory=dict)
 
@@ -65,14 +67,39 @@ class Tower(Protocol):
 
     name: str
 
-    def reference(self, *, int8: bool) -> Reference:
-        """Runs the tower in eager on calibration inputs."""
+    def reference(self, *, quantized: bool) -> Reference:
+        """Runs the tower in eager on calibration inputs; measures W8A8 errors on demand."""
+
+    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
+        """How linear weights are quantised, given their errors in W8A8."""
 
     def traced(self) -> tuple[Traced, dict[str, Weight]]:
         """The traced graph and a weight for each of its parameters."""
 
     def recipes(self) -> dict[str, Recipe]:
         """The graphs to make, by name."""
+
+
+class ModelExport(Protocol):
+    """What the package of one model is made of."""
+
+    family: str
+    source: WeightSource
+
+    def towers(self) -> Iterator[Tower]:
+        """The parts, each done before the next is asked for."""
+
+    def files(self) -> dict[str, bytes]:
+        """Files besides graphs and their weights."""
+
+    def image(self) -> dict[str, Any]:
+        """The manifest's `processing.image`."""
+
+    def text(self) -> dict[str, Any] | None:
+        """The manifest's `processing.text`."""
+
+    def options(self, layers: Mapping[str, Format | None]) -> dict[str, Any]:
+        """The manifest's `target.options`, given what became of layers that W8A8 would hurt."""
 
 
 class VisionExport:
@@ -85,7 +112,7 @@ class VisionExport:
         self.config = plan.config.vision
         self.source = source
 
-    def reference(self, *, int8: bool) -> Reference:
+    def reference(self, *, quantized: bool) -> Reference:
         """Two synthetic images through the eager tower."""
         spec = self.plan.image
         images = calibration.images(_GATE_IMAGES, spec.height, spec.width)
@@ -93,7 +120,7 @@ class VisionExport:
         tower = _load(VisionTower, self.config, self.source, "visual.")
         errors = {}
         batch = torch.from_numpy(pixels)
-        if int8:
+        if quantized:
             errors = layer_errors(tower, lambda: tower(batch))
         taps = self.plan.tapped
         with torch.inference_mode():
@@ -104,9 +131,9 @@ class VisionExport:
         kept = {taps[0]: tapped[0], taps[-1]: tapped[-1]} if taps else {}
         return Reference(
             inputs={
-                contract.VISION: images,
-                contract.PIXELS: pixels,
-                contract.FEATURES: images,
+                contract.VISION: {contract.IMAGES_U8: images},
+                contract.PIXELS: {contract.PIXELS_F32: pixels},
+                contract.FEATURES: {contract.IMAGES_U8: images},
             },
             outputs={
                 contract.VISION: {contract.EMBEDDING: embedding},
@@ -122,22 +149,13 @@ class VisionExport:
         graph = VisionGraph(self.config, grid, self.plan.tapped)
         example = torch.empty(2, 3, spec.height, spec.width, device="meta")
         names = [contract.EMBEDDING, *(contract.tap_name(i) for i in self.plan.tapped)]
-        traced = trace(graph, example, input_name=contract.PIXELS_F32, output_names=names)
+        traced = trace_batch(graph, contract.PIXELS_F32, example, names)
         return traced, vision_parameters(self.source, graph, self.config, grid)
 
     def recipes(self) -> dict[str, Recipe]:
         """`vision` from uint8, `pixels` from float, and `features` where blocks are tapped."""
         spec, config = self.plan.image, self.config
-        images = TensorSpec(
-            name=contract.IMAGES_U8,
-            dtype="uint8",
-            shape=(contract.BATCH, spec.height, spec.width, 3),
-        )
-        pixels = TensorSpec(
-            name=contract.PIXELS_F32,
-            dtype="float32",
-            shape=(contract.BATCH, 3, spec.height, spec.width),
-        )
+        images, pixels = image_sources(spec)
         tokens = self.plan.grid[0] * self.plan.grid[1] + int(config.use_cls_token)
         middle = (tokens,) if config.pool_type == "none" else ()
         embedding = _float(contract.EMBEDDING, *middle, config.embed_dim)
@@ -145,23 +163,20 @@ class VisionExport:
             name: _float(name, tokens, config.width)
             for name in map(contract.tap_name, self.plan.tapped)
         }
-        normalise = uint8_images(spec.mean, spec.std)
         whole = {contract.EMBEDDING: embedding}
         attentions = config.layers + (config.pool_type == "attn")
         recipes = {
-            contract.VISION: Recipe(
-                source=images, entry=normalise, outputs=whole, attentions=attentions
-            ),
-            contract.PIXELS: Recipe(
-                source=pixels, entry=as_is, outputs=whole, attentions=attentions
-            ),
+            contract.VISION: Recipe(sources=[images], outputs=whole, attentions=attentions),
+            contract.PIXELS: Recipe(sources=[pixels], outputs=whole, attentions=attentions),
         }
         if taps:
             deepest = max(self.plan.tapped) + 1
-            recipes[contract.FEATURES] = Recipe(
-                source=images, entry=normalise, outputs=taps, attentions=deepest
-            )
+            recipes[contract.FEATURES] = Recipe(sources=[images], outputs=taps, attentions=deepest)
         return recipes
+
+    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
+        """W8A8 where that does little harm."""
+        return tensor_formats(errors)
 
 
 class TextExport:
@@ -173,16 +188,16 @@ class TextExport:
         self.config = config
         self.source = source
 
-    def reference(self, *, int8: bool) -> Reference:
+    def reference(self, *, quantized: bool) -> Reference:
         """A few captions through the eager tower."""
         ids = calibration.tokens(self.config)
         tower = _load(TextTower, self.config, self.source, "text.")
         batch = torch.from_numpy(ids)
-        errors = layer_errors(tower, lambda: tower(batch)) if int8 else {}
+        errors = layer_errors(tower, lambda: tower(batch)) if quantized else {}
         with torch.inference_mode():
             features = tower(batch).numpy()
         return Reference(
-            inputs={contract.TEXT: ids},
+            inputs={contract.TEXT: {contract.TOKENS: ids}},
             outputs={contract.TEXT: {contract.TEXT_EMBEDDING: features}},
             errors={f"text.{name}": error for name, error in errors.items()},
         )
@@ -193,7 +208,7 @@ class TextExport:
         shape = (2, self.config.context_length)
         example = torch.zeros(shape, dtype=torch.int64, device="meta")
         names = [contract.TEXT_EMBEDDING]
-        traced = trace(graph, example, input_name=contract.TOKENS, output_names=names)
+        traced = trace_batch(graph, contract.TOKENS, example, names)
         return traced, text_parameters(self.source, graph)
 
     def recipes(self) -> dict[str, Recipe]:
@@ -205,20 +220,81 @@ class TextExport:
         )
         features = _float(contract.TEXT_EMBEDDING, self.config.output_dim)
         recipe = Recipe(
-            source=tokens,
-            entry=as_is,
+            sources=[(tokens, as_is)],
             outputs={contract.TEXT_EMBEDDING: features},
             attentions=self.config.layers,
         )
         return {contract.TEXT: recipe}
 
+    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
+        """W8A8 where that does little harm."""
+        return tensor_formats(errors)
 
-def towers(plan: ExportPlan, source: WeightSource) -> list[Tower]:
-    """The towers that a plan has."""
-    result: list[Tower] = [VisionExport(plan, source)]
-    if plan.config.text is not None:
-        result.append(TextExport(plan.config.text, source))
-    return result
+
+class PeExport:
+    """What a PE package is made of."""
+
+    family = "pe"
+
+    def __init__(self, plan: ExportPlan, source: WeightSource) -> None:
+        self.plan = plan
+        self.source = source
+
+    def towers(self) -> Iterator[Tower]:
+        """The towers that the plan has."""
+        yield VisionExport(self.plan, self.source)
+        if self.plan.config.text is not None:
+            yield TextExport(self.plan.config.text, self.source)
+
+    def files(self) -> dict[str, bytes]:
+        """None but the graphs and their weights."""
+        return {}
+
+    def image(self) -> dict[str, Any]:
+        """The manifest's `processing.image`."""
+        return self.plan.image.to_dict()
+
+    def text(self) -> dict[str, Any] | None:
+        """The manifest's `processing.text`."""
+        text = self.plan.config.text
+        if text is None:
+            return None
+        known = text.vocab_size == VOCAB_SIZE and text.context_length >= MIN_CONTEXT
+        spec = TextSpec(
+            tokenizer="clip_bpe" if known else None,
+            context_length=text.context_length,
+            logit_scale=float(self.source.load("logit_scale").float().exp().item()),
+        )
+        return spec.to_dict()
+
+    def options(self, layers: Mapping[str, Format | None]) -> dict[str, Any]:
+        """The manifest's `target.options`."""
+        return {"taps": list(self.plan.tapped), "float_layers": list(layers)}
+
+
+def trace_batch(
+    graph: nn.Module, name: str, example: Tensor, output_names: Sequence[str]
+) -> Traced:
+    """Traces a graph of one input whose first size is dynamic."""
+    dynamic = {name: {0: contract.BATCH}}
+    return trace(graph, {name: example}, dynamic=dynamic, output_names=output_names)
+
+
+def image_sources(spec: ImageSpec) -> tuple[tuple[TensorSpec, Entry], tuple[TensorSpec, Entry]]:
+    """uint8 images, and pixels that are normalised already."""
+    height, width = spec.height, spec.width
+    images = TensorSpec(
+        name=contract.IMAGES_U8, dtype="uint8", shape=(contract.BATCH, height, width, 3)
+    )
+    pixels = TensorSpec(
+        name=contract.PIXELS_F32, dtype="float32", shape=(contract.BATCH, 3, height, width)
+    )
+    return (images, uint8_images(spec.mean, spec.std)), (pixels, as_is)
+
+
+def tensor_formats(errors: Mapping[str, float]) -> dict[str, Format]:
+    """W8A8 with one activation scale per tensor, for the layers that it does little harm."""
+    return {name: "int8" for name, error in errors.items() if error <= MAX_LAYER_ERROR}
 
 
 def _float(name: str, *shape: int) -> TensorSpec:
@@ -226,11 +302,16 @@ def _float(name: str, *shape: int) -> TensorSpec:
 
 
 def _load(kind: Any, config: Any, source: WeightSource, prefix: str) -> Any:
-    """A tower in float32 on the CPU, its tensors assigned and not copied."""
+    """A tower in float32 on the CPU."""
     with torch.device("meta"):
         tower: nn.Module = kind(config)
+    return load_module(tower, source, prefix)
+
+
+def load_module(module: nn.Module, source: WeightSource, prefix: str) -> Any:
+    """A module made on the meta device, now in float32, its tensors assigned and not copied."""
     tensors: dict[str, Tensor] = {
-        name: source.load(prefix + name).to(torch.float32) for name in tower.state_dict()
+        name: source.load(prefix + name).to(torch.float32) for name in module.state_dict()
     }
-    tower.load_state_dict(tensors, assign=True)
-    return tower.eval().requires_grad_(False)
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)

@@ -1,8 +1,9 @@
 """Traces a torch module to a small ONNX dialect that every lowering starts from.
 
-The module lives on the meta device: no weight is read here. Two operators of our own domain stand
-for what backends differ in, `Linear` and `Attention`; everything else is standard ONNX. A lowering
-must replace both, so no backend ever has to recognise attention in a pattern of small operators.
+The module lives on the meta device: no weight is read here. Operators of our own domain stand for
+what backends differ in: `Linear`, `Embedding`, `Attention`, and `CachedAttention` for attention
+over a key-value cache. Everything else is standard ONNX. A lowering must replace them all, so no
+backend ever has to recognise attention in a pattern of small operators.
 """
 
 import logging
@@ -59,31 +60,114 @@ def traced_attention(
     value: Tensor,
     *,
     heads: int,
+    kv_heads: int | None = None,
     rope: Rope | None = None,
     causal: bool = False,
 ) -> Tensor:
     """The `Attention` kernel to build a module with before tracing it."""
+    assert kv_heads in (None, heads), "grouped heads go with a cache"
     cos, sin = rope or (None, None)
     result: Tensor = _attention_op(query, key, value, cos, sin, heads, causal)
     return result
 
 
+@torch.library.custom_op("perception_rt::cached_attention", mutates_args=())
+def _cached_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past_lengths: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError("it is traced, never run")
+
+
+@_cached_attention_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past_lengths: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(keys), torch.empty_like(values)
+
+
+class CachedAttention:
+    """An `Attention` kernel over key-value caches, for one tracing of one module.
+
+    Each call takes the caches of the next layer, so layers must attend in order.
+
+    Attributes:
+        updated: keys and values after each call so far.
+    """
+
+    def __init__(self) -> None:
+        self._caches: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._past_lengths: Tensor | None = None
+        self.updated: list[Tensor] = []
+
+    def start(self, past_lengths: Tensor, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Gives the caches (N, K, S, E) of the layers, and the tokens (N,) already in them."""
+        self._past_lengths, self._caches, self.updated = past_lengths, iter(caches), []
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        rope: Rope | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """Attention of (N, T, C) over the cache and itself; `rope` has a row per position."""
+        assert causal and rope is not None and self._past_lengths is not None
+        keys, values = next(self._caches)
+        result = _cached_attention_op(
+            query, key, value, keys, values, self._past_lengths, *rope, heads, kv_heads or heads
+        )
+        self.updated += result[1:]
+        return result[0]
+
+
 @cache
-def _operator(name: str, inputs: tuple[str, ...], attributes: tuple[str, ...]) -> values.Op:
+def _operator(
+    name: str, inputs: tuple[str, ...], attributes: tuple[str, ...], outputs: int = 1
+) -> values.Op:
     """An operator of our domain; an input whose name ends in `?` is optional."""
     parameter = onnx.defs.OpSchema.FormalParameter
     option = onnx.defs.OpSchema.FormalParameterOption
     attribute = onnx.defs.OpSchema.Attribute
+    integers = {"ids": "I", "past_lengths": "I"}
     schema = onnx.defs.OpSchema(
         name,
         DOMAIN,
         1,
         inputs=[
-            parameter(n, "T", param_option=option.Optional if n[-1] == "?" else option.Single)
+            parameter(
+                n,
+                integers.get(n, "T"),
+                param_option=option.Optional if n[-1] == "?" else option.Single,
+            )
             for n in inputs
         ],
-        outputs=[parameter("y", "T")],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+        outputs=[parameter(f"y{i}", "T") for i in range(outputs)],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)"], ""),
+            ("I", ["tensor(int32)", "tensor(int64)"], ""),
+        ],
         attributes=[
             attribute(n, onnx.defs.OpSchema.AttrType.INT, "", required=True) for n in attributes
         ],
@@ -102,6 +186,32 @@ def _attention(
     return operator(query, key, value, cos, sin, heads=heads, causal=int(causal))
 
 
+def _cached_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    keys: Any,
+    values: Any,
+    past_lengths: Any,
+    cos: Any,
+    sin: Any,
+    heads: int,
+    kv_heads: int,
+) -> Any:
+    names = ("q", "k", "v", "keys", "values", "past_lengths", "cos", "sin")
+    operator = _operator("CachedAttention", names, ("heads", "kv_heads"), 3)
+    operands = (query, key, value, keys, values, past_lengths, cos, sin)
+    return operator(*operands, heads=heads, kv_heads=kv_heads)
+
+
+def _embedding(weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
+    return _operator("Embedding", ("weight", "ids"), ())(weight, ids)
+
+
+def _rms_norm(x: Any, shape: Any, weight: Any, eps: float) -> Any:
+    return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+
+
 def _split(x: Any, size: int, dim: int = 0) -> Any:
     """aten.split with equal parts, as one Split instead of a sequence and its elements."""
     parts = -(-x.shape[dim] // size)
@@ -111,7 +221,10 @@ def _split(x: Any, size: int, dim: int = 0) -> Any:
 _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.linear.default: _linear,
     torch.ops.aten.split.Tensor: _split,
+    torch.ops.aten.embedding.default: _embedding,
+    torch.ops.aten.rms_norm.default: _rms_norm,
     torch.ops.perception_rt.attention.default: _attention,
+    torch.ops.perception_rt.cached_attention.default: _cached_attention,
 }
 
 
@@ -141,28 +254,36 @@ class Traced:
 
 
 def trace(
-    module: nn.Module, example: Tensor, *, input_name: str, output_names: Sequence[str]
+    module: nn.Module,
+    examples: Mapping[str, Tensor],
+    *,
+    dynamic: Mapping[str, Mapping[int, str]],
+    output_names: Sequence[str],
 ) -> Traced:
-    """Traces `module`, on the meta device, with a dynamic first dimension.
+    """Traces `module`, on the meta device.
 
     Args:
-        module: returns one tensor per name in `output_names`.
-        example: a meta tensor of the input's dtype and shape, with a batch of at least 2.
-        input_name: name of the graph's only input.
+        module: takes one list of the examples, in order, and returns one tensor per name in
+            `output_names`.
+        examples: a meta tensor for each input, its dynamic sizes at least 2.
+        dynamic: for each input, names of its dynamic sizes by axis; equal names, equal sizes.
         output_names: names of the graph's outputs.
 
     Returns:
         The graph; its initializers carry the parameters' names and shapes, and no data.
     """
-    batch = {0: torch.export.Dim("batch")}
+    sizes = {name for axes in dynamic.values() for name in axes.values()}
+    dims = {name: torch.export.Dim(name) for name in sorted(sizes)}
+    shapes = [{axis: dims[name] for axis, name in dynamic.get(key, {}).items()} for key in examples]
+    arguments = (list(examples.values()),)
     with _quiet(), torch.no_grad():
-        program = torch.export.export(module.eval(), (example,), dynamic_shapes=(batch,))
+        program = torch.export.export(module.eval(), arguments, dynamic_shapes=(shapes,))
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
             custom_translation_table=_TRANSLATIONS,
-            input_names=[input_name],
+            input_names=list(examples),
             optimize=False,
             verbose=False,
         )

@@ -29,7 +29,9 @@ IMAGES_U8 = "images"  # uint8 (N, H, W, 3), RGB
 PIXELS_F32 = "pixels"  # float32 (N, 3, H, W), normalised
 TOKENS = "tokens"  # int64 (N, T)
 HIDDEN = "hidden"  # float32 (N, T, C)
-PAST_LENGTHS = "past_lengths"  # int32 (N,): tokens already in the cache; T > 1 needs N = 1
+PAST_LENGTHS = (
+    "past_lengths"  # int32 (N,): tokens already in the cache; with any there, T or N is 1
+)
 LOGIT_POSITIONS = "logit_positions"  # int64 (N, L): which of the T tokens to predict from
 
 # Outputs.
@@ -37,7 +39,7 @@ EMBEDDING = "embedding"  # float32 (N, D) of a pooled tower, or (N, T, C) of a t
 TEXT_EMBEDDING = "text_embedding"  # float32 (N, D)
 
 IMAGE_FEATURES = "image_features"  # float32 (N, image tokens per tile, C of the decoder)
-HIDDEN_OUT = "hidden_out"  # float32 (N, T, C)
+HIDDEN_OUT = "next_hidden"  # float32 (N, T, C)
 LOGITS = "logits"  # float32 (N, L, V)
 
 # Names of dynamic dimensions.

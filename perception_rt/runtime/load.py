@@ -1,15 +1,21 @@
-"""Opens a package and gives the object that runs it."""
+"""Opens a package and gives the object that runs it, by the family of its model."""
 
 import os
+from typing import Any
 
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.reader import open_package
 from perception_rt.runtime.embedder import Embedder
+from perception_rt.runtime.generator import Generator
+from perception_rt.runtime.request import check_integer
 from perception_rt.runtime.session import check_backend
 from perception_rt.targets import get_target
 
 MAX_THREADS = 1024
+MAX_BATCH = 256
+
+_MIB = 1024 * 1024
 
 
 def load(
@@ -20,8 +26,16 @@ def load(
     threads: int | None = None,
     expect: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
-) -> Embedder:
+    kv_bytes: int = 2048 * _MIB,
+    max_batch: int = 8,
+    cache: bool = True,
+    feature_cache_bytes: int = 512 * _MIB,
+    prefix_cache_bytes: int = 1024 * _MIB,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Any:
     """Loads an engine package and verifies all its bytes; engines open when first needed.
+
+    The last six arguments are for language models and mean nothing to an encoder.
 
     Args:
         path: the package directory.
@@ -29,7 +43,17 @@ def load(
         device: "cpu" or "cuda"; one that cannot be had is an error, never another device.
         threads: of one engine call; None for one per physical core.
         expect: the package id ("sha256:...") that must be found there.
-        limits: bounds on the package and on everything that is embedded.
+        limits: bounds on the package and on everything that is asked of it.
+        kv_bytes: bound on the keys and values of all requests at work.
+        max_batch: requests of about the same length that are decoded together, 1 to 256.
+        cache: whether features of images, and keys and values of prompts, are kept for later
+            requests that begin with the same.
+        feature_cache_bytes: bound on the first; 0 for none.
+        prefix_cache_bytes: bound on the second; 0 for none.
+        cache_dir: a private directory where both are kept too, each within its bound again.
+
+    Returns:
+        An `Embedder` for a Perception Encoder, a `Generator` for a Perception Language Model.
 
     Raises:
         PackageError: the package is damaged, unsafe, or not the expected one.
@@ -40,6 +64,14 @@ def load(
         raise InputError(f"a package is named by a path, not by a {type(path).__name__}")
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         raise InputError(f"threads must be an integer from 1 to {MAX_THREADS}, not {threads!r:.40}")
+    check_integer("kv_bytes", kv_bytes, 1)
+    check_integer("max_batch", max_batch, 1, MAX_BATCH)
+    check_integer("feature_cache_bytes", feature_cache_bytes, 0)
+    check_integer("prefix_cache_bytes", prefix_cache_bytes, 0)
+    if type(cache) is not bool:
+        raise InputError(f"cache must be True or False, not a {type(cache).__name__}")
+    if cache_dir is not None and not isinstance(cache_dir, str | os.PathLike):
+        raise InputError(f"cache_dir must be a path, not a {type(cache_dir).__name__}")
     package = open_package(path, expect=expect, limits=limits)
     try:
         built_for = package.manifest.content.target.backend
@@ -49,7 +81,20 @@ def load(
             raise PackageError(f"this package was exported for backend {built_for}, not {name}")
         check_backend(package, backend=name, device=device)
         package.verify()
-        return Embedder(package, backend=name, device=device, threads=threads, limits=limits)
+        if package.manifest.content.family == "pe":
+            return Embedder(package, backend=name, device=device, threads=threads, limits=limits)
+        return Generator(
+            package,
+            backend=name,
+            device=device,
+            threads=threads,
+            limits=limits,
+            kv_bytes=kv_bytes,
+            max_batch=max_batch,
+            feature_cache_bytes=feature_cache_bytes if cache else 0,
+            prefix_cache_bytes=prefix_cache_bytes if cache else 0,
+            cache_dir=cache_dir,
+        )
     except BaseException:
         package.close()
         raise

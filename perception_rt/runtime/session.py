@@ -1,7 +1,8 @@
 """One engine graph, opened: the seam between the runtime and a backend.
 
 A backend returns an `Engine`; `Session` checks what goes in and what comes out against the
-graph's spec, so that no backend sees a wrong shape and no caller sees a NaN.
+graph's spec, so that no backend sees a wrong shape and no caller sees a NaN. State, such as a
+decoder's keys and values, stays in the caller's memory, where the backend updates it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from perception_rt.errors import BackendError, InputError, PackageError
-from perception_rt.package.contract import GraphSpec, TensorSpec
+from perception_rt.package.contract import GraphSpec, TensorSpec, updated
 from perception_rt.package.reader import Package
 from perception_rt.targets import get_target
 
@@ -21,8 +22,14 @@ Array = np.ndarray[Any, Any]
 class Engine(Protocol):
     """What a backend implements. Must allow `run` from several threads at once."""
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Computes the named outputs; BackendError when the backend fails."""
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+    ) -> list[Array]:
+        """Computes the named outputs, and updates each array of `state` in its own memory.
+
+        Raises:
+            BackendError: the backend fails; the state is undefined then.
+        """
 
     def close(self) -> None:
         """Frees the backend's memory; called once."""
@@ -48,24 +55,39 @@ class Session:
         self._name = name
         self._engine: Engine | None = engine
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str],
+        state: Mapping[str, Array] | None = None,
+    ) -> list[Array]:
         """Runs the graph.
 
         Args:
             inputs: an array for each input of the spec; dtype and shape must match.
             outputs: names of the wanted outputs.
+            state: arrays that are inputs of the spec, and the outputs `updated(name)` after the
+                call: written in place, never copied, not looked at for what is not finite.
 
         Raises:
-            InputError: an input does not match the spec.
+            InputError: an input or a state does not match the spec, or a state cannot be written.
             BackendError: the backend failed, or an output is not finite.
         """
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             raise BackendError(f"graph {self._name!r} is closed")
+        state = {} if state is None else state
         for spec in self.spec.inputs:
-            _check_input(spec, inputs)
+            if spec.name in state:
+                _check_state(spec, state[spec.name])
+                self.spec.output(updated(spec.name))
+            elif spec.name in inputs:
+                _check_array(spec, inputs[spec.name])
+            else:
+                raise InputError(f"input {spec.name!r} is missing")
         for output in outputs:
             self.spec.output(output)
-        arrays = self._engine.run(inputs, outputs)
+        arrays = engine.run(inputs, outputs, state)
         for output, array in zip(outputs, arrays, strict=True):
             if not np.isfinite(array).all():
                 raise BackendError(f"output {output!r} of graph {self._name!r} is not finite")
@@ -112,10 +134,7 @@ def _module(backend: str) -> BackendModule:
     return cast(BackendModule, module)
 
 
-def _check_input(spec: TensorSpec, inputs: Mapping[str, Array]) -> None:
-    if spec.name not in inputs:
-        raise InputError(f"input {spec.name!r} is missing")
-    array = inputs[spec.name]
+def _check_array(spec: TensorSpec, array: Array) -> None:
     if array.dtype != np.dtype(spec.dtype):
         raise InputError(f"input {spec.name!r} must be {spec.dtype}, not {array.dtype}")
     fits = len(array.shape) == len(spec.shape) and all(
@@ -125,3 +144,9 @@ def _check_input(spec: TensorSpec, inputs: Mapping[str, Array]) -> None:
     if not fits:
         wanted = "(" + ", ".join(str(s) for s in spec.shape) + ")"
         raise InputError(f"input {spec.name!r} must have shape {wanted}, not {array.shape}")
+
+
+def _check_state(spec: TensorSpec, array: Array) -> None:
+    _check_array(spec, array)
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        raise InputError(f"input {spec.name!r} must be C-contiguous and writeable to be updated")

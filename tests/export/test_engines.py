@@ -247,7 +247,7 @@ def test_deep_random_towers_stay_in_range(tmp_path: Path) -> None:
     ("backend", "precision", "message"),
     [
         ("onnxruntime", "fp8", "precision fp8 is not for backend onnxruntime; it has fp32"),
-        ("onnxruntime", "int4", "precision int4 is not for backend onnxruntime"),
+        ("onnxruntime", "int4", "int4 is for language models"),
         ("onnxruntime", "fp7", "unknown precision 'fp7'"),
         ("reference", "fp32", "cannot be exported to"),
         ("tensorflow", "fp32", "unknown backend 'tensorflow'"),

@@ -1,7 +1,9 @@
 """ONNX Runtime, on CPU or CUDA. A device that cannot be had is an error, never another device."""
 
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.package.contract import updated
 from perception_rt.package.onnx_scan import scan_graph
 from perception_rt.package.reader import Package
 from perception_rt.targets import get_target
@@ -18,6 +21,8 @@ from perception_rt.targets import get_target
 Array = np.ndarray[Any, Any]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_RELEASE_S = 0.02  # between two releases of mapped weights: some 40 MB are read meanwhile
 
 # By the values of TensorProto.DataType, for those that our graphs keep outside.
 _DTYPES = {
@@ -39,13 +44,17 @@ class OnnxRuntimeEngine:
         self._session: ort.InferenceSession | None = session
         self._weights = weights  # the session refers to those that it did not repack
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """Computes the named outputs."""
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+    ) -> list[Array]:
+        """Computes the named outputs, and updates the state where it is."""
         session = self._session
         if session is None:
             raise BackendError("the ONNX Runtime session is closed")
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         try:
+            if state:
+                return _run_bound(session, feeds, outputs, state)
             results: list[Array] = session.run(list(outputs), feeds)
         except Exception as error:  # its errors share no base class
             raise BackendError(f"ONNX Runtime failed: {type(error).__name__}") from error
@@ -91,12 +100,13 @@ def open_session(
         list(weights), [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
     )
     try:
-        session = ort.InferenceSession(
-            model,
-            options,
-            providers=[_PROVIDERS[device]],
-            enable_fallback=0,  # its own, to the CPU, with a line on standard output
-        )
+        with _releasing(package, package.graph(graph).data):
+            session = ort.InferenceSession(
+                model,
+                options,
+                providers=[_PROVIDERS[device]],
+                enable_fallback=0,  # its own, to the CPU, with a line on standard output
+            )
     except Exception as error:
         raise BackendError(
             f"ONNX Runtime cannot open graph {graph!r}: {type(error).__name__}"
@@ -105,10 +115,57 @@ def open_session(
         raise BackendError(
             f"ONNX Runtime could not start {_PROVIDERS[device]}; none is used instead"
         )
-    # The session has repacked the large weights; their pages would only look like its memory.
-    for name in package.graph(graph).data:
-        package.release(name)
     return OnnxRuntimeEngine(session, weights)
+
+
+def _run_bound(
+    session: ort.InferenceSession,
+    feeds: Mapping[str, Array],
+    outputs: Sequence[str],
+    state: Mapping[str, Array],
+) -> list[Array]:
+    """A run in which each state's memory is both an input and the output that updates it.
+
+    Values over NumPy memory are made for each call: that takes 1.5 microseconds for each, and
+    nothing has to be kept that could outlive the memory.
+    """
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+    for name, array in state.items():
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(updated(name), value)
+    for name in outputs:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    return [value.numpy() for value in binding.get_outputs()[len(state) :]]
+
+
+@contextmanager
+def _releasing(package: Package, files: Sequence[str]) -> Iterator[None]:
+    """Gives the pages of mapped files back all the time while a session is made from them.
+
+    ONNX Runtime reads and repacks one weight after the other. What it has read is of no more use
+    but would stay in memory until the end, beside the repacked copies. A page that is needed
+    again comes from the file again.
+    """
+    done = threading.Event()
+
+    def release() -> None:
+        while not done.wait(_RELEASE_S):
+            for file in files:
+                package.release(file)
+
+    thread = threading.Thread(target=release, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for file in files:
+            package.release(file)
 
 
 def _weights(package: Package, model: bytes) -> dict[str, Array]:

@@ -1,19 +1,34 @@
-"""Predictable outputs without an engine, a function of each input row alone.
+"""Predictable outputs without an engine, functions of the inputs alone.
 
 The test double of everything above a session: equal inputs give equal outputs in any batch, and
 different inputs give different ones. It has nothing to do with the model's real outputs.
+
+A decoder of this kind puts the first channel of each token into its caches, and what it predicts
+depends on every number that it finds there, of all layers and heads, up to the token itself. So a
+row mixed up, a slot overwritten or never written, or a NaN, shows as other tokens.
+
+Legend: N sequences, T tokens, C channels, L logit positions, V vocabulary; K heads, S slots and
+E channels per head of a cache; t image tokens per tile.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.package.reader import Package
+from perception_rt.runtime.session import Engine
 
 Array = np.ndarray[Any, Any]
+
+_BITS = {2: np.uint16, 4: np.uint32}  # unsigned integers as wide as a float, by its bytes
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# Of an image token; below this, float16 has every integer.
+_FEATURE_VALUES = 2048
 
 
 class ReferenceEngine:
@@ -22,7 +37,9 @@ class ReferenceEngine:
     def __init__(self, spec: GraphSpec) -> None:
         self._spec = spec
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+    ) -> list[Array]:
         """float32 in (-1, 1), of the spec's shapes."""
         (source,) = inputs.values()
         specs = [self._spec.output(name) for name in outputs]
@@ -32,15 +49,69 @@ class ReferenceEngine:
         """Nothing to free."""
 
 
+class ReferenceEmbedding:
+    """Token ids, and hashes of tiles, in the first channel; zeros in the others."""
+
+    def __init__(self, spec: GraphSpec) -> None:
+        (self._output,) = spec.outputs
+
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+    ) -> list[Array]:
+        """float32 (N, T, C) of ids (N, T), or (N, t, C) of tiles."""
+        ((name, source),) = inputs.items()
+        _, tokens, channels = self._output.shape
+        if name == contract.TOKENS:
+            first = source
+        else:
+            first = np.stack([_tile_values(tile, int(tokens)) for tile in source])
+        hidden = np.zeros((*first.shape, int(channels)), np.float32)
+        hidden[..., 0] = first
+        return [hidden]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class ReferenceDecoder:
+    """One part of a decoder; hands a hash of its caches to the next in the second channel."""
+
+    def __init__(self, spec: GraphSpec) -> None:
+        self._spec = spec
+
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+    ) -> list[Array]:
+        """Hidden state, float32 (N, T, C), or logits in [-1, 1), float32 (N, L, V)."""
+        hidden = inputs[contract.HIDDEN]
+        hashes = _append(hidden, inputs[contract.PAST_LENGTHS], list(state.values()))
+        (output,) = outputs
+        if output == contract.LOGITS:
+            chosen = np.take_along_axis(hashes, inputs[contract.LOGIT_POSITIONS], axis=1)
+            vocab_size = int(self._spec.output(output).shape[2])
+            draws = _mixed(chosen[..., None] + np.arange(vocab_size, dtype=np.uint64) * _GOLDEN)
+            return [(draws >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - 1]
+        hidden = hidden.copy()
+        hidden[..., 1] = hashes >> np.uint64(40)  # 24 bits, which float32 has
+        return [hidden]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 def check_device(device: str) -> None:
     """Every device will do: none is used."""
 
 
-def open_session(
-    package: Package, graph: str, *, device: str, threads: int | None
-) -> ReferenceEngine:
+def open_session(package: Package, graph: str, *, device: str, threads: int | None) -> Engine:
     """Opens any package; `device` and `threads` are accepted and mean nothing."""
-    return ReferenceEngine(package.manifest.content.graphs[graph])
+    content = package.manifest.content
+    spec = content.graphs[graph]
+    if content.family == "pe":
+        return ReferenceEngine(spec)
+    if graph.startswith(contract.DECODER):
+        return ReferenceDecoder(spec)
+    return ReferenceEmbedding(spec)
 
 
 def _row(row: Array, spec: TensorSpec) -> Array:
@@ -48,3 +119,43 @@ def _row(row: Array, spec: TensorSpec) -> Array:
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     shape = [size for size in spec.shape[1:] if isinstance(size, int)]
     return rng.uniform(-1, 1, shape).astype(np.float32)
+
+
+def _tile_values(tile: Array, tokens: int) -> Array:
+    """One number for each token of a tile, (t,)."""
+    stream = hashlib.shake_128(np.ascontiguousarray(tile).tobytes()).digest(2 * tokens)
+    return np.frombuffer(stream, "<u2") % _FEATURE_VALUES
+
+
+def _append(hidden: Array, past: Array, caches: Sequence[Array]) -> Array:
+    """Writes (N, T, C) into each cache, (N, K, S, E); returns hashes, uint64 (N, T).
+
+    That of a token depends on what its row of each cache holds up to it, in the first channel.
+    """
+    rows = np.arange(len(hidden))[:, None]
+    places = past[:, None] + np.arange(hidden.shape[1])  # (N, T)
+    end = int(places.max()) + 1
+    heads = caches[0].shape[1]
+    factors = _factors(len(caches) * heads).reshape(-1, heads, 1)
+    total = np.zeros((len(hidden), end), np.uint64)
+    for cache, factor in zip(caches, factors, strict=True):
+        cache[rows, :, places, 0] = hidden[:, :, :1]
+        bits = np.ascontiguousarray(cache[:, :, :end, 0]).view(_BITS[cache.itemsize])
+        total += (bits * factor).sum(axis=1, dtype=np.uint64)
+    prefixes = np.cumsum(_mixed(total + _factors(end)), axis=1, dtype=np.uint64)
+    before = hidden[:, :, 1].astype(np.uint64) * _GOLDEN
+    return _mixed(np.take_along_axis(prefixes, places, axis=1) + before)
+
+
+@lru_cache(maxsize=1024)
+def _factors(count: int) -> Array:
+    """Odd numbers that have nothing in common, uint64 (count,)."""
+    return _mixed(np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN) | np.uint64(1)
+
+
+def _mixed(values: Array) -> Array:
+    """Each number's bits spread over all of its bits: the finaliser of splitmix64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: Array = values ^ (values >> np.uint64(31))
+    return mixed

@@ -1,0 +1,83 @@
+"""A Perception Encoder's vision tower in timm's names and shapes."""
+
+from perception_rt.checkpoint.stored import Shape, Stored
+from perception_rt.errors import CheckpointError
+
+# Stems of our names inside a vision tower, and what timm calls them.
+_BLOCK = {
+    "ln_1.": "norm1.",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj.": "attn.proj.",
+    "ls_1.gamma": "gamma_1",
+    "ln_2.": "norm2.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+    "ls_2.gamma": "gamma_2",
+}
+_TOWER = {
+    "conv1.": "patch_embed.proj.",
+    "class_embedding": "cls_token",
+    "positional_embedding": "pos_embed",
+    "ln_pre.": "norm_pre.",
+    "ln_post.": "norm.",
+    "attn_pool.probe": "attn_pool.latent",
+    "attn_pool.attn.out_proj.": "attn_pool.proj.",
+    "attn_pool.layernorm.": "attn_pool.norm.",
+    "attn_pool.mlp.c_fc.": "attn_pool.mlp.fc1.",
+    "attn_pool.mlp.c_proj.": "attn_pool.mlp.fc2.",
+}
+_BLOCKS = "transformer.resblocks."
+_POOL_INPUT = "attn_pool.attn.in_proj_"
+
+
+def timm_entry(name: str, shape: Shape, prefix: str) -> Stored:
+    """How timm stores one tensor of a vision tower.
+
+    Args:
+        name: our name; what follows its first dot is the name inside the tower.
+        shape: our shape.
+        prefix: put before timm's keys.
+
+    Raises:
+        CheckpointError: timm's towers have no such tensor.
+    """
+    leaf = name.partition(".")[2]
+    if leaf == "proj":
+        keys, shapes = ["head.weight"], [shape[::-1]]
+    elif leaf.startswith(_POOL_INPUT):
+        kind = leaf.removeprefix(_POOL_INPUT)
+        width = shape[0] // 3
+        keys = [f"attn_pool.q.{kind}", f"attn_pool.kv.{kind}"]
+        shapes = [(width, *shape[1:]), (2 * width, *shape[1:])]
+    else:
+        keys, shapes = [_key(name, leaf)], [_shape(leaf, shape)]
+    return Stored(
+        name=name,
+        shape=shape,
+        keys=tuple(prefix + key for key in keys),
+        shapes=tuple(shapes),
+        transposed=leaf == "proj",
+    )
+
+
+def _key(name: str, leaf: str) -> str:
+    head, stems = "", _TOWER
+    rest = leaf
+    if leaf.startswith(_BLOCKS):
+        index, _, rest = leaf.removeprefix(_BLOCKS).partition(".")
+        head, stems = f"blocks.{index}.", _BLOCK
+    for stem, theirs in stems.items():
+        if rest.startswith(stem):
+            return head + theirs + rest.removeprefix(stem)
+    raise CheckpointError(f"the timm layout has no place for {name!a:.80}")
+
+
+def _shape(leaf: str, shape: Shape) -> Shape:
+    """The ports keep a batch axis on its token tables."""
+    match leaf:
+        case "class_embedding":
+            return (1, 1, *shape)
+        case "positional_embedding":
+            return (1, *shape)
+        case _:
+            return shape

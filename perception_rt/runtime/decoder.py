@@ -1,0 +1,268 @@
+"""The engine calls of a Perception Language Model package: embed, encode tiles, decode.
+
+Owns the graphs of a package and the order in which they are called. It knows neither prompts nor
+requests: which rows of a cache block belong to whom is its caller's affair.
+
+Legend: N sequences, T tokens, C channels of the decoder, L logit positions, V vocabulary;
+n tiles, S tile side in pixels, t image tokens per tile.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.package import contract
+from perception_rt.package.contract import TensorSpec
+from perception_rt.package.reader import Package
+from perception_rt.plm_config import PlmConfig
+from perception_rt.runtime.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.session import Session, open_session
+
+Array = np.ndarray[Any, Any]
+OnTile = Callable[[int, int], None]
+
+_CACHE_DTYPES = ("float32", "float16")
+
+
+class Decoder:
+    """The graphs of a Perception Language Model package, each opened when it is first needed.
+
+    All methods may be called from several threads, `forward` with different rows.
+
+    Attributes:
+        config: the architecture.
+        cache_shape: what `forward` keeps of one token.
+        max_length: the longest sequence, in tokens.
+        vocab_size: V.
+    """
+
+    def __init__(self, package: Package, *, backend: str, device: str, threads: int | None) -> None:
+        try:
+            self.config = PlmConfig.from_dict(package.manifest.content.architecture)
+        except InputError as error:
+            raise PackageError(f"package {package.name!r}: {error}") from None
+        decoder = self.config.decoder
+        self._parts = _decoder_parts(package, decoder.n_layers)
+        self.cache_shape = CacheShape(
+            layers=decoder.n_layers,
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            dtype=_cache_dtype(package),
+        )
+        _check_graphs(package, self.config, self._parts, self.cache_shape)
+        self.max_length = decoder.max_seqlen
+        self.vocab_size = decoder.vocab_size
+        self._package = package
+        self._backend = backend
+        self._device = device
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Session] = {}
+        self._closed = False
+
+    def embed(self, tokens: Array) -> Array:
+        """Embeddings, float32 (T, C), of int64 ids (T,), T at least 1.
+
+        Raises:
+            InputError: an id is not in the vocabulary, or of another dtype.
+        """
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise InputError(f"a token id is not in 0 to {self.vocab_size - 1}")
+        inputs = {contract.TOKENS: tokens[None]}
+        (hidden,) = self._session(contract.EMBED).run(inputs, [contract.HIDDEN])
+        rows: Array = hidden[0]
+        return rows
+
+    def encode_tiles(self, tiles: Array, *, on_tile: OnTile | None = None) -> Array:
+        """Image features, float32 (n, t, C), of uint8 tiles (n, S, S, 3).
+
+        Args:
+            tiles: RGB. One call of the engine takes one, so that no tile depends on another.
+            on_tile: called with the numbers of tiles done and in all; what it raises ends this.
+        """
+        return self._encode(contract.VISION, contract.IMAGES_U8, tiles, on_tile)
+
+    def encode_pixels(self, pixels: Array, *, on_tile: OnTile | None = None) -> Array:
+        """What `encode_tiles` returns, of already normalised float32 pixels (n, 3, S, S)."""
+        return self._encode(contract.PIXELS, contract.PIXELS_F32, pixels, on_tile)
+
+    def forward(
+        self, hidden: Array, past: Array, cache: CacheBlock, rows: slice, positions: Array
+    ) -> Array:
+        """Appends tokens to sequences; returns logits, float32 (N, L, V).
+
+        Args:
+            hidden: float32 (N, T, C), from `embed` and `encode_tiles`.
+            past: int32 (N,), tokens that are in the cache already. With any there, T is 1 or N is.
+            cache: what was appended before, and afterwards the new tokens too.
+            rows: the N rows of `cache`; no others are read or written.
+            positions: int64 (N, L), which of the T tokens to predict the next token from.
+
+        Raises:
+            BackendError: the engine failed; the rows are undefined then.
+        """
+        count, length, _ = hidden.shape
+        assert length == 1 or count == 1 or not past.any()
+        assert past.shape == (count,) and past.min() >= 0
+        assert past.max() + length <= min(cache.slots, self.max_length)
+        assert cache.shape == self.cache_shape and len(cache.keys[0][rows]) == count
+        assert len(positions) == count and 0 <= positions.min() <= positions.max() < length
+        last = len(self._parts) - 1
+        for index, layers in enumerate(self._parts):
+            inputs = {contract.HIDDEN: hidden, contract.PAST_LENGTHS: past}
+            if index == last:
+                inputs[contract.LOGIT_POSITIONS] = positions
+            state = {contract.key_cache(layer): cache.keys[layer][rows] for layer in layers}
+            state |= {contract.value_cache(layer): cache.values[layer][rows] for layer in layers}
+            output = contract.LOGITS if index == last else contract.HIDDEN_OUT
+            session = self._session(contract.decoder_part(index))
+            (hidden,) = session.run(inputs, [output], state)
+        return hidden
+
+    def close(self) -> None:
+        """Frees every engine and closes the package; a second call does nothing."""
+        with self._lock:
+            self._closed = True
+            sessions, self._sessions = self._sessions, {}
+            self._package.close()
+        for session in sessions.values():
+            session.close()
+
+    def _encode(self, graph: str, name: str, images: Array, on_tile: OnTile | None) -> Array:
+        shape = (len(images), self.config.tokens_per_tile, self.config.decoder.dim)
+        features = np.empty(shape, np.float32)
+        for index in range(len(images)):
+            inputs = {name: images[index : index + 1]}
+            (rows,) = self._session(graph).run(inputs, [contract.IMAGE_FEATURES])
+            features[index] = rows[0]
+            if on_tile is not None:
+                on_tile(index + 1, len(images))
+        return features
+
+    def _session(self, graph: str) -> Session:
+        with self._lock:
+            if self._closed:
+                raise BackendError(f"package {self._package.name!r} is closed")
+            if graph not in self._sessions:
+                self._sessions[graph] = open_session(
+                    self._package,
+                    graph,
+                    backend=self._backend,
+                    device=self._device,
+                    threads=self._threads,
+                )
+            return self._sessions[graph]
+
+
+def _decoder_parts(package: Package, n_layers: int) -> list[range]:
+    """The layers of each decoder part; PackageError unless they are all layers, in order."""
+    parts: list[range] = []
+    start = 0
+    while start < n_layers:
+        graph = contract.decoder_part(len(parts))
+        names = {spec.name for spec in package.graph(graph).inputs}
+        stop = start
+        while contract.key_cache(stop) in names:
+            stop += 1
+        if stop == start or stop > n_layers:
+            raise PackageError(
+                f"package {package.name!r}: graph {graph!r} must start with layer {start} and "
+                f"end with layer {n_layers - 1} or before"
+            )
+        parts.append(range(start, stop))
+        start = stop
+    if contract.decoder_part(len(parts)) in package.manifest.content.graphs:
+        raise PackageError(f"package {package.name!r} has decoder parts beyond its last layer")
+    return parts
+
+
+def _cache_dtype(package: Package) -> str:
+    (dtype,) = [
+        spec.dtype
+        for spec in package.graph(contract.decoder_part(0)).inputs
+        if spec.name == contract.key_cache(0)
+    ]
+    if dtype not in _CACHE_DTYPES:
+        raise PackageError(
+            f"package {package.name!r}: a cache is of {' or '.join(_CACHE_DTYPES)}, not {dtype}"
+        )
+    return dtype
+
+
+def _check_graphs(
+    package: Package, config: PlmConfig, parts: list[range], cache: CacheShape
+) -> None:
+    """PackageError unless every graph takes and gives what the architecture implies."""
+    dim, side = config.decoder.dim, config.vision.image_size
+    tokens = _float32("", config.tokens_per_tile, dim).shape
+    features = [TensorSpec(name=contract.IMAGE_FEATURES, dtype="float32", shape=tokens)]
+    length = contract.LENGTH
+    hidden = _float32(contract.HIDDEN, length, dim)
+    ids = TensorSpec(name=contract.TOKENS, dtype="int64", shape=(contract.BATCH, length))
+    tiles = TensorSpec(
+        name=contract.IMAGES_U8, dtype="uint8", shape=(contract.BATCH, side, side, 3)
+    )
+    _check_graph(package, contract.EMBED, [ids], [hidden])
+    _check_graph(package, contract.VISION, [tiles], features)
+    _check_graph(package, contract.PIXELS, [_float32(contract.PIXELS_F32, 3, side, side)], features)
+    past = TensorSpec(name=contract.PAST_LENGTHS, dtype="int32", shape=(contract.BATCH,))
+    for index, layers in enumerate(parts):
+        caches = [
+            TensorSpec(
+                name=name,
+                dtype=cache.dtype,
+                shape=(contract.BATCH, cache.kv_heads, contract.SLOTS, cache.head_dim),
+            )
+            for layer in layers
+            for name in (contract.key_cache(layer), contract.value_cache(layer))
+        ]
+        inputs = [hidden, past, *caches]
+        outputs = [
+            TensorSpec(name=contract.updated(spec.name), dtype=spec.dtype, shape=spec.shape)
+            for spec in caches
+        ]
+        if index < len(parts) - 1:
+            outputs.append(_float32(contract.HIDDEN_OUT, length, dim))
+        else:
+            where = (contract.BATCH, contract.POSITIONS)
+            inputs.append(TensorSpec(name=contract.LOGIT_POSITIONS, dtype="int64", shape=where))
+            logits = _float32(contract.LOGITS, contract.POSITIONS, config.decoder.vocab_size)
+            outputs.append(logits)
+        _check_graph(package, contract.decoder_part(index), inputs, outputs)
+
+
+def _float32(name: str, *sizes: int | str) -> TensorSpec:
+    """A float32 tensor with a batch dimension in front."""
+    return TensorSpec(name=name, dtype="float32", shape=(contract.BATCH, *sizes))
+
+
+def _check_graph(
+    package: Package, graph: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]
+) -> None:
+    """PackageError unless a graph has these tensors, in any order; all dynamic sizes are equal."""
+    spec = package.graph(graph)
+    for what, found, wanted in (
+        ("input", spec.inputs, inputs),
+        ("output", spec.outputs, outputs),
+    ):
+        have = {tensor.name: tensor for tensor in found}
+        want = {tensor.name: tensor for tensor in wanted}
+        for name in sorted(set(have) ^ set(want)):
+            state = "an unknown" if name in have else "no"
+            raise PackageError(
+                f"package {package.name!r}: graph {graph!r} has {state} {what} {name!a:.80}"
+            )
+        for name, tensor in want.items():
+            if have[name].dtype != tensor.dtype or _sizes(have[name]) != _sizes(tensor):
+                raise PackageError(
+                    f"package {package.name!r}: {what} {name!r} of graph {graph!r} must be "
+                    f"{tensor.dtype} {tensor.shape}, not {have[name].dtype} {have[name].shape}"
+                )
+
+
+def _sizes(spec: TensorSpec) -> list[int]:
+    """The shape, with 0 for what is dynamic."""
+    return [size if isinstance(size, int) else 0 for size in spec.shape]

@@ -1,0 +1,114 @@
+"""Memory for the keys and values of several sequences: what a decoder engine updates in place.
+
+A block has a fixed number of rows, one sequence each, of a fixed number of slots, one token each.
+It does not know which rows are in use, nor how long their sequences are.
+
+Legend: R rows, S slots, K key and value heads, E channels per head, T tokens.
+"""
+
+import mmap
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perception_rt.errors import CapacityError
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheShape:
+    """What a decoder keeps of one token.
+
+    Attributes:
+        layers: of the decoder.
+        kv_heads: key and value heads of a layer.
+        head_dim: channels per head.
+        dtype: "float32" or "float16".
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+
+
+class CacheBlock:
+    """Keys and values of R sequences of at most S tokens; all zero at first.
+
+    Memory is spent page by page as tokens are written, and returned when the block and all that
+    refers to its arrays are gone. Not safe to use from several threads at once.
+
+    Attributes:
+        shape: of one token.
+        rows: R.
+        slots: S.
+        keys: one array per layer, (R, K, S, E).
+        values: the same.
+    """
+
+    def __init__(self, shape: CacheShape, rows: int, slots: int) -> None:
+        assert rows >= 1 and slots >= 1
+        self.shape = shape
+        self.rows = rows
+        self.slots = slots
+        dtype = np.dtype(shape.dtype)
+        memory = np.frombuffer(_pages(self.nbytes), dtype)
+        self._memory: Array = memory.reshape(
+            shape.layers, 2, rows, shape.kv_heads, slots, shape.head_dim
+        )
+        self.keys = list(self._memory[:, 0])
+        self.values = list(self._memory[:, 1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, touched or not."""
+        return self.rows * self.slots * self.shape.bytes_per_token
+
+    def copy_row(self, src_row: int, dst_block: "CacheBlock", dst_row: int, length: int) -> None:
+        """Copies the first `length` tokens of a row to a row of this or another block."""
+        dst_block._tokens(dst_row, length)[...] = self._tokens(src_row, length)
+
+    def read(self, row: int, length: int) -> Array:
+        """A copy of the first `length` tokens of a row, C-contiguous (layers, 2, K, T, E)."""
+        return self._tokens(row, length).copy()
+
+    def write(self, row: int, snapshot: Array, length: int) -> None:
+        """Puts the first `length` tokens of what `read` returned into a row."""
+        assert snapshot.dtype == self._memory.dtype and length <= snapshot.shape[3]
+        self._tokens(row, length)[...] = snapshot[:, :, :, :length]
+
+    def clear(self, row: int, length: int) -> None:
+        """Zeros over the first `length` tokens of a row that another sequence may get."""
+        self._tokens(row, length)[...] = 0
+
+    def poison(self, row: int) -> None:
+        """NaN over a whole row: what reads it shows."""
+        self._tokens(row, self.slots)[...] = np.nan
+
+    def _tokens(self, row: int, length: int) -> Array:
+        """View of the first tokens of a row, (layers, 2, K, T, E)."""
+        assert 0 <= row < self.rows and 0 <= length <= self.slots
+        return self._memory[:, :, row, :, :length]
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    """Zeroed memory that is spent 4 KiB at a time.
+
+    NumPy asks for huge pages, and the heads of a long row are further apart than one of those: its
+    first token would cost most of the memory that all of its tokens need.
+    """
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError):
+        raise CapacityError(f"there is no memory for a cache of {nbytes} bytes") from None
+    with suppress(OSError):  # of a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory

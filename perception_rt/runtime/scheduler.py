@@ -1,0 +1,385 @@
+"""Which work is next: requests are admitted in order, prepared one by one, decoded together.
+
+A step does one piece of the oldest request that has no token yet, a tile or a part of its prompt,
+and one token of all others, so that none of them waits for a long prompt. It knows memory by
+`KvPool`, the model by `Decoder`, and nothing of texts and threads: one thread at a time calls it.
+
+Legend: T tokens, N sequences, C channels of the decoder, L logit positions, V vocabulary.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from perception_rt.errors import BackendError, CapacityError
+from perception_rt.runtime.decoder import Decoder
+from perception_rt.runtime.feature_cache import FeatureCache
+from perception_rt.runtime.job import Job, State
+from perception_rt.runtime.kv import KvPool
+from perception_rt.runtime.kv_block import CacheBlock
+from perception_rt.runtime.lookup import MAX_DRAFTS, agreed
+from perception_rt.runtime.prefix_cache import PrefixCache, sequence_keys
+from perception_rt.runtime.request import FinishReason
+
+Array = np.ndarray[Any, Any]
+Clock = Callable[[], float]
+
+CHUNK_TOKENS = 128
+
+
+class Scheduler:
+    """Jobs from `submit` to their ends. `submit` may be called while another thread is in `step`.
+
+    A job that fails, or whose caller's function does, ends with that error; the others go on.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: KvPool,
+        *,
+        max_queued: int,
+        features: FeatureCache | None = None,
+        prefixes: PrefixCache | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """A scheduler without jobs.
+
+        Args:
+            decoder: the model.
+            pool: rows for its keys and values.
+            max_queued: jobs that may wait for a row.
+            features: of tiles that were encoded before.
+            prefixes: of prompts that were decoded before.
+            chunk_tokens: tokens of a prompt that are decoded at once.
+            clock: seconds, for deadlines and timings.
+        """
+        self.clock = clock
+        self._decoder = decoder
+        self._pool = pool
+        self._max_queued = max_queued
+        self._features = features
+        self._prefixes = prefixes
+        self._chunk_tokens = chunk_tokens
+        self._arrivals: deque[Job] = deque()
+        self._queue: deque[Job] = deque()
+        self._active: list[Job] = []
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All that have not ended, the oldest first."""
+        return [*self._active, *self._queue, *self._arrivals]
+
+    def submit(self, job: Job) -> None:
+        """Takes a job.
+
+        Raises:
+            CapacityError: too many are waiting, or it is larger than the memory for all of them.
+        """
+        cost = self._pool.cost(*_extent(job))
+        if cost > self._pool.max_bytes:
+            raise CapacityError(
+                f"a request of {job.total_tokens} tokens takes {cost} bytes of keys and values; "
+                f"kv_bytes is {self._pool.max_bytes}"
+            )
+        self.check_place()
+        self._arrivals.append(job)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many jobs wait as may."""
+        return len(self._arrivals) + len(self._queue) >= self._max_queued
+
+    def check_place(self) -> None:
+        """CapacityError if no other job may wait."""
+        if self.full:
+            raise CapacityError(f"{self._max_queued} requests wait already, which is the limit")
+
+    def step(self) -> None:
+        """One piece of work for every job that has memory."""
+        self.drop_ended()
+        self._admit()
+        self._prepare()
+        self._decode()
+
+    def drop_ended(self) -> None:
+        """Ends the jobs that were cancelled or are out of time, and frees what they had."""
+        while self._arrivals:
+            self._queue.append(self._arrivals.popleft())
+        now = self.clock()
+        for job in self.jobs:
+            if job.ended:  # interrupted
+                continue
+            if job.cancelled:
+                job.finish("cancelled", now)
+            elif job.deadline is not None and now >= job.deadline:
+                job.finish("deadline", now)
+        self._queue = deque(job for job in self._queue if not job.ended)
+        for job in [job for job in self._active if job.ended]:
+            self._release(job)
+
+    def close(self, error: Exception) -> None:
+        """Ends every job with an error."""
+        self.drop_ended()
+        self._queue, queued = deque(), self._queue
+        for job in [*queued, *self._active]:
+            self._fail(job, error)
+
+    def invariants(self) -> None:
+        """AssertionError if a job and its row do not belong together."""
+        self._pool.invariants()
+        assert self._pool.used_rows == len(self._active)
+        for job in self._active:
+            assert not job.ended and job.lease is not None and not job.lease.closed
+            assert job.state is not State.QUEUED
+            assert job.lease.length <= job.total_tokens
+            if job.state is State.DECODE:
+                assert job.lease.length == len(job.ids) + len(job.tokens) - 1
+        assert all(job.lease is None and job.state is State.QUEUED for job in self._queue)
+
+    def _admit(self) -> None:
+        """Gives rows to those who wait, in order: nobody is overtaken by a smaller request."""
+        while self._queue:
+            job = self._queue[0]
+            with self._guard(job):
+                job.lease = self._pool.admit(*_extent(job))
+                if job.lease is None:
+                    return
+                job.enter(State.ENCODING)
+                self._active.append(job)
+            self._queue.popleft()
+
+    def _prepare(self) -> None:
+        """One tile, or one part of the prompt, of the oldest job that has no token yet."""
+        job = next((job for job in self._active if job.state is not State.DECODE), None)
+        if job is None:
+            return
+        with self._guard(job):
+            if job.state is State.ENCODING and self._encode(job):
+                return
+            self._prefill(job)
+
+    def _encode(self, job: Job) -> bool:
+        """Encodes a tile, if one is missing; whether there was one."""
+        start = self.clock()
+        if job.pending_tiles is None:
+            job.started_at = start
+            job.pending_tiles = self._restore(job)
+            start = self.clock()
+            job.prefill_s += start - job.started_at
+        pending, encoded = job.pending_tiles, False
+        while pending and not encoded:
+            encoded = self._encode_tile(job, pending.popleft())
+            job.report("vision", job.tile_count - len(pending), job.tile_count)
+        job.vision_s += self.clock() - start
+        if not pending:
+            job.enter(State.PREFILL)
+        return encoded
+
+    def _restore(self, job: Job) -> deque[int]:
+        """Copies what the cache knows of the prompt; the tiles that the rest of it needs."""
+        assert job.lease is not None
+        if self._prefixes is not None:
+            length, entry = self._prefixes.longest(_token_keys(job, job.ids))
+            # The last token is decoded in any case: the answer's first comes from it.
+            length = min(length, len(job.ids) - 1)
+            if entry is not None and length > 0:
+                self._prefixes.restore(entry, length, job.lease.block, job.lease.row)
+                job.lease.advance(length)
+                job.cached_tokens = length
+        config = self._decoder.config
+        covered = int(np.searchsorted(job.image_positions, job.lease.length))
+        if covered < len(job.image_positions):
+            job.features = np.empty((len(job.image_positions), config.decoder.dim), np.float32)
+        return deque(range(covered // config.tokens_per_tile, job.tile_count))
+
+    def _encode_tile(self, job: Job, index: int) -> bool:
+        """Fills in the features of a tile; False if they were in the cache."""
+        assert job.tiles is not None and job.features is not None
+        cached = None if self._features is None else self._features.get(job.tile_keys[index])
+        tile = job.tiles[index : index + 1]
+        if cached is not None:
+            features = cached
+        elif tile.dtype == np.float32:
+            features = self._decoder.encode_pixels(tile)
+        else:
+            features = self._decoder.encode_tiles(tile)
+        count = self._decoder.config.tokens_per_tile
+        job.features[index * count : (index + 1) * count] = features[0]
+        if cached is None and self._features is not None:
+            self._features.put(job.tile_keys[index], features)
+        return cached is None
+
+    def _prefill(self, job: Job) -> None:
+        """Decodes the next part of the prompt, and after the last one chooses a token."""
+        assert job.lease is not None
+        clock_start, start = self.clock(), job.lease.length
+        # Parts end at the same places whatever was cached, so that most are the same parts.
+        stop = min(len(job.ids), (start // self._chunk_tokens + 1) * self._chunk_tokens)
+        hidden = self._hidden(job, start, stop)
+        logits = self._forward([job], hidden[None], np.array([[stop - start - 1]]))[0, 0]
+        job.lease.advance(stop)
+        job.prefill_s += self.clock() - clock_start
+        job.report("prefill", stop, len(job.ids))
+        if stop < len(job.ids):
+            return
+        self._remember(job, stop)
+        if job.max_new_tokens == 0:
+            job.logits = logits
+            self._finish(job, "length")
+            return
+        job.enter(State.DECODE)
+        self._accept(job, job.sampler.choose(logits))
+
+    def _hidden(self, job: Job, start: int, stop: int) -> Array:
+        """Embeddings of a part of the prompt, float32 (T, C), with features where tiles are."""
+        hidden = self._decoder.embed(job.ids[start:stop])
+        first, last = np.searchsorted(job.image_positions, (start, stop))
+        if first < last:
+            assert job.features is not None
+            hidden[job.image_positions[first:last] - start] = job.features[first:last]
+        return hidden
+
+    def _decode(self) -> None:
+        """One token for each job that has one already, or several that were guessed."""
+        blocks: dict[CacheBlock, list[Job]] = {}
+        for job in [job for job in self._active if job.state is State.DECODE]:
+            with self._guard(job):
+                assert job.lease is not None
+                drafts = self._drafts(job)
+                self._pool.make_room(job.lease, job.lease.length + 1 + len(drafts))
+                if drafts:
+                    self._decode_drafts(job, drafts)
+                else:
+                    blocks.setdefault(job.lease.block, []).append(job)
+        for jobs in blocks.values():
+            for run in _adjacent(jobs):
+                self._decode_run(run)
+
+    def _decode_run(self, jobs: Sequence[Job]) -> None:
+        """One token for each job of adjacent rows; if that fails, for each on its own."""
+        tokens = np.array([job.tokens[-1] for job in jobs])
+        try:
+            hidden = self._decoder.embed(tokens)[:, None]
+            logits = self._forward(jobs, hidden, np.zeros((len(jobs), 1), np.int64))
+        except Exception as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+            else:
+                for job in jobs:
+                    self._decode_run([job])
+            return
+        for job, rows in zip(jobs, logits, strict=True):
+            with self._guard(job):
+                assert job.lease is not None
+                job.steps += 1
+                job.lease.advance(job.lease.length + 1)
+                self._accept(job, job.sampler.choose(rows[0]))
+
+    def _drafts(self, job: Job) -> list[int]:
+        if job.lookup is None:
+            return []
+        room = job.max_new_tokens - len(job.tokens) - 1
+        return job.lookup.draft(min(MAX_DRAFTS, room)) if room > 0 else []
+
+    def _decode_drafts(self, job: Job, drafts: Sequence[int]) -> None:
+        """As many tokens as were guessed right, and one more."""
+        assert job.lease is not None
+        tokens = np.array([job.tokens[-1], *drafts])
+        start, count = job.lease.length, len(tokens)
+        hidden = self._decoder.embed(tokens)
+        logits = self._forward([job], hidden[None], np.arange(count)[None])
+        job.steps += 1
+        job.lease.advance(start, written=start + count)
+        predicted = [job.sampler.choose(row) for row in logits[0]]
+        for token in agreed(drafts, predicted):
+            job.lease.advance(job.lease.length + 1)
+            self._accept(job, token)
+            if job.ended:
+                return
+
+    def _forward(self, jobs: Sequence[Job], hidden: Array, positions: Array) -> Array:
+        """Logits, float32 (N, L, V), of tokens (N, T, C) appended to adjacent rows."""
+        leases = [job.lease for job in jobs if job.lease is not None]
+        past = np.array([lease.length for lease in leases], np.int32)
+        rows = slice(leases[0].row, leases[0].row + len(jobs))
+        return self._decoder.forward(hidden, past, leases[0].block, rows, positions)
+
+    def _accept(self, job: Job, token: int) -> None:
+        reason = job.accept(token, self.clock())
+        if reason is not None:
+            assert job.lease is not None
+            self._remember(job, job.lease.length)
+            self._finish(job, reason)
+
+    def _remember(self, job: Job, length: int) -> None:
+        """Keeps a job's row for later prompts that begin like it."""
+        if self._prefixes is None or job.lease is None or length == job.cached_tokens:
+            return
+        ids = np.concatenate([job.ids, np.array(job.tokens, np.int64)])[:length]
+        with suppress(MemoryError):  # it is only a cache, and the answer is there
+            self._prefixes.put(_token_keys(job, ids), job.lease.block, job.lease.row, length)
+
+    def _finish(self, job: Job, reason: FinishReason) -> None:
+        job.finish(reason, self.clock())
+        self._release(job)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if not job.ended:
+            job.fail(error, self.clock())
+        self._release(job)
+
+    def _release(self, job: Job) -> None:
+        if job.lease is not None:
+            self._pool.release(job.lease)
+            job.lease = None
+        if job in self._active:
+            self._active.remove(job)
+
+    @contextmanager
+    def _guard(self, job: Job) -> Iterator[None]:
+        """What goes wrong in here is the job's own; an interrupt ends it too, and goes on."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(job, error)
+        except BaseException:
+            self._fail(job, BackendError("the request was interrupted"))
+            raise
+
+
+def _extent(job: Job) -> tuple[int, int]:
+    """Tokens of a job at first, with the first of the answer, and at most."""
+    return min(len(job.ids) + 1, job.total_tokens), job.total_tokens
+
+
+def _token_keys(job: Job, ids: Array) -> Array:
+    """What each token is, uint64 (T, 2); the tokens of one tile need not be adjacent."""
+    keys = sequence_keys(ids, [], [])
+    if job.tile_count:
+        count = len(job.image_positions) // job.tile_count
+        spans = [(index * count, (index + 1) * count) for index in range(job.tile_count)]
+        images = np.zeros(len(job.image_positions), np.int64)
+        keys[job.image_positions] = sequence_keys(images, spans, job.tile_keys)
+    return keys
+
+
+def _adjacent(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs of one block in runs of rows that follow each other."""
+    run: list[Job] = []
+    for job in sorted(jobs, key=_row):
+        if run and _row(job) != _row(run[-1]) + 1:
+            yield run
+            run = []
+        run.append(job)
+    yield run
+
+
+def _row(job: Job) -> int:
+    assert job.lease is not None
+    return job.lease.row

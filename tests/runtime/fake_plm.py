@@ -1,0 +1,126 @@
+"""A tiny package of family "plm" for the reference backend: a manifest and placeholder files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from perception_rt.config import VisionConfig
+from perception_rt.package import contract
+from perception_rt.package.contract import GraphSpec, TensorSpec
+from perception_rt.package.manifest import Content, Manifest, Target
+from perception_rt.package.store import Stage
+from perception_rt.plm_config import DecoderConfig, PlmConfig
+from perception_rt.processing.llm_tokenizer import TokenizerSpec
+from perception_rt.processing.tiles import TileSpec
+
+CONFIG = PlmConfig(
+    decoder=DecoderConfig(
+        dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=320, max_seqlen=512
+    ),
+    vision=VisionConfig(
+        patch_size=14,
+        width=16,
+        layers=1,
+        heads=2,
+        mlp_ratio=2.0,
+        image_size=28,
+        pool_type="none",
+    ),
+    pooling_ratio=2,
+    image_token_id=319,
+)
+
+
+def graph_specs(
+    config: PlmConfig = CONFIG, *, parts: int = 2, cache_dtype: str = "float32"
+) -> dict[str, GraphSpec]:
+    """Every graph of a package, with a placeholder file for each."""
+    decoder, side = config.decoder, config.vision.image_size
+    hidden = _tensor(contract.HIDDEN, "float32", contract.LENGTH, decoder.dim)
+    features = _tensor(contract.IMAGE_FEATURES, "float32", config.tokens_per_tile, decoder.dim)
+    graphs = {
+        contract.EMBED: _graph(
+            contract.EMBED, [_tensor(contract.TOKENS, "int64", contract.LENGTH)], [hidden]
+        ),
+        contract.VISION: _graph(
+            contract.VISION, [_tensor(contract.IMAGES_U8, "uint8", side, side, 3)], [features]
+        ),
+        contract.PIXELS: _graph(
+            contract.PIXELS, [_tensor(contract.PIXELS_F32, "float32", 3, side, side)], [features]
+        ),
+    }
+    per_part = -(-decoder.n_layers // parts)
+    for index in range(parts):
+        layers = range(index * per_part, min((index + 1) * per_part, decoder.n_layers))
+        caches = [
+            _tensor(name, cache_dtype, decoder.kv_heads, contract.SLOTS, decoder.head_dim)
+            for layer in layers
+            for name in (contract.key_cache(layer), contract.value_cache(layer))
+        ]
+        inputs = [hidden, _tensor(contract.PAST_LENGTHS, "int32"), *caches]
+        outputs = [
+            TensorSpec(name=contract.updated(cache.name), dtype=cache.dtype, shape=cache.shape)
+            for cache in caches
+        ]
+        if index < parts - 1:
+            outputs.insert(0, _tensor(contract.HIDDEN_OUT, "float32", *hidden.shape[1:]))
+        else:
+            inputs.append(_tensor(contract.LOGIT_POSITIONS, "int64", contract.POSITIONS))
+            logits = (contract.POSITIONS, decoder.vocab_size)
+            outputs.insert(0, _tensor(contract.LOGITS, "float32", *logits))
+        name = contract.decoder_part(index)
+        graphs[name] = _graph(name, inputs, outputs)
+    return graphs
+
+
+def write_plm(
+    dest: Path,
+    *,
+    config: PlmConfig = CONFIG,
+    graphs: Mapping[str, GraphSpec] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    **changes: Any,
+) -> Path:
+    """Publishes a package; returns its directory.
+
+    Args:
+        dest: the directory to be.
+        config: the architecture.
+        graphs: None for those of the architecture, in two parts.
+        files: contents by name; a file that is not here gets its own name as contents.
+        changes: fields of the manifest's `Content`; with others the package has another id.
+    """
+    graphs = graph_specs(config) if graphs is None else graphs
+    files = {} if files is None else files
+    image = TileSpec(tile_size=config.vision.image_size, max_tiles=4, max_frames=4)
+    text = TokenizerSpec(
+        kind="bytes",
+        vocab_size=config.decoder.vocab_size,
+        image_token_id=config.image_token_id,
+    )
+    with Stage.create(dest) as stage:
+        for name in sorted({n for spec in graphs.values() for n in (spec.file, *spec.data)}):
+            stage.write(name, [files.get(name, name.encode())])
+        fields: dict[str, Any] = {
+            "name": "PLM-Fake",
+            "family": "plm",
+            "architecture": config.to_dict(),
+            "target": Target(backend="reference", precision="fp32", options={}),
+            "image": image.to_dict(),
+            "text": text.to_dict(),
+            "graphs": graphs,
+            "files": dict(stage.entries),
+            "weights": {"source": "none"},
+            "versions": {},
+        }
+        stage.seal(Manifest.create(Content(**(fields | changes)), record={}))
+        stage.publish()
+    return dest
+
+
+def _tensor(name: str, dtype: str, *sizes: int | str) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype, shape=(contract.BATCH, *sizes))
+
+
+def _graph(name: str, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> GraphSpec:
+    return GraphSpec(file=f"{name}.txt", data=(), inputs=tuple(inputs), outputs=tuple(outputs))
