@@ -134,3 +134,37 @@ def test_an_engine_classifies_and_embeds_without_torch(
     rows = np.load(tmp_path / "rows.npy")
     assert rows.shape == (21, 64) and rows.dtype == np.float32
     assert np.allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-5)
+
+
+def test_a_language_model_answers_without_torch(installed: Path, tmp_path: Path) -> None:
+    from golden_data import plm_golden
+
+    from perception_rt.export.build import export_package
+    from perception_rt.export.plan import PlmPlan
+    from perception_rt.processing.llm_tokenizer import TokenizerSpec
+    from perception_rt.processing.tiles import TileSpec
+
+    data = plm_golden("plm_tied_ropescaled")
+    plan = PlmPlan(
+        name="tiny",
+        config=data.config,
+        backend="onnxruntime",
+        precision="int4",
+        tiles=TileSpec(tile_size=data.config.vision.image_size),
+        tokenizer=(TokenizerSpec(kind="bytes", vocab_size=320, image_token_id=319), None),
+    )
+    export_package(plan, data, tmp_path / "plm")
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
+    code = """
+import json, sys
+import perception_rt as prt
+with prt.load("plm") as plm:
+    pieces = list(plm.stream("What?", images=["red.png"], max_tiles=1, max_new_tokens=5))
+    result = plm.generate("What?", images=["red.png"], max_tiles=1, max_new_tokens=5)
+print(json.dumps([pieces, result.text, len(result.tokens), result.timings.cached_tokens]))
+"""
+    output = run(installed / "python", "-c", code, cwd=tmp_path)
+    pieces, text, tokens, cached = json.loads(output)
+    assert "".join(pieces) == text
+    assert 1 <= tokens <= 5
+    assert cached > 0

@@ -6,14 +6,16 @@ model. What leaves one part is what the next one starts from.
 Legend: T tokens, C decoder width, V vocabulary, L logit positions.
 """
 
+import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.export import calibration
@@ -46,6 +48,7 @@ from perception_rt.plm_config import DecoderConfig
 from perception_rt.processing.image import normalize
 
 PART_BYTES = 3 * 2**29  # of a decoder part's weights: what checking a package may hold at once
+_TOWER, _PROJECTOR = "vision_model.", "vision_projector."
 GATE_STEPS = 8  # the last tokens of the reference prompt are fed one by one
 _TEXT_TOKENS = 48  # before and after the image tokens of the reference prompt
 _IMAGE_TOKENS = 64  # of it, at most
@@ -118,27 +121,10 @@ class TileExport:
 
     def reference(self, *, quantized: bool) -> Reference:
         """One synthetic tile through the eager tower; its image tokens stay in `features`."""
-        spec, config = self.plan.tiles.tile, self.plan.config
+        spec = self.plan.tiles.tile
         images = calibration.images(1, spec.height, spec.width)
         pixels = normalize(images, spec)
-        with torch.device("meta"):
-            tower, projector = VisionTower(config.vision), VisionProjector(config)
-        tower = load_module(tower, self.source, "vision_model.")
-        projector = load_module(projector, self.source, "vision_projector.")
-        batch = torch.from_numpy(pixels)
-
-        def run() -> Tensor:
-            tokens = tower.forward_features(batch, norm=True, strip_class_token=True)
-            features: Tensor = projector(tokens)
-            return features
-
-        errors: dict[str, float] = {}
-        if quantized:
-            for prefix, module in (("vision_model.", tower), ("vision_projector.", projector)):
-                found = layer_errors(module, run)
-                errors |= {prefix + name: error for name, error in found.items()}
-        with torch.inference_mode():
-            self.features = run()
+        self.features, errors = self._eager(torch.from_numpy(pixels), measured=quantized)
         outputs = {contract.IMAGE_FEATURES: self.features.numpy()}
         return Reference(
             inputs={
@@ -148,6 +134,29 @@ class TileExport:
             outputs={contract.VISION: outputs, contract.PIXELS: outputs},
             errors=errors,
         )
+
+    def _eager(self, pixels: Tensor, *, measured: bool) -> tuple[Tensor, dict[str, float]]:
+        """Image tokens and W8A8 errors; one block of the tower is in memory at a time."""
+        config = self.plan.config
+        with torch.device("meta"):
+            tower, projector = VisionTower(config.vision), VisionProjector(config)
+        blocks, tower.transformer.resblocks = tower.transformer.resblocks, nn.ModuleList()
+        tower = load_module(tower, self.source, _TOWER)
+        projector = load_module(projector, self.source, _PROJECTOR)
+        grid = (config.vision.grid, config.vision.grid)
+        rope = tower.rope_table(grid)
+        embed = partial(tower.embed, pixels, tower.token_table(grid))
+        x, found = _run(tower, embed, measured=measured)
+        errors = {_TOWER + name: error for name, error in found.items()}
+        for index, block in enumerate(blocks):
+            prefix = f"{_TOWER}transformer.resblocks.{index}."
+            layer = load_module(copy.deepcopy(block), self.source, prefix)
+            x, found = _run(layer, partial(layer, x, rope=rope), measured=measured)
+            errors |= {prefix + name: error for name, error in found.items()}
+        tokens = tower.ln_post(x)[:, tower.num_prefix :]
+        features, found = _run(projector, partial(projector, tokens), measured=measured)
+        errors |= {_PROJECTOR + name: error for name, error in found.items()}
+        return features, errors
 
     def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
         """W8A8 where that does little harm."""
@@ -256,12 +265,10 @@ class DecoderExport:
                 layer = DecoderLayer(self.config)
             prefix = f"layers.{index}."
             layer = load_module(layer, self.source, prefix)
-            hidden = self.hidden
-            if quantized and self._blocks == "int8_rows":
-                found = layer_errors(layer, lambda: layer(hidden, rope), rows=True)  # noqa: B023
-                errors |= {prefix + name: error for name, error in found.items()}
-            with torch.inference_mode():
-                self.hidden = layer(hidden, rope)
+            run = partial(layer, self.hidden, rope)
+            measured = quantized and self._blocks == "int8_rows"
+            self.hidden, found = _run(layer, run, measured=measured, rows=True)
+            errors |= {prefix + name: error for name, error in found.items()}
         outputs = {contract.HIDDEN_OUT: self.hidden.numpy()}
         if self.is_last:
             outputs = {contract.LOGITS: self._logits()}
@@ -386,6 +393,16 @@ def decoder_parts(plan: PlmPlan) -> list[range]:
     edges = [min(config.n_layers, round(i * total / count / layer_bytes)) for i in range(count)]
     edges = sorted({*edges, config.n_layers})
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _run(
+    module: nn.Module, run: Callable[[], Tensor], *, measured: bool, rows: bool = False
+) -> tuple[Tensor, dict[str, float]]:
+    """What `run` returns, and the module's W8A8 errors if they are wanted."""
+    if measured:
+        return layer_errors(module, run, rows=rows)
+    with torch.inference_mode():
+        return run(), {}
 
 
 def _hidden(name: str, config: DecoderConfig) -> TensorSpec:

@@ -12,7 +12,7 @@ Legend: O channels out, C channels in, B blocks of 32 channels.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+T = TypeVar("T")
 Array = np.ndarray[Any, Any]
 Format = Literal["int8", "int8_rows", "int8_blocks", "int4_blocks"]
 
@@ -71,20 +72,23 @@ def quantize_blocks(weight: Array, bits: int) -> tuple[Array, Array]:
 
 
 def layer_errors(
-    module: nn.Module, run: Callable[[], object], *, rows: bool = False
-) -> dict[str, float]:
+    module: nn.Module, run: Callable[[], T], *, rows: bool = False
+) -> tuple[T, dict[str, float]]:
     """Relative output error of each linear layer under W8A8, by the name of its weight.
 
     Args:
         module: in float32, each parameter in a storage of its own.
         run: calls the module on calibration inputs.
         rows: activations are scaled per row and not per tensor.
+
+    Returns:
+        What `run` returned, in float32 as without the measurement; the errors.
     """
     names = {p.untyped_storage().data_ptr(): n for n, p in module.named_parameters()}
     mode = _LinearErrors(names, _int8_rows if rows else _uint8)
     with torch.inference_mode(), mode:
-        run()
-    return mode.errors
+        result = run()
+    return result, mode.errors
 
 
 class _LinearErrors(TorchFunctionMode):

@@ -118,10 +118,10 @@ class VisionExport:
         images = calibration.images(_GATE_IMAGES, spec.height, spec.width)
         pixels = normalize(images, spec)
         tower = _load(VisionTower, self.config, self.source, "visual.")
-        errors = {}
+        errors: dict[str, float] = {}
         batch = torch.from_numpy(pixels)
         if quantized:
-            errors = layer_errors(tower, lambda: tower(batch))
+            _, errors = layer_errors(tower, lambda: tower(batch))
         taps = self.plan.tapped
         with torch.inference_mode():
             last = self.config.layers - 1
@@ -193,7 +193,7 @@ class TextExport:
         ids = calibration.tokens(self.config)
         tower = _load(TextTower, self.config, self.source, "text.")
         batch = torch.from_numpy(ids)
-        errors = layer_errors(tower, lambda: tower(batch)) if quantized else {}
+        errors = layer_errors(tower, lambda: tower(batch))[1] if quantized else {}
         with torch.inference_mode():
             features = tower(batch).numpy()
         return Reference(
