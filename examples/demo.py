@@ -75,6 +75,7 @@ def export(*options: str) -> None:
 
 def image_size(package: Path) -> int:
     """The side of the images that a package takes, in pixels."""
+    engine: perception_rt.Embedder
     with perception_rt.load(package) as engine:
         return engine.image_spec.height
 

@@ -1,4 +1,4 @@
-"""Run Meta's Perception Encoder as compiled engines, without torch.
+"""Run Meta's Perception Encoder and Perception Language Model as compiled engines, without torch.
 
 `load` opens a package that `perception-export` made. Everything here is imported on first use, so
 that `import perception_rt` is quick.
@@ -19,27 +19,42 @@ from perception_rt.errors import (
 )
 
 if TYPE_CHECKING:
+    from perception_rt.processing.boxes import Box, draw_box, format_box
     from perception_rt.processing.image import ImageSpec
     from perception_rt.runtime.embedder import Embedder
+    from perception_rt.runtime.generator import Generator
     from perception_rt.runtime.load import load
+    from perception_rt.runtime.request import Request, Result
 
 _LAZY = {
+    "Box": "perception_rt.processing.boxes",
     "Embedder": "perception_rt.runtime.embedder",
+    "Generator": "perception_rt.runtime.generator",
     "ImageSpec": "perception_rt.processing.image",
+    "Request": "perception_rt.runtime.request",
+    "Result": "perception_rt.runtime.request",
+    "draw_box": "perception_rt.processing.boxes",
+    "format_box": "perception_rt.processing.boxes",
     "load": "perception_rt.runtime.load",
 }
 
 __all__ = [
     "BackendError",
+    "Box",
     "CapacityError",
     "CheckpointError",
     "Embedder",
     "ExportError",
+    "Generator",
     "ImageSpec",
     "InputError",
     "PackageError",
     "PerceptionError",
+    "Request",
+    "Result",
     "__version__",
+    "draw_box",
+    "format_box",
     "load",
 ]
 
