@@ -23,16 +23,27 @@ if TYPE_CHECKING:
     from perception_rt.processing.image import ImageSpec
     from perception_rt.runtime.embedder import Embedder
     from perception_rt.runtime.generator import Generator
+    from perception_rt.runtime.handle import Handle
     from perception_rt.runtime.load import load
-    from perception_rt.runtime.request import Request, Result
+    from perception_rt.runtime.request import (
+        Exchange,
+        GenerationProgress,
+        Request,
+        Result,
+        Timings,
+    )
 
 _LAZY = {
     "Box": "perception_rt.processing.boxes",
     "Embedder": "perception_rt.runtime.embedder",
+    "Exchange": "perception_rt.runtime.request",
+    "GenerationProgress": "perception_rt.runtime.request",
     "Generator": "perception_rt.runtime.generator",
+    "Handle": "perception_rt.runtime.handle",
     "ImageSpec": "perception_rt.processing.image",
     "Request": "perception_rt.runtime.request",
     "Result": "perception_rt.runtime.request",
+    "Timings": "perception_rt.runtime.request",
     "draw_box": "perception_rt.processing.boxes",
     "format_box": "perception_rt.processing.boxes",
     "load": "perception_rt.runtime.load",
@@ -44,14 +55,18 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "Embedder",
+    "Exchange",
     "ExportError",
+    "GenerationProgress",
     "Generator",
+    "Handle",
     "ImageSpec",
     "InputError",
     "PackageError",
     "PerceptionError",
     "Request",
     "Result",
+    "Timings",
     "__version__",
     "draw_box",
     "format_box",

@@ -347,6 +347,8 @@ class Scheduler:
         try:
             yield
         except Exception as error:
+            if job.ended:  # a mistake of ours, and of no request
+                raise
             self._fail(job, error)
         except BaseException:
             self._fail(job, BackendError("the request was interrupted"))

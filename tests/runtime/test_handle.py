@@ -1,0 +1,273 @@
+"""Who waits works: threads, streams that are dropped, closing, forks and interrupts."""
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_plm import CONFIG, write_plm
+
+import perception_rt as prt
+from perception_rt.errors import BackendError
+from perception_rt.runtime.generator import Generator
+from perception_rt.runtime.request import Request
+
+PLM = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=4096))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_plm(tmp_path_factory.mktemp("plm") / "plm", config=PLM)
+
+
+@pytest.fixture
+def plm(package: Path):
+    with prt.load(package, cache=False) as plm:
+        # The reference's tokens are random and would soon end an answer.
+        plm._intake.tokenizer.end_ids = frozenset()
+        yield plm
+        assert plm._pool.used_rows == 0 and plm._scheduler.jobs == []
+        plm._pool.invariants()
+
+
+def eventually(condition) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_many_threads_get_what_one_gets(plm: Generator) -> None:
+    """CON-02 in small: blocking, streaming and batches at once."""
+
+    def ask(index: int) -> tuple[str, ...]:
+        prompt, options = f"Question {index % 9}", {"max_new_tokens": 10 + index % 4}
+        if index % 3 == 0:
+            return ("".join(plm.stream(prompt, **options)),)
+        if index % 3 == 1:
+            return (plm.generate(prompt, **options).text,)
+        results = plm.generate_batch([Request(prompt, **options), Request("x", **options)])
+        return tuple(result.text for result in results)
+
+    expected = [ask(index) for index in range(36)]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, [*range(36)] * 3)) == expected * 3
+
+
+def test_whoever_waits_works_for_all(plm: Generator) -> None:
+    handles = [plm.submit(Request(f"{i}", max_new_tokens=12)) for i in range(4)]
+    assert not any(handle.done for handle in handles)
+    last = handles[-1].result()
+    assert all(handle.done for handle in handles)
+    assert "".join(handles[-1]) == last.text == "".join(handles[-1])
+    assert handles[0].result() is not handles[0].result()
+
+
+def test_a_handle_streams_and_has_a_result(plm: Generator) -> None:
+    handle = plm.submit(Request("Tell me.", max_new_tokens=30))
+    pieces = [piece for piece, _ in zip(handle, range(5), strict=False)]
+    assert not handle.done
+    result = handle.result()
+    assert result.text.startswith("".join(pieces)) and "".join(handle) == result.text
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 20])
+def test_cancelling_twice_is_cancelling_once(plm: Generator, steps: int) -> None:
+    """GEN-04: also of what has ended."""
+    handle = plm.submit(Request("a" * 300, max_new_tokens=8))
+    for _ in range(steps):
+        plm._scheduler.step()
+    ended = handle.done
+    handle.cancel()
+    handle.cancel()
+    assert handle.done and plm._pool.used_rows == 0
+    assert handle.result().finish_reason == ("length" if ended else "cancelled")
+
+
+def test_cancelled_during_the_last_step_it_is_freed_after_it(plm: Generator) -> None:
+    other = plm.submit(Request("b"))
+
+    def on_progress(progress) -> None:
+        if progress.phase == "decode":
+            other.cancel()
+
+    last = plm.submit(Request("a", max_new_tokens=1, on_progress=on_progress))
+    assert last.result().finish_reason == "length"
+    assert other.done and plm._pool.used_rows == 0
+
+
+def test_what_nobody_holds_any_more_is_freed(plm: Generator) -> None:
+    """CON-05: streams closed, dropped and never begun; handles dropped."""
+
+    def begun():
+        stream = plm.stream("a", max_new_tokens=3000)
+        next(stream)
+        assert plm._pool.used_rows == 1
+        return stream
+
+    begun().close()
+    assert plm._pool.used_rows == 0
+    stream = begun()
+    del stream
+    gc.collect()
+    assert plm._pool.used_rows == 0
+    plm.stream("a").close()
+    plm.stream("a")
+    plm.submit(Request("a"))
+    gc.collect()
+    assert plm._scheduler.jobs == []
+    for _ in begun():
+        break
+    gc.collect()
+    assert plm._pool.used_rows == 0
+
+
+def test_what_is_dropped_while_another_works_is_freed(plm: Generator) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(plm.generate, "b", max_new_tokens=2000)
+        assert eventually(lambda: plm._pool.used_rows == 1)
+        for _ in range(5):
+            stream = plm.stream("a", max_new_tokens=3000)
+            next(stream)
+            del stream
+            assert eventually(lambda: len(plm._scheduler.jobs) <= 1)
+        assert len(other.result().tokens) == 2000
+
+
+def test_an_error_in_the_consumer_frees_the_row(plm: Generator) -> None:
+    with pytest.raises(ZeroDivisionError):
+        for piece in plm.stream("a", max_new_tokens=3000):
+            len(piece) / 0
+    gc.collect()
+    assert plm._pool.used_rows == 0
+
+
+def test_clients_that_go_away(plm: Generator) -> None:
+    """CON-06: a hundred, of whom every tenth goes away in the middle."""
+    expected = plm.generate("Hello", max_new_tokens=20).text
+
+    async def client(index: int) -> str:
+        handle = plm.submit(Request("Hello", max_new_tokens=20))
+        if index % 10 == 0:
+            await asyncio.sleep(0)
+            handle.cancel()
+        return (await asyncio.to_thread(handle.result)).text
+
+    async def clients() -> list[str]:
+        return await asyncio.gather(*(client(index) for index in range(100)))
+
+    texts = asyncio.run(clients())
+    assert all(expected.startswith(text) for text in texts)
+    assert [texts[i] for i in range(100) if i % 10] == [expected] * 90
+
+
+def test_closing_fails_what_is_under_way(package: Path) -> None:
+    """CON-05: twice, during a run, and use after it."""
+    plm = prt.load(package)
+    plm._intake.tokenizer.end_ids = frozenset()
+    done = plm.submit(Request("a", max_new_tokens=2))
+    done.result()
+    waiting = plm.submit(Request("a", max_new_tokens=3500))
+    stream = plm.stream("a", max_new_tokens=3500)
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(plm.generate, "a", max_new_tokens=3500) for _ in range(3)]
+        assert eventually(lambda: plm._pool.used_rows == 5)
+        plm.close()
+        for run in runs:
+            with pytest.raises(BackendError, match="was closed"):
+                run.result()
+    plm.close()
+    with pytest.raises(BackendError, match="was closed"):
+        waiting.result()
+    with pytest.raises(BackendError, match="was closed"):
+        list(stream)
+    waiting.cancel()
+    assert done.result().finish_reason == "length"
+    for use in (
+        lambda: plm.generate("a"),
+        lambda: plm.stream("a"),
+        lambda: plm.submit(Request("a")),
+        lambda: plm.generate_batch([Request("a")]),
+        lambda: plm.generate_tokens([1], max_new_tokens=1),
+        lambda: plm.prefill_logits([1]),
+    ):
+        with pytest.raises(BackendError, match="this generator is closed"):
+            use()
+    assert plm._pool.used_rows == 0
+
+
+def test_a_callback_cannot_wait_for_its_own_generator(plm: Generator) -> None:
+    uses = [lambda: plm.generate("b"), lambda: list(plm.stream("b")), plm.close]
+    for use in uses:
+        with pytest.raises(BackendError, match="on_progress cannot wait"):
+            plm.generate("a", on_progress=lambda _, use=use: use())
+    handle = plm.submit(Request("a", on_progress=lambda _: handle.cancel()))
+    assert handle.result().finish_reason == "cancelled"
+    assert plm.generate("a", max_new_tokens=2).finish_reason == "length"
+
+
+def test_an_interrupt_reaches_its_thread_and_the_others_go_on(plm: Generator) -> None:
+    def interrupt(progress) -> None:
+        if progress.phase == "decode" and progress.done == 3:
+            raise KeyboardInterrupt
+
+    other = plm.submit(Request("b", max_new_tokens=30))
+    with pytest.raises(KeyboardInterrupt):
+        plm.generate("a", on_progress=interrupt)
+    assert other.result().text == plm.generate("b", max_new_tokens=30).text
+
+
+def test_a_forked_child_gets_an_error(plm: Generator) -> None:
+    handle = plm.submit(Request("a", max_new_tokens=5))
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            errors = 0
+            for use in (
+                lambda: plm.generate("a"),
+                handle.result,
+                plm.close,
+                lambda: next(iter(handle)),
+            ):
+                try:
+                    use()
+                except BackendError as error:
+                    errors += "another process" in str(error)
+            handle.cancel()
+            status = 0 if errors == 4 else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(handle.result().tokens) == 5
+
+
+def test_nothing_is_left_at_exit(package: Path) -> None:
+    """CON-05: neither a thread nor a wait, with an answer half read."""
+    code = """
+import sys, threading
+import perception_rt as prt
+plm = prt.load(sys.argv[1])
+stream = plm.stream("Tell me.", max_new_tokens=2000)
+pieces = next(stream)
+handle = plm.submit(prt.runtime.request.Request("a"))
+assert threading.active_count() == 1
+print("done")
+"""
+    command = [sys.executable, "-c", code, str(package)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+
+
+def test_no_thread_is_started(plm: Generator) -> None:
+    before = threading.active_count()
+    stream = plm.stream("a", max_new_tokens=50)
+    next(stream)
+    assert threading.active_count() == before

@@ -1,0 +1,175 @@
+"""What can be asked: every field of a request at its bounds, beyond them, and of another type."""
+
+import math
+import re
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from perception_rt.errors import InputError
+from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.runtime.request import Exchange, Request, Result, Timings, check_request
+
+BIG = 2**63
+
+
+def check(limits: Limits = DEFAULT_LIMITS, **changes: object) -> None:
+    request = replace(Request("Why?"), **changes)
+    check_request(request, vocab_size=320, max_tiles=36, max_frames=32, limits=limits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": ""},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": BIG - 1},  # the context decides
+        {"temperature": 0},
+        {"temperature": 1e-9},
+        {"temperature": 5},
+        {"top_k": 1},
+        {"top_k": 320},
+        {"top_p": 1},
+        {"top_p": 1e-9},
+        {"seed": 0},
+        {"seed": BIG - 1},
+        {"max_tiles": 0},
+        {"max_tiles": 36},
+        {"num_frames": 1},
+        {"num_frames": 32},
+        {"deadline_s": 0},
+        {"deadline_s": 0.5},
+        {"stop": ("a",)},
+        {"stop": ["a"] * 16},
+        {"stop": ["a" * 256]},
+        {"lookup": True},
+        {"on_progress": print},
+        {"history": (Exchange(prompt="a", answer=""),)},
+        {"history": [Exchange(prompt="a", answer="b")] * 256},
+        {"prompt": "a" * 256 * 1024},
+    ],
+)
+def test_accepted(changes: dict) -> None:
+    """GEN-05, GEN-06: each at its bound."""
+    check(**changes)
+
+
+REFUSED = [
+    ("prompt", 5, "a string, not 5"),
+    ("prompt", None, "a NoneType"),
+    ("prompt", b"a", "a bytes"),
+    ("max_new_tokens", 0, "of at least 1, not 0"),
+    ("max_new_tokens", -1, "of at least 1, not -1"),
+    ("max_new_tokens", True, "not True"),
+    ("max_new_tokens", BIG, f"not {BIG}"),
+    ("max_new_tokens", 2**64, "one of 65 bits"),
+    ("max_new_tokens", 1.0, "not 1.0"),
+    ("max_new_tokens", None, "a NoneType"),
+    ("temperature", -0.1, "not -0.1"),
+    ("temperature", math.inf, "not inf"),
+    ("temperature", math.nan, "not nan"),
+    ("temperature", True, "not True"),
+    ("temperature", "1", "a str"),
+    ("temperature", 10**400, "bits"),
+    ("temperature", None, "a NoneType"),
+    ("top_p", 0, "above 0"),
+    ("top_p", 0.0, "above 0"),
+    ("top_p", 1.0001, "from 0 to 1, not 1.0001"),
+    ("top_p", -1, "not -1"),
+    ("top_p", math.nan, "not nan"),
+    ("top_p", True, "not True"),
+    ("top_k", 0, "from 1 to 320, not 0"),
+    ("top_k", 321, "from 1 to 320, not 321"),
+    ("top_k", True, "not True"),
+    ("top_k", 1.5, "not 1.5"),
+    ("seed", -1, "not -1"),
+    ("seed", BIG, f"not {BIG}"),
+    ("seed", False, "not False"),
+    ("max_tiles", -1, "from 0 to 36, not -1"),
+    ("max_tiles", 37, "not 37"),
+    ("max_tiles", True, "not True"),
+    ("num_frames", 0, "from 1 to 32, not 0"),
+    ("num_frames", 33, "not 33"),
+    ("deadline_s", -1, "not -1"),
+    ("deadline_s", math.inf, "not inf"),
+    ("deadline_s", math.nan, "not nan"),
+    ("deadline_s", "1", "a str"),
+    ("stop", "END", "a str"),
+    ("stop", {"END"}, "a set"),
+    ("stop", [""], "1 to 256 characters, not one of 0"),
+    ("stop", ["a" * 257], "not one of 257"),
+    ("stop", [b"END"], "a bytes"),
+    ("stop", ["a"] * 17, "17 strings; the limit is 16"),
+    ("lookup", 1, "not 1"),
+    ("on_progress", 3, "not 3"),
+    ("images", "cat.png", "a str"),
+    ("images", b"\x89PNG", "a bytes"),
+    ("images", np.zeros((2, 2, 3), np.uint8), "a ndarray"),
+    ("images", None, "a NoneType"),
+    ("videos", "cat.mp4", "a str"),
+    ("history", "before", "a str"),
+    ("history", [("a", "b")], "a tuple"),
+    ("history", [Exchange(prompt="a", answer=None)], "history 0: answer must be a string"),
+    ("history", [Exchange(prompt=1, answer="b")], "history 0: prompt must be a string"),
+    ("history", [Exchange(prompt="a", answer="b", images="x")], "history 0: images must be"),
+    ("history", [Exchange(prompt="a", answer="b", videos="x")], "history 0: videos must be"),
+    ("history", [Exchange(prompt="", answer="")] * 257, "257 exchanges; the limit is 256"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED)
+def test_refused(name: str, value: object, message: str) -> None:
+    """GEN-05, GEN-06: the message names the field and the value, and shows no foreign repr."""
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        check(**{name: value})
+    text = str(caught.value)
+    assert name in text and len(text) < 200 and not re.search(r"0x[0-9a-f]{6}|<", text)
+
+
+def test_every_field_is_checked() -> None:
+    assert {name for name, _, _ in REFUSED} == {field.name for field in fields(Request)}
+
+
+def test_what_is_no_request_is_refused() -> None:
+    with pytest.raises(InputError, match="must be a Request, not a str"):
+        check_request("Why?", vocab_size=1, max_tiles=1, max_frames=1, limits=DEFAULT_LIMITS)
+
+
+def test_guessing_is_for_greedy_decoding() -> None:
+    with pytest.raises(InputError, match="temperature 0"):
+        check(lookup=True, temperature=1.0)
+
+
+def test_limits_are_arguments() -> None:
+    """SEC-06: a request at each limit, and one beyond."""
+    tight = Limits(conversation_bytes=8, history_turns=1, stop_strings=1, stop_chars=3)
+    check(tight, prompt="12345", history=[Exchange(prompt="6", answer="\u00e9")], stop=["abc"])
+    for changes in (
+        {"prompt": "123456", "history": [Exchange(prompt="6", answer="\u00e9")]},
+        {"prompt": "123456789"},
+        {"prompt": "", "history": [Exchange(prompt="", answer="")] * 2},
+        {"stop": ["a", "b"]},
+        {"stop": ["abcd"]},
+    ):
+        with pytest.raises(InputError, match=r"limit|1 to 3"):
+            check(tight, **changes)
+
+
+def timings(*times: float) -> Timings:
+    return Timings(
+        preprocess_s=0, queue_s=0, vision_s=0, prefill_s=0, token_times_s=times, total_s=9,
+        prompt_tokens=1, cached_tokens=0, image_tiles=0, new_tokens=len(times), steps=0,
+    )  # fmt: skip
+
+
+def test_timings_are_summed_up() -> None:
+    assert (timings().ttft_s, timings().per_token_s) == (None, None)
+    assert (timings(2.0).ttft_s, timings(2.0).per_token_s) == (2.0, None)
+    assert timings(1.0, 2.0, 5.0, 6.0).per_token_s == 1.0
+
+
+def test_a_result_finds_its_boxes() -> None:
+    text = "A cat [100,200,300,400] and [500,500,400,600]."
+    result = Result(text=text, tokens=(), finish_reason="stop", timings=timings())
+    assert [box.to_pixels(10, 10) for box in result.boxes()] == [(1, 2, 3, 4)]
