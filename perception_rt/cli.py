@@ -5,7 +5,9 @@ Each sub-command parses into the call that a program would make, and imports wha
 """
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,12 @@ from perception_rt.errors import InputError, PerceptionError
 from perception_rt.progress import Progress
 
 _SHOWN_COSINES = 8
+
+# What a package of a family is, and what it is for.
+_PURPOSES = {
+    "pe": "an encoder: it is for embed, classify and features",
+    "plm": "a language model: it is for generate and chat",
+}
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -33,13 +41,20 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Runs a command; an error of ours is one line on standard error and status 2."""
     options = parser.parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # a character that it does not have is no error
+            stream.reconfigure(errors="replace")
     try:
-        return options.command(options) or 0
+        status = options.command(options) or 0
+        sys.stdout.flush()
+        return status
     except PerceptionError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):
+            # What is left in the buffer would fail once more when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         where = "" if error.filename is None else f": {error.filename}"
         print(f"{parser.prog}: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
@@ -115,6 +130,23 @@ def _parser() -> argparse.ArgumentParser:
     features.add_argument("--layer", type=int, default=-1, help="block index (default: -1)")
     features.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
 
+    generate = _command(commands, "generate", _generate, "answer a question on images and videos")
+    _package_arguments(generate)
+    generate.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="the question; images and videos go where "
+        "it has <image> or <video>, or first"
+    )  # fmt: skip
+    _question_arguments(generate)
+    generate.add_argument("--stream", action="store_true", help="print the answer as it grows")
+
+    chat = _command(commands, "chat", _chat, "answer the lines of standard input", as_json=False)
+    chat.epilog = (
+        "A line `/image FILE` shows an image with the next question, `/reset` forgets all that was "
+        "said and shown, `/quit` ends."
+    )
+    _package_arguments(chat)
+    _question_arguments(chat)
+
     inspect = _command(commands, "inspect", _inspect, "show what a package is")
     inspect.add_argument("package", metavar="DIR")
 
@@ -127,9 +159,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, function: Command, text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, function: Command, text: str, *, as_json: bool = True
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(command=function)
     return parser
 
@@ -155,16 +190,59 @@ def _package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expect", metavar="ID", help="the package id that must be there")
 
 
-def _load(options: argparse.Namespace, progress: Progress) -> Any:
+def _question_arguments(parser: argparse.ArgumentParser) -> None:
+    _list_argument(parser, "--image", "FILE")
+    _list_argument(parser, "--video", "FILE")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="per image, at most")
+    parser.add_argument("--num-frames", type=int, metavar="N", help="per video, at most")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, for no chance"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from this much probability")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from this many tokens")
+    parser.add_argument("--seed", type=int, help="makes the draws repeatable; default: chance")
+    _list_argument(parser, "--stop", "TEXT", help="strings that end the answer")
+    parser.add_argument(
+        "--lookup", action="store_true", help="guess tokens from what was said; never changes "
+        "the answer"
+    )  # fmt: skip
+    caches = parser.add_mutually_exclusive_group()
+    caches.add_argument(
+        "--cache-dir", metavar="DIR", help="private folder where work on images and prompts is kept"
+    )
+    caches.add_argument("--no-cache", action="store_true", help="do not even keep it in memory")
+
+
+def _load(options: argparse.Namespace, progress: Progress, family: str = "pe", **more: Any) -> Any:
+    """The engine of a package; InputError for a package of another family."""
     from perception_rt.runtime.load import load
 
     progress.step(f"opening {options.package}")
-    return load(
+    engine = load(
         options.package,
         backend=options.backend,
         device=options.device,
         threads=options.threads,
         expect=options.expect,
+        **more,
+    )
+    content = engine.manifest.content
+    if content.family != family:
+        engine.close()
+        raise InputError(f"{options.package} is {_PURPOSES[content.family]}")
+    return engine
+
+
+def _load_generator(options: argparse.Namespace, progress: Progress, **more: Any) -> Any:
+    return _load(
+        options,
+        progress,
+        "plm",
+        cache=not options.no_cache,
+        cache_dir=options.cache_dir,
+        max_batch=1,  # the commands put one question at a time
+        **more,
     )
 
 
@@ -252,6 +330,26 @@ def _features(options: argparse.Namespace) -> None:
         _print_json({"image": options.image, "shape": list(dense.shape), "picture": options.out})
     else:
         print(f"{options.out}: {shape} features of layer {options.layer}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from perception_rt.cli_generate import generate
+
+    if options.stream and options.json:
+        raise InputError("--stream and --json contradict each other")
+    # Nothing follows that a prompt in memory would help; its copy takes as much as the engine's.
+    more = {} if options.cache_dir is not None else {"prefix_cache_bytes": 0}
+    with Progress() as progress, _load_generator(options, progress, **more) as engine:
+        generate(engine, options, progress)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from perception_rt.cli_generate import chat
+
+    with Progress() as progress:
+        engine = _load_generator(options, progress)
+    with engine:
+        chat(engine, options)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -33,6 +33,14 @@ class Progress:
         """A callback for the numbers done and in all."""
         return lambda done, total: self.step(f"{done} of {total} {what}")
 
+    def stop(self) -> None:
+        """Shows nothing from now on; what follows has the line to itself. May be called again."""
+        self._done.set()
+        self._thread.join()
+        if self._terminal and self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._shown = ""
+
     def __enter__(self) -> "Progress":
         self._thread.start()
         return self
@@ -43,10 +51,7 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._done.set()
-        self._thread.join()
-        if self._terminal and self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self.stop()
 
     def _show(self) -> None:
         wait = _QUIET_S

@@ -1,22 +1,44 @@
 """What a package is, what is wrong with it, and what can run here, in plain lines."""
 
+import math
 import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from string import ascii_lowercase
 from typing import Any
 
 from perception_rt._version import __version__
 from perception_rt.errors import PerceptionError
 from perception_rt.limits import DEFAULT_LIMITS
-from perception_rt.package.manifest import Manifest
-from perception_rt.package.reader import verify_package
+from perception_rt.package import contract
+from perception_rt.package.contract import GraphSpec, TensorSpec
+from perception_rt.package.manifest import Content, Manifest
+from perception_rt.package.onnx_scan import GraphScan, scan_graph
+from perception_rt.package.reader import open_package, verify_package
+from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import TARGETS
 
 DAMAGED = "damaged"  # how the note on a package that cannot be used begins
 
-_OPTIONAL = ("onnxruntime", "numpy", "pillow", "av", "torch", "onnx", "onnxscript", "openvino")
+_OPTIONAL = (
+    *("onnxruntime", "numpy", "pillow", "av", "tiktoken", "tokenizers", "sentencepiece"),
+    *("torch", "onnx", "onnxscript", "openvino"),
+)
+
+# The weights of a language model by its precision, `blocks` an option of the target.
+_FORMATS = {
+    "fp32": "float32 throughout",
+    "fp16": "float16 throughout",
+    "int8": "int8 in tower, decoder blocks, embedding and head",
+    "int4": "int8 in tower, {blocks} in decoder blocks, int4 in embedding and head",
+}
+# What reads each kind of tokenizer; bytes need nothing.
+_LIBRARIES = {"tiktoken": "tiktoken", "hf": "tokenizers", "sentencepiece": "sentencepiece"}
+
+_FLOATS = (1, 10)  # of TensorProto.DataType: float32, float16
+_NBITS, _ACCURACY_INT8 = "MatMulNBits", 4
 
 
 def describe(manifest: Manifest) -> list[str]:
@@ -28,13 +50,16 @@ def describe(manifest: Manifest) -> list[str]:
         f"images      {_pairs(image)}",
         f"weights     {_pairs(content.weights)}",
         f"versions    {_pairs(content.versions)}",
+        *(_describe_plm(content) if content.family == "plm" else ()),
     ]
     for name, graph in content.graphs.items():
-        shown = ", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in graph.inputs)
+        caches = _caches(graph)
+        shown = [f"{t.name} {t.dtype}{list(t.shape)}" for t in graph.inputs if t not in caches]
+        shown += [f"{len(caches)} caches"] if caches else []
         outputs = graph.outputs
         more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
         first = f"{outputs[0].name} {list(outputs[0].shape)}{more}"
-        lines.append(f"graph       {name}: {shown} -> {first}")
+        lines.append(f"graph       {name}: {', '.join(shown)} -> {first}")
     lines += [
         f"file        {path}: {entry.size_bytes:,} bytes" for path, entry in content.files.items()
     ]
@@ -45,10 +70,35 @@ def describe(manifest: Manifest) -> list[str]:
     return lines
 
 
+def _describe_plm(content: Content) -> list[str]:
+    """What an encoder does not have: decoder, formats, tokens of tiles, cache and tokenizer."""
+    config, target = PlmConfig.from_dict(content.architecture), content.target
+    decoder, parts = config.decoder, _decoder_parts(content)
+    sizes = {
+        "layers": decoder.n_layers,
+        "dim": decoder.dim,
+        "parts": len(parts),
+        "vocab_size": decoder.vocab_size,
+        "max_seqlen": decoder.max_seqlen,
+    }
+    formats = _FORMATS.get(target.precision, target.precision)
+    formats = formats.replace("{blocks}", str(target.options.get("blocks")))
+    cached = sum(_bytes_per_token(tensor) for graph in parts.values() for tensor in _caches(graph))
+    tokenizer = "none: token ids only" if content.text is None else _pairs(content.text)
+    return [
+        f"decoder     {_pairs(sizes)}",
+        f"formats     {formats}",
+        f"tiles       {config.tokens_per_tile} tokens each",
+        f"cache       {cached:,} bytes per token, {cached * decoder.max_seqlen:,} for max_seqlen",
+        f"tokenizer   {tokenizer}",
+    ]
+
+
 def lint(path: str | os.PathLike[str]) -> list[str]:
     """What is wrong or remarkable about a package; damage is one of the lines, not an error."""
     try:
         manifest = verify_package(path)
+        plm_notes = _lint_plm(path, manifest) if manifest.content.family == "plm" else []
     except PerceptionError as error:
         return [f"{DAMAGED}: {error}"]
     content, record = manifest.content, manifest.record
@@ -68,7 +118,72 @@ def lint(path: str | os.PathLike[str]) -> list[str]:
         notes.append("fp16 is for GPUs: on a CPU it is no faster than fp32, and int8 is")
     if content.target.backend not in TARGETS:
         notes.append(f"backend {content.target.backend} is not known to this version")
+    return notes + plm_notes
+
+
+def _lint_plm(path: str | os.PathLike[str], manifest: Manifest) -> list[str]:
+    """Notes on what only a language model can lack; InputError if it has no architecture."""
+    content = manifest.content
+    config, parts = PlmConfig.from_dict(content.architecture), _decoder_parts(content)
+    notes = []
+    library = None if content.text is None else _LIBRARIES.get(str(content.text.get("kind")))
+    if content.text is None:
+        notes.append("no tokenizer: it takes token ids only; export it with --tokenizer for text")
+    elif library is not None and find_spec(library) is None:
+        notes.append(f'{library} is not installed: pip install "perception_rt[plm]"')
+    by_blocks = content.target.options.get("block_layers")
+    if by_blocks:
+        notes.append(f"{len(by_blocks)} linear layers are int8 by blocks: by rows would hurt them")
+    for name, graph in parts.items():
+        outputs = {tensor.name for tensor in graph.outputs}
+        stale = [t.name for t in _caches(graph) if contract.updated(t.name) not in outputs]
+        if stale:
+            notes.append(f"{name}: {len(stale)} caches are read and never updated: {stale[0]}")
+    for name, scan in _scans(path, manifest).items():
+        slow = _float_products(scan)
+        if slow:
+            notes.append(f"{name}: {slow} {_NBITS} compute in float: accuracy_level is not 4")
+        quantized = content.target.precision in ("int8", "int4")
+        if quantized and name in parts and _has_float_head(scan, config):
+            notes.append(f"{name}: the head is not quantised, and each token reads all of it")
     return notes
+
+
+def _scans(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, GraphScan]:
+    """What the graphs in ONNX refer to, by name."""
+    with open_package(path, expect=manifest.id) as package:
+        return {
+            name: scan_graph(package.read(graph.file))
+            for name, graph in manifest.content.graphs.items()
+            if graph.file.endswith(".onnx")
+        }
+
+
+def _float_products(scan: GraphScan) -> int:
+    """Products of integer weights whose activations stay in float, which is slow."""
+    products = zip(scan.nodes, scan.integers, strict=True)
+    levels = [values.get("accuracy_level", 0) for (op, _), values in products if op == _NBITS]
+    return sum(level != _ACCURACY_INT8 for level in levels)
+
+
+def _has_float_head(scan: GraphScan, config: PlmConfig) -> bool:
+    size = sorted((config.decoder.dim, config.decoder.vocab_size))
+    return any(t.kind in _FLOATS and sorted(t.shape) == size for t in scan.externals)
+
+
+def _decoder_parts(content: Content) -> dict[str, GraphSpec]:
+    graphs = content.graphs.items()
+    return {name: graph for name, graph in graphs if name.startswith(contract.DECODER)}
+
+
+def _caches(graph: GraphSpec) -> list[TensorSpec]:
+    """The inputs that hold keys and values."""
+    return [t for t in graph.inputs if contract.SLOTS in t.shape]
+
+
+def _bytes_per_token(cache: TensorSpec) -> int:
+    sizes = [size for size in cache.shape if isinstance(size, int)]
+    return math.prod(sizes) * int(cache.dtype.lstrip(ascii_lowercase)) // 8
 
 
 def environment() -> dict[str, Any]:

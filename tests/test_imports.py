@@ -75,9 +75,10 @@ PARTS = {
     ),
     "perception_rt.cli": Part(
         uses=LAYER_1,
-        lazy=("export", "package", "processing", "report", "runtime"),
+        lazy=("cli_generate", "export", "package", "processing", "report", "runtime"),
         lazy_libraries=("numpy",),
     ),
+    "perception_rt.cli_generate": Part(uses=LAYER_1, lazy=("processing", "runtime")),
     "perception_rt.__main__": Part(uses=("cli",)),
     "training": Part(
         uses=TORCH_SIDE, libraries=("numpy", "torch", "PIL", "safetensors", "sklearn", "yaml")

@@ -1,8 +1,9 @@
 """Reads from the bytes of an ONNX model what decides whether it may be loaded, without onnx.
 
-A reader of the protobuf wire format for the few fields that matter: operators, opsets, the names
-of inputs and outputs, and every reference to data outside the model. What two parsers could read
-differently (a singular field twice, a wrong wire type) is refused, not interpreted.
+A reader of the protobuf wire format for the few fields that matter: operators with their integer
+attributes, opsets, the names of inputs and outputs, and every reference to data outside the model.
+What two parsers could read differently (a singular field twice, a wrong wire type) is refused, not
+interpreted.
 """
 
 import math
@@ -38,7 +39,7 @@ _MODEL = {7: _LEN, 8: _LEN, 20: _LEN, 25: _LEN}
 _GRAPH = {1: _LEN, 5: _LEN, 11: _LEN, 12: _LEN, 15: _LEN}
 _FUNCTION = {7: _LEN, 11: _LEN}
 _NODE = {4: _LEN, 5: _LEN, 7: _LEN}
-_ATTRIBUTE = {5: _LEN, 6: _LEN, 10: _LEN, 11: _LEN, 22: _LEN, 23: _LEN}
+_ATTRIBUTE = {1: _LEN, 3: _VARINT, 5: _LEN, 6: _LEN, 10: _LEN, 11: _LEN, 22: _LEN, 23: _LEN}
 _SPARSE = {1: _LEN, 2: _LEN}
 _TENSOR = {1: None, 2: _VARINT, 8: _LEN, 13: _LEN, 14: _VARINT}
 _OPSET = {1: _LEN, 2: _VARINT}
@@ -75,6 +76,7 @@ class GraphScan:
     Attributes:
         opsets: (domain, version) of every opset import of the model.
         nodes: (op_type, domain) of every node; the default domain is "".
+        integers: the integer attributes of each of `nodes` by name, as unsigned 64-bit values.
         externals: every tensor with data outside the model.
         inputs: names of the main graph's inputs, in order.
         outputs: names of the main graph's outputs, in order.
@@ -82,6 +84,7 @@ class GraphScan:
 
     opsets: tuple[tuple[str, int], ...]
     nodes: tuple[tuple[str, str], ...]
+    integers: tuple[Mapping[str, int], ...]
     externals: tuple[ExternalTensor, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -108,10 +111,12 @@ def scan_graph(data: bytes) -> GraphScan:
     for view in model.messages(25):
         function = _Message(view, "function", _FUNCTION)
         walk.nodes_of(function.messages(7), 1)
-        walk.attributes(function.messages(11), 1)
+        for attribute in function.messages(11):
+            walk.attribute(attribute, 1)
     return GraphScan(
         opsets=tuple(opsets),
         nodes=tuple(walk.nodes),
+        integers=tuple(walk.integers),
         externals=tuple(walk.externals),
         inputs=inputs,
         outputs=outputs,
@@ -207,6 +212,7 @@ class _Walk:
     """Collects nodes and external tensors over all graphs of a model."""
 
     nodes: list[tuple[str, str]] = field(default_factory=list)
+    integers: list[dict[str, int]] = field(default_factory=list)
     externals: list[ExternalTensor] = field(default_factory=list)
 
     def graph(self, view: memoryview, depth: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -225,19 +231,25 @@ class _Walk:
         for view in views:
             node = _Message(view, "node", _NODE)
             self.nodes.append((node.text(4), _domain(node, 7)))
-            self.attributes(node.messages(5), depth)
+            integers: dict[str, int] = {}
+            self.integers.append(integers)  # before those of nodes inside of this one
+            for view in node.messages(5):
+                attribute = self.attribute(view, depth)
+                if 3 in attribute.fields:
+                    integers[attribute.text(1)] = attribute.integer(3)
 
-    def attributes(self, views: list[memoryview], depth: int) -> None:
-        for view in views:
-            attribute = _Message(view, "attribute", _ATTRIBUTE)
-            for number in (5, 6, 22):
-                attribute.one(number)  # not twice
-            for tensor in attribute.messages(5) + attribute.messages(10):
-                self.tensor(tensor)
-            for sparse in attribute.messages(22) + attribute.messages(23):
-                self.sparse_tensor(sparse)
-            for graph in attribute.messages(6) + attribute.messages(11):
-                self.graph(graph, depth + 1)
+    def attribute(self, view: memoryview, depth: int) -> "_Message":
+        """Walks what an attribute holds; returns the attribute."""
+        attribute = _Message(view, "attribute", _ATTRIBUTE)
+        for number in (5, 6, 22):
+            attribute.one(number)  # not twice
+        for tensor in attribute.messages(5) + attribute.messages(10):
+            self.tensor(tensor)
+        for sparse in attribute.messages(22) + attribute.messages(23):
+            self.sparse_tensor(sparse)
+        for graph in attribute.messages(6) + attribute.messages(11):
+            self.graph(graph, depth + 1)
+        return attribute
 
     def sparse_tensor(self, view: memoryview) -> None:
         sparse = _Message(view, "sparse tensor", _SPARSE)

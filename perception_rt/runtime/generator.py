@@ -40,6 +40,8 @@ from perception_rt.runtime.scheduler import Scheduler
 
 Array = np.ndarray[Any, Any]
 
+_KV_BYTES = 2 * 2**30
+
 
 class Generator:
     """A loaded Perception Language Model package; `perception_rt.load` makes it.
@@ -60,7 +62,7 @@ class Generator:
         backend: str,
         device: str,
         threads: int | None,
-        kv_bytes: int,
+        kv_bytes: int | None,
         max_batch: int,
         feature_cache_bytes: int,
         prefix_cache_bytes: int,
@@ -83,7 +85,7 @@ class Generator:
         self._pool = KvPool(
             shape.bytes_per_token,
             max_length=self.max_length,
-            max_bytes=kv_bytes,
+            max_bytes=kv_bytes or max(_KV_BYTES, shape.bytes_per_token * self.max_length),
             max_rows=max_batch,
             allocate=lambda rows, slots: CacheBlock(shape, rows, slots),
         )

@@ -26,7 +26,7 @@ def load(
     threads: int | None = None,
     expect: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
-    kv_bytes: int = 2048 * _MIB,
+    kv_bytes: int | None = None,
     max_batch: int = 8,
     cache: bool = True,
     feature_cache_bytes: int = 512 * _MIB,
@@ -44,7 +44,8 @@ def load(
         threads: of one engine call; None for one per physical core.
         expect: the package id ("sha256:...") that must be found there.
         limits: bounds on the package and on everything that is asked of it.
-        kv_bytes: bound on the keys and values of all requests at work.
+        kv_bytes: bound on the keys and values of all requests at work; None for 2 GiB, or for what
+            the longest sequence takes where that is more. Only what is used is touched.
         max_batch: requests of about the same length that are decoded together, 1 to 256.
         cache: whether features of images, and keys and values of prompts, are kept for later
             requests that begin with the same.
@@ -64,7 +65,8 @@ def load(
         raise InputError(f"a package is named by a path, not by a {type(path).__name__}")
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         raise InputError(f"threads must be an integer from 1 to {MAX_THREADS}, not {threads!r:.40}")
-    check_integer("kv_bytes", kv_bytes, 1)
+    if kv_bytes is not None:
+        check_integer("kv_bytes", kv_bytes, 1)
     check_integer("max_batch", max_batch, 1, MAX_BATCH)
     check_integer("feature_cache_bytes", feature_cache_bytes, 0)
     check_integer("prefix_cache_bytes", prefix_cache_bytes, 0)

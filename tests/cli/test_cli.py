@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden_data import golden
+from one_line import fails
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -94,15 +95,6 @@ def test_embed_classify_features(tiny_package: Path, photo: str, tmp_path: Path,
     assert len(np.unique(right.reshape(-1, 3), axis=0)) > 8
 
 
-def _fails(capsys, arguments: list[str], message: str, run=export_main) -> None:
-    assert run(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = [line for line in captured.err.splitlines() if " s  " not in line]
-    assert len(lines) == 1, captured.err
-    assert message in lines[0]
-
-
 def test_bad_exports_leave_nothing(checkpoint, tmp_path: Path, capsys) -> None:
     file, config = checkpoint
     here = tmp_path / "out"
@@ -151,11 +143,13 @@ def test_bad_exports_leave_nothing(checkpoint, tmp_path: Path, capsys) -> None:
         ([*good, "--image-size", "57x56", "--out", out], "multiple of the patch size 14"),
         ([*good, "--image-size", "big", "--out", out], "HxW"),
         ([*good, "--fp8", "--out", out], "precision fp8 is not for backend onnxruntime"),
-        ([*good, "--precision", "int4", "--out", out], "precision int4 is not for backend"),
+        ([*good, "--precision", "int4", "--out", out], "int4 is for language models"),
+        ([*good, "--blocks", "int4", "--out", out], "--blocks is for a language model"),
+        ([*good, "--tokenizer", "t.model", "--out", out], "--tokenizer is for a language model"),
         ([*good, "--backend", "tensorrt", "--out", out], "unknown backend 'tensorrt'"),
         ([*good, "--taps", "0,9", "--out", out], "layer 9 is out of range"),
     ):
-        _fails(capsys, arguments, message)
+        fails(capsys, arguments, message)
         assert sorted(p.name for p in here.iterdir()) == ["folder"]
         assert [p.name for p in folder.iterdir()] == ["keep.txt"]
 
@@ -177,7 +171,7 @@ def test_existing_output_needs_force(checkpoint, tmp_path: Path, capsys) -> None
     assert export_main(arguments) == 0
     capsys.readouterr()
     before = (tmp_path / "p" / "manifest.json").read_bytes()
-    _fails(capsys, arguments, "exists")
+    fails(capsys, arguments, "exists")
     assert (tmp_path / "p" / "manifest.json").read_bytes() == before
     assert export_main([*arguments, "--precision", "int8", "--force"]) == 0
     assert (tmp_path / "p" / "manifest.json").read_bytes() != before
@@ -196,7 +190,7 @@ def test_bad_uses_are_one_line(tiny_package: Path, photo: str, tmp_path: Path, c
         (["verify", str(tmp_path)], "manifest"),
         (["inspect", photo], "photo.jpg"),
     ):
-        _fails(capsys, arguments, message, run=main)
+        fails(capsys, arguments, message, run=main)
 
 
 def test_damage_is_found(tiny_package: Path, tmp_path: Path, capsys) -> None:
@@ -209,8 +203,8 @@ def test_damage_is_found(tiny_package: Path, tmp_path: Path, capsys) -> None:
     content = bytearray(data.read_bytes())
     content[1000] ^= 1
     data.write_bytes(content)
-    _fails(capsys, ["verify", str(copy)], "text.data is damaged", run=main)
-    _fails(capsys, ["embed", str(copy), "--text", "a"], "text.data is damaged", run=main)
+    fails(capsys, ["verify", str(copy)], "text.data is damaged", run=main)
+    fails(capsys, ["embed", str(copy), "--text", "a"], "text.data is damaged", run=main)
     assert main(["doctor", str(copy)]) == 2
     assert "damaged: " in capsys.readouterr().out
 
@@ -228,8 +222,28 @@ def test_the_set_of_options_is_frozen() -> None:
     export = {s for a in _export_parser()._actions for s in a.option_strings}
     assert export == {
         "-h", "--help", "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
-        "--fp8", "--backend", "--image-size", "--center-crop", "--taps", "--out", "--force",
-        "--json", "--version",
+        "--fp8", "--backend", "--image-size", "--center-crop", "--taps", "--blocks", "--tokenizer",
+        "--out", "--force", "--json", "--version",
     }  # fmt: skip
     commands = next(a for a in _parser()._actions if a.choices).choices
-    assert set(commands) == {"embed", "classify", "features", "inspect", "verify", "doctor"}
+    assert list(commands) == [
+        "embed", "classify", "features", "generate", "chat", "inspect", "verify", "doctor"
+    ]  # fmt: skip
+    options = {
+        name: {s for a in command._actions for s in a.option_strings if s not in ("-h", "--help")}
+        for name, command in commands.items()
+    }
+    package = {"--backend", "--device", "--threads", "--expect"}
+    question = {
+        "--image", "--video", "--max-tiles", "--num-frames", "--max-new-tokens", "--temperature",
+        "--top-p", "--top-k", "--seed", "--stop", "--lookup", "--cache-dir", "--no-cache",
+    }  # fmt: skip
+    assert options["generate"] == package | question | {"--prompt", "--stream", "--json"}
+    assert options["chat"] == package | question
+    assert options["embed"] == package | {
+        "--image", "--text", "--video", "--num-frames", "--out", "--json"
+    }  # fmt: skip
+    assert options["classify"] == package | {"--image", "--label", "--template", "--json"}
+    assert options["features"] == package | {"--image", "--layer", "--out", "--json"}
+    assert options["inspect"] == options["doctor"] == {"--json"}
+    assert options["verify"] == {"--expect", "--json"}

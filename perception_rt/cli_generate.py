@@ -1,0 +1,263 @@
+"""What `generate` and `chat` do with an open language model: questions in, answers out.
+
+Answers go to standard output, everything else to standard error. Knows no options but those of the
+two commands and loads no package. Only `cli.py` imports this module.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from perception_rt.errors import InputError, PerceptionError
+from perception_rt.limits import DEFAULT_LIMITS
+from perception_rt.plm_config import PlmConfig
+from perception_rt.progress import Progress
+
+if TYPE_CHECKING:
+    from perception_rt.processing.image import ImageSource
+    from perception_rt.processing.video import VideoSource
+    from perception_rt.runtime.generator import Generator
+    from perception_rt.runtime.request import (
+        Exchange,
+        GenerationProgress,
+        Request,
+        Result,
+        Timings,
+    )
+
+_COMMANDS = "/image FILE, /reset and /quit"
+
+# What could change the state of a terminal.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What came of a question; `result` is None for one that was interrupted."""
+
+    text: str
+    result: "Result | None"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what an interrupted answer does not have is None."""
+        from perception_rt.processing.boxes import parse_boxes
+
+        result = self.result
+        return {
+            "text": self.text,
+            "tokens": None if result is None else list(result.tokens),
+            "finish_reason": "cancelled" if result is None else result.finish_reason,
+            "boxes": [asdict(box) for box in parse_boxes(self.text)],
+            "timings": None if result is None else _timings(result.timings),
+        }
+
+
+def generate(engine: "Generator", options: Namespace, progress: Progress) -> None:
+    """Answers one question, and prints the answer or, with `--json`, all that is known of it.
+
+    Raises:
+        KeyboardInterrupt: there was one; the answer up to there is printed.
+        PerceptionError: as `Generator.generate`.
+    """
+    _check_tokenizer(engine)
+    progress.step("preparing the prompt")
+    request = _request(
+        options,
+        prompt=options.prompt,
+        images=options.image,
+        videos=options.video,
+        on_progress=lambda moved: progress.step(_line(moved)),
+    )
+    answer = _ask(engine, request, progress if options.stream else None)
+    progress.stop()
+    if options.json:
+        print(json.dumps(answer.to_dict(), indent=2))
+    elif not options.stream:
+        print(_printable(answer.text))
+    if answer.result is None:
+        raise KeyboardInterrupt
+    if not options.json:
+        print(_summary(answer.result.timings), file=sys.stderr)
+
+
+def chat(engine: "Generator", options: Namespace) -> None:
+    """Answers the lines of standard input until it ends; an error ends a line's turn only.
+
+    On a terminal an interrupt ends the answer under way, which then counts as said.
+
+    Raises:
+        InputError: the options are unusable, whatever the questions.
+    """
+    _check_tokenizer(engine)
+    conversation = _Conversation(engine, options)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives `input` its line editing
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            print(end="\n" if terminal else "")
+            break
+        if line == "/quit":
+            break
+        try:
+            conversation.take(line, interruptible=terminal)
+        except PerceptionError as error:
+            print(f"perception-rt: {error}", file=sys.stderr)
+
+
+class _Conversation:
+    """What was said and shown so far, and what the next question comes with.
+
+    Images and videos are decoded when they are named: a turn depends on no file of an earlier one.
+    """
+
+    def __init__(self, engine: "Generator", options: Namespace) -> None:
+        from perception_rt.processing.image import decode_image
+        from perception_rt.processing.video import load_frames
+        from perception_rt.runtime.request import check_request
+
+        self._engine = engine
+        self._options = options
+        config, spec = PlmConfig.from_dict(engine.manifest.content.architecture), engine.tile_spec
+        check_request(
+            _request(options, prompt=""),
+            vocab_size=config.decoder.vocab_size,
+            max_tiles=spec.max_tiles,
+            max_frames=spec.max_frames,
+            limits=DEFAULT_LIMITS,
+        )
+        self._history: list[Exchange] = []
+        self._images: list[ImageSource] = [decode_image(file) for file in options.image]
+        # Frames of the size of a tile are not changed by being resized to it again.
+        self._videos: list[VideoSource] = [
+            load_frames(file, spec, num_frames=options.num_frames) for file in options.video
+        ]
+
+    def take(self, line: str, *, interruptible: bool) -> None:
+        """Does what a line says: a command, a question, or nothing."""
+        from perception_rt.processing.image import decode_image
+
+        command, _, argument = line.partition(" ")
+        if command == "/image" and argument:
+            self._images.append(decode_image(argument.strip()))
+        elif line == "/reset":
+            self._history, self._images, self._videos = [], [], []
+        elif line.startswith("/"):
+            raise InputError(f"{line!r:.60} is no command; there are {_COMMANDS}")
+        elif line:
+            self._answer(line, interruptible)
+
+    def _answer(self, question: str, interruptible: bool) -> None:
+        from perception_rt.runtime.request import Exchange
+
+        images, videos = self._images, self._videos
+        with Progress() as progress:
+            progress.step("preparing the prompt")
+            request = _request(
+                self._options,
+                prompt=question,
+                images=images,
+                videos=videos,
+                history=self._history,
+                on_progress=lambda moved: progress.step(_line(moved)),
+            )
+            answer = _ask(self._engine, request, progress)
+        if answer.result is None and not interruptible:
+            raise KeyboardInterrupt
+        if answer.result is None and not answer.text:
+            return  # the question was taken back
+        exchange = Exchange(prompt=question, answer=answer.text, images=images, videos=videos)
+        self._history = [*self._history, exchange]
+        self._images, self._videos = [], []
+
+
+def _check_tokenizer(engine: "Generator") -> None:
+    content = engine.manifest.content
+    if content.text is None:
+        raise InputError(
+            f"{content.name} has no tokenizer and takes token ids only: export it with --tokenizer"
+        )
+
+
+def _request(options: Namespace, **fields: Any) -> "Request":
+    """A request with the options that all questions of a command have in common."""
+    from perception_rt.runtime.request import Request
+
+    return Request(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        stop=options.stop,
+        max_tiles=options.max_tiles,
+        num_frames=options.num_frames,
+        lookup=options.lookup,
+        **fields,
+    )
+
+
+def _ask(engine: "Generator", request: "Request", progress: Progress | None) -> _Answer:
+    """Puts a question; an interrupt ends the answer where it is.
+
+    Args:
+        engine: that answers.
+        request: the question.
+        progress: what to stop before the answer is printed as it grows; None to print nothing.
+    """
+    pieces: list[str] = []
+    result: Result | None = None
+    handle = engine.submit(request)
+    try:
+        for piece in handle:
+            pieces.append(piece)
+            if progress is not None:
+                progress.stop()
+                print(_printable(piece), end="", flush=True)
+        result = handle.result()
+    except KeyboardInterrupt:
+        handle.cancel()
+    finally:
+        if progress is not None and pieces:
+            print(flush=True)
+    return _Answer(text="".join(pieces), result=result)
+
+
+def _printable(text: str) -> str:
+    """A text as standard output may have it: a terminal obeys control characters."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+
+
+def _line(progress: "GenerationProgress") -> str:
+    if progress.phase == "decode":
+        return f"{progress.done} tokens of at most {progress.total}"
+    what = "tiles" if progress.phase == "vision" else "prompt tokens"
+    return f"{progress.done} of {progress.total} {what}"
+
+
+def _timings(timings: "Timings") -> dict[str, Any]:
+    derived = {"ttft_s": timings.ttft_s, "per_token_s": timings.per_token_s}
+    return asdict(timings) | derived
+
+
+def _summary(timings: "Timings") -> str:
+    """The work and the time of an answer, in a line."""
+    cached = f" ({timings.cached_tokens} cached)" if timings.cached_tokens else ""
+    parts = [f"{timings.image_tiles} tiles, {timings.prompt_tokens} prompt tokens{cached}"]
+    times = timings.token_times_s
+    if times:
+        parts.append(
+            f"first token {times[0]:.3f} s (preprocess {timings.preprocess_s:.3f}, "
+            f"vision {timings.vision_s:.3f}, prefill {timings.prefill_s:.3f})"
+        )
+    if len(times) > 1 and times[-1] > times[0]:
+        # The mean and not `per_token_s`: guessed tokens come several at a time.
+        each = (times[-1] - times[0]) / (len(times) - 1)
+        parts.append(f"{each * 1e3:.1f} ms/token, {1 / each:.1f} tokens/s")
+    return "; ".join(parts)
