@@ -17,11 +17,11 @@ from perception_rt.config import PeConfig
 from perception_rt.errors import BackendError, PerceptionError
 
 
-def run_task(task: Mapping[str, Any]) -> Any:
-    """Performs a task in a new process and returns its result; BackendError if it fails."""
+def run_task(task: Mapping[str, Any], *, module: str = "benchmarks.worker") -> Any:
+    """Performs a task in a new process of `module`; BackendError if it fails."""
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.worker", json.dumps(task), str(result)]
+        command = [sys.executable, "-m", module, json.dumps(task), str(result)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return json.loads(result.read_text())

@@ -61,19 +61,17 @@ def load(
         BackendError: the backend or device cannot be had here.
         InputError: an argument is unusable.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"a package is named by a path, not by a {type(path).__name__}")
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise InputError(f"threads must be an integer from 1 to {MAX_THREADS}, not {threads!r:.40}")
-    if kv_bytes is not None:
-        check_integer("kv_bytes", kv_bytes, 1)
+    _check_path("path", path)
+    if threads is not None:
+        check_integer("threads", threads, 1, MAX_THREADS)
+    check_integer("kv_bytes", 1 if kv_bytes is None else kv_bytes, 1)
     check_integer("max_batch", max_batch, 1, MAX_BATCH)
     check_integer("feature_cache_bytes", feature_cache_bytes, 0)
     check_integer("prefix_cache_bytes", prefix_cache_bytes, 0)
     if type(cache) is not bool:
         raise InputError(f"cache must be True or False, not a {type(cache).__name__}")
-    if cache_dir is not None and not isinstance(cache_dir, str | os.PathLike):
-        raise InputError(f"cache_dir must be a path, not a {type(cache_dir).__name__}")
+    if cache_dir is not None:
+        _check_path("cache_dir", cache_dir)
     package = open_package(path, expect=expect, limits=limits)
     try:
         built_for = package.manifest.content.target.backend
@@ -100,3 +98,8 @@ def load(
     except BaseException:
         package.close()
         raise
+
+
+def _check_path(name: str, value: object) -> None:
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{name} must be a path, not a {type(value).__name__}")
