@@ -17,8 +17,8 @@ from benchmarks import worker
 from benchmarks.generate_decoders import GENAI_DIRECTORY, Row, Runner, build_genai, open_runner
 from benchmarks.generate_prepare import prepare, small_tokenizer
 from benchmarks.generate_requests import ask_about_photo, ask_again, ask_together, guess
-from benchmarks.timing import peak_rss_bytes
 from perception_rt.errors import PerceptionError
+from perception_rt.memory import peak_rss_bytes
 from perception_rt.plm_config import PlmConfig
 from perception_rt.runtime.load import load
 

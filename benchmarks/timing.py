@@ -1,18 +1,17 @@
 """Timed calls of one row, and the figures made of their samples. Knows no model and no backend."""
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from perception_rt.memory import peak_rss_bytes
+
 Array = np.ndarray[Any, Any]
 
 WARM_UP_CALLS = 2
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +64,3 @@ def least_cosine(a: Array, b: Array) -> float:
 def percentile(samples: Sequence[float], q: float) -> float:
     """The q-th percentile, 0 to 100, interpolated between samples."""
     return float(np.percentile(samples, q))
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process since it was executed."""
-    # Linux lets getrusage's figure start from the parent's peak; VmHWM is this process's own.
-    if _STATUS.is_file():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -39,6 +39,7 @@ LAYER_1 = (
     "demo",
     "errors",
     "limits",
+    "memory",
     "plm_config",
     "progress",
     "targets",

@@ -17,6 +17,7 @@ from perception_rt.plm_config import PlmConfig
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "params.json"
 TOKENIZER_NAME = "tokenizer.model"
+HF_TOKENIZER_NAME = "tokenizer.json"
 ORIGINAL_FOLDER = "original"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
@@ -142,12 +143,14 @@ def find_config(path: Path | str) -> PlmConfig | None:
 
 
 def find_tokenizer(path: Path | str) -> Path | None:
-    """The `tokenizer.model` beside the weights or in `original/`; None if there is none.
+    """The tokenizer's file beside the weights or in `original/`; None if there is none.
+
+    `tokenizer.model`, or else the `tokenizer.json` of transformers.
 
     Args:
         path: what `open_checkpoint` takes.
     """
-    return _beside(Path(path), TOKENIZER_NAME)
+    return _beside(Path(path), TOKENIZER_NAME) or _beside(Path(path), HF_TOKENIZER_NAME)
 
 
 def _beside(path: Path, name: str) -> Path | None:

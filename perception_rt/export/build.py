@@ -6,7 +6,6 @@ tower in eager, or one layer of a language model, not the model several times ov
 
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -27,6 +26,7 @@ from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.export.plm_towers import PlmExport
 from perception_rt.export.quantize import MAX_LAYER_ERROR, Format
 from perception_rt.export.towers import ModelExport, PeExport, Reference, Tower
+from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
 from perception_rt.package.store import Stage
@@ -46,7 +46,7 @@ def export_package(
 
     Args:
         plan: what to make.
-        source: the weights; read twice, tensor by tensor.
+        source: the weights; read a few times over, tensor by tensor.
         out: must not exist, or be an empty directory, or a package that `force` may replace.
         force: replace an existing package.
         on_progress: called with a line for each step.
@@ -167,12 +167,11 @@ def _record(
     harmed: Mapping[str, float],
     seconds: float,
 ) -> dict[str, Any]:
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "fidelity": {name: result.to_dict() for name, result in fidelity.items()},
-        "gate": {"min_cosine": MIN_COSINE[plan.gate]},
+        "gate": {"min_cosine": {name: MIN_COSINE[plan.gate(name)] for name in fidelity}},
         "int8_error": {name: float(f"{error:.3g}") for name, error in harmed.items()},
         "latency": dict(latency),
         "host": {"machine": platform.machine(), "cores": os.cpu_count()},
-        "export": {"seconds": round(seconds, 1), "peak_rss_bytes": peak_kib * 1024},
+        "export": {"seconds": round(seconds, 1), "peak_rss_bytes": peak_rss_bytes()},
     }

@@ -15,13 +15,13 @@ from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
 from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, weights_path
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_destination, export_package
 from perception_rt.export.plan import ExportPlan, PlmPlan, parse_image_size
 from perception_rt.package.manifest import Manifest
 from perception_rt.plm_config import PlmConfig, is_plm
 from perception_rt.processing.image import ImageSpec, Resize
-from perception_rt.processing.llm_tokenizer import TokenizerSpec, detect_tokenizer
+from perception_rt.processing.llm_tokenizer import TokenizerSpec, detect_tokenizer, open_tokenizer
 from perception_rt.processing.tiles import TileSpec
 
 _MAX_CONFIG_BYTES = 64 * 1024
@@ -57,6 +57,8 @@ def run_export(options: argparse.Namespace, report: Report) -> Manifest:
             else open_checkpoint(weights.path, config, license_note=weights.license_note)
         )
         plan = _plan(options, config, weights.path) if isinstance(config, PlmConfig) else draft
+        if isinstance(plan, PlmPlan) and plan.tokenizer is None:
+            report("no tokenizer was found: the package takes token ids only (--tokenizer FILE)")
         return export_package(plan, source, options.out, force=options.force, on_progress=report)
 
 
@@ -89,7 +91,7 @@ def _refuse_foreign_options(options: argparse.Namespace, config: Config) -> None
 def _plan(
     options: argparse.Namespace, config: Config, weights: Path | None
 ) -> ExportPlan | PlmPlan:
-    name = (options.model or Path(options.checkpoint).stem).removeprefix("facebook/")
+    name = (options.model or _name_of(Path(options.checkpoint))).removeprefix("facebook/")
     common: dict[str, Any] = {
         "name": name.replace("Perception-LM-", "PLM-"),
         "backend": options.backend,
@@ -114,6 +116,13 @@ def _plan(
     )
 
 
+def _name_of(checkpoint: Path) -> str:
+    """A file's name, or its folder's where all files of this kind have the same name."""
+    path = checkpoint.absolute()
+    common = path.name.startswith(("consolidated.", "model."))
+    return path.parent.name if common else path.stem
+
+
 def _precision(options: argparse.Namespace) -> str:
     if options.fp8 and options.precision not in (None, "fp8"):
         raise InputError(f"--fp8 and --precision {options.precision} contradict each other")
@@ -131,7 +140,12 @@ def _tokenizer(
         return detect_tokenizer(found, vocab_size=vocab_size, image_token_id=image)
     if options.weights != "random" or vocab_size < _MIN_BYTES_VOCABULARY:
         return None
-    return TokenizerSpec(kind="bytes", vocab_size=vocab_size, image_token_id=image), None
+    spec = TokenizerSpec(kind="bytes", vocab_size=vocab_size, image_token_id=image)
+    try:
+        open_tokenizer(spec)
+    except PackageError:  # the architecture's image token is one of the bytes
+        return None
+    return spec, None
 
 
 def _taps(text: str | None, vision: VisionConfig) -> tuple[int, ...] | None:

@@ -272,7 +272,7 @@ Entry = Callable[[Lowering, ir.Value], ir.Value]
 
 
 def as_is(lowering: Lowering, x: ir.Value) -> ir.Value:
-    """Token ids, or normalised float pixels in the graph's dtype."""
+    """The input itself; floats in the graph's dtype."""
     if x.dtype != ir.DataType.FLOAT or lowering.dtype == np.float32:
         return x
     return lowering.cast(x, lowering.dtype)
@@ -364,5 +364,6 @@ def _fold(node: ir.Node, weights: Sequence[Weight]) -> Weight:
         floats[0],
         name=name,
         shape=shape,
+        rows=None,
         load=lambda: _evaluate(node, [w.load() for w in weights]),
     )

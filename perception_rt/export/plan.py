@@ -5,6 +5,7 @@ from typing import Literal
 
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError
+from perception_rt.package.contract import EMBED, PIXELS, VISION
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
@@ -47,9 +48,8 @@ class ExportPlan:
         """The backend's record."""
         return get_target(self.backend)
 
-    @property
-    def gate(self) -> str:
-        """Which limit of the export gate holds."""
+    def gate(self, output: str) -> str:
+        """Which limit of the export gate holds for an output, "graph.output"."""
         return self.precision
 
     @property
@@ -65,6 +65,9 @@ class ExportPlan:
 
 
 Blocks = Literal["int8", "int4"]
+
+_HEAD_MULTIPLE = 16  # of GroupQueryAttention, and of the fused kernels of others
+_BLOCK = 32  # channels of a quantised block of the embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,17 @@ class PlmPlan:
                 f"tiles of {self.tiles.tile_size} pixels are not for a tower of "
                 f"{self.config.vision.image_size}"
             )
+        decoder = self.config.decoder
+        if decoder.head_dim % _HEAD_MULTIPLE:
+            raise InputError(
+                f"the decoder's heads have {decoder.head_dim} channels; backend {self.backend} "
+                f"needs a multiple of {_HEAD_MULTIPLE}"
+            )
+        if self.quantized and decoder.dim % _BLOCK:
+            raise InputError(
+                f"precision {self.precision} needs a decoder width that is a multiple of {_BLOCK}, "
+                f"not {decoder.dim}"
+            )
         if self.blocks not in ("int8", "int4"):
             raise InputError(f"blocks must be int8 or int4, not {self.blocks!r:.40}")
         if self.blocks == "int4" and self.precision != "int4":
@@ -109,10 +123,14 @@ class PlmPlan:
         """The backend's record."""
         return get_target(self.backend)
 
-    @property
-    def gate(self) -> str:
-        """Which limit of the export gate holds."""
-        return "int4 blocks" if self.blocks == "int4" else self.precision
+    def gate(self, output: str) -> str:
+        """Which limit of the export gate holds for an output, "graph.output"."""
+        if self.precision != "int4":
+            return self.precision
+        graph = output.partition(".")[0]
+        if graph in (VISION, PIXELS):
+            return "int8"
+        return "int4 blocks" if graph != EMBED and self.blocks == "int4" else "int4"
 
     @property
     def quantized(self) -> bool:

@@ -150,6 +150,7 @@ class TileExport:
         errors = {_TOWER + name: error for name, error in found.items()}
         for index, block in enumerate(blocks):
             prefix = f"{_TOWER}transformer.resblocks.{index}."
+            # A copy, so that the block goes when its turn is over.
             layer = load_module(copy.deepcopy(block), self.source, prefix)
             x, found = _run(layer, partial(layer, x, rope=rope), measured=measured)
             errors |= {prefix + name: error for name, error in found.items()}
@@ -202,8 +203,9 @@ class EmbedExport:
         assert self.tiles.features is not None
         _, rows = next(row_ranges((self.config.vocab_size, self.config.dim)))
         table = self.source.load_rows("tok_embeddings.weight", 0, rows).float()
-        image = self.tiles.features[:1, :_IMAGE_TOKENS]
-        text = min(_TEXT_TOKENS, (self.config.max_seqlen - image.shape[1]) // 2)
+        room = self.config.max_seqlen
+        image = self.tiles.features[:1, : max(0, min(_IMAGE_TOKENS, room - 2))]
+        text = max(1, min(_TEXT_TOKENS, (room - image.shape[1]) // 2))
         ids = np.random.default_rng(0).integers(0, rows, (1, 2 * text), np.int64)
         hidden = F.embedding(torch.from_numpy(ids), table)
         self.prompt = torch.cat([hidden[:, :text], image, hidden[:, text:]], dim=1)

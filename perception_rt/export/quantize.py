@@ -120,9 +120,9 @@ class _LinearErrors(TorchFunctionMode):
 def _int8_error(x: Tensor, weight: Tensor, rounded_x: Callable[[Tensor], Tensor]) -> float:
     """|int8 product - product| / |product|, Frobenius norms, bias left out."""
     scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
-    rounded = (weight / scale).round().clamp(-127, 127) * scale
+    rounded = (weight / scale).round_().clamp_(-127, 127).mul_(scale)
     exact = F.linear(x, weight)
-    error = F.linear(rounded_x(x), rounded) - exact
+    error = F.linear(rounded_x(x), rounded).sub_(exact)
     return float(error.norm() / exact.norm().clamp(min=1e-30))
 
 

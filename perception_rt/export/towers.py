@@ -310,8 +310,13 @@ def _load(kind: Any, config: Any, source: WeightSource, prefix: str) -> Any:
 
 def load_module(module: nn.Module, source: WeightSource, prefix: str) -> Any:
     """A module made on the meta device, now in float32, its tensors assigned and not copied."""
-    tensors: dict[str, Tensor] = {
-        name: source.load(prefix + name).to(torch.float32) for name in module.state_dict()
-    }
+    tensors = {name: _own(source.load(prefix + name)) for name in module.state_dict()}
     module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """In float32, and in a storage of its own: `layer_errors` tells weights apart by that."""
+    tensor = tensor.to(torch.float32)
+    shared = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if shared else tensor

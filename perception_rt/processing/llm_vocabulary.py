@@ -179,8 +179,18 @@ def read_hf(data: bytes) -> Vocabulary:
         # The library has one class of error for all, and its messages quote the file.
         raise InputError("the tokenizer's JSON is not one that tokenizers accepts") from None
     values = {symbol: value for value, symbol in byte_symbols().items()}
+
+    def encode(text: str) -> list[int]:
+        try:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # a file's own pattern can make the library panic, no Exception
+            raise InputError("the tokenizer's JSON has a rule that fails on this text") from None
+        return ids
+
     return Vocabulary(
-        encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        encode=encode,
         spelling={
             i: bytes(values[c] for c in symbol)
             for symbol, i in vocab.items()

@@ -32,6 +32,7 @@ VideoSource: TypeAlias = str | os.PathLike[str] | NDArray[Any]
 _CONTAINERS = "mov,matroska,avi,mpegts"
 _MAX_FPS = 240  # together with `Limits.video_seconds`, a bound on packets
 _MAX_RESULT_PIXELS = 2**30  # of all selected frames together, 3 bytes each
+_EDGES = 2**16  # pixels that a small coded frame may have beyond what is shown
 _READ_BYTES = 256 * 1024
 _MAX_SECONDS = 2**31  # as an argument; also of frames per second
 
@@ -359,6 +360,10 @@ class _Reader:
         with self._open() as container:
             stream = self._video_stream(container)
             stream.codec_context.thread_type = "AUTO"
+            # A frame may be larger than its container says. The decoder is told before it has
+            # memory for one; it counts edges too, so this is generous; sizes are compared below.
+            most = 2 * self._limits.video_pixels + _EDGES
+            stream.codec_context.options = {"max_pixels": str(most)}
             for frame in container.decode(stream):
                 if size is None:
                     size = frame.width, frame.height

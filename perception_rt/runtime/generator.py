@@ -82,6 +82,8 @@ class Generator:
         )
         self.tile_spec: TileSpec = self._intake.tiles
         shape, package_id = self._decoder.cache_shape, package.manifest.id
+        if backend != self.manifest.content.target.backend:
+            cache_dir = None  # a test double's numbers must not reach the engine that is meant
         self._pool = KvPool(
             shape.bytes_per_token,
             max_length=self.max_length,

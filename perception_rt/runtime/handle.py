@@ -44,6 +44,7 @@ class Turns:
             if wait:
                 self._work(lambda: not self._scheduler.full)
             self.check_open()
+            self._make_place()
             self._scheduler.submit(job)
 
     def wait(self, ready: Callable[[], bool]) -> None:
@@ -65,8 +66,8 @@ class Turns:
             return
         try:
             if self._stepping is None:
-                self._scheduler.drop_ended()
                 self._changed.notify_all()
+                self._scheduler.drop_ended()
         finally:
             self._changed.release()
 
@@ -89,8 +90,15 @@ class Turns:
 
     def check_place(self) -> None:
         """What `submit` would raise for any job."""
-        self.check_open()
-        self._scheduler.check_place()
+        with self._changed:
+            self.check_open()
+            self._make_place()
+            self._scheduler.check_place()
+
+    def _make_place(self) -> None:
+        """Drops those in a full queue whose time is over, if nobody is at it anyway."""
+        if self._scheduler.full and self._stepping is None:
+            self._scheduler.drop_ended()
 
     def _work(self, ready: Callable[[], bool]) -> None:
         """Steps until `ready`, which is looked at between steps; the lock is held at the end."""
@@ -111,8 +119,9 @@ class Turns:
                 self._changed.acquire()
         finally:
             self._stepping = None
-            self._scheduler.drop_ended()
+            # In this order: an interrupt while rows are cleared must not leave others waiting.
             self._changed.notify_all()
+            self._scheduler.drop_ended()
 
     def _check_thread(self) -> None:
         self._check_process()

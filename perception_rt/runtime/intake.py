@@ -97,6 +97,9 @@ class Intake:
         )
         if self.tokenizer is None:
             raise InputError(f"{self._name} has no tokenizer; use generate_tokens()")
+        for exchange in request.history:
+            _check_marks(exchange)
+        _check_marks(request)
 
     def job(self, request: Request) -> Job:
         """The job of a request.
@@ -277,6 +280,18 @@ def _tokenizer(package: Package, config: PlmConfig, limits: Limits) -> Tokenizer
             raise InputError(f"the tokenizer and the architecture differ in {name}")
     data = None if spec.file is None else package.read(spec.file)
     return open_tokenizer(spec, data, limits=limits)
+
+
+def _check_marks(part: Exchange | Request) -> None:
+    """InputError for more marks of a kind than there are images or videos.
+
+    A single image may have a mark for each of its tiles, which are not known yet.
+    """
+    for mark, items in ((IMAGE_MARK, part.images), (VIDEO_MARK, part.videos)):
+        count = part.prompt.count(mark)
+        alone = len(part.images) + len(part.videos) == len(items) == 1
+        if count > len(items) and not (alone and mark == IMAGE_MARK):
+            raise InputError(f"the question has {count} {mark} marks for {len(items)} of them")
 
 
 def _in_order(

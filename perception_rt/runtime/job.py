@@ -185,7 +185,7 @@ class Job:
         """What has come of a job that ended; raises its error if it failed."""
         assert self.ended
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)
         assert self.finish_reason is not None
         started = self.ended_at if self.started_at is None else self.started_at
         return Result(

@@ -199,10 +199,14 @@ class KvPool:
         assert self.accounted_bytes <= self.max_bytes
 
     def _needed(self, start: int, total: int) -> list[_Bucket]:
-        """The smallest bucket for the start, and that for all, if it is another one."""
+        """The smallest bucket for the start, and that for all, if it is another one.
+
+        The last alone where both at once are more than there is: then there is no moving.
+        """
         first = next(b for b in self._buckets if b.slots >= start)
         last = next(b for b in self._buckets if b.slots >= total)
-        return list(dict.fromkeys((first, last)))
+        both = (first.slots + last.slots) * self._bytes_per_token
+        return [last] if first is last or both > self.max_bytes else [first, last]
 
     def _bytes(self, more: Sequence[_Bucket]) -> int:
         """`accounted_bytes` if another request had a row of each of `more`.

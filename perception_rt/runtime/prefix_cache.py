@@ -21,6 +21,7 @@ from perception_rt.runtime.kv_block import CacheBlock
 Array = np.ndarray[Any, Any]
 
 _KIND = "prefix"
+_WORTH_READING = 2  # an entry of which at least one half is asked for
 
 
 def sequence_keys(
@@ -107,8 +108,12 @@ class PrefixCache:
     def longest(self, keys: Array) -> tuple[int, PrefixEntry | None]:
         """The entry that begins with the most of `keys`, uint64 (T, 2), and with how many."""
         with self._lock:
-            known = self._stored | {name: entry.keys for name, entry in self._entries.items()}
-            lengths = {name: _common(keys, other) for name, other in known.items()}
+            lengths = {n: _common(keys, entry.keys) for n, entry in self._entries.items()}
+            for name, other in self._stored.items():
+                common = _common(keys, other)
+                # A whole file is read, so it must be worth it: not a system sentence alone.
+                if name not in lengths and common * _WORTH_READING >= len(other):
+                    lengths[name] = common
             # Those in memory first, of equals: to read one takes long and may fail.
             names = sorted(lengths, key=lambda name: (-lengths[name], name not in self._entries))
             for name in names:

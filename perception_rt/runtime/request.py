@@ -63,8 +63,10 @@ class Request:
     """One question to a language model.
 
     Attributes:
-        prompt: the question. Images and videos go where it has `<image>` or `<video>`, one mark
-            for each of them, or first if it has neither. Nothing else in it is special.
+        prompt: the question. Several images and videos go where it has `<image>` or `<video>`, one
+            mark for each of them, or first if it has neither. A single one goes first, as the
+            models were trained, and its mark is dropped, unless it is one tile, or has a mark for
+            each of its tiles. Nothing else in it is special.
         images: paths, encoded JPEG, PNG or WebP bytes, Pillow images, or uint8 (H, W, 3) RGB.
         videos: paths, or uint8 (T, H, W, 3) RGB frames; they follow the images.
         history: what was said before, the oldest first.
@@ -78,9 +80,11 @@ class Request:
         stop: strings that end the answer, and that it never contains.
         max_tiles: a tighter budget of tiles per image than the model's.
         num_frames: a tighter budget of frames per video than the model's.
-        deadline_s: seconds after which the answer ends where it is; None for no end.
+        deadline_s: seconds after which the answer ends where it is, counted from when its images
+            are opened, which is not cut short; None for no end.
         lookup: guess tokens from what was said, and check several at once: faster where an answer
-            repeats its question, never another answer. For temperature 0 only.
+            repeats its question, and the same answer but for ties: sums in another order may
+            round differently in an integer engine. For temperature 0 only.
         on_progress: called after each tile, part of the prompt and token, in whichever thread is
             at work. An exception from it ends the request and is raised where that is waited for.
     """

@@ -174,7 +174,8 @@ class Scheduler:
             job.prefill_s += start - job.started_at
         pending, encoded = job.pending_tiles, False
         while pending and not encoded:
-            encoded = self._encode_tile(job, pending.popleft())
+            encoded = self._encode_tile(job, pending[0])
+            pending.popleft()
             job.report("vision", job.tile_count - len(pending), job.tile_count)
         job.vision_s += self.clock() - start
         if not pending:
@@ -189,6 +190,7 @@ class Scheduler:
             # The last token is decoded in any case: the answer's first comes from it.
             length = min(length, len(job.ids) - 1)
             if entry is not None and length > 0:
+                job.lease.advance(0, written=length)
                 self._prefixes.restore(entry, length, job.lease.block, job.lease.row)
                 job.lease.advance(length)
                 job.cached_tokens = length
@@ -222,19 +224,22 @@ class Scheduler:
         # Parts end at the same places whatever was cached, so that most are the same parts.
         stop = min(len(job.ids), (start // self._chunk_tokens + 1) * self._chunk_tokens)
         hidden = self._hidden(job, start, stop)
+        job.lease.advance(start, written=stop)  # also if it fails half-way
         logits = self._forward([job], hidden[None], np.array([[stop - start - 1]]))[0, 0]
         job.lease.advance(stop)
         job.prefill_s += self.clock() - clock_start
         job.report("prefill", stop, len(job.ids))
         if stop < len(job.ids):
             return
-        self._remember(job, stop)
         if job.max_new_tokens == 0:
             job.logits = logits
+            self._remember(job, stop)
             self._finish(job, "length")
             return
         job.enter(State.DECODE)
         self._accept(job, job.sampler.choose(logits))
+        if not job.ended:
+            self._remember(job, stop)  # after the first token, which is waited for
 
     def _hidden(self, job: Job, start: int, stop: int) -> Array:
         """Embeddings of a part of the prompt, float32 (T, C), with features where tiles are."""
@@ -264,6 +269,9 @@ class Scheduler:
     def _decode_run(self, jobs: Sequence[Job]) -> None:
         """One token for each job of adjacent rows; if that fails, for each on its own."""
         tokens = np.array([job.tokens[-1] for job in jobs])
+        for job in jobs:
+            assert job.lease is not None
+            job.lease.advance(job.lease.length, written=job.lease.length + 1)
         try:
             hidden = self._decoder.embed(tokens)[:, None]
             logits = self._forward(jobs, hidden, np.zeros((len(jobs), 1), np.int64))
@@ -293,9 +301,9 @@ class Scheduler:
         tokens = np.array([job.tokens[-1], *drafts])
         start, count = job.lease.length, len(tokens)
         hidden = self._decoder.embed(tokens)
+        job.lease.advance(start, written=start + count)
         logits = self._forward([job], hidden[None], np.arange(count)[None])
         job.steps += 1
-        job.lease.advance(start, written=start + count)
         predicted = [job.sampler.choose(row) for row in logits[0]]
         for token in agreed(drafts, predicted):
             job.lease.advance(job.lease.length + 1)
@@ -343,16 +351,26 @@ class Scheduler:
 
     @contextmanager
     def _guard(self, job: Job) -> Iterator[None]:
-        """What goes wrong in here is the job's own; an interrupt ends it too, and goes on."""
+        """What goes wrong in here is the job's own, but an interrupt is the caller's.
+
+        A tile or a part of a prompt that was interrupted before it counted is done again.
+        """
+        before = _progress_of(job)
         try:
             yield
-        except Exception as error:
+        except KeyboardInterrupt:
+            if job.state not in (State.ENCODING, State.PREFILL) or before != _progress_of(job):
+                self._fail(job, BackendError("the request was interrupted"))
+            raise
+        except BaseException as error:
             if job.ended:  # a mistake of ours, and of no request
                 raise
             self._fail(job, error)
-        except BaseException:
-            self._fail(job, BackendError("the request was interrupted"))
-            raise
+
+
+def _progress_of(job: Job) -> tuple[State, int, int]:
+    """What of a job's preparation counts already."""
+    return job.state, 0 if job.lease is None else job.lease.length, len(job.tokens)
 
 
 def _extent(job: Job) -> tuple[int, int]:

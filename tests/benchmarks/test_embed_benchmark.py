@@ -14,11 +14,12 @@ from benchmarks import embed
 from benchmarks.flops import vision_flops, vision_macs
 from benchmarks.report import summarize
 from benchmarks.rows import BASELINE, Row, rows_for
-from benchmarks.timing import least_cosine, measure, peak_rss_bytes
+from benchmarks.timing import least_cosine, measure
 from benchmarks.worker import perform, run_task
 from perception_rt import archs
 from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.errors import BackendError
+from perception_rt.memory import peak_rss_bytes
 
 TINY = PeConfig(
     vision=VisionConfig(

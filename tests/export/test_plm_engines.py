@@ -13,7 +13,7 @@ from golden_data import PLM_FILES, Golden, plm_golden
 import perception_rt as prt
 from perception_rt.archs import PLM_MODELS
 from perception_rt.errors import ExportError, InputError
-from perception_rt.export import plm_towers
+from perception_rt.export import plm_towers, weights
 from perception_rt.export.build import export_package
 from perception_rt.export.emit import onnxruntime as emitter
 from perception_rt.export.plan import PlmPlan
@@ -32,7 +32,13 @@ MAX_LOGIT_ERROR = 1e-3
 # Between two orders of the same sums. Rounding to integers makes a step of a difference in the last
 # bit, so integers cannot be as close; a wrong scale or position moves logits by about 1.
 MAX_ORDER_ERROR = {"fp32": 1e-4, "int8": 0.05, "int4": 0.05}
-PRECISIONS = [("fp32", "int8"), ("fp16", "int8"), ("int8", "int8"), ("int4", "int8")]
+PRECISIONS = [
+    ("fp32", "int8"),
+    ("fp16", "int8"),
+    ("int8", "int8"),
+    ("int4", "int8"),
+    ("int4", "int4"),
+]
 
 
 def plan_of(data: Golden, precision: str = "fp32", **options: object) -> PlmPlan:
@@ -179,7 +185,8 @@ def test_other_precisions_are_close(
         logits = plm.prefill_logits(data.inputs["tokens"][0], data.inputs["tiles"])
     golden = data.outputs["logits"][0, -1]
     cosine = logits @ golden / np.linalg.norm(logits) / np.linalg.norm(golden)
-    assert cosine >= {"fp16": 0.9995, "int8": 0.99, "int4": 0.96}[precision]
+    least = 0.85 if blocks == "int4" else {"fp16": 0.9995, "int8": 0.99, "int4": 0.96}[precision]
+    assert cosine >= least
     assert set(record) >= {"vision.image_features", "embed.hidden", "decoder_0.logits"}
 
 
@@ -221,7 +228,7 @@ def test_parts_chain_to_the_same_logits(
 def test_parts_of_the_released_models() -> None:
     """Layers are whole, in order, all there; int4 of PLM-1B is one part."""
     for name, config in PLM_MODELS.items():
-        for precision, blocks in [*PRECISIONS, ("int4", "int4")]:
+        for precision, blocks in PRECISIONS:
             plan = PlmPlan(
                 name=name,
                 config=config,
@@ -240,15 +247,15 @@ def test_parts_of_the_released_models() -> None:
 def test_a_layer_that_rows_would_hurt_takes_blocks(tmp_path: Path) -> None:
     """A channel thirty times the others leaves few steps for them in W8A8 by rows."""
     data = plm_golden("plm_untied_noscale")
-    weights = dict(data.weights)
-    norm = weights["layers.1.ffn_norm.weight"].clone()
+    tensors = dict(data.weights)
+    norm = tensors["layers.1.ffn_norm.weight"].clone()
     norm[3] = 30.0
-    weights["layers.1.ffn_norm.weight"] = norm
+    tensors["layers.1.ffn_norm.weight"] = norm
     for name in ("w1", "w3"):
         key = f"layers.1.feed_forward.{name}.weight"
-        weights[key] = weights[key].clone()
-        weights[key][:, 3] /= 30.0
-    manifest = export_package(plan_of(data, "int8"), replace(data, weights=weights), tmp_path / "p")
+        tensors[key] = tensors[key].clone()
+        tensors[key][:, 3] /= 30.0
+    manifest = export_package(plan_of(data, "int8"), replace(data, weights=tensors), tmp_path / "p")
     hurt = ["layers.1.feed_forward.w1.weight", "layers.1.feed_forward.w3.weight"]
     assert manifest.content.target.options["float_layers"] == []
     assert manifest.content.target.options["block_layers"] == hurt
@@ -303,6 +310,34 @@ def test_tokenizer_goes_into_the_package(tmp_path: Path) -> None:
         result = plm.generate("What is this?", images=[image], max_tiles=0, max_new_tokens=4)
     assert len(result.tokens) <= 4
     assert result.timings.image_tiles == 1
+
+
+def test_a_table_goes_through_memory_in_pieces(
+    package: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = plm_golden("plm_tied_ropescaled")
+    monkeypatch.setattr(weights, "_PIECE_BYTES", 7 * 4 * data.config.decoder.dim)
+    export_package(plan_of(data, "int4"), data, tmp_path / "p")
+    with (
+        open_package(package("plm_tied_ropescaled", "int4")) as whole,
+        open_package(tmp_path / "p") as pieces,
+    ):
+        for name in ("embed.data", "decoder_0.data"):
+            assert whole.manifest.content.files[name] == pieces.manifest.content.files[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision", "message"),
+    [
+        ({"n_heads": 16, "n_kv_heads": 4}, "fp32", "heads have 8 channels; .* multiple of 16"),
+        ({"dim": 144, "n_heads": 9, "n_kv_heads": 3}, "int4", "a multiple of 32, not 144"),
+    ],
+)
+def test_plan_refuses_shapes(changes: dict[str, int], precision: str, message: str) -> None:
+    data = plm_golden("plm_tied_ropescaled")
+    config = replace(data.config, decoder=replace(data.config.decoder, **changes))
+    with pytest.raises(InputError, match=message):
+        plan_of(replace(data, config=config), precision)
 
 
 @pytest.mark.parametrize(

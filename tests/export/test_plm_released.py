@@ -1,7 +1,6 @@
 """Language models at the released sizes, with random weights: minutes each, run by name."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import perception_rt as prt
 from perception_rt.archs import PLM_MODELS
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import expected_tensors
+from perception_rt.package.reader import read_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -46,15 +46,13 @@ def write_shards(directory: Path, name: str) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def export(*arguments: str) -> int:
-    """Runs `perception-export` in a child; returns its peak resident bytes."""
+def export(*arguments: str, out: Path) -> int:
+    """Runs `perception-export` in a child; returns the peak resident bytes that it records."""
     code = "import sys; from perception_rt.cli import export_main; sys.exit(export_main())"
-    command = [sys.executable, "-c", code, *arguments]
-    child = subprocess.Popen(command)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    return usage.ru_maxrss * 1024
+    subprocess.run([sys.executable, "-c", code, *arguments, "--out", str(out)], check=True)
+    record = read_manifest(out).record["export"]
+    print(record)
+    return record["peak_rss_bytes"]
 
 
 @pytest.mark.parametrize("blocks", ["int8", "int4"])
@@ -65,7 +63,8 @@ def test_plm_8b_exports_in_six_gibibytes(blocks: str, tmp_path: Path) -> None:
     out = tmp_path / "package"
     peak = export(
         *("--model", "PLM-8B", "--weights", str(shards), "--precision", "int4"),
-        *("--blocks", blocks, "--out", str(out)),
+        *("--blocks", blocks),
+        out=out,
     )
     assert peak <= 6 * _GIB, f"{peak / _GIB:.2f} GiB"
 
@@ -73,7 +72,7 @@ def test_plm_8b_exports_in_six_gibibytes(blocks: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_plm_1b_exports_and_answers(precision: str, tmp_path: Path) -> None:
     out = tmp_path / "package"
-    export("--model", "PLM-1B", "--weights", "random", "--precision", precision, "--out", str(out))
+    export("--model", "PLM-1B", "--weights", "random", "--precision", precision, out=out)
     image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     with prt.load(out) as plm:
         result = plm.generate("What is this?", images=[image], max_tiles=0, max_new_tokens=4)

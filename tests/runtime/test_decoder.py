@@ -75,7 +75,7 @@ def attention_model(kv_heads: int, head_dim: int, heads: int) -> bytes:
         helper.make_node(
             "GroupQueryAttention",
             ["hidden", "kv", "kv", "key_cache_0", "value_cache_0", "last", "most"],
-            ["hidden_out", "key_cache_0_out", "value_cache_0_out"],
+            [contract.HIDDEN_OUT, "key_cache_0_out", "value_cache_0_out"],
             domain="com.microsoft",
             num_heads=heads,
             kv_num_heads=kv_heads,
@@ -92,7 +92,7 @@ def attention_model(kv_heads: int, head_dim: int, heads: int) -> bytes:
             helper.make_tensor_value_info("value_cache_0", float32, cache),
         ],
         [
-            helper.make_tensor_value_info("hidden_out", float32, hidden),
+            helper.make_tensor_value_info(contract.HIDDEN_OUT, float32, hidden),
             helper.make_tensor_value_info("key_cache_0_out", float32, cache),
             helper.make_tensor_value_info("value_cache_0_out", float32, cache),
         ],

@@ -67,7 +67,25 @@ def test_an_answer(plm: Generator) -> None:
 
 def test_without_images_and_with_an_empty_question(plm: Generator) -> None:
     assert plm.generate("", max_new_tokens=3).timings.image_tiles == 0
-    assert plm.generate("<image> <|image|>", max_new_tokens=3).timings.image_tiles == 0
+    assert plm.generate("<|image|>", max_new_tokens=3).timings.image_tiles == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "videos", "message"),
+    [
+        ("<image> what?", 0, 0, "1 <image> marks for 0"),
+        ("<image> and <image>", 1, 1, "2 <image> marks for 1"),
+        ("<video>", 1, 0, "1 <video> marks for 0"),
+        ("<video><video>", 0, 1, "2 <video> marks for 1"),
+        ("<image><image><image>", 2, 0, "3 <image> marks for 2"),
+    ],
+)
+def test_more_marks_than_images(
+    plm: Generator, prompt: str, images: int, videos: int, message: str
+) -> None:
+    picture, film = np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(InputError, match=message):
+        plm.generate(prompt, images=[picture] * images, videos=[film] * videos)
 
 
 def test_a_stream_is_the_answer_in_pieces(plm: Generator) -> None:

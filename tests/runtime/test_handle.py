@@ -271,3 +271,16 @@ def test_no_thread_is_started(plm: Generator) -> None:
     stream = plm.stream("a", max_new_tokens=50)
     next(stream)
     assert threading.active_count() == before
+
+
+def test_an_exit_in_a_callback_reaches_no_neighbour(plm: Generator) -> None:
+    """Also what is no Exception, such as the cancellation of a task."""
+
+    def stop(_: object) -> None:
+        raise asyncio.CancelledError
+
+    first = plm.submit(Request("One?", max_new_tokens=8, on_progress=stop))
+    second = plm.submit(Request("Two?", max_new_tokens=8))
+    assert len(second.result().tokens) == 8
+    with pytest.raises(asyncio.CancelledError):
+        first.result()

@@ -207,3 +207,16 @@ def test_any_order_of_calls_keeps_the_invariants(data: st.DataObject) -> None:
     for lease in leases:
         pool.release(lease)
     assert pool.accounted_bytes == 0 and pool.used_rows == 0
+
+
+def test_one_longest_row_is_enough_for_every_request() -> None:
+    """A request that could move between two rows does without where there is memory for one."""
+    pool = KvPool(
+        1,
+        max_length=11520,
+        max_bytes=11520,
+        max_rows=8,
+        allocate=lambda rows, slots: CacheBlock(SHAPE, rows, slots),
+    )
+    for start in range(1, 11265, 64):
+        assert pool.cost(start, start + 256) <= pool.max_bytes, start

@@ -435,7 +435,7 @@ def test_a_thousand_requests_onto_four_rows(decoder: Decoder) -> None:
 
 def test_what_can_never_fit_is_refused_at_once(decoder: Decoder) -> None:
     scheduler = make_scheduler(decoder, slots=100)
-    with pytest.raises(CapacityError, match=r"160 tokens takes 49152 bytes .* kv_bytes is 12800"):
+    with pytest.raises(CapacityError, match=r"160 tokens takes 32768 bytes .* kv_bytes is 12800"):
         scheduler.submit(make_job(prompt=100, new=60))
     assert scheduler.jobs == []
     run(scheduler, [make_job(prompt=30, new=30)])

@@ -1,0 +1,16 @@
+"""How much memory this process has needed so far."""
+
+import resource
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since it was executed."""
+    # Linux lets getrusage's figure start from the parent's peak; VmHWM is this process's own.
+    if _STATUS.is_file():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
