@@ -5,15 +5,27 @@ what it waits for; others who wait meanwhile look on, and one of them takes over
 models.
 """
 
+import atexit
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from perception_rt.errors import BackendError
 from perception_rt.runtime.job import Job
 from perception_rt.runtime.request import Result
 from perception_rt.runtime.scheduler import Scheduler
+
+# A daemon thread must not be inside of an engine when the interpreter goes.
+_open: "weakref.WeakSet[Turns]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for turns in list(_open):
+        with suppress(BackendError):  # of a process that was forked
+            turns.close()
 
 
 class Turns:
@@ -26,6 +38,7 @@ class Turns:
         self._stepping: int | None = None  # the thread that does
         self._closed = False
         self._process = os.getpid()
+        _open.add(self)
 
     def submit(self, job: Job, *, wait: bool = False) -> None:
         """Adds a job; it moves on while anybody waits for this or for another one.
@@ -143,7 +156,8 @@ class Handle:
     def __init__(self, turns: Turns, job: Job) -> None:
         self._turns = turns
         self._job = job
-        weakref.finalize(self, turns.cancel, job, blocking=False).atexit = False
+        self._finalizer = weakref.finalize(self, turns.cancel, job, blocking=False)
+        self._finalizer.atexit = False
 
     @property
     def done(self) -> bool:
@@ -162,7 +176,7 @@ class Handle:
             given += 1
             yield job.pieces[given - 1]
             self._turns.wait(more)
-        job.result()
+        self._outcome()
 
     def result(self) -> Result:
         """Waits for the end.
@@ -172,6 +186,12 @@ class Handle:
             Exception: whatever the request's own `on_progress` raised.
         """
         self._turns.wait(lambda: self._job.ended)
+        return self._outcome()
+
+    def _outcome(self) -> Result:
+        # An error refers to the frames that it passes, and those to this handle: the finalizer,
+        # which refers to the job and so to its error, would keep them all for ever.
+        self._finalizer.detach()
         return self._job.result()
 
     def cancel(self) -> None:

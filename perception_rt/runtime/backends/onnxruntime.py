@@ -1,9 +1,12 @@
 """ONNX Runtime, on CPU or CUDA. A device that cannot be had is an error, never another device."""
 
 import os
+import platform
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
 
+_CPU_INFO = Path("/proc/cpuinfo")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _RELEASE_S = 0.02  # between two releases of mapped weights: some 40 MB are read meanwhile
@@ -90,8 +94,9 @@ def open_session(
     target = get_target(package.manifest.content.target.backend)
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Without it, products of uint8 and int8 saturate on x86 processors that lack VNNI.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if _saturates():
+        # Integer products in another way, exact, slower and in twice the memory.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     # Sequential runs of a graph that is a chain; threads work inside an operator.
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if threads is not None:
@@ -168,6 +173,14 @@ def _releasing(package: Package, files: Sequence[str]) -> Iterator[None]:
         thread.join()
         for file in files:
             package.release(file)
+
+
+@cache
+def _saturates() -> bool:
+    """Whether products of uint8 and int8 overflow here: x86 without VNNI adds them in 16 bits."""
+    if platform.machine() not in ("x86_64", "AMD64") or not _CPU_INFO.is_file():
+        return False
+    return "vnni" not in _CPU_INFO.read_text(errors="replace")
 
 
 def _weights(package: Package, model: bytes) -> dict[str, Array]:

@@ -1,0 +1,290 @@
+"""Random requests and their answers, threads that must end, and what a process holds."""
+
+import ctypes
+import gc
+import string
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+import perception_rt as prt
+from perception_rt.runtime.generator import Generator
+from perception_rt.runtime.job import Job
+from perception_rt.runtime.kv import Lease
+from perception_rt.runtime.lookup import MAX_DRAFTS
+from perception_rt.runtime.request import Exchange, Request, Result
+
+_LETTERS = list(string.ascii_letters + "  .,\u00e9\u4e16\U0001f600")
+_LIBC = ctypes.CDLL(None)
+
+
+def golden_package(factory: pytest.TempPathFactory) -> Path:
+    """The engine that people run: golden weights in float32; exported once per session."""
+    out = factory.getbasetemp() / "golden-plm"
+    if not out.exists():
+        export_golden(out)
+    return out
+
+
+def export_golden(out: Path) -> None:
+    """Golden weights, with a longer context than theirs and with a tokenizer."""
+    # torch and onnx are imported only for those tests that need a package.
+    from golden_data import plm_golden
+
+    from perception_rt.export.build import export_package
+    from perception_rt.export.plan import PlmPlan
+    from perception_rt.processing.llm_tokenizer import TokenizerSpec
+    from perception_rt.processing.tiles import TileSpec
+
+    data = plm_golden("plm_tied_ropescaled")
+    decoder = replace(data.config.decoder, max_seqlen=1024)
+    data = replace(data, config=replace(data.config, decoder=decoder))
+    text = TokenizerSpec(kind="bytes", vocab_size=320, image_token_id=data.config.image_token_id)
+    plan = PlmPlan(
+        name="golden",
+        config=data.config,
+        backend="onnxruntime",
+        precision="fp32",
+        tiles=TileSpec(tile_size=data.config.vision.image_size, max_tiles=4, max_frames=4),
+        tokenizer=(text, None),
+    )
+    export_package(plan, data, out)
+
+
+@cache
+def picture(seed: int) -> np.ndarray:
+    """One of few, so that caches have something to find; of different sizes."""
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(20, 120, 2)
+    return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+@cache
+def clip(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (rng.integers(1, 7), 40, 50, 3), np.uint8)
+
+
+def random_request(rng: np.random.Generator, *, text: int, new: int) -> Request:
+    """A question with or without images, videos and history, greedy, guessing or drawn.
+
+    Args:
+        rng: what decides.
+        text: most characters of the question, and again of what was said before.
+        new: most tokens of the answer.
+    """
+
+    def words(most: int) -> str:
+        # Questions have beginnings in common, which is what a cache of prompts is for.
+        start = ("What is this? ", "What is that? ", "")[rng.integers(3)]
+        return start + "".join(rng.choice(_LETTERS, rng.integers(most)))
+
+    def pictures(most: int) -> list[np.ndarray]:
+        return [picture(int(seed)) for seed in rng.integers(6, size=rng.integers(most + 1))]
+
+    media = rng.choice(["nothing", "image", "images", "video", "both", "history"])
+    history = ()
+    if media == "history":
+        history = [
+            Exchange(prompt=words(text // 2), answer=words(text // 2), images=pictures(1))
+            for _ in range(rng.integers(1, 3))
+        ]
+    options = {}
+    drawn = rng.random() < 0.4
+    if drawn:
+        options = {
+            "temperature": float(rng.choice([0.3, 1.0, 2.0])),
+            "seed": int(rng.integers(2**62)),
+            "top_k": None if rng.random() < 0.5 else int(rng.integers(1, 300)),
+            "top_p": None if rng.random() < 0.5 else float(rng.uniform(0.1, 1)),
+        }
+    return Request(
+        words(text),
+        images=pictures({"image": 1, "images": 3, "both": 1}.get(media, 0)),
+        videos=[clip(int(rng.integers(4)))] if media in ("video", "both") else (),
+        history=history,
+        max_new_tokens=int(rng.integers(1, new)),
+        max_tiles=None if rng.random() < 0.5 else int(rng.integers(4)),
+        stop=[] if rng.random() < 0.8 else [str(rng.choice(_LETTERS))],
+        lookup=not drawn and rng.random() < 0.5,
+        **options,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """A request, and what it is answered when nobody else is there and nothing is cached."""
+
+    request: Request
+    answer: Result
+
+    def check(self, result: Result) -> None:
+        """The same answer."""
+        assert result.tokens == self.answer.tokens
+        assert (result.text, result.finish_reason) == (self.answer.text, self.answer.finish_reason)
+
+    def check_part(self, result: Result) -> bool:
+        """The same answer, or as much of it as there was time for; whether it is not whole."""
+        broken = result.finish_reason in ("cancelled", "deadline")
+        if broken:
+            assert result.tokens == self.answer.tokens[: len(result.tokens)]
+        else:
+            self.check(result)
+        return broken
+
+
+def make_cases(package: Path, count: int, *, seed: int, text: int, new: int) -> list[Case]:
+    """Requests that were answered one by one by a generator that remembers and moves nothing."""
+    rng = np.random.default_rng(seed)
+    cases = []
+    with prt.load(package, cache=False, max_batch=1, threads=1) as plm:
+        del plm._pool._buckets[:-1]  # rows are as long as they will ever have to be
+        for _ in range(count):
+            # Without guesses: whether they change an answer is what is to be seen.
+            request = random_request(rng, text=text, new=new)
+            answer = plm.submit(replace(request, lookup=False)).result()
+            cases.append(Case(request=request, answer=answer))
+            assert plm._pool.used_rows == 0
+    return cases
+
+
+@dataclass
+class Watch:
+    """What a generator does, counted; its invariants are looked at after every step.
+
+    Attributes:
+        decoded: how many tokens were decoded together, and how often.
+        moves: of a request to a longer row.
+        most_queued: requests that waited for memory at once.
+        steps: of the scheduler.
+        left: rows that were given back and not cleared. Who gives one back must not fail.
+    """
+
+    plm: Generator
+    decoded: Counter[int] = field(default_factory=Counter)
+    moves: int = 0
+    most_queued: int = 0
+    steps: int = 0
+    left: int = 0
+
+    def __post_init__(self) -> None:
+        scheduler, pool, decoder = self.plm._scheduler, self.plm._pool, self.plm._decoder
+        step, make_room, release = scheduler.step, pool.make_room, pool.release
+        forward = decoder.forward
+
+        def watched_step() -> None:
+            step()
+            scheduler.invariants()
+            self.steps += 1
+            self.most_queued = max(self.most_queued, len(scheduler._queue))
+
+        def watched_room(lease: Lease, length: int) -> None:
+            bucket, row = lease.bucket, lease.row
+            make_room(lease, length)
+            if lease.bucket is not bucket:
+                self.moves += 1
+                self.left += not is_clear(bucket, row, lease.length)
+
+        def watched_release(lease: Lease) -> None:
+            bucket, row = lease.bucket, lease.row
+            release(lease)
+            self.left += not is_clear(bucket, row, lease.length)
+
+        def watched_forward(hidden, *rest):
+            if hidden.shape[1] == 1:
+                self.decoded[len(hidden)] += 1
+            return forward(hidden, *rest)
+
+        scheduler.step, pool.make_room, pool.release = watched_step, watched_room, watched_release
+        decoder.forward = watched_forward
+
+
+def is_clear(bucket, row: int, length: int) -> bool:
+    """Nothing of what somebody said is where somebody else will be; NaN is a test's poison."""
+    if bucket.block is None:
+        return True
+    tokens = bucket.block.read(row, min(length + 2 * MAX_DRAFTS, bucket.slots))
+    return not np.nan_to_num(tokens).any()
+
+
+def assert_idle(plm: Generator) -> None:
+    """Nothing is left of any request."""
+    plm._scheduler.invariants()
+    assert plm._scheduler.jobs == [] and plm._pool.used_rows == 0
+    assert plm._pool.accounted_bytes == 0
+    assert all(bucket.block is None for bucket in plm._pool._buckets)
+
+
+def load(package: Path, **options) -> Generator:
+    """A generator whose answers are as long as they may be."""
+    plm = prt.load(package, threads=1, **options)
+    plm._intake.tokenizer.end_ids = frozenset()
+    return plm
+
+
+def live_jobs() -> int:
+    """Jobs that something still refers to."""
+    gc.collect()
+    return sum(type(item) is Job for item in gc.get_objects())
+
+
+def run_threads(works: Iterable[Callable[[], object]], *, timeout_s: float = 60.0) -> None:
+    """Runs each in a thread of its own; the first error, or a failure if one does not end."""
+    errors: list[BaseException] = []
+
+    def guarded(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=[work], daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if errors:
+        raise errors[0]
+    stuck = sum(thread.is_alive() for thread in threads)
+    if stuck:
+        pytest.fail(f"{stuck} of {len(threads)} threads did not end in {timeout_s} s")
+
+
+def eventually(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> bool:
+    """Whether it comes true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def threads() -> int:
+    """Native ones too."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+def resident_bytes() -> int:
+    """Without what the allocator keeps for later."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """By least squares."""
+    return float(np.polyfit(xs, ys, 1)[0])
