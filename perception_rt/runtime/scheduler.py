@@ -355,11 +355,10 @@ class Scheduler:
 
         A tile or a part of a prompt that was interrupted before it counted is done again.
         """
-        before = _progress_of(job)
         try:
             yield
         except KeyboardInterrupt:
-            if job.state not in (State.ENCODING, State.PREFILL) or before != _progress_of(job):
+            if not _repeatable(job):
                 self._fail(job, BackendError("the request was interrupted"))
             raise
         except BaseException as error:
@@ -368,9 +367,11 @@ class Scheduler:
             self._fail(job, error)
 
 
-def _progress_of(job: Job) -> tuple[State, int, int]:
-    """What of a job's preparation counts already."""
-    return job.state, 0 if job.lease is None else job.lease.length, len(job.tokens)
+def _repeatable(job: Job) -> bool:
+    """Whether what a job was at can be done again: its preparation, up to its last part."""
+    if job.state not in (State.ENCODING, State.PREFILL):
+        return False
+    return job.lease is None or job.lease.length < len(job.ids)
 
 
 def _extent(job: Job) -> tuple[int, int]:

@@ -161,6 +161,7 @@ def test_loading_and_closing_leaves_nothing(
     package = packages(engine)
 
     def cycle(index: int) -> None:
+        held = descriptors()
         plm = load(package)
         stream = plm.stream("a", max_new_tokens=LONG)
         next(stream)
@@ -169,7 +170,9 @@ def test_loading_and_closing_leaves_nothing(
         if index % 3 == 0:
             with suppress(ZeroDivisionError):
                 plm.generate("a", on_progress=lambda progress: 1 / 0)
+        assert descriptors() > held
         plm.close()
+        assert descriptors() == held
         with pytest.raises(BackendError):
             list(stream)
 
@@ -349,62 +352,6 @@ def test_spawned_processes_load_their_own(package: Path, tmp_path: Path) -> None
     assert_clean(child, "done\n")
 
 
-INTERRUPT = """
-import signal, sys, time
-import perception_rt as prt
-from perception_rt.errors import BackendError
-from perception_rt.runtime.request import Request
-plm = prt.load(sys.argv[1], threads=1, cache=False)
-plm._intake.tokenizer.end_ids = frozenset()
-expected = plm.generate("a", max_new_tokens=30).tokens
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
-forward, calls, slow = plm._decoder.forward, 0, 0
-
-def wait_for_signal(*arguments):
-    global calls
-    calls += 1
-    if calls == slow:
-        print("ready", flush=True)
-        time.sleep(30)
-    return forward(*arguments)
-
-plm._decoder.forward = wait_for_signal
-uses = [
-    lambda: plm.generate("a", max_new_tokens=500),
-    lambda: list(plm.stream("a", max_new_tokens=500)),
-    lambda: plm.generate_batch([Request("a", max_new_tokens=500)] * 3),
-    lambda: plm.generate_tokens([1, 2, 3], max_new_tokens=500),
-]
-for use in uses:
-    for slow in (1, 4, 7):  # the other's prompt, one's own, a token of both
-        calls, other = 0, plm.submit(Request("b", max_new_tokens=5))
-        try: use()
-        except KeyboardInterrupt: pass
-        else: raise SystemExit("not interrupted")
-        assert plm.generate("a", max_new_tokens=30).tokens == expected
-        try: assert other.done and len(other.result().tokens) == 5
-        except BackendError as error: assert slow == 1 and "was interrupted" in str(error)
-        plm._scheduler.invariants()
-        assert plm._pool.used_rows == 0, plm._pool.used_rows
-print("done", flush=True)
-"""
-
-
-def test_an_interrupt_ends_the_call_and_nothing_else(package: Path) -> None:
-    """CON-05: SIGINT while the engine is at work, as Ctrl-C in a terminal; twelve times."""
-    command = [sys.executable, "-c", INTERRUPT, str(package)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
-        lines = []
-        for line in child.stdout:
-            lines.append(line)
-            if line == "ready\n":
-                child.send_signal(signal.SIGINT)
-        assert child.stderr.read() == ""
-        assert child.wait(30) == 0
-    assert lines == ["ready\n"] * 12 + ["done\n"]
-
-
 # Requests that nobody waits for any more.
 
 
@@ -434,6 +381,12 @@ def abandon_callback(plm: Generator) -> None:
     handle.result()
 
 
+def abandon_cancelled(plm: Generator) -> None:
+    """The same, of one whose result nobody asks for."""
+    handle = plm.submit(Request("a", on_progress=lambda _: handle.done))
+    handle.cancel()
+
+
 def abandon_failed(plm: Generator) -> None:
     """The consumer's error refers to the frame that has the stream."""
     with suppress(ZeroDivisionError):
@@ -454,6 +407,7 @@ ABANDONS = [
     abandon_unread,
     abandon_cycle,
     abandon_callback,
+    abandon_cancelled,
     abandon_failed,
     abandon_error,
 ]
