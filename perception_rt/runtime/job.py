@@ -144,6 +144,8 @@ class Job:
             self.tiles = None
         if state not in (State.ENCODING, State.PREFILL):
             self.features = None
+        if self.ended:
+            self.on_progress = None  # it may refer to the handle, and through it to this
 
     def accept(self, token: int, now: float) -> FinishReason | None:
         """Takes the next token; why the answer ends with it, None if it goes on."""
