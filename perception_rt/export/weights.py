@@ -5,6 +5,7 @@ Legend: O rows of a matrix.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Weight:
         fixed: keeps its dtype in a graph of another.
         origin: the checkpoint tensor that it is made from, if it is one.
         rows: reads or computes the rows from one index to another, if that costs only these rows.
+        widest: elements of a row of the widest array that a row is made from, if not of this one.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Weight:
     fixed: bool = False
     origin: str = ""
     rows: Rows | None = None
+    widest: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +58,7 @@ class Weight:
         if self.rows is None:
             yield self.array()
             return
-        for start, stop in row_ranges(self.shape):
+        for start, stop in row_ranges((self.shape[0], max(self.widest, prod(self.shape[1:])))):
             yield self._checked(self.rows(start, stop), (stop - start, *self.shape[1:]))
 
     def _checked(self, array: Array, shape: tuple[int, ...]) -> Array:
@@ -93,6 +96,7 @@ class Weight:
             fixed=fixed,
             load=lambda: function(load()),
             rows=None if rows is None else lambda start, stop: function(rows(start, stop)),
+            widest=max(self.widest, prod(self.shape[1:])),
         )
 
     def reshaped(self, shape: tuple[int, ...]) -> "Weight":
