@@ -1,7 +1,7 @@
 """Questions about images and videos to answers, with an engine package.
 
 Puts the parts together: `intake.py` makes jobs of requests, `scheduler.py` runs them, `handle.py`
-waits for them. Whoever waits does the work, for all requests at once: there is no other thread.
+steps it in a thread of its own, for all requests at once, and waits for them.
 
 Legend: T tokens, n tiles, S tile side in pixels, V vocabulary.
 """
@@ -260,8 +260,8 @@ class Generator:
 
     def close(self) -> None:
         """Fails what has not ended, frees every engine, closes the package; once is enough."""
-        if self._turns.close():
-            self._decoder.close()
+        self._turns.close()
+        self._decoder.close()
 
     def __enter__(self) -> "Generator":
         return self
@@ -277,8 +277,9 @@ class Generator:
             handle.cancel()
 
     def _handle(self, job: Job, *, wait: bool = False) -> Handle:
+        handle = Handle(self._turns, job)  # before: an interrupt in between drops it
         self._turns.submit(job, wait=wait)
-        return Handle(self._turns, job)
+        return handle
 
 
 def _pieces(handle: Handle) -> Iterator[str]:

@@ -1,14 +1,15 @@
-"""Callers and their requests: whoever waits for one does the work for all.
+"""Callers and their requests: callers wait, and a thread that lasts while there is work does it.
 
-There is no thread of its own. The first who waits steps the scheduler until its own request has
-what it waits for; others who wait meanwhile look on, and one of them takes over. Knows nothing of
-models.
+An interrupt may come between any two instructions of the main thread. So no caller ever steps the
+scheduler, and what callers do under the lock is a look, an assignment or an append. Knows nothing
+of models.
 """
 
 import atexit
 import os
 import threading
 import weakref
+from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -17,7 +18,7 @@ from perception_rt.runtime.job import Job
 from perception_rt.runtime.request import Result
 from perception_rt.runtime.scheduler import Scheduler
 
-# A daemon thread must not be inside of an engine when the interpreter goes.
+# The thread must not be inside of an engine when the interpreter goes.
 _open: "weakref.WeakSet[Turns]" = weakref.WeakSet()
 
 
@@ -25,75 +26,83 @@ _open: "weakref.WeakSet[Turns]" = weakref.WeakSet()
 def _close_all() -> None:
     for turns in list(_open):
         with suppress(BackendError):  # of a process that was forked
-            turns.close()
+            turns.close(wake=False)
 
 
 class Turns:
-    """Lets one thread at a time step a scheduler, on behalf of all who wait. Any may call it."""
+    """A scheduler, the one thread that steps it, and all who wait. Any thread may call it.
+
+    The thread is started when there is a job and ends when there is none, so that a generator at
+    rest can be dropped, forked, or left at exit.
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        # Not an RLock: a finalizer may run anywhere, also inside of a section that is locked.
-        self._changed = threading.Condition(threading.Lock())
-        self._stepping: int | None = None  # the thread that does
+        # Only in a `with`: no interrupt comes between its taking a lock and its seeing to it that
+        # it is given back. One can in a `Condition`, and so in an `Event` and in `Thread.start`.
+        self._lock = threading.Lock()
+        self._worker: int | None = None  # the thread that steps
+        self._waiting: list[tuple[Callable[[], bool], threading.Lock]] = []
         self._closed = False
         self._process = os.getpid()
         _open.add(self)
 
     def submit(self, job: Job, *, wait: bool = False) -> None:
-        """Adds a job; it moves on while anybody waits for this or for another one.
+        """Adds a job, which moves on by itself from now on.
 
         Args:
             job: a new one.
-            wait: works until there is a place for it.
+            wait: waits until there is a place for it.
 
         Raises:
             CapacityError: too many wait already, or it is too large in any case.
             BackendError: as `check_open`.
         """
-        if wait:
-            self._check_thread()
-        with self._changed:
-            if wait:
-                self._work(lambda: not self._scheduler.full)
-            self.check_open()
-            self._make_place()
-            self._scheduler.submit(job)
+        while True:
+            self._check_process()
+            with self._lock:
+                self.check_open()
+                if not (wait and self._scheduler.full):
+                    self._scheduler.submit(job)
+                    break
+            self._start()  # those before may lack it, if the interrupt was here
+            self.wait(lambda: not self._scheduler.full)
+        self._start()
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Works, or lets another thread work, until `ready`, which all jobs are after `close`."""
-        self._check_thread()
-        with self._changed:
-            self._work(ready)
-
-    def cancel(self, job: Job, *, blocking: bool = True) -> None:
-        """Ends a job: now, or once the step that is under way is over.
+        """Waits until `ready`, which all jobs are after `close`.
 
         Args:
-            job: that its caller has lost interest in.
-            blocking: False in a finalizer, which must not wait; the job may then last until the
-                next step.
+            ready: looked at after each step, in the thread that steps; it must be quick. It may
+                outlive this call if that is interrupted, until it is true.
         """
-        job.cancelled = True
-        if os.getpid() != self._process or not self._changed.acquire(blocking=blocking):
-            return
-        try:
-            if self._stepping is None:
-                self._changed.notify_all()
-                self._scheduler.drop_ended()
-        finally:
-            self._changed.release()
-
-    def close(self) -> bool:
-        """Fails every job, after the step that is under way; whether this was the first call."""
         self._check_thread()
-        with self._changed:
-            first, self._closed = not self._closed, True
-            while self._stepping is not None:
-                self._changed.wait()
-            self._scheduler.close(BackendError("the generator was closed"))
-            self._changed.notify_all()
-            return first
+        while not ready():
+            bell = threading.Lock()
+            bell.acquire()
+            with self._lock:
+                if ready():
+                    return
+                self._waiting.append((ready, bell))
+            bell.acquire()
+
+    def close(self, *, wake: bool = True) -> None:
+        """Fails every job, after the step that is under way; a second call does nothing.
+
+        Args:
+            wake: False if the interpreter is about to go. Those who wait are daemon threads then,
+                and had better go with it than tell of an error.
+        """
+        self._check_thread()
+        with self._lock:
+            self._closed = True
+            if not wake:
+                self._waiting = []
+        try:
+            self._start()
+        except BackendError:
+            self._goes_on()  # here then: nobody will step any more
+        self.wait(lambda: self._worker is None and not self._scheduler.jobs)
 
     def check_open(self) -> None:
         """BackendError in a process that was forked, and after `close`."""
@@ -103,42 +112,47 @@ class Turns:
 
     def check_place(self) -> None:
         """What `submit` would raise for any job."""
-        with self._changed:
-            self.check_open()
-            self._make_place()
-            self._scheduler.check_place()
+        self.check_open()
+        self._scheduler.check_place()
 
-    def _make_place(self) -> None:
-        """Drops those in a full queue whose time is over, if nobody is at it anyway."""
-        if self._scheduler.full and self._stepping is None:
-            self._scheduler.drop_ended()
+    def _start(self) -> None:
+        """Makes sure that there is a thread if there are jobs; a second one would end at once."""
+        if self._worker is None and self._scheduler.jobs:
+            try:
+                start_new_thread(self._work, ())
+            except RuntimeError:  # there are too many, or the interpreter is going
+                raise BackendError("no thread can be started to work on requests") from None
 
-    def _work(self, ready: Callable[[], bool]) -> None:
-        """Steps until `ready`, which is looked at between steps; the lock is held at the end."""
-        while not ready():
-            if self._stepping is None and not self._closed:
-                self._step()
-            else:
-                self._changed.wait()
-
-    def _step(self) -> None:
-        """A step without the lock, which is held before and after."""
-        try:
-            self._stepping = threading.get_ident()
-            self._changed.release()
+    def _work(self) -> None:
+        with self._lock:
+            if self._worker is not None:
+                return
+            self._worker = threading.get_ident()
+        while self._goes_on():
             try:
                 self._scheduler.step()
-            finally:
-                self._changed.acquire()
-        finally:
-            self._stepping = None
-            # In this order: an interrupt while rows are cleared must not leave others waiting.
-            self._changed.notify_all()
-            self._scheduler.drop_ended()
+            except BaseException as error:  # a mistake of ours: nobody may be left waiting
+                self._scheduler.close(error)
+
+    def _goes_on(self) -> bool:
+        """Whether there is another step to do; lets go of those who have what they wait for."""
+        with self._lock:
+            if self._closed:
+                self._scheduler.close(BackendError("the generator was closed"))
+            working = bool(self._scheduler.jobs)
+            if not working:
+                self._worker = None
+            waiting, self._waiting = self._waiting, []
+            for ready, bell in waiting:
+                if ready():
+                    bell.release()
+                else:
+                    self._waiting.append((ready, bell))
+            return working
 
     def _check_thread(self) -> None:
         self._check_process()
-        if self._stepping == threading.get_ident():
+        if self._worker == threading.get_ident():
             raise BackendError("on_progress cannot wait for the generator that calls it")
 
     def _check_process(self) -> None:
@@ -149,14 +163,14 @@ class Turns:
 class Handle:
     """A request that was submitted. Iterating gives its text as it grows, in whole characters.
 
-    It moves on while some thread waits for it or for another request of the same generator. A
-    handle that is dropped before the end cancels its request.
+    It moves on by itself, and its text is kept until it is read. A handle that is dropped before
+    the end cancels its request.
     """
 
     def __init__(self, turns: Turns, job: Job) -> None:
         self._turns = turns
         self._job = job
-        self._finalizer = weakref.finalize(self, turns.cancel, job, blocking=False)
+        self._finalizer = weakref.finalize(self, _cancel, job)
         self._finalizer.atexit = False
 
     @property
@@ -185,7 +199,8 @@ class Handle:
             BackendError: the engine failed, or the generator was closed.
             Exception: whatever the request's own `on_progress` raised.
         """
-        self._turns.wait(lambda: self._job.ended)
+        job = self._job  # who waits must not hold the handle
+        self._turns.wait(lambda: job.ended)
         return self._outcome()
 
     def _outcome(self) -> Result:
@@ -195,5 +210,13 @@ class Handle:
         return self._job.result()
 
     def cancel(self) -> None:
-        """Ends the request where it is; what it has is its result. A second call does nothing."""
-        self._turns.cancel(self._job)
+        """Ends the request before its next step; what it has by then is its result.
+
+        A second call, or one after the end, does nothing.
+        """
+        _cancel(self._job)
+
+
+def _cancel(job: Job) -> None:
+    """Takes no lock: a finalizer may run anywhere, also where one is taken."""
+    job.cancelled = True

@@ -85,8 +85,9 @@ class Request:
         lookup: guess tokens from what was said, and check several at once: faster where an answer
             repeats its question, and the same answer but for ties: sums in another order may
             round differently in an integer engine. For temperature 0 only.
-        on_progress: called after each tile, part of the prompt and token, in whichever thread is
-            at work. An exception from it ends the request and is raised where that is waited for.
+        on_progress: called after each tile, part of the prompt and token, in the thread that works
+            on all requests and waits for it, perhaps before `submit` returns. An exception from it
+            ends the request and is raised where that is waited for.
     """
 
     prompt: str

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from perception_rt.errors import BackendError, CapacityError
+from perception_rt.errors import CapacityError
 from perception_rt.runtime.decoder import Decoder
 from perception_rt.runtime.feature_cache import FeatureCache
 from perception_rt.runtime.job import Job, State
@@ -66,14 +66,13 @@ class Scheduler:
         self._features = features
         self._prefixes = prefixes
         self._chunk_tokens = chunk_tokens
-        self._arrivals: deque[Job] = deque()
         self._queue: deque[Job] = deque()
         self._active: list[Job] = []
 
     @property
     def jobs(self) -> list[Job]:
         """All that have not ended, the oldest first."""
-        return [*self._active, *self._queue, *self._arrivals]
+        return [*self._active, *self._queue]
 
     def submit(self, job: Job) -> None:
         """Takes a job.
@@ -88,12 +87,12 @@ class Scheduler:
                 f"kv_bytes is {self._pool.max_bytes}"
             )
         self.check_place()
-        self._arrivals.append(job)
+        self._queue.append(job)
 
     @property
     def full(self) -> bool:
         """Whether as many jobs wait as may."""
-        return len(self._arrivals) + len(self._queue) >= self._max_queued
+        return len(self._queue) >= self._max_queued
 
     def check_place(self) -> None:
         """CapacityError if no other job may wait."""
@@ -109,26 +108,19 @@ class Scheduler:
 
     def drop_ended(self) -> None:
         """Ends the jobs that were cancelled or are out of time, and frees what they had."""
-        while self._arrivals:
-            self._queue.append(self._arrivals.popleft())
         now = self.clock()
         for job in self.jobs:
-            if job.ended:  # interrupted
-                continue
-            if job.cancelled:
-                job.finish("cancelled", now)
-            elif job.deadline is not None and now >= job.deadline:
-                job.finish("deadline", now)
-        self._queue = deque(job for job in self._queue if not job.ended)
-        for job in [job for job in self._active if job.ended]:
-            self._release(job)
+            late = job.deadline is not None and now >= job.deadline
+            if job.cancelled or late:
+                with self._guard(job):
+                    self._finish(job, "cancelled" if job.cancelled else "deadline")
 
-    def close(self, error: Exception) -> None:
-        """Ends every job with an error."""
+    def close(self, error: BaseException) -> None:
+        """Ends every job with an error, but those that `drop_ended` would."""
         self.drop_ended()
-        self._queue, queued = deque(), self._queue
-        for job in [*queued, *self._active]:
-            self._fail(job, error)
+        for job in self.jobs:
+            with self._guard(job):
+                self._fail(job, error)
 
     def invariants(self) -> None:
         """AssertionError if a job and its row do not belong together."""
@@ -140,7 +132,7 @@ class Scheduler:
             assert job.lease.length <= job.total_tokens
             if job.state is State.DECODE:
                 assert job.lease.length == len(job.ids) + len(job.tokens) - 1
-        assert all(job.lease is None and job.state is State.QUEUED for job in self._queue)
+        assert all(job.lease is None and job.state is State.QUEUED for job in [*self._queue])
 
     def _admit(self) -> None:
         """Gives rows to those who wait, in order: nobody is overtaken by a smaller request."""
@@ -152,7 +144,7 @@ class Scheduler:
                     return
                 job.enter(State.ENCODING)
                 self._active.append(job)
-            self._queue.popleft()
+                self._queue.popleft()
 
     def _prepare(self) -> None:
         """One tile, or one part of the prompt, of the oldest job that has no token yet."""
@@ -334,44 +326,31 @@ class Scheduler:
             self._prefixes.put(_token_keys(job, ids), job.lease.block, job.lease.row, length)
 
     def _finish(self, job: Job, reason: FinishReason) -> None:
-        job.finish(reason, self.clock())
         self._release(job)
+        job.finish(reason, self.clock())
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        if not job.ended:
-            job.fail(error, self.clock())
         self._release(job)
+        job.fail(error, self.clock())
 
     def _release(self, job: Job) -> None:
-        if job.lease is not None:
-            self._pool.release(job.lease)
-            job.lease = None
-        if job in self._active:
-            self._active.remove(job)
+        """Frees what a job had. First: who sees in another thread that it ended may count rows."""
+        lease, job.lease = job.lease, None
+        if lease is not None:
+            self._pool.release(lease)
+        for jobs in (self._active, self._queue):
+            if job in jobs:
+                jobs.remove(job)
 
     @contextmanager
     def _guard(self, job: Job) -> Iterator[None]:
-        """What goes wrong in here is the job's own, but an interrupt is the caller's.
-
-        A tile or a part of a prompt that was interrupted before it counted is done again.
-        """
+        """What goes wrong in here is the job's own."""
         try:
             yield
-        except KeyboardInterrupt:
-            if not _repeatable(job):
-                self._fail(job, BackendError("the request was interrupted"))
-            raise
         except BaseException as error:
             if job.ended:  # a mistake of ours, and of no request
                 raise
             self._fail(job, error)
-
-
-def _repeatable(job: Job) -> bool:
-    """Whether what a job was at can be done again: its preparation, up to its last part."""
-    if job.state not in (State.ENCODING, State.PREFILL):
-        return False
-    return job.lease is None or job.lease.length < len(job.ids)
 
 
 def _extent(job: Job) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Five hundred random batches on the engine that people run, against answers given
 generator that remembers nothing; and again with caches, little memory and poisoned memory.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ def in_threads(plm: Generator, batch: list[Case], rng: np.random.Generator) -> l
 class Arrivals:
     """Requests that begin in the middle of the work on those before them; some leave early.
 
-    Everything happens in `on_progress`, so it happens at the same step every time.
+    All but the first arrive and leave in `on_progress`, at a step of those before them.
     """
 
     plm: Generator
@@ -122,9 +123,11 @@ class Arrivals:
     def run(self) -> list[Result]:
         self._handles = []
         self._ticks = 0
+        self._lock = threading.Lock()  # `on_progress` is called in another thread
         results = []
         for index, case in enumerate(self.batch):
-            self._arrive(at_least=index + 1)
+            with self._lock:
+                self._arrive(at_least=index + 1)
             results.append(self._handles[index].result())
             case.check_part(results[-1])
             if self.leaves[index] is None:
@@ -141,8 +144,9 @@ class Arrivals:
 
     def _ticker(self, index: int) -> Callable[[GenerationProgress], None]:
         def tick(progress: GenerationProgress) -> None:
-            self._ticks += 1
-            self._arrive()
+            with self._lock:
+                self._ticks += 1
+                self._arrive()
             if progress.phase == "decode" and progress.done == self.leaves[index]:
                 self._handles[index].cancel()
 

@@ -1,11 +1,13 @@
 """The public methods of a language model: what they give, what they refuse, what they remember."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_plm import CONFIG, write_plm
+from soak import eventually
 
 import perception_rt as prt
 from perception_rt.errors import CapacityError, InputError, PackageError
@@ -13,7 +15,7 @@ from perception_rt.limits import Limits
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime.generator import Generator
-from perception_rt.runtime.request import Exchange, Request
+from perception_rt.runtime.request import Exchange, GenerationProgress, Request
 
 PLM = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=2048), pooling_ratio=1)
 IMAGE_ID = PLM.image_token_id
@@ -143,9 +145,10 @@ def test_a_batch_is_its_requests_in_order(package: Path) -> None:
 )
 def test_a_batch_names_the_request_that_is_unusable(plm: Generator, bad: Request) -> None:
     with pytest.raises(InputError, match=r"^request 1: ") as caught:
-        plm.generate_batch([Request("a", max_new_tokens=3), bad])
+        plm.generate_batch([Request("a", max_new_tokens=1000), bad])
     assert caught.traceback  # which keeps what the call held
-    assert plm._pool.used_rows == 0 and plm._scheduler.jobs == []
+    assert eventually(lambda: plm._scheduler.jobs == [])
+    assert plm._pool.used_rows == 0
 
 
 @pytest.mark.parametrize("name", ["images", "requests"])
@@ -221,10 +224,20 @@ def test_what_does_not_fit_the_budget_is_refused(package: Path) -> None:
 
 def test_the_queue_is_bounded(package: Path) -> None:
     """GEN-08: requests beyond are refused before their images are opened."""
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def wait(_: GenerationProgress) -> None:
+        at_work.set()
+        assert go_on.wait(10)
+
     with prt.load(package, limits=Limits(queued_requests=2)) as plm:
+        first = plm.submit(Request("b", max_new_tokens=3, on_progress=wait))
+        assert at_work.wait(10)
         handles = [plm.submit(Request("a", max_new_tokens=3)) for _ in range(2)]
         with pytest.raises(CapacityError, match="2 requests wait already"):
             plm.submit(Request("a", images=["nowhere.png"]))
+        go_on.set()
+        assert first.result().finish_reason in ("stop", "length")
         results = [handle.result() for handle in handles]
         assert results[0].tokens == results[1].tokens
         assert plm.generate("a", max_new_tokens=3).tokens == results[0].tokens

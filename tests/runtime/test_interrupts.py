@@ -11,30 +11,35 @@ from fake_plm import CONFIG, write_plm
 from soak import golden_package
 
 
-@pytest.fixture(params=["reference", "onnxruntime"])
-def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "onnxruntime":
-        return golden_package(tmp_path_factory)
+@pytest.fixture
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=1024))
     return write_plm(tmp_path_factory.mktemp("plm") / "plm", config=config)
 
 
+@pytest.fixture(params=["reference", "onnxruntime"])
+def package(
+    request: pytest.FixtureRequest, reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return reference if request.param == "reference" else golden_package(tmp_path_factory)
+
+
 INTERRUPT = """
-import signal, sys, time
+import signal, sys, threading, time
 import perception_rt as prt
 from perception_rt.runtime.request import Request
 plm = prt.load(sys.argv[1], threads=1, cache=False)
 plm._intake.tokenizer.end_ids = frozenset()
 expected = plm.generate("a", max_new_tokens=30).tokens
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
-forward, calls, slow = plm._decoder.forward, 0, 0
+forward, calls, slow, go_on = plm._decoder.forward, 0, 0, threading.Event()
 
 def wait_for_signal(*arguments):
     global calls
     calls += 1
     if calls == slow:
         print("ready", flush=True)
-        time.sleep(30)
+        assert go_on.wait(60)
     return forward(*arguments)
 
 plm._decoder.forward = wait_for_signal
@@ -44,21 +49,32 @@ uses = [
     lambda: plm.generate_batch([Request("a", max_new_tokens=500)] * 3),
     lambda: plm.generate_tokens([1, 2, 3], max_new_tokens=500),
 ]
-for use in uses:
+
+def close():
+    while not calls: time.sleep(0.001)
+    plm.close()
+
+for use in [*uses, close]:
     for slow in (1, 4, 7):  # the other's prompt, one's own, a token of both
-        calls, other = 0, plm.submit(Request("b", max_new_tokens=5))
+        calls = 0
+        go_on.clear()
+        other = plm.submit(Request("b", max_new_tokens=5))
         try: use()
         except KeyboardInterrupt: pass
         else: raise SystemExit("not interrupted")
+        go_on.set()
+        if use is close: break
         assert plm.generate("a", max_new_tokens=30).tokens == expected
-        assert other.done and len(other.result().tokens) == 5
+        assert len(other.result().tokens) == 5
         plm._scheduler.invariants()
         assert plm._pool.used_rows == 0, plm._pool.used_rows
+plm.close()  # again: it was interrupted
+assert plm._decoder._closed and plm._pool.used_rows == 0 and other.done
 print("done", flush=True)
 """
 
 
-INTERRUPT_A_WAIT = """
+INTERRUPT_A_THREAD_S_COMPANY = """
 import signal, sys, threading, time
 import perception_rt as prt
 plm = prt.load(sys.argv[1], threads=1, cache=False)
@@ -94,10 +110,12 @@ print("done", flush=True)
 
 
 @pytest.mark.parametrize(
-    ("code", "times"), [(INTERRUPT, 12), (INTERRUPT_A_WAIT, 3)], ids=["at work", "waiting"]
+    ("code", "times"),
+    [(INTERRUPT, 13), (INTERRUPT_A_THREAD_S_COMPANY, 3)],
+    ids=["alone", "in company"],
 )
 def test_an_interrupt_ends_the_call_and_nothing_else(code: str, times: int, package: Path) -> None:
-    """As Ctrl-C sends it, to who is at work and to who waits for another."""
+    """As Ctrl-C sends it, while the engine is at work, which is not waited for."""
     command = [sys.executable, "-c", code, str(package)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
@@ -109,3 +127,56 @@ def test_an_interrupt_ends_the_call_and_nothing_else(code: str, times: int, pack
         assert child.stderr.read() == ""
         assert child.wait(30) == 0
     assert lines == ["ready\n"] * times + ["done\n"]
+
+
+INTERRUPT_ANYWHERE = """
+import faulthandler, random, signal, sys, threading, time
+import perception_rt as prt
+plm = prt.load(sys.argv[1], cache=False)
+plm._intake.tokenizer.end_ids = frozenset()
+expected = plm.generate("a", max_new_tokens=6).tokens
+armed, going_on, hits, errors = False, True, 0, []
+
+def interrupt(*_):
+    if armed: raise KeyboardInterrupt
+
+def ask():
+    while going_on:
+        try: assert plm.generate("a", max_new_tokens=6).tokens == expected
+        except BaseException as error: return errors.append(repr(error))
+
+signal.signal(signal.SIGALRM, interrupt)
+random.seed(0)
+other = threading.Thread(target=ask, daemon=True)
+other.start()
+end = time.monotonic() + 4
+while time.monotonic() < end and not errors:
+    faulthandler.dump_traceback_later(5, exit=True)  # it hangs
+    try:
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 7e-3))
+        if random.random() < 0.5: plm.generate("a", max_new_tokens=6)
+        else: list(plm.stream("a", max_new_tokens=6))
+        armed = False
+    except KeyboardInterrupt: hits += 1
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert plm.generate("a", max_new_tokens=6).tokens == expected
+going_on = False
+other.join(5)
+assert not other.is_alive() and not errors, errors
+deadline = time.monotonic() + 1
+while plm._scheduler.jobs and time.monotonic() < deadline: time.sleep(0.01)
+plm._scheduler.invariants()
+assert plm._scheduler.jobs == [] and plm._pool.used_rows == 0
+assert hits > 50, hits
+print("done")
+"""
+
+
+def test_interrupts_at_any_instruction(reference: Path) -> None:
+    """CON-05: none leaves a lock taken, a row lost, or another thread with an error."""
+    command = [sys.executable, "-c", INTERRUPT_ANYWHERE, str(reference)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (child.returncode, child.stdout, child.stderr) == (0, "done\n", "")

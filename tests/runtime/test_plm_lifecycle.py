@@ -35,6 +35,7 @@ from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import read_manifest
 from perception_rt.package.store import Stage
 from perception_rt.runtime.generator import Generator
+from perception_rt.runtime.handle import Handle
 from perception_rt.runtime.request import Request
 
 MIB = 2**20
@@ -377,14 +378,17 @@ def abandon_cycle(plm: Generator) -> None:
 
 def abandon_callback(plm: Generator) -> None:
     """The request's own function refers to its handle."""
-    handle = plm.submit(Request("a", max_new_tokens=5, on_progress=lambda _: handle.done))
-    handle.result()
+    handles: list[Handle] = []
+    handles.append(plm.submit(Request("a", max_new_tokens=5, on_progress=lambda _: len(handles))))
+    handles[0].result()
 
 
 def abandon_cancelled(plm: Generator) -> None:
     """The same, of one whose result nobody asks for."""
-    handle = plm.submit(Request("a", on_progress=lambda _: handle.done))
-    handle.cancel()
+    handles: list[Handle] = []
+    request = Request("a", max_new_tokens=LONG, on_progress=lambda _: len(handles))
+    handles.append(plm.submit(request))
+    handles[0].cancel()
 
 
 def abandon_failed(plm: Generator) -> None:
@@ -432,6 +436,7 @@ def test_what_is_abandoned_is_freed_within_a_second(busy: bool, reference: Path)
             going_on.clear()
         if other is not None:
             other.result(10)
+        assert eventually(lambda: not plm._scheduler.jobs, timeout_s=1)
         assert_idle(plm)
         assert live_jobs() == before
 
