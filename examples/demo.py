@@ -18,6 +18,7 @@ import perception_rt
 from perception_rt.processing.pca import side_by_side
 from perception_rt.progress import Progress
 from training.digits import Bytes, Labels, held_out_digits
+from training.questions import LEARNED, Record, held_out_record, is_right
 from training.scenes import WORDS
 
 OUT = Path("out/demo")
@@ -26,6 +27,8 @@ TEMPLATES = ("a photo of the handwritten digit {}", "a handwritten {}")
 LEAST_ACCURACY = 0.95
 PHOTO = "china.jpg"
 PHOTO_SIZE = "320x480"
+QUESTIONS = 60
+LEAST_RIGHT = 0.8
 
 
 def main() -> int:
@@ -36,27 +39,34 @@ def main() -> int:
 
     print("\nExport (from torch to engines for ONNX Runtime on this CPU)")
     for precision in PRECISIONS:
-        export("--precision", precision, "--out", str(OUT / precision))
+        export("--model", "PE-Demo", "--precision", precision, "--out", str(OUT / precision))
 
     images, labels = held_out_digits(image_size(OUT / PRECISIONS[0]))
     print(f"\nZero-shot: {len(labels)} digits of writers it was not trained on, 10 labels as text")
     accuracies = [classify(OUT / precision, images, labels) for precision in PRECISIONS]
 
     print(f"\nA photograph ({PHOTO} of scikit-learn): embedding and dense features")
-    export("--image-size", PHOTO_SIZE, "--out", str(OUT / "photo"))
+    export("--model", "PE-Demo", "--image-size", PHOTO_SIZE, "--out", str(OUT / "photo"))
     draw_features(OUT / "photo", OUT / "features.png")
+
+    print("\nPLM-Demo: a small Perception Language Model, about rows of handwritten digits")
+    export("--model", "PLM-Demo", "--precision", "int4", "--out", str(OUT / "plm"))
+    right = ask(OUT / "plm")
 
     assert "torch" not in sys.modules
     print(f"\nAll of it is in {OUT}/, made in {time.perf_counter() - start:.0f} s.")
     if min(accuracies) < LEAST_ACCURACY:
         print(f"FAILED: at least {LEAST_ACCURACY:.0%} of the digits should be right")
         return 1
+    if right < LEAST_RIGHT:
+        print(f"FAILED: at least {LEAST_RIGHT:.0%} of the answers should be right")
+        return 1
     return 0
 
 
 def export(*options: str) -> None:
-    """Runs `perception-export` for the demo model; leaves if it fails, having said why."""
-    arguments = ["--model", "PE-Demo", *options, "--force"]
+    """Runs `perception-export`; leaves if it fails, having said why."""
+    arguments = [*options, "--force"]
     print("  $ perception-export", *arguments, flush=True)
     command = Path(sys.executable).with_name("perception-export")
     start = time.perf_counter()
@@ -111,6 +121,52 @@ def draw_features(package: Path, picture: Path) -> None:
         f"  {picture}: {height}x{width} patches of {channels} channels, "
         f"and an embedding of {embedding.size} numbers, in {time.perf_counter() - start:.1f} s"
     )
+
+
+def ask(package: Path) -> float:
+    """Streams answers to a question of each kind, then prints and returns the share that is right.
+
+    The scenes that are shown are saved beside the package.
+    """
+    with perception_rt.load(package) as plm:
+        for number, name in enumerate(LEARNED):
+            found = held_out_record(name, number)
+            pictures = images_of(found)
+            file = package.with_name(f"scene_{name}.png")
+            Image.fromarray(np.concatenate(pictures, axis=1)).resize(
+                (256 * len(pictures), 256), Image.Resampling.NEAREST
+            ).save(file)
+            question, expected = (turn["value"] for turn in found["conversations"])
+            print(f"  {file}: {question} ", end="", flush=True)
+            answer = ""
+            for piece in plm.stream(question, images=pictures, max_new_tokens=32):
+                print(piece, end="", flush=True)
+                answer += piece
+            print("" if is_right(name, answer, found) else f"   (it is {expected})")
+        asked = [(name, held_out_record(name, n)) for n in range(QUESTIONS) for name in LEARNED]
+        requests = [
+            perception_rt.Request(
+                found["conversations"][0]["value"], images=images_of(found), max_new_tokens=32
+            )
+            for _, found in asked
+        ]
+        start = time.perf_counter()
+        results = plm.generate_batch(requests)
+        seconds = time.perf_counter() - start
+    answers = zip(asked, results, strict=True)
+    right = sum(is_right(name, result.text, found) for (name, found), result in answers)
+    share = right / len(requests)
+    print(
+        f"  {len(requests)} questions about digits of writers it has not seen: {share:.1%} right, "
+        f"{len(requests) / seconds:.0f} answers/s"
+    )
+    return share
+
+
+def images_of(found: Record) -> list[Bytes]:
+    """The images of a record."""
+    image = found["image"]
+    return image if isinstance(image, list) else [image]
 
 
 if __name__ == "__main__":

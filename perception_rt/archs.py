@@ -117,7 +117,7 @@ PLM_MODELS: dict[str, PlmConfig] = {
     ),
 }
 
-DEMO_MODEL = "PE-Demo"
+PE_DEMO, PLM_DEMO = "PE-Demo", "PLM-Demo"
 
 
 def get_config(name: str) -> PeConfig | PlmConfig:

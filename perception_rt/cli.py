@@ -70,7 +70,7 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--model", help="a released model, such as PE-Core-L14-336 or PLM-1B, or PE-Demo"
+        "--model", help="a released model, such as PE-Core-L14-336 PLM-1B, PE-Demo or PLM-Demo"
     )
     what.add_argument("--checkpoint", metavar="PATH", help="weights of any PE or PLM")
     parser.add_argument(
@@ -204,8 +204,8 @@ def _question_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="makes the draws repeatable; default: chance")
     _list_argument(parser, "--stop", "TEXT", help="strings that end the answer")
     parser.add_argument(
-        "--lookup", action="store_true", help="guess tokens from what was said; never changes "
-        "the answer"
+        "--lookup", action="store_true", help="guess tokens from what was said; changes an "
+        "answer in ties only"
     )  # fmt: skip
     caches = parser.add_mutually_exclusive_group()
     caches.add_argument(

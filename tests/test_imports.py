@@ -59,7 +59,7 @@ PARTS = {
     "perception_rt.package": Part(uses=LAYER_1),
     "perception_rt.models": Part(uses=LAYER_1, libraries=("torch",)),
     "perception_rt.checkpoint": Part(
-        uses=(*LAYER_1, "models"),
+        uses=(*LAYER_1, "models", "processing"),
         libraries=("torch", "safetensors"),
         lazy_libraries=("huggingface_hub",),
     ),
@@ -82,7 +82,9 @@ PARTS = {
     "perception_rt.cli_generate": Part(uses=LAYER_1, lazy=("processing", "runtime")),
     "perception_rt.__main__": Part(uses=("cli",)),
     "training": Part(
-        uses=TORCH_SIDE, libraries=("numpy", "torch", "PIL", "safetensors", "sklearn", "yaml")
+        uses=TORCH_SIDE,
+        libraries=("numpy", "torch", "PIL", "safetensors", "sklearn", "yaml"),
+        lazy_libraries=("matplotlib", "sentencepiece", "tensorboard", "xformers"),
     ),
 }  # fmt: skip
 

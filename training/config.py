@@ -1,53 +1,26 @@
 """A run's configuration: one tree of frozen records, read from YAML and `--set` overrides.
 
-Every key and type is checked before anything starts, and an error names the offending key. What
-can be configured is exactly what stands here; the architecture is `perception_rt.config.PeConfig`.
+What can be configured is exactly what stands here; the architectures are `PeConfig` and
+`PlmConfig`. `task` at the top of a recipe says which tree it is.
 """
 
-import math
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
 from perception_rt.config import PeConfig
-from perception_rt.errors import InputError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """What is trained on.
-
-    Attributes:
-        dataset: `digits` is the only one: handwritten digits in synthetic scenes.
-        batch_size: samples per step over all ranks; every rank takes an equal share.
-        plain_fraction: share of samples rendered as dark ink on a white page, from 0 to 1.
-        validation: digits at the end of the training split that are kept for evaluation.
-    """
-
-    dataset: Literal["digits"] = "digits"
-    batch_size: int = 128
-    plain_fraction: float = 0.2
-    validation: int = 200
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size >= 2, f"data.batch_size must be at least 2, not {self.batch_size}")
-        _require(
-            0.0 <= self.plain_fraction <= 1.0,
-            f"data.plain_fraction must be from 0 to 1, not {self.plain_fraction}",
-        )
-        _require(
-            0 <= self.validation <= 1000,
-            f"data.validation must be from 0 to 1000, not {self.validation}",
-        )
+from perception_rt.plm_config import PlmConfig
+from perception_rt.processing.tiles import TileMode
+from training.config_pairs import (
+    DistillationLossConfig,
+    PairDataConfig,
+    ResolutionConfig,
+    TeacherConfig,
+)
+from training.config_tree import build, read_recipe, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,33 +29,46 @@ class OptimConfig:
 
     Attributes:
         lr: peak learning rate.
-        text_lr_scale: the text tower's learning rate, relative to `lr`. Below 1, the vision tower
-            has time to learn what captions tell apart before the text tower gives it up as noise.
+        lr_scales: factors on it, by the beginning of parameter names; the longest that fits counts.
         beta1: decay of the gradient's mean.
         beta2: decay of its square's mean.
         eps: added to the root of the latter.
         weight_decay: acts on matrices only.
         clip: bound of the gradient's global norm.
+        accumulation: parts that a rank's share of a batch is computed in, one after the other.
+        stop_above: a gradient's norm, before clipping, that stops the run; null for none.
     """
 
     lr: float = 1e-3
-    text_lr_scale: float = 1.0
+    lr_scales: dict[str, float] = field(default_factory=dict)
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip: float = 1.0
+    accumulation: int = 1
+    stop_above: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "text_lr_scale", "eps", "clip"):
+        for name in ("lr", "eps", "clip"):
             value = getattr(self, name)
-            _require(value > 0, f"optim.{name} must be positive, not {value}")
+            require(value > 0, f"optim.{name} must be positive, not {value}")
+        for name, value in self.lr_scales.items():
+            require(value >= 0, f"optim.lr_scales.{name} must not be negative, not {value}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name} must be at least 0 and below 1, not {value}")
-        _require(
+            require(0 <= value < 1, f"optim.{name} must be at least 0 and below 1, not {value}")
+        require(
             self.weight_decay >= 0,
             f"optim.weight_decay must not be negative, not {self.weight_decay}",
+        )
+        require(
+            self.accumulation >= 1,
+            f"optim.accumulation must be at least 1, not {self.accumulation}",
+        )
+        require(
+            self.stop_above is None or self.stop_above > 0,
+            f"optim.stop_above must be positive, not {self.stop_above}",
         )
 
 
@@ -95,15 +81,45 @@ class ScheduleConfig:
     final_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"schedule.steps must be at least 1, not {self.steps}")
-        _require(
+        require(self.steps >= 1, f"schedule.steps must be at least 1, not {self.steps}")
+        require(
             0 <= self.warmup <= self.steps,
             f"schedule.warmup must be from 0 to schedule.steps {self.steps}, not {self.warmup}",
         )
-        _require(
+        require(
             0 <= self.final_fraction <= 1,
             f"schedule.final_fraction must be from 0 to 1, not {self.final_fraction}",
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over ranks, and how it is computed.
+
+    Attributes:
+        mode: `replicate` keeps all of the model on every rank, `shard` a share of it (FSDP2),
+            `hybrid` shards within groups of `shard_ranks` and replicates over the groups (HSDP).
+        shard_ranks: ranks of a group in mode `hybrid`.
+        tensor: ranks that share each layer of a decoder (tensor parallel).
+        precision: of the computation; weights, gradients' sums and moments are float32 in both.
+        checkpointing: activations that are computed again in the backward pass: those of every
+            block (`full`), of every block but the products (`selective`), or none.
+        attention: kernel of the decoder: torch's `sdpa`, `flex` or `xformers`, the last two on GPU.
+        compile: each block through `torch.compile`.
+    """
+
+    mode: Literal["replicate", "shard", "hybrid"] = "replicate"
+    shard_ranks: int = 8
+    tensor: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    attention: Literal["sdpa", "flex", "xformers"] = "sdpa"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("shard_ranks", "tensor"):
+            value = getattr(self, name)
+            require(value >= 1, f"parallel.{name} must be at least 1, not {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,193 +127,330 @@ class RunConfig:
     """How a run behaves, apart from what it computes.
 
     Attributes:
-        out_dir: where metrics, resolved configuration, state and weights go.
+        out_dir: where metrics, resolved configuration, checkpoints and weights go.
         seed: of the weights, the order of the data, the scenes and stochastic depth.
+        device: `auto` is a GPU if there is one.
         threads: torch's threads per process.
+        workers: threads per process that read data ahead.
         log_every: steps between two progress lines.
         eval_every: steps between two evaluations; 0 for none.
-        save_every: steps between two resumable states, besides the last; 0 for none.
-        resume: continue from the state in `out_dir`; without one, start anew.
+        save_every: steps between two checkpoints, besides the last; 0 for none.
+        keep: checkpoints that are kept; 0 for all.
+        resume: continue from the newest whole checkpoint in `out_dir`; without any, start anew.
+        tensorboard: write TensorBoard events beside the metrics.
+        peak_tflops: what a device can do at most in the run's precision, in TFLOP/s; with it, the
+            record has the share of it that the model's own arithmetic uses (MFU).
     """
 
     out_dir: str
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 2
+    workers: int = 2
     log_every: int = 20
     eval_every: int = 0
     save_every: int = 0
+    keep: int = 2
     resume: bool = False
+    tensorboard: bool = False
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.out_dir != "", "run.out_dir must not be empty")
-        for name in ("seed", "eval_every", "save_every"):
+        require(self.out_dir != "", "run.out_dir must not be empty")
+        for name in ("seed", "eval_every", "save_every", "keep"):
             value = getattr(self, name)
-            _require(value >= 0, f"run.{name} must not be negative, not {value}")
-        for name in ("threads", "log_every"):
+            require(value >= 0, f"run.{name} must not be negative, not {value}")
+        for name in ("threads", "workers", "log_every"):
             value = getattr(self, name)
-            _require(value >= 1, f"run.{name} must be at least 1, not {value}")
+            require(value >= 1, f"run.{name} must be at least 1, not {value}")
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"run.peak_tflops must be positive, not {self.peak_tflops}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitConfig:
+    """Where weights start from; what is not named starts at random.
+
+    Attributes:
+        checkpoint: of a whole model of this architecture, as `perception-export` takes it.
+        vision: of a Perception Encoder, whose tower becomes the language model's.
+        decoder: of a language model, whose decoder becomes this one's.
+    """
+
+    checkpoint: str | None = None
+    vision: str | None = None
+    decoder: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.checkpoint is None or self.vision is self.decoder is None,
+            "init.checkpoint is the whole model; init.vision and init.decoder are its parts",
+        )
+
+    def require_whole(self) -> None:
+        """InputError if parts of a language model are named."""
+        require(
+            self.vision is self.decoder is None,
+            "init.vision and init.decoder are for language models; use init.checkpoint",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank updates beside frozen linear layers, which alone are trained.
+
+    Attributes:
+        rank: of the updates.
+        alpha: the updates are scaled by alpha / rank.
+        targets: ends of the layers' names, such as `wq`, `projector.0`, or of the vision tower
+            `in_proj`, `out_proj`, `c_fc` and `c_proj`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"lora.rank must be at least 1, not {self.rank}")
+        require(self.alpha > 0, f"lora.alpha must be positive, not {self.alpha}")
+        require(len(self.targets) > 0, "lora.targets must name at least one layer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig:
+    """One set of conversations.
+
+    Attributes:
+        annotation: a jsonl file, a directory of `*.jsonl`, or `scenes:NAME` for a set of questions
+            about synthetic scenes, made as they are needed (`training/questions.py`).
+        root: the folder that paths of images and videos start from.
+    """
+
+    annotation: str
+    root: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageDataConfig:
+    """Conversations about images and videos.
+
+    Attributes:
+        datasets: by name.
+        mix: names and weights, `name:weight,name:weight`; a weight is a share of the samples.
+        tokenizer: a file as `perception-export --tokenizer` takes it.
+        conversation: `plm_sft` is the chat format, `warmup` image tokens and a caption.
+        batch_size: sequences per step over all ranks; every rank takes an equal share.
+        seq_len: tokens per sequence.
+        packing: several samples in a sequence, none of which attends to another.
+        mode: how images become tiles.
+        max_tiles: of one image, the thumbnail not counted.
+        max_frames: of one video.
+        bad_fraction: samples that may be unusable before a run stops, from 0 to 1.
+        validation: samples of each dataset made for evaluation.
+    """
+
+    datasets: dict[str, DatasetConfig]
+    mix: str
+    tokenizer: str
+    conversation: Literal["plm_sft", "warmup"] = "plm_sft"
+    batch_size: int = 8
+    seq_len: int = 1024
+    packing: bool = True
+    mode: TileMode = "thumb+tile"
+    max_tiles: int = 36
+    max_frames: int = 32
+    bad_fraction: float = 0.01
+    validation: int = 100
+
+    def __post_init__(self) -> None:
+        require(len(self.datasets) > 0, "data.datasets must not be empty")
+        for name in ("batch_size", "seq_len", "max_tiles", "max_frames"):
+            value = getattr(self, name)
+            require(value >= 1, f"data.{name} must be at least 1, not {value}")
+        require(
+            0 <= self.bad_fraction <= 1,
+            f"data.bad_fraction must be from 0 to 1, not {self.bad_fraction}",
+        )
+        require(
+            self.validation >= 0, f"data.validation must not be negative, not {self.validation}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """A whole recipe."""
+    """What all recipes have."""
 
-    model: PeConfig
     run: RunConfig
-    data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-
-    def __post_init__(self) -> None:
-        _require(self.model.text is not None, "contrastive training needs model.text")
-        _require(
-            self.data.validation > 0 or self.run.eval_every == 0,
-            "run.eval_every needs a validation split; data.validation is 0",
-        )
+    parallel: ParallelConfig = ParallelConfig()
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain values, as a recipe file would hold it."""
-        return asdict(self)
+        tree = asdict(self)
+        if isinstance(architecture := getattr(self, "model", None), PlmConfig):
+            tree["model"] = architecture.to_dict()
+        return tree
 
     def to_yaml(self) -> str:
         """The resolved configuration as a recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
 
 
-def load_config(recipe: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContrastiveConfig(TrainConfig):
+    """A Perception Encoder learns which caption goes with which image.
+
+    Attributes:
+        model: the architecture, with a text tower.
+        data: pairs.
+        loss: `softmax` over the batch (CLIP), or `sigmoid` of each pair by itself (SigLIP).
+        resolutions: sizes of images by step, ascending; none for `model.vision.image_size`.
+        init: where weights start from.
+    """
+
+    task: Literal["contrastive"] = "contrastive"
+    model: PeConfig
+    data: PairDataConfig = field(default_factory=PairDataConfig)
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    resolutions: tuple[ResolutionConfig, ...] = ()
+    init: InitConfig = InitConfig()
+
+    def __post_init__(self) -> None:
+        require(self.model.text is not None, "contrastive training needs model.text")
+        self.init.require_whole()
+        require(self.parallel.tensor == 1, "parallel.tensor is for language models; it must be 1")
+        steps = [entry.step for entry in self.resolutions]
+        require(
+            not steps or (steps[0] == 0 and steps == sorted(set(steps))),
+            f"resolutions: steps must start at 0 and ascend, not {steps}",
+        )
+        patch = self.model.vision.patch_size
+        for entry in self.resolutions:
+            require(
+                entry.size > 0 and entry.size % patch == 0,
+                f"resolutions: size {entry.size} is not a multiple of the patch size {patch}",
+            )
+        require(
+            self.run.eval_every == 0
+            or (self.data.dataset == "digits" and self.data.validation > 0),
+            "run.eval_every needs data.dataset digits and a validation split (data.validation)",
+        )
+        require(
+            self.optim.accumulation == 1,
+            "optim.accumulation must be 1: a contrastive loss is of the whole batch at once",
+        )
+
+    def image_size(self, step: int) -> int:
+        """The side of images at a step, counted from 0."""
+        begun = [entry.size for entry in self.resolutions if entry.step <= step]
+        return begun[-1] if begun else self.model.vision.image_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillationConfig(TrainConfig):
+    """A vision tower learns to see as a larger one does; captions are not used.
+
+    Attributes:
+        model: the student's architecture, without a text tower.
+        teacher: whom it learns from.
+        data: images, or videos, of which every frame is an image.
+        loss: what is compared.
+        init: where the student's weights start from.
+    """
+
+    task: Literal["distill"] = "distill"
+    model: PeConfig
+    teacher: TeacherConfig
+    data: PairDataConfig = field(default_factory=PairDataConfig)
+    loss: DistillationLossConfig = field(default_factory=DistillationLossConfig)
+    init: InitConfig = InitConfig()
+
+    def __post_init__(self) -> None:
+        require(self.model.text is None, "distillation trains a vision tower; model.text must go")
+        self.init.require_whole()
+        require(self.parallel.tensor == 1, "parallel.tensor is for language models; it must be 1")
+        require(
+            self.run.eval_every == 0, "run.eval_every must be 0: distillation evaluates nothing"
+        )
+        student, teacher = self.model.vision, self.teacher.model.vision
+        if self.loss.embedding:
+            require(
+                "none" not in (student.pool_type, teacher.pool_type),
+                "loss.embedding needs pooled towers; set it to 0 where pool_type is none",
+            )
+        if self.loss.tokens or self.loss.pairwise:
+            require(
+                student.grid == teacher.grid,
+                f"loss.tokens and loss.pairwise need equal patch grids, not {student.grid} "
+                f"and {teacher.grid} patches a side",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageConfig(TrainConfig):
+    """A Perception Language Model learns to answer.
+
+    Attributes:
+        model: the architecture.
+        data: conversations.
+        init: where weights start from.
+        train: what is trained: the projector alone (stage 1 of the released models), or `all`.
+        lora: low-rank updates are trained instead.
+    """
+
+    task: Literal["language"] = "language"
+    model: PlmConfig
+    data: LanguageDataConfig
+    init: InitConfig = InitConfig()
+    train: Literal["all", "projector"] = "all"
+    lora: LoraConfig | None = None
+
+    def __post_init__(self) -> None:
+        longest = self.model.decoder.max_seqlen
+        require(
+            self.data.seq_len <= longest,
+            f"data.seq_len must be at most model.max_seqlen {longest}, not {self.data.seq_len}",
+        )
+        require(
+            self.lora is None or self.parallel.tensor == 1,
+            f"lora needs parallel.tensor 1, not {self.parallel.tensor}",
+        )
+        require(
+            self.lora is None or self.train == "all",
+            f"lora trains its updates alone; train must not be {self.train!r}",
+        )
+
+
+TASKS: Mapping[str, type[TrainConfig]] = {
+    "contrastive": ContrastiveConfig,
+    "distill": DistillationConfig,
+    "language": LanguageConfig,
+}
+
+
+def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Any:
     """Reads a recipe and applies `key.path=value` overrides, in order.
+
+    Returns:
+        The record of the recipe's task, one of `TASKS`.
 
     Raises:
         InputError: the file is missing or not YAML, or a key, a type or a value is wrong.
     """
-    try:
-        tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"recipe {recipe}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"recipe {recipe} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "" if mark is None else f" at line {mark.line + 1}"
-        raise InputError(f"recipe {recipe} is not valid YAML{where}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"recipe {recipe} must be a mapping, not {type(tree).__name__}")
-    for override in overrides:
-        _override(tree, override)
-    config: TrainConfig = _build(TrainConfig, tree, "")
-    return config
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All (`a.b.c`, value) of a nested mapping, in order."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    """Applies one `key.path=value`; the value's type is the declared one."""
-    path, equals, text = override.partition("=")
-    if not equals:
-        raise InputError(f"--set {override!r:.80} must be key.path=value")
-    *parents, last = path.split(".")
-    declared: Any = TrainConfig
-    node = tree
-    for depth, name in enumerate([*parents, last]):
-        where = ".".join([*parents, last][: depth + 1])
-        record = _record_of(declared)
-        hints = {} if record is None else get_type_hints(record)
-        if name not in hints:
-            raise InputError(f"--set {path}: unknown key {where!r:.80}")
-        declared = hints[name]
-        if depth < len(parents):
-            child = node.get(name)
-            node[name] = child if isinstance(child, dict) else {}
-            node = node[name]
-    if _record_of(declared) is not None:
-        raise InputError(f"--set {path}: {path} is a section, not a value")
-    node[last] = _parse(text, declared, path)
-
-
-def _record_of(declared: Any) -> type | None:
-    """The dataclass that an annotation names, also as `X | None`; None for scalars."""
-    options = [o for o in _options(declared) if isinstance(o, type) and is_dataclass(o)]
-    return options[0] if options else None
-
-
-def _options(declared: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation alone."""
-    if get_origin(declared) in (Union, types.UnionType):
-        return get_args(declared)
-    return (declared,)
-
-
-def _parse(text: str, declared: Any, where: str) -> Any:
-    """Turns a command line's text into the declared scalar type."""
-    options = _options(declared)
-    if type(None) in options and text == "null":
-        return None
-    for option in options:
-        if option is str or get_origin(option) is Literal:
-            return text
-        if option is bool and text in ("true", "false"):
-            return text == "true"
-        if option in (int, float):
-            try:
-                return option(text)
-            except ValueError:
-                continue
-    raise InputError(f"--set {where} must be {_type_names(options)}, not {text!r:.60}")
-
-
-def _type_names(options: Sequence[Any]) -> str:
-    special = {bool: "true or false", type(None): "null"}
-    return " or ".join(special.get(option, str(option.__name__)) for option in options)
-
-
-def _build(cls: type, data: Any, where: str) -> Any:
-    """Builds a record from plain values; errors name the full key."""
-    if cls is PeConfig:
-        return _build_model(data, where)
-    if not isinstance(data, Mapping):
-        raise InputError(f"{where or 'recipe'} must be a mapping, not {type(data).__name__}")
-    prefix = f"{where}." if where else ""
-    known = {f.name: f for f in fields(cls)}
-    for key in data:
-        if key not in known:
-            raise InputError(f"unknown key '{prefix}{key}'; known are {', '.join(known)}")
-    for name, field in known.items():
-        if field.default is MISSING and name not in data:
-            raise InputError(f"missing key '{prefix}{name}'")
-    hints = get_type_hints(cls)
-    values = {n: _value(data[n], hints[n], f"{prefix}{n}") for n in known if n in data}
-    return cls(**values)
-
-
-def _build_model(data: Any, where: str) -> PeConfig:
-    """The architecture is checked by its own record; its errors get the section's name."""
-    try:
-        return PeConfig.from_dict(data)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def _value(value: Any, declared: Any, where: str) -> Any:
-    """Checks one value against its annotation; an int is accepted where a float is declared."""
-    if is_dataclass(declared):
-        return _build(declared, value, where)  # type: ignore[arg-type]
-    if get_origin(declared) is Literal:
-        choices = get_args(declared)
-        _require(value in choices, f"{where} must be one of {list(choices)}, not {value!r:.60}")
-        return value
-    if declared is float and type(value) is int:
-        value = float(value)
-    _require(
-        type(value) is declared,
-        f"{where} must be {declared.__name__}, not {type(value).__name__}",
+    tree = read_recipe(recipe)
+    task = tree.get("task")
+    require(
+        isinstance(task, str) and task in TASKS,
+        f"task must be one of {list(TASKS)}, not {task!r:.60}",
     )
-    if declared is float:
-        _require(math.isfinite(value), f"{where} must be finite, not {value}")
-    return value
+    return build(TASKS[str(task)], tree, overrides)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

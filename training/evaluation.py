@@ -1,6 +1,10 @@
-"""Zero-shot classification: images against the mean of each class's sentences. No augmentation."""
+"""How good a model is: zero-shot classification, and the loss of held-out answers.
+
+Zero-shot compares an image with the mean of each class's sentences. No augmentation.
+"""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +13,15 @@ from torch import Tensor
 
 from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.processing.clip_bpe import ClipTokenizer
+from training.config import LanguageDataConfig
 from training.data import to_pixels
 from training.digits import Bytes, Digits, Labels, plain_image
+from training.packing import collate
 from training.scenes import digit_prompts, draw_all, ink_prompts
+
+if TYPE_CHECKING:
+    from training.conversations import ConversationSource
+    from training.language import LanguageLearner
 
 _CHUNK = 256
 _SCENE_SEED = 20_000_003  # of evaluation scenes; they are the same in every run
@@ -35,17 +45,18 @@ def classify(
     Returns:
         int64 (N,), indices into `prompts`.
     """
+    weight = model.visual.conv1.weight
     classes = torch.stack([_class_feature(model, sentences, tokenizer) for sentences in prompts])
     chunks = [to_pixels(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)]
-    features = torch.cat([model.encode_image(pixels, normalize=True) for pixels in chunks])
-    predicted: Labels = (features @ classes.T).argmax(dim=1).numpy()
+    features = [model.encode_image(pixels.to(weight), normalize=True) for pixels in chunks]
+    predicted: Labels = (torch.cat(features) @ classes.T).argmax(dim=1).cpu().numpy()
     return predicted
 
 
 def _class_feature(
     model: PerceptionEncoder, sentences: Sequence[str], tokenizer: ClipTokenizer
 ) -> Tensor:
-    tokens = torch.from_numpy(tokenizer(list(sentences)))
+    tokens = torch.from_numpy(tokenizer(list(sentences))).to(model.visual.conv1.weight.device)
     mean = model.encode_text(tokens, normalize=True).mean(dim=0)
     return torch.nn.functional.normalize(mean, dim=0)
 
@@ -83,3 +94,23 @@ def confusion(predicted: Labels, labels: Labels, classes: int) -> npt.NDArray[np
 
 def _accuracy(predicted: Labels, labels: Labels) -> float:
     return float((predicted == labels).mean())
+
+
+@torch.no_grad()
+def assistant_loss(
+    learner: "LanguageLearner", source: "ConversationSource", config: LanguageDataConfig
+) -> dict[str, float]:
+    """The mean loss of the assistant's tokens over the first `config.validation` samples."""
+    training = learner.training
+    learner.eval()
+    device = next(learner.parameters()).device
+    loss, weight, samples, position = 0.0, 0, 0, 0
+    while samples < config.validation:
+        read = source.read(0, position)
+        position = read.position
+        batch = collate([read.row], config.seq_len).to(device)
+        loss += float(learner(batch))
+        weight += batch.weight
+        samples += len(read.row)
+    learner.train(training)
+    return {"loss": loss / max(1, weight)}

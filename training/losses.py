@@ -1,8 +1,12 @@
-"""The softmax contrastive loss over a batch that may be spread over ranks.
+"""Contrastive losses over a batch that may be spread over ranks.
 
-Each rank scores its own rows against everybody's columns. The mean over ranks of these losses, and
-of their gradients, is that of one process with the whole batch.
+Each rank scores its own rows against everybody's. The mean over ranks of these losses, and of their
+gradients, is that of one process with the whole batch. Losses are computed in float32.
+
+Legend: n rows of this rank, N rows of all ranks, D channels.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -27,7 +31,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(n, D) of this rank -> (ranks * n, D) in rank order, differentiable; n is the same on all."""
+    """(n, D) of this rank -> (N, D) in rank order, differentiable; n is the same on all."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
@@ -45,8 +49,45 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     Returns:
         This rank's scalar loss; average it, and the gradients, over ranks.
     """
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        target = _own_rows(image)
+        by_image = scale * image @ gather_rows(text).T
+        by_text = scale * text @ gather_rows(image).T
+        return (F.cross_entropy(by_image, target) + F.cross_entropy(by_text, target)) / 2
+
+    return _in_float32(loss, image, text, scale)
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The binary cross entropy of every pair: row i goes with row i and with no other (SigLIP).
+
+    Args:
+        image: unit features (n, D) of this rank.
+        text: unit features (n, D) of this rank.
+        scale: the factor on cosines, a scalar.
+        bias: added to them, a scalar.
+
+    Returns:
+        This rank's scalar loss, summed over texts; average it, and the gradients, over ranks.
+    """
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        logits = scale * image @ gather_rows(text).T + bias  # (n, N)
+        signs = torch.full_like(logits, -1.0)
+        signs.scatter_(1, _own_rows(image)[:, None], 1.0)
+        return -F.logsigmoid(signs * logits).sum() / len(image)
+
+    return _in_float32(loss, image, text, scale, bias)
+
+
+def _own_rows(rows: Tensor) -> Tensor:
+    """int64 (n,): which of all ranks' rows are this rank's."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    target = torch.arange(len(image), device=image.device) + rank * len(image)
-    by_image = scale * image @ gather_rows(text).T
-    by_text = scale * text @ gather_rows(image).T
-    return (F.cross_entropy(by_image, target) + F.cross_entropy(by_text, target)) / 2
+    return torch.arange(len(rows), device=rows.device) + rank * len(rows)
+
+
+def _in_float32(loss: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """Computes a loss of tensors in float32, also where the rest is bfloat16."""
+    with torch.autocast(values[0].device.type, enabled=False):
+        return loss(*[value.float() for value in values])

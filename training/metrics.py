@@ -1,11 +1,32 @@
-"""A run's record: one JSON line per event in a file, one progress line on the screen."""
+"""A run's record: JSON lines in a file, progress lines on the screen, TensorBoard on demand.
+
+What depends on the clock or on the machine is in the fields `CLOCK` names and those that end with
+`_per_s`; all else is the same whenever a run is repeated.
+"""
 
 import json
-from collections.abc import Mapping
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import torch
+from torch import nn
+
+from perception_rt.errors import InputError
+from perception_rt.models.plm import PerceptionLM
+from training.config import TrainConfig
+from training.distributed import Group
+from training.flops import Work, step_flops
 from training.state import write_text
+from training.task import Micro
+
+CLOCK = frozenset({"mfu", "memory_gib", "elapsed_s", "remaining_s"})
+_DURATIONS = ("elapsed_s", "remaining_s")
 
 
 class MetricsLog:
@@ -15,11 +36,15 @@ class MetricsLog:
         path: the file; events after `step` are dropped, since a resumed run repeats them.
         step: steps that are already done.
         screen: where progress lines go.
+        tensorboard: write TensorBoard's events too, into a folder of that name beside the file.
+
+    Raises:
+        InputError: TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, path: Path, *, step: int, screen: TextIO) -> None:
-        lines = path.read_text("utf-8").splitlines() if step and path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    def __init__(self, path: Path, *, step: int, screen: TextIO, tensorboard: bool = False) -> None:
+        self._board = _board(path.with_name("tensorboard"), step) if tensorboard else None
+        kept = _lines_up_to(step, path) if step and path.exists() else []
         write_text(path, "".join(f"{line}\n" for line in kept))
         self.path = path
         self.screen = screen
@@ -29,5 +54,105 @@ class MetricsLog:
         event = {"kind": kind, "step": step, **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
-        text = "  ".join(f"{name} {value:.5g}" for name, value in values.items())
+        text = "  ".join(f"{name} {_shown(name, value)}" for name, value in values.items())
         print(f"{kind} step {step}  {text}", file=self.screen, flush=True)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()
+
+
+class Meter:
+    """What a rank has computed since the last progress line, and how fast.
+
+    Args:
+        config: the recipe.
+        model: what is trained.
+        group: this process's place; rates are of all ranks, taken to be like this one.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, group: Group) -> None:
+        self._config = config
+        self._model = model
+        self._group = group
+        self._began = time.monotonic()
+        self._clear()
+
+    def add(self, parts: Sequence[Micro], seconds: float) -> None:
+        """One step."""
+        for part in parts:
+            self._counts.update(part.counts)
+            self._weight += part.weight
+        self._seconds += seconds
+        self._steps += 1
+
+    def figures(self, done: int) -> dict[str, float]:
+        """Rates, memory and time since the last call, after `done` steps of the run."""
+        ranks = self._group.ranks
+        rates = {f"{name}_per_s": n * ranks / self._seconds for name, n in self._counts.items()}
+        left = self._config.schedule.steps - done
+        times = {
+            "elapsed_s": time.monotonic() - self._began,
+            "remaining_s": left * self._seconds / self._steps,
+        }
+        figures = {**rates, **self._utilisation(), "memory_gib": _peak_memory() / 2**30, **times}
+        self._clear()
+        return figures
+
+    def _clear(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._weight = 0
+        self._seconds = 0.0
+        self._steps = 0
+
+    def _utilisation(self) -> dict[str, float]:
+        """The share of a device's peak that the model's own arithmetic is, if that is known.
+
+        Documents are taken to be of their mean length.
+        """
+        peak, tokens = self._config.run.peak_tflops, self._counts["tokens"]
+        if peak is None or not isinstance(self._model, PerceptionLM):
+            return {}
+        length = tokens / max(1, self._counts["samples"])
+        work = Work(
+            tokens=tokens,
+            pairs=round(tokens * (length + 1) / 2),
+            tiles=self._counts["images"],
+            labelled=self._weight,
+        )
+        flops = step_flops(self._model, work).model / self._config.parallel.tensor
+        return {"mfu": flops / (self._seconds * peak * 1e12)}
+
+
+def _lines_up_to(step: int, path: Path) -> list[str]:
+    """The events of a record up to a step. Who was killed may have left half a line at its end."""
+    kept = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            break
+        if event["step"] <= step:
+            kept.append(line)
+    return kept
+
+
+def _peak_memory() -> int:
+    """Bytes: on a GPU what torch has had at most, elsewhere what the process has had."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _shown(name: str, value: float) -> str:
+    """A value as people read it; a duration as hours, minutes and seconds."""
+    return str(timedelta(seconds=round(value))) if name in _DURATIONS else f"{value:.5g}"
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("run.tensorboard needs `pip install tensorboard`") from None
+    return SummaryWriter(str(folder), purge_step=step + 1)

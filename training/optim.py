@@ -1,29 +1,54 @@
 """AdamW over groups of parameters, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from perception_rt.models.pe import PerceptionEncoder
+from perception_rt.errors import InputError
 from training.config import OptimConfig, ScheduleConfig
 
 
-def build_optimizer(model: PerceptionEncoder, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and none on norms, biases, gains and scalars.
 
-    Each group has an `lr_scale`, for `set_learning_rate`.
+    Args:
+        parameters: names and parameters; those that need no gradient are left out.
+        config: the recipe's. Each group has an `lr_scale`, for `set_learning_rate`.
+
+    Raises:
+        InputError: a name in `lr_scales` is the beginning of no trained parameter's.
     """
-    text = {id(p) for p in model.text.parameters()}
-    groups = []
-    for lr_scale, in_text in ((1.0, False), (config.text_lr_scale, True)):
-        tower = [p for p in model.parameters() if (id(p) in text) == in_text]
-        for decay, matrices in ((config.weight_decay, True), (0.0, False)):
-            chosen = [p for p in tower if decays(p) == matrices]
-            groups.append({"params": chosen, "weight_decay": decay, "lr_scale": lr_scale})
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    for prefix in config.lr_scales:
+        if not any(name.startswith(prefix) for name, _ in trained):
+            raise InputError(f"optim.lr_scales: no trained parameter's name starts with {prefix!r}")
+    groups: dict[tuple[float, float, Any], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        decay = config.weight_decay if decays(parameter) else 0.0
+        # One fused update takes parameters that are sharded alike.
+        mesh = getattr(parameter, "device_mesh", None)
+        groups.setdefault((lr_scale(name, config.lr_scales), decay, mesh), []).append(parameter)
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        [
+            {"params": group, "weight_decay": decay, "lr_scale": scale}
+            for (scale, decay, _), group in groups.items()
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
     )
+
+
+def lr_scale(name: str, scales: Mapping[str, float]) -> float:
+    """The factor on a parameter's learning rate: that of the longest prefix of its name."""
+    fitting = [prefix for prefix in scales if name.startswith(prefix)]
+    return scales[max(fitting, key=len)] if fitting else 1.0
 
 
 def decays(parameter: Tensor) -> bool:

@@ -1,25 +1,30 @@
-"""`python training/publish_demo.py RUN_DIR`: makes a run's weights the demo model, and measures it.
+"""`python training/publish_demo.py RUN_DIR`: makes a run's weights the demo model of its kind.
 
-Rounds the weights to float16, writes them into `perception_rt/demo`, reads them back, and prints
-what CARD.md reports. The only place, besides tests, where the held-out digits are looked at.
+Rounds the weights to float16 and writes them into `perception_rt/demo`. An encoder is read back and
+measured on the held-out digits, as CARD.md reports; a language model is measured through its
+engines, by `benchmarks/demo_accuracy.py`.
 """
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from perception_rt.demo import weights_path
+from perception_rt.checkpoint.locate import CONFIG_NAME, TOKENIZER_NAME, find_config
+from perception_rt.checkpoint.source import expected_tensors, open_checkpoint
+from perception_rt.checkpoint.write import save_checkpoint
+from perception_rt.demo import language_model_path, weights_path
 from perception_rt.errors import PerceptionError
 from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.processing.clip_bpe import ClipTokenizer
 from training.digits import held_out, held_out_digits
 from training.evaluation import classify, confusion, evaluate
 from training.scenes import digit_prompts
-from training.state import WEIGHTS_FILE, export_weights, load_weights
+from training.state import WEIGHTS_FILE, export_encoder, load_weights
 
 
 def report(model: PerceptionEncoder) -> dict[str, Any]:
@@ -41,14 +46,32 @@ def report(model: PerceptionEncoder) -> dict[str, Any]:
     }
 
 
+def publish_language_model(run_dir: Path, folder: Path) -> None:
+    """Copies a run's exported folder, its weights in float16."""
+    config = find_config(run_dir)
+    assert config is not None
+    source = open_checkpoint(run_dir, config)
+    weights = {name: source.load(name).to(torch.float16) for name in expected_tensors(config)}
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(weights, folder / WEIGHTS_FILE, layout="original")
+    for name in (CONFIG_NAME, TOKENIZER_NAME):
+        shutil.copyfile(run_dir / name, folder / name)
+
+
 def main(arguments: list[str]) -> int:
     """Publishes one run; returns the exit status."""
     parser = argparse.ArgumentParser(description="Makes a run's weights the demo model.")
     parser.add_argument("run_dir", type=Path)
     options = parser.parse_args(arguments)
     try:
+        if (options.run_dir / CONFIG_NAME).is_file():
+            publish_language_model(options.run_dir, language_model_path())
+            return 0
         trained = load_weights(options.run_dir / WEIGHTS_FILE)
-        export_weights(trained, weights_path(), dtype=torch.float16)
+        path = weights_path()
+        export_encoder(
+            trained.state_dict(), trained.config, path.parent, name=path.name, dtype=torch.float16
+        )
         found = report(load_weights(weights_path()))
     except PerceptionError as error:
         print(f"error: {error}", file=sys.stderr)

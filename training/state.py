@@ -1,32 +1,28 @@
-"""What a run leaves on disk: a resumable state, and weights in the reference's names.
+"""What a run leaves on disk: how files are written, and weights in the reference's names.
 
-Every file appears whole or not at all: it is written beside its place and then renamed. The state
-holds tensors and plain values only, so that loading it runs no code.
+Every file appears whole or not at all: it is written beside its place and then renamed.
 """
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from perception_rt.checkpoint.source import open_checkpoint, state_dict
 from perception_rt.checkpoint.write import save_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.models.pe import PerceptionEncoder
-from training.config import TrainConfig, leaves
+from perception_rt.processing.llm_tokenizer import TokenizerSpec
+from training.config import LanguageConfig
 
-STATE_FILE = "state.pt"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
-
-_FORMAT = 1
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -50,72 +46,58 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def save_state(
-    path: Path,
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def export_encoder(
+    weights: Mapping[str, Tensor],
+    config: PeConfig,
+    folder: Path,
     *,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-) -> None:
-    """Saves everything that `step` steps have changed.
-
-    The data and every random draw are functions of (seed, step, rank), so the step stands for them.
-    """
-    state = {
-        "format": _FORMAT,
-        "step": step,
-        "config": dict(_decisive(config)),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    write_whole(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_state(
-    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> int:
-    """Restores a saved state and returns its step.
-
-    Raises:
-        CheckpointError: the file is damaged, or belongs to a run that computes something else; the
-            message names the first setting that differs.
-    """
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception:  # a damaged file raises whatever it makes the reader trip over
-        raise CheckpointError(f"{path.name} is damaged or not a training state") from None
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path.name} is not a training state of format {_FORMAT}")
-    saved, wanted = state["config"], dict(_decisive(config))
-    for key in [*wanted, *saved]:
-        if saved.get(key) != wanted.get(key):
-            raise CheckpointError(
-                f"{path.name} was saved with {key} = {saved.get(key)}, not {wanted.get(key)}"
-            )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    step: int = state["step"]
-    return step
-
-
-def _decisive(config: TrainConfig) -> list[tuple[str, Any]]:
-    """The settings that decide what a run computes: all but how it reports and saves."""
-    settings = leaves(config.to_dict())
-    return [(k, v) for k, v in settings if not k.startswith("run.") or k == "run.seed"]
-
-
-def export_weights(
-    model: PerceptionEncoder, weights: Path, *, dtype: torch.dtype = torch.float32
+    name: str = WEIGHTS_FILE,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes safetensors in the reference's names, and the architecture as JSON beside them."""
-    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    save_checkpoint(tensors, weights)
-    write_text(weights.with_suffix(".json"), json.dumps(model.config.to_dict(), indent=2) + "\n")
+    save_checkpoint({key: tensor.to(dtype) for key, tensor in weights.items()}, folder / name)
+    architecture = json.dumps(config.to_dict(), indent=2) + "\n"
+    write_text((folder / name).with_suffix(".json"), architecture)
+
+
+def export_language_model(
+    weights: Mapping[str, Tensor],
+    config: LanguageConfig,
+    tokenizer: TokenizerSpec,
+    tokenizer_file: bytes,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes a folder that `perception-export --checkpoint` takes: weights, params.json, tokenizer.
+
+    `params.json` has the architecture under `model` and, as the reference's, how images and videos
+    become tiles under `data`.
+    """
+    data = config.data
+    params = {
+        "model": config.model.to_dict(),
+        "data": {
+            "vision_input_type": data.mode,
+            "max_num_tiles": data.max_tiles,
+            "max_video_frames": data.max_frames,
+            "conversation_format": data.conversation,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.to(dtype) for key, tensor in weights.items()}
+    save_checkpoint(tensors, folder / WEIGHTS_FILE, layout="original")
+    assert tokenizer.file is not None
+    write_whole(folder / tokenizer.file, lambda temporary: _write_bytes(temporary, tokenizer_file))
+    write_text(folder / "params.json", json.dumps(params, indent=2) + "\n")
 
 
 def load_weights(weights: Path) -> PerceptionEncoder:
-    """Reads what `export_weights` wrote as a float32 model in evaluation mode.
+    """Reads what `export_encoder` wrote as a float32 model in evaluation mode.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the architecture.

@@ -1,6 +1,7 @@
 """`torchrun training/train.py RECIPE.yaml [--set key=value ...]`, or `python` for one process.
 
-Reads the recipe, then trains. Exits with 2 on a wrong recipe or option, with 1 on a failed run.
+Reads the recipe, then trains; with `--plan`, says what that takes instead. Exits with 2 on a wrong
+recipe or option, with 1 on a failed run.
 """
 
 import argparse
@@ -13,6 +14,8 @@ try:
     from perception_rt.errors import InputError, PerceptionError
     from training.config import load_config
     from training.distributed import process_group
+    from training.plan import report
+    from training.tasks import make_task
     from training.trainer import Trainer
 except ModuleNotFoundError as error:
     print(f'error: no module {error.name}; run `pip install -e ".[train]"` first', file=sys.stderr)
@@ -28,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one recipe; returns the exit status."""
-    parser = _Parser(description="Trains a Perception Encoder by a recipe.")
+    parser = _Parser(description="Trains a PE or a PLM by a recipe.")
     parser.add_argument("recipe", type=Path, help="YAML file; training/configs has examples")
     parser.add_argument(
         "--set",
@@ -37,14 +40,27 @@ def main(arguments: Sequence[str]) -> int:
         metavar="KEY=VALUE",
         help="overrides one setting, for example optim.lr=0.001; repeatable",
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="says what the recipe needs, and does not train"
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[8, 64], metavar="N", help="GPUs to plan for"
+    )
     try:
         options = parser.parse_args(arguments)
         config = load_config(options.recipe, options.set)
-        with process_group() as group:
-            Trainer(config, group).run()
+        if options.plan:
+            print(report(config, options.ranks))
+            return 0
+        with process_group(config.run.device, config.parallel.tensor) as group:
+            Trainer(config, make_task(config), group).run()
     except PerceptionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:  # a full disk, at a file that is not a checkpoint's
+        name = Path(str(error.filename or "a file")).name
+        print(f"error: {name}: {error.strerror or 'failed'}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,31 +1,33 @@
-"""The training loop: contrastive learning of a Perception Encoder.
+"""The training loop, the same for every task.
 
-A step is a pure function of the weights, the optimizer's moments and the step's number, so an
-interrupted run that resumes ends with the same bits. Knows nothing of file formats.
+A step is a pure function of the weights, the optimizer's moments, the step's number and the data
+position, so an interrupted run that resumes ends with the same bits. Knows nothing of file formats
+and nothing of how a learner is spread over ranks.
 """
 
+import json
 import math
+import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from perception_rt.errors import InputError, PerceptionError
-from perception_rt.models.pe import PerceptionEncoder
-from training import state
+from perception_rt.errors import PerceptionError
+from training import parallel, state
+from training.checkpoints import Checkpoints, full_weights
 from training.config import TrainConfig
-from training.data import DigitStream, check_shares, validation_digits
-from training.distributed import Group, average, average_gradients
-from training.evaluation import evaluate
-from training.losses import contrastive_loss
-from training.metrics import MetricsLog
+from training.distributed import Group, total
+from training.metrics import Meter, MetricsLog
 from training.optim import build_optimizer, learning_rate, set_learning_rate
-from training.weights import initialise
-
-MAX_LOGIT_SCALE = math.log(100.0)
+from training.signals import StopRequest, stop_requests
+from training.task import Micro, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,97 +44,132 @@ class Trainer:
 
     Args:
         config: the recipe.
+        task: what is learned.
         group: this process's place among the ranks.
     """
 
-    def __init__(self, config: TrainConfig, group: Group) -> None:
-        check_shares(config.data, group.ranks)
+    def __init__(self, config: TrainConfig, task: Task, group: Group) -> None:
         torch.set_num_threads(config.run.threads)
-        torch.manual_seed(config.run.seed)
         self.config = config
+        self.task = task
         self.group = group
         self.out_dir = Path(config.run.out_dir)
-        self.model = PerceptionEncoder(config.model)
-        initialise(self.model)
-        self.model.train()
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.data = DigitStream(config.data, config.model, seed=config.run.seed)
-        self.done = self._resume()  # finished steps
+        self.stream = task.stream(group)
+        with torch.device("meta"):
+            self.learner = task.learner()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(task.trainable(name))
+        parallel.prepare(self.learner, config.parallel, group)
+        parallel.fill(self.model, task.initial)
+        self.learner.train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.model.named_parameters(), config.optim)
+        self.checkpoints = Checkpoints(self.out_dir, config, group)
+        # Finished steps.
+        self.done = self.checkpoints.resume(self.learner, self.optimizer, self.stream)
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, under the names of checkpoints."""
+        return self.learner.model
 
     def run(self) -> None:
-        """Trains to the last step, then exports the weights."""
-        run, batch_size = self.config.run, self.config.data.batch_size
+        """Trains to the last step, then exports the weights; or to the step where a signal comes.
+
+        Raises:
+            PerceptionError: a step failed, or a checkpoint could not be saved.
+        """
         log = self._open_log()
-        images, seconds = 0, 0.0  # since the last progress line
+        with stop_requests() as request:
+            try:
+                self._train(log, request)
+                self._save()
+                self.checkpoints.wait()
+            finally:
+                self.checkpoints.close()
+                self.stream.close()
+        if self.done < self.config.schedule.steps:
+            if self.group.is_main:
+                print(f"stopped after step {self.done}; run.resume=true goes on", flush=True)
+            return
+        weights = full_weights(self.learner, keep=self.group.is_main)
+        if self.group.is_main:
+            self.task.export(weights, self.out_dir)
+
+    def _train(self, log: MetricsLog | None, request: StopRequest) -> None:
+        """Does steps until the last, or until any rank is asked to stop."""
+        run = self.config.run
+        meter = Meter(self.config, self.model, self.group)
         while self.done < self.config.schedule.steps:
             began = time.perf_counter()
-            result = self.step()
-            images, seconds = images + batch_size, seconds + time.perf_counter() - began
-            if log is None:
-                continue
+            parts = self.stream.next()
+            result = self.step(parts)
+            meter.add(parts, time.perf_counter() - began)
             if self._due(run.log_every):
-                log.write("train", self.done, {**asdict(result), "images_per_s": images / seconds})
-                images, seconds = 0, 0.0
+                self._report(log, result, meter)
             if self._due(run.eval_every):
-                digits = validation_digits(self.config.data)
-                log.write("eval", self.done, evaluate(self.model, digits))
+                with parallel.whole(self.learner):
+                    figures = self.task.evaluate(self.learner)
+                if log is not None:
+                    log.write("eval", self.done, figures)
             if self._due(run.save_every):
                 self._save()
-        if log:
-            self._save()
-            state.export_weights(self.model, self.out_dir / state.WEIGHTS_FILE)
+            if self._stops(request):
+                break
 
-    def step(self) -> StepResult:
-        """Does one step on this rank's share of the batch.
+    def step(self, parts: Sequence[Micro]) -> StepResult:
+        """Does one step on this rank's parts of the batch.
 
         Raises:
             PerceptionError: the loss or the gradient is not finite; the weights are those before
                 the step.
         """
-        step, group = self.done, self.group
-        lr = learning_rate(step, self.config.optim.lr, self.config.schedule)
-        self._seed(step)
-        batch = self.data.batch(step, rank=group.rank, ranks=group.ranks)
-        loss = contrastive_loss(*self.model(batch.pixels, batch.tokens))
-        mean_loss = average(loss, group).item()
-        _require_finite("loss", mean_loss, step)
+        lr = learning_rate(self.done, self.config.optim.lr, self.config.schedule)
+        weight = total(torch.tensor(sum(part.weight for part in parts)), self.group).item()
+        # Gradients are averaged over ranks; the loss is a sum over all of them.
+        scale = self.group.ranks / max(1.0, float(weight))
+        loss = torch.zeros((), device=self.group.device)
         self.optimizer.zero_grad()
-        loss.backward()
-        average_gradients(self.model.parameters(), group)
-        clip = self.config.optim.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
-        _require_finite("gradient norm", norm, step)
+        for index, part in enumerate(parts):
+            self._seed(index)
+            with parallel.last_part(self.learner, index == len(parts) - 1):
+                share = self.learner(part.to(self.group.device)) * scale
+                share.backward()
+            loss += share.detach()
+        mean_loss = total(loss, self.group).item() / self.group.ranks
+        self._require_sound("loss", mean_loss, parts)
+        norm = parallel.clip_gradients(self.learner, self.trained, self.config, self.group)
+        self._require_sound("gradient norm", norm, parts, limit=self.config.optim.stop_above)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        self.task.after_step(self.model)
         self.done += 1
         return StepResult(loss=mean_loss, grad_norm=norm, lr=lr)
 
-    def _seed(self, step: int) -> None:
-        """Makes stochastic depth a function of (seed, step, rank): no generator state to save."""
-        entropy = (self.config.run.seed, step, self.group.rank)
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+    def _seed(self, part: int) -> None:
+        """Makes every random draw a function of (seed, step, part, rank): no state to save."""
+        entropy = (self.config.run.seed, self.done, part, self.group.rank)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0])
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - what a dependency may draw from
+        random.seed(seed)
 
     def _due(self, every: int) -> bool:
         """Whether something that happens every so many steps, 0 for never, happens now."""
         return every > 0 and self.done % every == 0
 
-    def _resume(self) -> int:
-        """Loads the state in `out_dir` on demand; returns the number of finished steps."""
-        path = self.out_dir / state.STATE_FILE
-        if not self.config.run.resume:
-            if path.exists():
-                raise InputError(
-                    f"run.out_dir {self.config.run.out_dir} holds a run; "
-                    "continue it with --set run.resume=true, or choose another"
-                )
-            return 0
-        if not path.exists():
-            return 0
-        return state.load_state(
-            path, model=self.model, optimizer=self.optimizer, config=self.config
-        )
+    def _save(self) -> None:
+        self.checkpoints.save(self.done, self.learner, self.optimizer, self.stream)
+
+    def _stops(self, request: StopRequest) -> bool:
+        """Whether any rank was asked to stop; CheckpointError if a save failed on any."""
+        flags = torch.tensor([bool(request), self.checkpoints.failed], dtype=torch.int32)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group.control)
+        stop, failed = flags.tolist()
+        if failed:
+            self.checkpoints.wait()
+        return bool(stop)
 
     def _open_log(self) -> MetricsLog | None:
         """Prepares `out_dir`; the main rank only."""
@@ -140,21 +177,38 @@ class Trainer:
             return None
         self.out_dir.mkdir(parents=True, exist_ok=True)
         state.write_text(self.out_dir / state.RECIPE_FILE, self.config.to_yaml())
-        log = MetricsLog(self.out_dir / state.METRICS_FILE, step=self.done, screen=sys.stdout)
+        log = MetricsLog(
+            self.out_dir / state.METRICS_FILE,
+            step=self.done,
+            screen=sys.stdout,
+            tensorboard=self.config.run.tensorboard,
+        )
         parameters = sum(p.numel() for p in self.model.parameters())
-        log.write("start", self.done, {"ranks": self.group.ranks, "parameters": parameters})
+        trained = sum(p.numel() for p in self.trained)
+        facts = {"ranks": self.group.ranks, "parameters": parameters, "trained": trained}
+        log.write("start", self.done, facts)
         return log
 
-    def _save(self) -> None:
-        state.save_state(
-            self.out_dir / state.STATE_FILE,
-            step=self.done,
-            model=self.model,
-            optimizer=self.optimizer,
-            config=self.config,
+    def _report(self, log: MetricsLog | None, result: StepResult, meter: Meter) -> None:
+        """A line of the record."""
+        if log is None:
+            return
+        bad = {"bad_samples": self.stream.bad_samples} if self.stream.bad_samples else {}
+        log.write("train", self.done, {**asdict(result), **bad, **meter.figures(self.done)})
+
+    def _require_sound(
+        self, name: str, value: float, parts: Sequence[Micro], *, limit: float | None = None
+    ) -> None:
+        """PerceptionError for no number, or one above a limit; the samples' names are in a file."""
+        above = limit is not None and value > limit
+        if math.isfinite(value) and not above:
+            return
+        step = self.done + 1
+        names = [sample for part in parts for sample in part.names]
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        file = self.out_dir / f"failed_step_{step}_rank_{self.group.rank}.json"
+        state.write_text(file, json.dumps({"step": step, name: str(value), "samples": names}))
+        why = f"{value:.5g}, above optim.stop_above {limit}" if above else f"{value}"
+        raise PerceptionError(
+            f"step {step}: the {name} is {why}; training stopped, its samples are in {file.name}"
         )
-
-
-def _require_finite(name: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise PerceptionError(f"step {step + 1}: the {name} is {value}; training stopped")

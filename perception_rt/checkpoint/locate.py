@@ -13,6 +13,7 @@ from typing import Any
 
 from perception_rt.errors import CheckpointError, InputError
 from perception_rt.plm_config import PlmConfig
+from perception_rt.processing.tiles import TileSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "params.json"
@@ -21,6 +22,12 @@ HF_TOKENIZER_NAME = "tokenizer.json"
 ORIGINAL_FOLDER = "original"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
+# Fields of `params.json` under `data`, and ours.
+_TILE_FIELDS = {
+    "vision_input_type": "mode",
+    "max_num_tiles": "max_tiles",
+    "max_video_frames": "max_frames",
+}
 _CONSOLIDATED = "consolidated.pth"
 _CONSOLIDATED_PART = re.compile(r"consolidated\.(\d\d)\.pth")
 _INDEX_BYTES = 64 * 1024 * 1024
@@ -140,6 +147,27 @@ def find_config(path: Path | str) -> PlmConfig | None:
         return PlmConfig.from_dict(_read_json(file, _CONFIG_BYTES))
     except InputError as error:
         raise InputError(f"{file.name}: {error}") from None
+
+
+def find_tiles(path: Path | str, tile_size: int) -> TileSpec:
+    """How a language model was trained to see images and videos, as its `params.json` says.
+
+    What it does not say, or without such a file all of it, is as for the released models.
+
+    Args:
+        path: what `open_checkpoint` takes.
+        tile_size: of the model's vision tower, in pixels.
+
+    Raises:
+        CheckpointError: the file is not JSON.
+        InputError: a setting in it is not usable; it is named.
+    """
+    file = _beside(Path(path), CONFIG_NAME)
+    content = {} if file is None else _read_json(file, _CONFIG_BYTES)
+    data = content.get("data") if isinstance(content, dict) else None
+    given = data if isinstance(data, dict) else {}
+    fields = {ours: given[theirs] for theirs, ours in _TILE_FIELDS.items() if theirs in given}
+    return TileSpec.from_dict({"tile_size": tile_size, **fields})
 
 
 def find_tokenizer(path: Path | str) -> Path | None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perception_rt.archs import DEMO_MODEL, get_config
+from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
 from perception_rt.checkpoint.hub import PE_LICENSE, PLM_LICENSE, download
-from perception_rt.checkpoint.locate import find_config, find_tokenizer
+from perception_rt.checkpoint.locate import CONFIG_NAME, find_config, find_tiles, find_tokenizer
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
 from perception_rt.config import PeConfig, VisionConfig
-from perception_rt.demo import LICENSE_NOTE, config_path, weights_path
+from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_destination, export_package
 from perception_rt.export.plan import ExportPlan, PlmPlan, parse_image_size
@@ -100,7 +100,7 @@ def _plan(
     if isinstance(config, PlmConfig):
         return PlmPlan(
             config=config,
-            tiles=TileSpec(tile_size=config.vision.image_size),
+            tiles=_tiles(config, weights),
             blocks=options.blocks or "int8",
             tokenizer=_tokenizer(options, config, weights),
             **common,
@@ -114,6 +114,11 @@ def _plan(
         taps=_taps(options.taps, config.vision),
         **common,
     )
+
+
+def _tiles(config: PlmConfig, weights: Path | None) -> TileSpec:
+    size = config.vision.image_size
+    return TileSpec(tile_size=size) if weights is None else find_tiles(weights, size)
 
 
 def _name_of(checkpoint: Path) -> str:
@@ -173,8 +178,10 @@ def _config(options: argparse.Namespace) -> Config:
         return found
     if options.config is not None:
         raise InputError("--config goes with --checkpoint; --model has its own architecture")
-    if options.model == DEMO_MODEL:
+    if options.model == PE_DEMO:
         return _read_config(config_path())
+    if options.model == PLM_DEMO:
+        return _read_config(language_model_path() / CONFIG_NAME)
     return get_config(options.model)
 
 
@@ -199,8 +206,9 @@ def _weights(options: argparse.Namespace, report: Report) -> _Weights:
         return _Weights(None)
     if options.weights not in (None, "hf"):
         return _Weights(Path(options.weights))
-    if options.model == DEMO_MODEL:
-        return _Weights(weights_path(), LICENSE_NOTE)
+    if options.model in (PE_DEMO, PLM_DEMO):
+        path = weights_path() if options.model == PE_DEMO else language_model_path()
+        return _Weights(path, LICENSE_NOTE)
     report(f"looking for {options.model} in the hub cache, or downloading it")
     plm = isinstance(get_config(options.model), PlmConfig)
     return _Weights(download(options.model), PLM_LICENSE if plm else PE_LICENSE)

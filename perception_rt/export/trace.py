@@ -63,9 +63,11 @@ def traced_attention(
     kv_heads: int | None = None,
     rope: Rope | None = None,
     causal: bool = False,
+    mask: Any = None,
 ) -> Tensor:
     """The `Attention` kernel to build a module with before tracing it."""
     assert kv_heads in (None, heads), "grouped heads go with a cache"
+    assert mask is None, "masks are for training"
     cos, sin = rope or (None, None)
     result: Tensor = _attention_op(query, key, value, cos, sin, heads, causal)
     return result
@@ -131,9 +133,10 @@ class CachedAttention:
         kv_heads: int | None = None,
         rope: Rope | None = None,
         causal: bool = False,
+        mask: Any = None,
     ) -> Tensor:
         """Attention of (N, T, C) over the cache and itself; `rope` has a row per position."""
-        assert causal and rope is not None and self._past_lengths is not None
+        assert causal and mask is None and rope is not None and self._past_lengths is not None
         keys, values = next(self._caches)
         result = _cached_attention_op(
             query, key, value, keys, values, self._past_lengths, *rope, heads, kv_heads or heads

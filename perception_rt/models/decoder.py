@@ -1,13 +1,15 @@
 """The Llama decoder, in the reference's parameter names.
 
-A sequence starts at position 0. Nothing here knows of a key-value cache: the attention that an
-exporter passes has one, and the tables that it is given are those of the positions in it.
+A sequence starts at position 0 unless positions are given. Nothing here knows of a key-value cache:
+the attention that an exporter passes has one, and the tables that it is given are those of the
+positions in it.
 
 Legend: N batch, T tokens, C width, H query heads, K key and value heads, E channels per head,
 V vocabulary.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +69,8 @@ class GroupedAttention(nn.Module):
         self.wv = nn.Linear(dim, kv_dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """(N, T, C) -> (N, T, C)."""
+    def forward(self, x: Tensor, rope: Rope, mask: Any = None) -> Tensor:
+        """(N, T, C) -> (N, T, C); `mask` as the attention takes it."""
         y = self.attention(
             self.wq(x),
             self.wk(x),
@@ -77,6 +79,7 @@ class GroupedAttention(nn.Module):
             kv_heads=self.kv_heads,
             rope=rope,
             causal=True,
+            mask=mask,
         )
         return self.wo(y)
 
@@ -105,9 +108,9 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = RmsNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Any = None) -> Tensor:
         """(N, T, C) -> (N, T, C)."""
-        x = x + self.attention(self.attention_norm(x), rope)
+        x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -128,12 +131,26 @@ class Decoder(nn.Module):
         if not config.weight_tying:
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
+    def hidden_states(
+        self, hidden: Tensor, *, positions: Tensor | None = None, mask: Any = None
+    ) -> Tensor:
+        """Input embeddings (N, T, C) -> normed hidden states (N, T, C).
+
+        Args:
+            hidden: what goes into the first layer.
+            positions: int64 (N, T), of each token in its document; 0 to T - 1 without.
+            mask: which tokens see which, as the attention takes it; causal without.
+        """
+        rope = rope_1d(self.decoder_config, hidden.shape[1], hidden.device)
+        if positions is not None:
+            rope = Rope(rope.cos[positions][:, None], rope.sin[positions][:, None])
+        for layer in self.layers:
+            hidden = layer(hidden, rope, mask)
+        return self.norm(hidden)
+
     def decode(self, hidden: Tensor) -> Tensor:
         """Input embeddings (N, T, C) -> logits (N, T, V)."""
-        rope = rope_1d(self.decoder_config, hidden.shape[1], hidden.device)
-        for layer in self.layers:
-            hidden = layer(hidden, rope)
-        return self.head(self.norm(hidden))
+        return self.head(self.hidden_states(hidden))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Normed hidden states (..., C) -> logits (..., V)."""

@@ -6,7 +6,7 @@ is a function of integers, so that two threads or two grids can never meet.
 Legend: N batch, T tokens, C width, h w grid rows and columns, D channels per head.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ ROPE_THETA = 10000.0
 
 
 class Rope(NamedTuple):
-    """Rotation tables, float32 (T, D/2): one angle per adjacent pair of channels."""
+    """Rotation tables, float32 (T, D/2) or (N, 1, T, D/2): one angle per adjacent channel pair."""
 
     cos: Tensor
     sin: Tensor
@@ -36,11 +36,13 @@ class Attention(Protocol):
         kv_heads: int | None = None,
         rope: Rope | None = None,
         causal: bool = False,
+        mask: Any = None,
     ) -> Tensor:
         """Multi-head attention of (N, Tq, C) over (N, Tk, C); returns (N, Tq, C).
 
         With fewer `kv_heads` than `heads`, keys and values are (N, Tk, kv_heads * D), and each of
-        their heads serves a group of consecutive query heads.
+        their heads serves a group of consecutive query heads. A `mask` says which keys a query
+        sees, instead of `causal` and in the kernel's own form; training packs documents with it.
         """
 
 
@@ -73,14 +75,20 @@ def sdpa_attention(
     kv_heads: int | None = None,
     rope: Rope | None = None,
     causal: bool = False,
+    mask: Any = None,
 ) -> Tensor:
-    """The default `Attention`: torch's scaled dot product attention, scale D ** -0.5."""
+    """The default `Attention`: torch's scaled dot product attention, scale D ** -0.5.
+
+    Its masks are what `scaled_dot_product_attention` takes: bool, true where a query sees a key.
+    """
     q = split_heads(query, heads)
     k, v = (split_heads(x, kv_heads or heads) for x in (key, value))
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
     grouped = kv_heads is not None and kv_heads != heads
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
+    )
     return merge_heads(y)
 
 

@@ -132,7 +132,8 @@ class VisionTower(nn.Module):
         p = self.config.patch_size
         h, w = self.config.grid_of(height, width)
         x = pixels.reshape(n, channels, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(x.reshape(n, h * w, channels * p * p), self.conv1.weight.flatten(1))
+        weight = self.conv1.weight.flatten(1)
+        return F.linear(x.reshape(n, h * w, channels * p * p).to(weight.dtype), weight)
 
     def token_table(self, grid: tuple[int, int]) -> Tensor | None:
         """The (T, C) table that is added to the tokens of a grid."""

@@ -18,12 +18,14 @@ from perception_rt.processing.llm_tokenizer import Tokenizer
 from perception_rt.processing.llm_vocabulary import (
     BEGIN_OF_TEXT,
     END_HEADER,
+    END_OF_TEXT,
     EOT,
     IMAGE,
     START_HEADER,
 )
 
 Role = Literal["system", "user", "assistant"]
+Format = Literal["plm_sft", "warmup"]
 
 # What the models were trained with, byte for byte.
 SYSTEM = (
@@ -36,6 +38,7 @@ IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
 
 _AFTER_HEADER = "\n\n"
+_AFTER_CAPTION = "\n"
 _MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 
 
@@ -70,6 +73,21 @@ class Prompt:
     image_spans: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Transcript:
+    """A finished conversation as ids.
+
+    Attributes:
+        ids: int64 (T,).
+        learned: bool (T,), the answers and what ends them.
+        ends: how many ids there are up to the end of each answer; the last is T.
+    """
+
+    ids: NDArray[np.int64]
+    learned: NDArray[np.bool_]
+    ends: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _Control:
     name: str
@@ -83,6 +101,53 @@ class _Fixed:
 
 
 _Piece: TypeAlias = _Control | _Fixed | Part
+
+
+class _Writer:
+    """Pieces to ids. The texts between two control tokens are one text: words span their seams."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int) -> None:
+        self._tokenizer = tokenizer
+        self._tokens_per_tile = tokens_per_tile
+        self._fixed = self._text = ""
+        self.ids: list[int] = []
+        self.spans: list[tuple[int, int]] = []  # start and number of each image's
+        self.answers: list[tuple[int, int]] = []  # start and end of what is learned
+
+    def put(self, piece: _Piece) -> None:
+        """The next piece."""
+        if isinstance(piece, _Fixed):
+            self._fixed = piece.text
+            return
+        if isinstance(piece, str):
+            self._text += piece
+            return
+        self.flush()
+        if isinstance(piece, _Control):
+            self.ids.append(self._tokenizer.control(piece.name))
+        else:
+            count = piece.count * self._tokens_per_tile
+            self.spans.append((len(self.ids), count))
+            self.ids += [self._tokenizer.control(IMAGE)] * count
+
+    def flush(self) -> None:
+        """Ends a text."""
+        self.ids += self._tokenizer.encode_text(self._text, before=self._fixed)
+        self._fixed = self._text = ""
+
+    def answer(self, text: str, *ends: _Control) -> None:
+        """A text that is learned, and the control tokens after it, where a prompt would end."""
+        prompt = self._tokenizer.encode_text("", before=self._fixed)
+        ids = self._tokenizer.encode_text(text, before=self._fixed)
+        if ids[: len(prompt)] != prompt:
+            # The text's beginning merged with the header, which a model that answers never sees.
+            ids = prompt + self._tokenizer.encode_text(text)
+        self._fixed = ""
+        start = len(self.ids) + len(prompt)
+        self.ids += ids
+        for end in ends:
+            self.put(end)
+        self.answers.append((start, len(self.ids)))
 
 
 def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], tokens_per_tile: int) -> Prompt:
@@ -101,27 +166,50 @@ def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], tokens_per_tile: 
         InputError: the turns are in another order, a part is not text or tiles, or a text is
             unusable.
     """
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
-    fixed = text = ""
+    writer = _Writer(tokenizer, tokens_per_tile)
     for piece in _pieces(turns, tokens_per_tile):
-        if isinstance(piece, _Fixed):
-            fixed = piece.text
-            continue
-        if isinstance(piece, str):
-            text += piece
-            continue
-        # The texts between two control tokens are one text: pieces of words span their seams.
-        ids += tokenizer.encode_text(text, before=fixed)
-        fixed = text = ""
-        if isinstance(piece, _Control):
-            ids.append(tokenizer.control(piece.name))
-        else:
-            count = piece.count * tokens_per_tile
-            spans.append((len(ids), count))
-            ids += [tokenizer.control(IMAGE)] * count
-    ids += tokenizer.encode_text(text, before=fixed)
-    return Prompt(ids=np.asarray(ids, np.int64), image_spans=tuple(spans))
+        writer.put(piece)
+    writer.flush()
+    return Prompt(ids=np.asarray(writer.ids, np.int64), image_spans=tuple(writer.spans))
+
+
+def encode_transcript(
+    tokenizer: Tokenizer, turns: Sequence[Turn], tokens_per_tile: int, form: Format = "plm_sft"
+) -> Transcript:
+    """A finished conversation, for a model to learn its answers.
+
+    In `plm_sft`, the chat format, the ids before an answer are those that `encode_prompt` gives for
+    the turns before it, unless one of their answers begins with what merges with its header, such
+    as a new line. Learned are an answer's text and what ends it. The header is not, though it is in
+    the reference: at run time it is never the model's to write. In `warmup` there are no control
+    tokens but those of images, the system's sentence and the first question's text are left out,
+    and an answer ends with a new line.
+
+    Args:
+        tokenizer: the model's.
+        turns: as `encode_prompt` takes them, but the assistant last.
+        tokens_per_tile: image tokens of one tile.
+        form: the format.
+
+    Returns:
+        The ids, and which of them are learned.
+
+    Raises:
+        InputError: as `encode_prompt`.
+    """
+    _check_integer("tokens_per_tile", tokens_per_tile, 1)
+    given = _checked_turns(turns, last="assistant")
+    writer = _Writer(tokenizer, tokens_per_tile)
+    write = _write_chat if form == "plm_sft" else _write_captions
+    write(writer, given)
+    learned = np.zeros(len(writer.ids), np.bool_)
+    for start, end in writer.answers:
+        learned[start:end] = True
+    return Transcript(
+        ids=np.asarray(writer.ids, np.int64),
+        learned=learned,
+        ends=tuple(end for _, end in writer.answers),
+    )
 
 
 def generation_prompt(question: str, num_tiles: int, tokens_per_tile: int) -> str:
@@ -203,10 +291,40 @@ def _pieces(turns: Sequence[Turn], tokens_per_tile: int) -> Iterator[_Piece]:
     _check_integer("tokens_per_tile", tokens_per_tile, 1)
     yield _Control(BEGIN_OF_TEXT)
     for turn in _checked_turns(turns):
-        yield from _header(turn.role)
-        yield from turn.content
-        yield _Control(EOT)
+        yield from _turn(turn)
     yield from _header("assistant")
+
+
+def _turn(turn: Turn) -> Iterator[_Piece]:
+    yield from _header(turn.role)
+    yield from turn.content
+    yield _Control(EOT)
+
+
+def _write_chat(writer: _Writer, turns: Sequence[Turn]) -> None:
+    writer.put(_Control(BEGIN_OF_TEXT))
+    for index, turn in enumerate(turns, start=1):
+        answers = turn.role == "assistant"
+        for piece in _header("assistant") if answers else _turn(turn):
+            writer.put(piece)
+        if answers:
+            ends = (EOT, END_OF_TEXT) if index == len(turns) else (EOT,)
+            writer.answer(_text(turn), *map(_Control, ends))
+
+
+def _write_captions(writer: _Writer, turns: Sequence[Turn]) -> None:
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant":
+            writer.flush()
+            writer.answer(_text(turn) + _AFTER_CAPTION)
+        elif turn.role == "user":
+            for part in turn.content:
+                if isinstance(part, Tiles) or index > 1:  # 0 is the system's, 1 the first question
+                    writer.put(part)
+
+
+def _text(turn: Turn) -> str:
+    return "".join(part for part in turn.content if isinstance(part, str))
 
 
 def _header(role: Role) -> Iterator[_Piece]:
@@ -224,7 +342,7 @@ def _shown(piece: _Piece, tokens_per_tile: int) -> str:
     return piece if isinstance(piece, str) else piece.text
 
 
-def _checked_turns(turns: Sequence[Turn]) -> list[Turn]:
+def _checked_turns(turns: Sequence[Turn], last: Role = "user") -> list[Turn]:
     """The turns, beginning with the system's; InputError if one is out of place."""
     given = list(turns)
     for turn in given:
@@ -240,8 +358,8 @@ def _checked_turns(turns: Sequence[Turn]) -> list[Turn]:
     for index, (turn, role) in enumerate(zip(given[start:], cycle(("user", "assistant"))), start):
         if turn.role != role:
             raise InputError(f"turn {index} must be the {role}'s, not that of {turn.role!r:.40}")
-    if not given or given[-1].role != "user":
-        raise InputError("the last turn must be the user's")
+    if len(given) == start or given[-1].role != last:
+        raise InputError(f"the last turn must be the {last}'s")
     return given if start else [Turn("system", (SYSTEM,)), *given]
 
 

@@ -11,7 +11,7 @@ Legend: T frames, H height, W width, n frames that were picked, S side of a tile
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -22,6 +22,7 @@ from PIL import Image
 
 from perception_rt.errors import BackendError, InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.processing.boxes import PixelBox, draw_box
 from perception_rt.processing.files import open_regular_file, path_name
 from perception_rt.processing.image import resize_image
 from perception_rt.processing.tiles import TileSpec
@@ -153,7 +154,7 @@ def load_video(
         raise InputError(f"num_frames must be an integer from 1 to {limits.video_frames}")
     plan = _Plan(
         select=lambda total, _: select_frames(total, num_frames),
-        finish=lambda pixels: pixels,
+        finish=lambda _, pixels: pixels,
         held=num_frames,
     )
     return _load(source, plan, limits)
@@ -166,6 +167,7 @@ def load_frames(
     num_frames: int | None = None,
     start_s: float | None = None,
     end_s: float | None = None,
+    boxes: Mapping[int, PixelBox] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> NDArray[np.uint8]:
     """Decodes the frames that `select_plm_frames` picks, each squashed to one tile.
@@ -181,6 +183,8 @@ def load_frames(
         num_frames: how many frames to take at most; None for `spec.max_frames`.
         start_s: where to begin, in seconds from the first frame.
         end_s: where to end, in seconds from the first frame.
+        boxes: by the number of a frame, from 0 at the start of the file: drawn into it as
+            `draw_box` does, before it is resized.
         limits: bounds on the file's bytes, its duration, the size of a frame and `num_frames`.
 
     Returns:
@@ -196,9 +200,15 @@ def load_frames(
         raise InputError(f"num_frames must be an integer from 1 to {most}")
     _check_times(start_s, end_s)
     tile = spec.tile
+
+    def finish(index: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if boxes and index in boxes:
+            pixels = draw_box(pixels, boxes[index])
+        return resize_image(Image.fromarray(np.ascontiguousarray(pixels)), tile)
+
     plan = _Plan(
         select=lambda total, fps: select_plm_frames(total, fps, number, start_s, end_s),
-        finish=lambda pixels: resize_image(Image.fromarray(np.ascontiguousarray(pixels)), tile),
+        finish=finish,
         held=1,
     )
     return _load(source, plan, limits)
@@ -210,12 +220,13 @@ class _Plan:
 
     Attributes:
         select: from the number of frames and their rate, None if unknown, to indices.
-        finish: from an upright frame, uint8 (H, W, 3), to what is returned of it.
+        finish: from the index of a frame and the frame, upright, uint8 (H, W, 3), to what is
+            returned of it.
         held: how many frames are in memory at once in their own size.
     """
 
     select: Callable[[int, float | None], list[int]]
-    finish: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+    finish: Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
     held: int
 
 
@@ -256,7 +267,7 @@ def _from_array(array: NDArray[Any], plan: _Plan, limits: Limits) -> NDArray[np.
         )
     frames, height, width, _ = array.shape
     _check_size(width, height, plan.held, "video array", limits)
-    return np.stack([plan.finish(array[i]) for i in plan.select(frames, None)])
+    return np.stack([plan.finish(i, array[i]) for i in plan.select(frames, None)])
 
 
 def _check_size(width: int, height: int, num_frames: int, name: str, limits: Limits) -> None:
@@ -372,7 +383,7 @@ class _Reader:
                     raise InputError(f"{self._name} changes the size of its frames")
                 if count in wanted:
                     pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
-                    kept[count] = plan.finish(pixels)
+                    kept[count] = plan.finish(count, pixels)
                 count += 1
         return kept, count
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jobs import EXACT, finish
 
 from training.config import TrainConfig, load_config
 
@@ -19,3 +20,19 @@ def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
         return load_config(TINY, [f"run.out_dir={tmp_path / 'run'}", *overrides])
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out_dir = tmp_path_factory.mktemp("whole") / "run"
+    finish(out_dir)
+    return out_dir
+
+
+@pytest.fixture(scope="session")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without stochastic depth."""
+    out_dir = tmp_path_factory.mktemp("exact") / "run"
+    finish(out_dir, EXACT)
+    return out_dir

@@ -1,9 +1,11 @@
 """A wrong recipe or override is named in one line; a right one means what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from perception_rt.archs import PLM_MODELS
 from perception_rt.errors import InputError
 from training.config import load_config
 from training.train import main
@@ -54,10 +56,15 @@ def test_overrides_have_the_declared_type() -> None:
         ("optim.lr=nan", "optim.lr must be finite"),
         ("data.batch_size=1.5", "data.batch_size must be int, not '1.5'"),
         ("run.resume=yes", "run.resume must be true or false, not 'yes'"),
-        ("model.vision.heads=three", "model.vision.heads must be int"),
+        ("model.vision.heads=three", "model: vision.heads must be int, not str"),
+        ("model.vision.heads=[", "--set model.vision.heads is not a value: '['"),
+        ("model.vision.depth=3", "model: vision: unknown keys ['depth']"),
         ("model.vision.heads=3", "model: vision.width 32 is not divisible by vision.heads 3"),
         ("model.vision.pool_type=max", "model: vision.pool_type must be one of"),
-        ("data.dataset=cats", "data.dataset must be one of ['digits']"),
+        ("data.dataset=cats", "data.dataset must be one of ['digits', "),
+        ("optim.lr_scales.text.=fast", "optim.lr_scales"),
+        ("task=sums", "task must be one of ['contrastive'"),
+        ("run.peak_tflops=0", "run.peak_tflops must be positive, not 0.0"),
         ("optim=1", "optim is a section"),
         ("optim.lr", "must be key.path=value"),
         ("schedule.steps=0", "schedule.steps must be at least 1, not 0"),
@@ -78,6 +85,10 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
         ("optim: 3", "optim must be a mapping, not int"),
         ("data: {batch_size: true}", "data.batch_size must be int, not bool"),
         ("extra: 1", "unknown key 'extra'"),
+        ("optim: {lr_scales: {text.: fast}}", "optim.lr_scales.text. must be float, not str"),
+        ("optim: {lr_scales: {text.: -1}}", "optim.lr_scales.text. must not be negative, not -1"),
+        ("optim: {lr_scales: 1}", "optim.lr_scales must be a mapping"),
+        ("task: sums", "task must be one of ['contrastive'"),
         ("1: 2", "unknown key '1'"),
         ("model: {vision: {widht: 3}}", "model: vision: unknown keys ['widht']"),
         ("run: {}", "missing key 'run.out_dir'"),
@@ -95,6 +106,63 @@ def test_a_wrong_key_in_a_recipe_is_named(tmp_path: Path, text: str, message: st
     with pytest.raises(InputError) as caught:
         load_config(recipe)
     assert message in str(caught.value)
+
+
+PLM = CONFIGS / "plm_8b_stage1.yaml"
+
+
+def test_a_released_model_is_named_and_changed() -> None:
+    """Leaves that a recipe does not name stay as they were released."""
+    released, config = PLM_MODELS["PLM-8B"], load_config(PLM)
+    vision = replace(released.vision, ls_init_value=None, drop_path=0.0)
+    assert config.model == replace(released, pooling_ratio=1, vision=vision)
+    assert load_config(PLM, ["model.vision_model.layers=3"]).model.vision.layers == 3
+    assert load_config(PLM.with_name("plm_8b_stage3.yaml")).model == released
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("plm_?b_stage?.yaml")), ids=lambda p: p.stem)
+def test_stages_follow_one_another(recipe: Path) -> None:
+    """Samples of a step and steps as the reference has them; each stage starts from the last."""
+    config, stage = load_config(recipe), int(recipe.stem[-1])
+    assert (config.data.batch_size, config.schedule.steps, config.data.seq_len) == {
+        1: (512, 8000, 1280),
+        2: (2048, 35000, 6144),
+        3: (1024, 21000, 11520),
+    }[stage]
+    if stage == 1:
+        assert config.train == "projector"
+        assert config.init.vision is not None
+        assert config.init.decoder is not None
+    else:
+        before = load_config(recipe.with_stem(f"{recipe.stem[:-1]}{stage - 1}"))
+        assert config.train == "all"
+        assert config.init.checkpoint == before.run.out_dir
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=PE-Core-L14-336", "model.name PE-Core-L14-336 is of another family"),
+        ("model.name=PLM-9B", "unknown model 'PLM-9B'"),
+        ("model.vision_model.layers=0", "model: vision.layers must be at least 1, not 0"),
+        ("data.seq_len=20000", "data.seq_len must be at most model.max_seqlen 11520, not 20000"),
+        ("data.mode=mosaic", "data.mode must be one of"),
+        ("init.checkpoint=a", "init.checkpoint is the whole model"),
+        ("lora.rank=0", "lora.rank must be at least 1, not 0"),
+        ("lora.rank=8", "lora trains its updates alone; train must not be 'projector'"),
+        ("lora.targets=", "lora.targets must name at least one layer"),
+        ("lora.dropout=0.1", "unknown key 'lora.dropout'"),
+    ],
+)
+def test_a_wrong_setting_of_a_language_model_is_named(override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(PLM, [override])
+    assert message in str(caught.value)
+
+
+def test_updates_are_not_split_over_ranks() -> None:
+    with pytest.raises(InputError, match=r"lora needs parallel\.tensor 1, not 2"):
+        load_config(PLM, ["train=all", "lora.rank=8", "parallel.tensor=2"])
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from training import digits, scenes
-from training.config import TrainConfig
-from training.data import DigitStream, validation_digits
+from training.config import ContrastiveConfig
+from training.data import DigitSource, validation_digits
 
 
 def rows_of(part: digits.Digits) -> set[bytes]:
@@ -25,8 +25,8 @@ def test_splits_are_the_head_and_the_tail_of_the_file() -> None:
 
 
 @pytest.mark.parametrize("validation", [0, 50])
-def test_the_stream_draws_from_the_training_split_only(
-    tiny: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, validation: int
+def test_the_source_draws_from_the_training_split_only(
+    tiny: Callable[..., ContrastiveConfig], monkeypatch: pytest.MonkeyPatch, validation: int
 ) -> None:
     config = tiny(f"data.validation={validation}")
     drawn: set[bytes] = set()
@@ -38,9 +38,9 @@ def test_the_stream_draws_from_the_training_split_only(
 
     monkeypatch.setattr(scenes, "ink_mask", spy)
     monkeypatch.setattr(scenes, "_weigh", lambda rng, ink: ink)
-    stream = DigitStream(config.data, config.model, seed=0)
+    source = DigitSource(config.data, config.model, seed=0)
     for number in range(3000):
-        stream.sample(number)
+        source.sample(number, 16)
     allowed = rows_of(digits.training_digits()) - rows_of(validation_digits(config.data))
     assert len(drawn) > 1000
     assert drawn <= allowed

@@ -1,41 +1,61 @@
-"""A run learns, resumes to the same bits, gives the same on two ranks, and leaves good files."""
+"""A run learns, repeats to the same bits, gives the same on two ranks, and leaves good files."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import jobs
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from perception_rt.errors import CheckpointError, InputError, PerceptionError
-from training.config import TrainConfig
-from training.data import DigitStream
+from perception_rt.errors import InputError, PerceptionError
+from training.config import TrainConfig, load_config
+from training.contrastive import ContrastiveLearner
+from training.data import PairBatch
 from training.digits import training_digits
-from training.distributed import Group
+from training.distributed import Group, process_group
 from training.evaluation import evaluate
 from training.losses import contrastive_loss
-from training.metrics import MetricsLog
+from training.metrics import CLOCK, MetricsLog
 from training.optim import build_optimizer, decays, learning_rate, set_learning_rate
 from training.state import load_weights
+from training.tasks import make_task
 from training.train import main
-from training.trainer import StepResult, Trainer
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 Tiny = Callable[..., TrainConfig]
 
 
+@contextmanager
+def trainer_of(config: TrainConfig) -> Iterator[Trainer]:
+    with process_group("cpu") as group:
+        trainer = Trainer(config, make_task(config), group)
+        yield trainer
+        trainer.stream.close()
+
+
 def train(config: TrainConfig) -> dict[str, torch.Tensor]:
-    Trainer(config, Group()).run()
+    with trainer_of(config) as trainer:
+        trainer.run()
     return load_file(Path(config.run.out_dir) / "model.safetensors")
 
 
 def events(config: TrainConfig, kind: str = "train") -> list[dict[str, float]]:
     lines = (Path(config.run.out_dir) / "metrics.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event.pop("kind") == kind]
+
+
+def without_clock(found: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in event.items() if k not in CLOCK and not k.endswith("_per_s")}
+        for event in found
+    ]
 
 
 def test_the_tiny_recipe_learns(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,61 +69,18 @@ def test_the_tiny_recipe_learns(tiny: Tiny, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.count("train step") == 20
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = tiny(f"run.out_dir={tmp_path / 'whole'}")
-    expected = train(whole)
-    step = Trainer.step
-
-    def interrupted(self: Trainer) -> StepResult:
-        if self.done == 13:
-            raise KeyboardInterrupt
-        return step(self)
-
-    parts = tiny("run.save_every=10")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", interrupted)
-        train(parts)
-    resumed = train(tiny("run.save_every=10", "run.resume=true"))
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    clock = "images_per_s"
-    for event in (both := (events(parts), events(whole)))[0] + both[1]:
-        del event[clock]
-    assert both[0] == both[1]
-
-
-def test_a_finished_run_is_not_overwritten(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny("schedule.steps=2")
-    train(config)
+def test_trn_08_the_resolved_recipe_gives_the_same_run_again(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("optim.lr=0.002", "run.eval_every=10")
+    expected = train(config)
+    again = tmp_path / "again"
     recipe = Path(config.run.out_dir) / "recipe.yaml"
-    assert main([str(recipe)]) == 2
-    assert "holds a run" in capsys.readouterr().err
-    assert main([str(recipe), "--set", "run.resume=true"]) == 0
-
-
-def test_a_state_of_another_run_is_refused(tiny: Tiny) -> None:
-    config = tiny("schedule.steps=2", "run.save_every=1")
-    train(config)
-    for override, message in (
-        ("optim.lr=0.5", "optim.lr = 0.003, not 0.5"),
-        ("model.text.width=32", "model.text.width = 16, not 32"),
-        ("run.seed=1", "run.seed = 0, not 1"),
-    ):
-        wanted = tiny("schedule.steps=2", "run.save_every=1", "run.resume=true", override)
-        with pytest.raises(CheckpointError, match=message):
-            Trainer(wanted, Group())
-
-
-def test_a_damaged_state_is_an_error_without_traceback(tiny: Tiny) -> None:
-    config = tiny("schedule.steps=2", "run.save_every=1", "run.resume=true")
-    train(config)
-    state = Path(config.run.out_dir) / "state.pt"
-    whole = state.read_bytes()
-    for content in (b"", b"junk", whole[: len(whole) // 2]):
-        state.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
-            Trainer(config, Group())
+    assert main([str(recipe), "--set", f"run.out_dir={again}"]) == 0
+    found = load_file(again / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    repeated = load_config(again / "recipe.yaml")
+    assert repeated == tiny("optim.lr=0.002", "run.eval_every=10", f"run.out_dir={again}")
+    for kind in ("train", "eval"):
+        assert without_clock(events(repeated, kind)) == without_clock(events(config, kind))
 
 
 def test_two_ranks_give_the_loss_and_gradient_of_one(tiny: Tiny, tmp_path: Path) -> None:
@@ -114,16 +91,11 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(tiny: Tiny, tmp_path: Path)
         "optim.weight_decay=0", "model.vision.drop_path=0",
     ]  # fmt: skip
     one = tiny(*settings)
-    start = {k: v.clone() for k, v in Trainer(one, Group()).model.state_dict().items()}
+    with trainer_of(one) as trainer:
+        start = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     alone = train(one)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", "2", "training/train.py", "training/configs/pe_tiny.yaml",
-    ]  # fmt: skip
     both = tiny(*settings, f"run.out_dir={tmp_path / 'both'}")
-    for setting in [*settings, f"run.out_dir={both.run.out_dir}"]:
-        command += ["--set", setting]
-    subprocess.run(command, cwd=ROOT, env=script_environment(), check=True, timeout=120)
+    jobs.finish(Path(both.run.out_dir), *settings, ranks=2)
     together = load_file(Path(both.run.out_dir) / "model.safetensors")
     for name, before in start.items():
         stored = name.removeprefix("text.")
@@ -136,11 +108,6 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(tiny: Tiny, tmp_path: Path)
     assert double["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
 
 
-def script_environment() -> dict[str, str]:
-    """As after `pip install -e .`: the repository root is importable."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 def test_without_an_install_the_script_says_what_to_do() -> None:
     # -I -S: an interpreter that sees the standard library only.
     command = [sys.executable, "-I", "-S", "training/train.py", "x.yaml"]
@@ -151,38 +118,72 @@ def test_without_an_install_the_script_says_what_to_do() -> None:
     assert found.stderr.count("\n") == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
+def test_trn_07_a_loss_that_is_not_finite_stops_the_run(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny("schedule.steps=5")
-    trainer = Trainer(config, Group())
-    trainer.step()
-    with torch.no_grad():
-        trainer.model.visual.proj.fill_(float("nan"))
-    before = trainer.model.text.text_projection.clone()
-    with pytest.raises(PerceptionError, match="step 2: the loss is nan"):
-        trainer.step()
-    assert torch.equal(trainer.model.text.text_projection, before)
-    monkeypatch.setattr("training.trainer.contrastive_loss", lambda *_: torch.tensor(float("inf")))
+    with trainer_of(config) as trainer:
+        trainer.step(trainer.stream.next())
+        with torch.no_grad():
+            trainer.model.visual.proj.fill_(float("nan"))
+        before = trainer.model.text.text_projection.clone()
+        with pytest.raises(PerceptionError, match="step 2: the loss is nan"):
+            trainer.step(trainer.stream.next())
+        assert torch.equal(trainer.model.text.text_projection, before)
+    failed = json.loads((Path(config.run.out_dir) / "failed_step_2_rank_0.json").read_text())
+    assert failed == {"step": 2, "loss": "nan", "samples": [str(n) for n in range(32, 64)]}
+    monkeypatch.setattr(ContrastiveLearner, "forward", lambda self, _: endless(self))
     recipe = Path(config.run.out_dir).with_suffix(".yaml")
     recipe.write_text(config.to_yaml())
     assert main([str(recipe)]) == 1
-    assert capsys.readouterr().err == "error: step 1: the loss is inf; training stopped\n"
+    assert capsys.readouterr().err == (
+        "error: step 1: the loss is inf; training stopped, "
+        "its samples are in failed_step_1_rank_0.json\n"
+    )
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight(
+def endless(learner: ContrastiveLearner) -> torch.Tensor:
+    return learner.model.visual.proj.sum() * float("inf")
+
+
+def test_trn_07_a_gradient_that_is_not_finite_changes_no_weight(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(tiny(), Group())
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    # A finite loss whose gradient is infinite: the root of zero.
-    monkeypatch.setattr(
-        "training.trainer.contrastive_loss", lambda image, *_: (image * 0).sum().sqrt()
+    with trainer_of(tiny()) as trainer:
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        # A finite loss whose gradient is infinite: the root of zero.
+        monkeypatch.setattr(
+            ContrastiveLearner, "forward", lambda self, _: (self.model.visual.proj * 0).sum().sqrt()
+        )
+        with pytest.raises(PerceptionError, match="step 1: the gradient norm is nan"):
+            trainer.step(trainer.stream.next())
+        after = trainer.model.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_trn_07_a_gradient_above_the_limit_stops_within_its_step(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("optim.stop_above=100", "run.save_every=1")
+    config = tiny(*settings)
+    forward = ContrastiveLearner.forward
+
+    def spiky(self: ContrastiveLearner, micro: PairBatch) -> torch.Tensor:
+        return forward(self, micro) * (1000 if micro.names[0] == "160" else 1)
+
+    with monkeypatch.context() as patch, pytest.raises(PerceptionError) as caught:
+        patch.setattr(ContrastiveLearner, "forward", spiky)
+        train(config)
+    message = str(caught.value)
+    assert message.startswith("step 6: the gradient norm is ")
+    assert message.endswith(
+        ", above optim.stop_above 100.0; training stopped, "
+        "its samples are in failed_step_6_rank_0.json"
     )
-    with pytest.raises(PerceptionError, match="step 1: the gradient norm is nan"):
-        trainer.step()
-    after = trainer.model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    # The steps before it are saved, and it was not done.
+    resumed = train(tiny(*settings, "run.resume=true"))
+    expected = train(tiny(f"run.out_dir={tmp_path / 'free'}"))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 def test_the_loss_is_the_mean_of_both_directions() -> None:
@@ -197,14 +198,22 @@ def test_the_loss_is_the_mean_of_both_directions() -> None:
 
 def test_batches_do_not_depend_on_the_number_of_ranks(tiny: Tiny) -> None:
     config = tiny()
-    stream = DigitStream(config.data, config.model, seed=3)
-    whole = stream.batch(4, rank=0, ranks=1)
-    halves = [stream.batch(4, rank=rank, ranks=2) for rank in (0, 1)]
+    task = make_task(config)
+
+    def third(group: Group) -> PairBatch:
+        stream = task.stream(group)
+        *_, (batch,) = (stream.next() for _ in range(3))
+        stream.close()
+        return batch
+
+    whole = third(Group())
+    halves = [third(Group(rank=rank, ranks=2)) for rank in (0, 1)]
     assert torch.equal(whole.pixels, torch.cat([half.pixels for half in halves]))
-    other = DigitStream(config.data, config.model, seed=4).batch(4, rank=0, ranks=1)
-    assert not torch.equal(whole.pixels, other.pixels)
+    assert whole.names == halves[0].names + halves[1].names
+    task = make_task(tiny("run.seed=4"))
+    assert not torch.equal(whole.pixels, third(Group()).pixels)
     with pytest.raises(InputError, match="32 is not divisible by 3"):
-        Trainer(config, Group(ranks=3))
+        task.stream(Group(ranks=3))
 
 
 def test_exported_names_and_architecture_are_the_references(tiny: Tiny) -> None:
@@ -220,8 +229,8 @@ def test_exported_names_and_architecture_are_the_references(tiny: Tiny) -> None:
 
 def test_exported_weights_load_as_the_trained_model(tiny: Tiny) -> None:
     config = tiny("schedule.steps=2")
-    trainer = Trainer(config, Group())
-    trainer.run()
+    with trainer_of(config) as trainer:
+        trainer.run()
     loaded = load_weights(Path(config.run.out_dir) / "model.safetensors")
     assert not loaded.training
     for name, tensor in trainer.model.state_dict().items():
@@ -232,18 +241,20 @@ def test_exported_weights_load_as_the_trained_model(tiny: Tiny) -> None:
 
 
 def test_weight_decay_spares_vectors_and_scalars(tiny: Tiny) -> None:
-    model = Trainer(tiny("model.vision.ls_init_value=0.1"), Group()).model
+    with trainer_of(tiny("model.vision.ls_init_value=0.1")) as trainer:
+        model = trainer.model
     spared = {name for name, parameter in model.named_parameters() if not decays(parameter)}
     assert "logit_scale" in spared
     for leaf in ("bias", "gamma", "ln_1.weight", "ln_post.weight"):
         assert any(name.endswith(leaf) for name in spared)
     assert not any(name.endswith(("c_fc.weight", "in_proj_weight")) for name in spared)
-    optimizer = build_optimizer(
-        model, tiny("optim.weight_decay=0.3", "optim.text_lr_scale=0.5").optim
-    )
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0] * 2
+    config = replace(tiny("optim.weight_decay=0.3").optim, lr_scales={"text.": 0.5})
+    optimizer = build_optimizer(model.named_parameters(), config)
     set_learning_rate(optimizer, 2.0)
-    assert [group["lr"] for group in optimizer.param_groups] == [2.0, 2.0, 1.0, 1.0]
+    found = {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found == {(2.0, 0.3), (2.0, 0.0), (1.0, 0.3), (1.0, 0.0)}
+    with pytest.raises(InputError, match="no trained parameter's name starts with 'txt'"):
+        build_optimizer(model.named_parameters(), replace(config, lr_scales={"txt": 0.5}))
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine(tiny: Tiny) -> None:
@@ -262,5 +273,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
         log = MetricsLog(path, step=0, screen=screen)
         for step in (1, 2, 3):
             log.write("train", step, {"loss": 1.0})
+        with path.open("a") as file:
+            file.write('{"kind": "train", "st')  # by a process that was killed
         MetricsLog(path, step=2, screen=screen)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

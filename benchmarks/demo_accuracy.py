@@ -1,0 +1,69 @@
+"""`python benchmarks/demo_accuracy.py [--count N]`: how often PLM-Demo's engines are right.
+
+Exports the model in each precision, asks each about held-out scenes, and prints a table in
+Markdown. The digits are by writers that the model has not seen; see `training/questions.py`.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import perception_rt as prt
+from perception_rt.cli import export_main
+from training.questions import LEARNED, Record, held_out_record, is_right
+
+PRECISIONS = ("fp32", "int8", "int4")
+SETS = ("read3", *LEARNED)
+
+
+def request(found: Record) -> prt.Request:
+    """The question of a record, to an engine."""
+    image = found["image"]
+    images = image if isinstance(image, list) else [image]
+    question = found["conversations"][0]["value"]
+    return prt.Request(question, images=images, max_new_tokens=160)
+
+
+def accuracy(package: Path, names: Sequence[str], count: int) -> dict[str, float]:
+    """The share of right answers to `count` questions of each set, from 0 to 1."""
+    shares = {}
+    with prt.load(package) as plm:
+        assert isinstance(plm, prt.Generator)
+        for name in names:
+            records = [held_out_record(name, number) for number in range(count)]
+            results = plm.generate_batch([request(found) for found in records])
+            right = sum(
+                is_right(name, result.text, found)
+                for result, found in zip(results, records, strict=True)
+            )
+            shares[name] = right / count
+    return shares
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description="How often PLM-Demo's engines are right.")
+    parser.add_argument("--count", type=int, default=500, help="questions of each kind")
+    parser.add_argument("--checkpoint", help="a run's folder, instead of the shipped weights")
+    options = parser.parse_args(arguments)
+    model = ["--model", "PLM-Demo"]
+    if options.checkpoint:
+        model = ["--checkpoint", options.checkpoint]
+    print(f"| {options.count} questions each | {' | '.join(SETS)} | mean but read3 |")
+    print("|---" * (len(SETS) + 2) + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in PRECISIONS:
+            package = Path(folder) / precision
+            if export_main([*model, "--precision", precision, "--out", str(package)]):
+                return 1
+            shares = accuracy(package, SETS, options.count)
+            mean = sum(shares[name] for name in LEARNED) / len(LEARNED)
+            cells = " | ".join(f"{100 * shares[name]:.1f}" for name in SETS)
+            print(f"| {precision} | {cells} | {100 * mean:.1f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,318 @@
+"""Resumable states of a run: sharded, written beside the training, whole or not there at all.
+
+A checkpoint is a folder of safetensors, at most one per rank, with the resolved recipe and a list
+of the files' sizes and SHA-256. It gets its name once all of it is on the disk; `LAST` names the
+newest. torch.distributed.checkpoint shards and reshards, so any number of ranks can go on. Nothing
+in a checkpoint is code. Knows nothing of what is trained.
+"""
+
+import errno
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
+
+from perception_rt.errors import CheckpointError, InputError
+from training.checkpoint_files import (
+    FOLDER,
+    LAST,
+    FileEntry,
+    ShardWriter,
+    complete,
+    discard,
+    names_of,
+    read_manifest,
+    read_recipe_of,
+    rename_damaged,
+    saved_tensors,
+    step_name,
+    temporary_of,
+    verify,
+)
+from training.config import TrainConfig
+from training.config_tree import leaves
+from training.distributed import Group
+from training.stream import LaneStream
+from training.task import Learner
+
+# What changes no result, or its rounding only.
+_FREE = ("run.", "parallel.", "optim.accumulation", "optim.stop_above")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHOWN = 3  # names in a message
+
+
+class Checkpoints:
+    """The checkpoints of a run in `out_dir`. Made by all ranks.
+
+    At most one is being written at a time, by a thread, from a copy of the state.
+    """
+
+    def __init__(self, out_dir: Path, config: TrainConfig, group: Group) -> None:
+        self._folder = out_dir / FOLDER
+        self._config = config
+        self._main = group.is_main
+        # Messages of a save are beside those of the training.
+        self._channel = dist.new_group(backend="gloo")
+        self._step = -1  # of the newest checkpoint, whole or on its way
+        self._running: Future[Any] | None = None
+        self._bytes = 0  # of the tensors in it
+
+    def save(
+        self,
+        step: int,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        stream: LaneStream[Any, Any],
+    ) -> None:
+        """Begins to save everything that `step` steps have changed. All ranks call it.
+
+        Raises:
+            CheckpointError: the one before could not be saved.
+        """
+        if step == self._step:
+            return
+        self.wait()
+        state = _state(learner, optimizer, stream)
+        writer = ShardWriter(temporary_of(self._folder, step), self._finish(step))
+        saved = async_save(state, storage_writer=writer, process_group=self._channel)
+        assert isinstance(saved, Future)
+        self._step, self._running = step, saved
+        self._bytes = sum(t.numel() * t.element_size() for _, t in leaves(state))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save that was begun last has failed: `wait` will say why."""
+        running = self._running
+        return running is not None and running.done() and running.exception() is not None
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. All ranks call it.
+
+        Raises:
+            CheckpointError: what was being written is not there; what was there before is.
+        """
+        error = self._end()
+        if error is not None:
+            raise CheckpointError(self._reason(error)) from None
+
+    def close(self) -> None:
+        """Lets a save that is under way end, if it can: for a run that failed otherwise."""
+        self._end()
+
+    def resume(
+        self, learner: Learner, optimizer: torch.optim.Optimizer, stream: LaneStream[Any, Any]
+    ) -> int:
+        """Restores the newest whole checkpoint if that is wanted; its step, or 0 for a new run.
+
+        Raises:
+            InputError: there is one and it is not wanted.
+            CheckpointError: there are some and none is whole, or it is of a run that computes
+                something else.
+        """
+        names = self._names()
+        if not self._config.run.resume:
+            if names:
+                raise InputError(
+                    f"run.out_dir {self._config.run.out_dir} holds a run; "
+                    "continue it with --set run.resume=true, or choose another"
+                )
+            return 0
+        if not names and (self._folder / LAST).exists():
+            raise CheckpointError(
+                f"run.out_dir {self._config.run.out_dir} had checkpoints and has none; "
+                "start anew in another folder"
+            )
+        if not names:
+            self._tell(f"no checkpoint in {self._config.run.out_dir} yet; starting at step 0")
+            return 0
+        good = self._newest_whole(names)
+        self._load(self._folder / good, learner, optimizer, stream)
+        if self._main:
+            for name in names[: names.index(good)]:
+                rename_damaged(self._folder / name)
+        return self._step
+
+    def _finish(self, step: int) -> Callable[[Sequence[FileEntry]], None]:
+        """What the main rank does once all ranks have written their files."""
+        text = self._config.to_yaml()
+        keep = self._config.run.keep
+
+        def finish(files: Sequence[FileEntry]) -> None:
+            complete(self._folder, step, files, text, ranks=dist.get_world_size(self._channel))
+            for name in names_of(self._folder)[keep:] if keep else []:
+                if name != step_name(step):
+                    discard(self._folder / name)
+
+        return finish
+
+    def _end(self) -> BaseException | None:
+        """Waits for a save under way; its error, once what it left is removed."""
+        running, self._running = self._running, None
+        error = None if running is None else running.exception()
+        if error is not None and self._main:
+            shutil.rmtree(temporary_of(self._folder, self._step), ignore_errors=True)
+        return error
+
+    def _reason(self, error: BaseException) -> str:
+        """One line about a save that failed."""
+        causes = [error]
+        if isinstance(error, CheckpointException):
+            causes = [cause for cause, _ in error.failures.values()]
+        found = next((cause for cause in causes if isinstance(cause, OSError)), None)
+        what = "a rank failed" if found is None else found.strerror or "a file failed"
+        if found is not None and found.errno in _NO_SPACE:
+            free = shutil.disk_usage(self._folder).free
+            what += f", of {self._bytes / 1e6:.1f} MB to write; {free / 1e6:.1f} MB are free"
+        names = names_of(self._folder)
+        last = f"the last one is {names[0]}" if names else "there is none before it"
+        return f"checkpoint {step_name(self._step)} was not saved: {what}; {last}"
+
+    def _names(self) -> list[str]:
+        """The names of checkpoints, newest first, as the main rank sees them, which also cleans."""
+        found: list[Any] = [None]
+        if self._main:
+            for left in self._folder.glob(".step_*"):
+                shutil.rmtree(left, ignore_errors=True)
+            found = [names_of(self._folder)]
+        dist.broadcast_object_list(found, src=0, group=self._channel)
+        names: list[str] = found[0]
+        return names
+
+    def _newest_whole(self, names: Sequence[str]) -> str:
+        """The first of `names` that is undamaged; ranks share the work and agree."""
+        rank, ranks = dist.get_rank(self._channel), dist.get_world_size(self._channel)
+        for name in names:
+            own: str | None = None
+            try:
+                verify(self._folder / name, part=rank, parts=ranks)
+            except CheckpointError as error:
+                own = str(error)
+            everyone: list[str | None] = [None] * ranks
+            dist.all_gather_object(everyone, own, group=self._channel)
+            problem = next((text for text in everyone if text is not None), None)
+            if problem is None:
+                return name
+            self._tell(f"WARNING: checkpoint {name} is damaged and left out: {problem}")
+        raise CheckpointError(
+            f"run.out_dir {self._config.run.out_dir}: no whole checkpoint is left of {len(names)}; "
+            "start anew in another folder"
+        )
+
+    def _load(
+        self,
+        folder: Path,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        stream: LaneStream[Any, Any],
+    ) -> None:
+        self._require_same_settings(folder)
+        reader = HuggingFaceStorageReader(str(folder))
+        saved = {key: entry.size for key, entry in saved_tensors(reader).items()}
+        _give_moments(learner, optimizer, saved)
+        state = _state(learner, optimizer, stream)
+        _require_fit(folder.name, saved, {key: tensor.shape for key, tensor in leaves(state)})
+        try:
+            load(state, storage_reader=reader, process_group=self._channel)
+        except CheckpointException:
+            raise CheckpointError(f"checkpoint {folder.name} cannot be read") from None
+        stream.load_state(state["data"])
+        self._step = read_manifest(folder).step
+
+    def _require_same_settings(self, folder: Path) -> None:
+        """CheckpointError unless the saved recipe computes the same as this one."""
+        saved, wanted = _decisive(read_recipe_of(folder)), _decisive(self._config)
+        for key in [*wanted, *saved]:
+            if saved.get(key) != wanted.get(key):
+                raise CheckpointError(
+                    f"checkpoint {folder.name} was saved with {key} = {saved.get(key)}, "
+                    f"not {wanted.get(key)}"
+                )
+
+    def _tell(self, text: str) -> None:
+        if self._main:
+            print(text, file=sys.stderr, flush=True)
+
+
+def full_weights(learner: Learner, *, keep: bool) -> dict[str, Tensor]:
+    """All of a model's weights on the CPU, under the names of checkpoints. All ranks call it.
+
+    Args:
+        learner: sharded or not.
+        keep: whether this rank gets them; the others get nothing and only give.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, tensor in _model_state(learner).items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            weights[name] = whole.detach().cpu()
+    return weights
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what a run computes."""
+    settings = leaves(config.to_dict())
+    return {k: v for k, v in settings if k == "run.seed" or not k.startswith(_FREE)}
+
+
+def _model_state(learner: Learner) -> dict[str, Tensor]:
+    """Parameters, or this rank's shards of them, by name."""
+    # Of the learner, not of its model: that is where sharding puts its hooks.
+    tensors, own = learner.state_dict(), "model."
+    return {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
+
+
+def _state(
+    learner: Learner, optimizer: torch.optim.Optimizer, stream: LaneStream[Any, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """Everything that training changes; tensors that loading writes into."""
+    model = _model_state(learner)
+    moments = {
+        f"{name}.{key}": moment
+        for name, parameter in learner.model.named_parameters()
+        for key, moment in optimizer.state.get(parameter, {}).items()
+    }
+    return {"model": model, "optimizer": moments, "data": stream.state()}
+
+
+def _give_moments(
+    learner: Learner, optimizer: torch.optim.Optimizer, saved: dict[str, torch.Size]
+) -> None:
+    """AdamW's moments, zero, for every trained parameter that has saved ones."""
+    for name, parameter in learner.model.named_parameters():
+        if parameter.requires_grad and f"optimizer.{name}.exp_avg" in saved:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _require_fit(name: str, saved: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:
+    """CheckpointError unless both have the same tensors; it names a few that differ."""
+    missing = [key for key in wanted if key not in saved]
+    unknown = [key for key in saved if key not in wanted]
+    other = [
+        f"{key} {tuple(saved[key])}, not {tuple(wanted[key])}"
+        for key in wanted
+        if key in saved and saved[key] != wanted[key]
+    ]
+    kinds = {"lacks": missing, "has unknown": unknown, "has": other}
+    found = [f"{kind} {_some(keys)}" for kind, keys in kinds.items() if keys]
+    if found:
+        raise CheckpointError(f"checkpoint {name} is of another model: it {'; it '.join(found)}")
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(sorted(keys)[:_SHOWN]) + more

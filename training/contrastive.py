@@ -1,0 +1,127 @@
+"""The task of a Perception Encoder: which caption goes with which image, or video.
+
+A video's feature is the mean of its frames' unit features, not normalised again, as in
+`PerceptionEncoder.encode_video`; an image is a video of one frame.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from perception_rt.checkpoint.source import WeightSource, open_checkpoint
+from perception_rt.config import PeConfig
+from perception_rt.models.pe import PerceptionEncoder
+from training.config import ContrastiveConfig
+from training.data import Pair, PairBatch, pool_frames, validation_digits
+from training.distributed import Group
+from training.evaluation import evaluate
+from training.losses import contrastive_loss, sigmoid_loss
+from training.pairs import pair_stream
+from training.state import export_encoder
+from training.stream import LaneStream
+from training.task import Learner, Task
+from training.weights import draw
+
+MAX_LOGIT_SCALE = math.log(100.0)
+_FIRST_LOGIT_SCALE = math.log(1 / 0.07)
+# Of the sigmoid loss. Almost all pairs do not match, and the first steps should not have to say so.
+_FIRST_SIGMOID = {"logit_scale": math.log(10.0), "logit_bias": -10.0}
+
+
+class SigmoidEncoder(PerceptionEncoder):
+    """An encoder with the bias of the sigmoid loss, which checkpoints have no place for."""
+
+    def __init__(self, config: PeConfig) -> None:
+        super().__init__(config)
+        self.logit_bias = nn.Parameter(torch.tensor(_FIRST_SIGMOID["logit_bias"]))
+
+
+class ContrastiveLearner(Learner):
+    """An encoder and its loss over the batch of all ranks."""
+
+    model: PerceptionEncoder
+
+    def __init__(self, model: PerceptionEncoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, micro: PairBatch) -> Tensor:
+        """The sum of this rank's rows' losses, a scalar."""
+        model = self.model
+        pixels = micro.pixels.to(model.visual.conv1.weight.dtype)
+        image = pool_frames(model.encode_image(pixels, normalize=True), micro.frames)
+        text = model.encode_text(micro.tokens, normalize=True)
+        scale = model.logit_scale.float().exp()
+        if isinstance(model, SigmoidEncoder):
+            loss = sigmoid_loss(image, text, scale, model.logit_bias)
+        else:
+            loss = contrastive_loss(image, text, scale)
+        return loss * micro.weight
+
+
+class ContrastiveTask(Task):
+    """Images or videos, and captions."""
+
+    def __init__(self, config: ContrastiveConfig) -> None:
+        self.config = config
+        self.source: WeightSource | None = None
+        if config.init.checkpoint is not None:
+            self.source = open_checkpoint(config.init.checkpoint, config.model)
+
+    def learner(self) -> ContrastiveLearner:
+        """A new learner."""
+        make = SigmoidEncoder if self.config.loss == "sigmoid" else PerceptionEncoder
+        return ContrastiveLearner(make(self.config.model))
+
+    def initial(self, name: str, shape: torch.Size) -> Tensor:
+        """From `init.checkpoint`, or drawn.
+
+        Scale and bias of the sigmoid loss always start anew: checkpoints have no bias, and a scale
+        is worth nothing without its own.
+        """
+        if self.config.loss == "sigmoid" and name in _FIRST_SIGMOID:
+            return torch.tensor(_FIRST_SIGMOID[name])
+        if self.source is not None:
+            return self.source.load(name).float()
+        if name == "logit_scale":
+            return torch.tensor(_FIRST_LOGIT_SCALE)
+        tower = self.config.model.vision if name.startswith("visual.") else self.config.model.text
+        assert tower is not None
+        return draw(
+            name,
+            shape,
+            seed=self.config.run.seed,
+            layers=tower.layers,
+            gain=getattr(tower, "ls_init_value", None),
+        )
+
+    def stream(self, group: Group) -> LaneStream[Pair, PairBatch]:
+        """Pairs at the resolution of each step."""
+        config = self.config
+        return pair_stream(
+            config.data,
+            config.model,
+            config.run,
+            sizes=lambda step: (config.image_size(step),),
+            parts=1,
+            group=group,
+        )
+
+    def evaluate(self, learner: Learner) -> dict[str, float]:
+        """Zero-shot accuracies on the validation digits, at `model.vision.image_size`."""
+        assert isinstance(learner, ContrastiveLearner)
+        return evaluate(learner.model, validation_digits(self.config.data))
+
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Safetensors in the reference's names, without `logit_bias`; the architecture beside."""
+        kept = {name: tensor for name, tensor in weights.items() if name != "logit_bias"}
+        export_encoder(kept, self.config.model, folder)
+
+    def after_step(self, model: nn.Module) -> None:
+        """The reference's bound on the logit scale."""
+        assert isinstance(model, PerceptionEncoder)
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)

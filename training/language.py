@@ -1,0 +1,179 @@
+"""The task of a Perception Language Model: the assistant's tokens, given what comes before them.
+
+Legend: N sequences, T tokens of a sequence, C decoder width, V vocabulary, L labelled tokens.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perception_rt.models.plm import PerceptionLM
+from perception_rt.processing.llm_tokenizer import detect_tokenizer, open_tokenizer
+from perception_rt.processing.tiles import TileSpec
+from training import lora
+from training.config import LanguageConfig
+from training.conversations import ConversationSource, collator
+from training.distributed import Group
+from training.evaluation import assistant_loss
+from training.kernels import get_kernel
+from training.packing import IGNORED, LanguageBatch
+from training.sources import Sources
+from training.state import export_language_model
+from training.stream import LaneStream
+from training.task import Learner, Task
+from training.weights import draw
+
+HEAD_ROWS = 2048  # labelled tokens whose logits are in memory at once
+
+
+def is_trained(config: LanguageConfig, name: str) -> bool:
+    """In stage 1, the projector's parameters are; with low-rank updates, theirs."""
+    if config.lora is not None:
+        return lora.is_update(name)
+    return config.train == "all" or name.startswith("vision_projector.")
+
+
+class LanguageLearner(Learner):
+    """A language model and the cross entropy of its labelled tokens.
+
+    Args:
+        config: the recipe.
+        spec: how tiles are normalised.
+    """
+
+    model: PerceptionLM
+
+    def __init__(self, config: LanguageConfig, spec: TileSpec) -> None:
+        super().__init__()
+        kernel = get_kernel(config.parallel.attention, config.run.device)
+        self.document_mask = kernel.document_mask
+        self.mean, self.std = spec.mean, spec.std
+        self.model = PerceptionLM(config.model, attention=kernel.attention)
+        if config.lora is not None:
+            lora.add_updates(self.model, config.lora)
+
+    def forward(self, micro: LanguageBatch) -> Tensor:
+        """The sum of the losses of the labelled tokens, a scalar."""
+        return self.token_losses(micro).sum()
+
+    def token_losses(self, micro: LanguageBatch) -> Tensor:
+        """Cross entropy (L,) of the labelled tokens, in order; float32."""
+        model = self.model
+        hidden = model.hidden_states(
+            self._embed(micro),
+            positions=micro.positions,
+            mask=self.document_mask(micro.documents),
+        )
+        # Logits of labelled tokens only: a vocabulary is far wider than the model.
+        chosen = micro.labels != IGNORED
+        states, labels = hidden[chosen], micro.labels[chosen]
+        losses = [
+            F.cross_entropy(model.head(part).float(), wanted, reduction="none")
+            for part, wanted in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True)
+        ]
+        return torch.cat(losses)
+
+    def _embed(self, micro: LanguageBatch) -> Tensor:
+        """Input embeddings (N, T, C) of text and tiles.
+
+        Ranks that share weights must use the same ones, so a batch of text looks at a black tile.
+        """
+        model = self.model
+        if len(micro.tiles):
+            return model.embed(micro.tokens, self._normalized(micro.tiles))
+        black = micro.tiles.new_zeros(1, *micro.tiles.shape[1:])
+        hidden = model.embed(micro.tokens)
+        return hidden + 0.0 * model.encode_tiles(self._normalized(black)).sum()
+
+    def _normalized(self, tiles: Tensor) -> Tensor:
+        """uint8 (I, S, S, 3) -> float32 (I, 3, S, S)."""
+        mean = torch.tensor(self.mean, device=tiles.device)
+        std = torch.tensor(self.std, device=tiles.device)
+        return ((tiles / 255.0 - mean) / std).permute(0, 3, 1, 2)
+
+
+class LanguageTask(Task):
+    """Conversations about images and videos."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        self.config = config
+        data, model = config.data, config.model
+        spec, file = detect_tokenizer(
+            data.tokenizer,
+            vocab_size=model.decoder.vocab_size,
+            image_token_id=model.image_token_id,
+        )
+        self.tokenizer_file = file
+        self.tokenizer_spec = spec
+        self.tokenizer = open_tokenizer(spec, file)
+        self.tiles = TileSpec(
+            tile_size=model.vision.image_size,
+            mode=data.mode,
+            max_tiles=data.max_tiles,
+            max_frames=data.max_frames,
+        )
+        self._sources = Sources(config.init, model)
+
+    def learner(self) -> LanguageLearner:
+        """A new learner."""
+        return LanguageLearner(self.config, self.tiles)
+
+    def initial(self, name: str, shape: torch.Size) -> Tensor:
+        """From the checkpoint that `init` names for it, or drawn."""
+        found = None if lora.is_update(name) else self._sources.load(name)
+        if found is not None:
+            return found
+        model = self.config.model
+        vision = name.startswith("vision_")
+        return draw(
+            name,
+            shape,
+            seed=self.config.run.seed,
+            layers=model.vision.layers if vision else model.decoder.n_layers,
+            gain=model.vision.ls_init_value,
+        )
+
+    def trainable(self, name: str) -> bool:
+        """What the recipe trains."""
+        return is_trained(self.config, name)
+
+    def source(self, *, validation: bool = False) -> ConversationSource:
+        """The samples of the mix, or those that are kept for validation."""
+        return ConversationSource(
+            self.config.data,
+            self.tokenizer,
+            self.tiles,
+            self.config.model.tokens_per_tile,
+            seed=self.config.run.seed,
+            validation=validation,
+        )
+
+    def stream(self, group: Group) -> LaneStream[Any, LanguageBatch]:
+        """Packed sequences of the mix."""
+        config = self.config
+        return LaneStream(
+            self.source(),
+            collator(config.data.seq_len),
+            lanes=config.data.batch_size,
+            parts=config.optim.accumulation,
+            group=group,
+            workers=config.run.workers,
+            bad_fraction=config.data.bad_fraction,
+        )
+
+    def evaluate(self, learner: Learner) -> dict[str, float]:
+        """The mean loss of assistant tokens in the validation samples."""
+        assert isinstance(learner, LanguageLearner)
+        return assistant_loss(learner, self.source(validation=True), self.config.data)
+
+    def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """A folder as the reference's: weights, `params.json`, the tokenizer."""
+        if self.config.lora is not None:
+            weights = lora.merged(weights, self.config.lora)
+        export_language_model(
+            weights, self.config, self.tokenizer_spec, self.tokenizer_file, folder
+        )

@@ -1,0 +1,116 @@
+"""Low-rank updates (LoRA): W + scale * B @ A for chosen matrices, of which A and B are trained.
+
+A matrix keeps its name, and its update stands beside it as `lora_a` and `lora_b`, so a checkpoint
+of a model with updates is that of the model and some more. Knows modules and nothing of tasks.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perception_rt.errors import InputError
+from perception_rt.models.layers import Rope, SelfAttention
+from training.config import LoraConfig
+
+_A, _B = "lora_a", "lora_b"
+_PACKED = "in_proj"  # a `SelfAttention`'s own matrix, among names of layers
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer and its update, which is applied on its own.
+
+    The update never meets the matrix: it keeps its digits in low precision, and its gradient costs
+    a share of rank / width of the matrix's.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
+        bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, bias=bias, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = scale
+        _add_update(self, linear.weight, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        update = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return super().forward(x) + self.scale * update
+
+
+class LoraSelfAttention(SelfAttention):
+    """An attention whose packed input projection is frozen and has an update, as `LoraLinear`."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def __init__(self, attention: SelfAttention, rank: int, scale: float) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.attention = attention.heads, attention.attention
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = attention.out_proj
+        self.scale = scale
+        _add_update(self, attention.in_proj_weight, rank)
+
+    def forward(self, x: Tensor, *, rope: Rope | None = None, causal: bool = False) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        update = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        packed = F.linear(x, self.in_proj_weight, self.in_proj_bias) + self.scale * update
+        q, k, v = packed.chunk(3, dim=-1)
+        return self.out_proj(self.attention(q, k, v, heads=self.heads, rope=rope, causal=causal))
+
+
+def _add_update(module: nn.Module, weight: Tensor, rank: int) -> None:
+    rows, columns = weight.shape
+    module.register_parameter(_A, nn.Parameter(weight.new_empty(rank, columns)))
+    module.register_parameter(_B, nn.Parameter(weight.new_empty(rows, rank)))
+
+
+def add_updates(model: nn.Module, config: LoraConfig) -> None:
+    """Puts an update beside every matrix that the recipe names, in place and uninitialised.
+
+    Raises:
+        InputError: the recipe names a layer that the model does not have.
+    """
+    scale = config.alpha / config.rank
+    used: set[str] = set()
+    for name, module in list(model.named_modules()):
+        layer = f"{name}.{_PACKED}" if isinstance(module, SelfAttention) else name
+        fitting = {target for target in config.targets if f".{layer}".endswith(f".{target}")}
+        if not fitting:
+            continue
+        updated: nn.Module
+        if isinstance(module, SelfAttention):
+            updated = LoraSelfAttention(module, config.rank, scale)
+        elif isinstance(module, nn.Linear):
+            updated = LoraLinear(module, config.rank, scale)
+        else:
+            continue
+        used |= fitting
+        model.set_submodule(name, updated)
+    for target in config.targets:
+        if target not in used:
+            raise InputError(f"lora.targets: no layer's name ends with {target!r:.60}")
+
+
+def is_update(name: str) -> bool:
+    """Whether a parameter belongs to an update."""
+    return name.rpartition(".")[2] in (_A, _B)
+
+
+def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Weights of a model with updates as those of the plain model, under its names."""
+    plain = {name: tensor for name, tensor in weights.items() if not is_update(name)}
+    for layer in _updated(weights):
+        name = f"{layer}.weight" if f"{layer}.weight" in plain else f"{layer}.in_proj_weight"
+        update = weights[f"{layer}.{_B}"].double() @ weights[f"{layer}.{_A}"].double()
+        total = plain[name].double() + config.alpha / config.rank * update
+        plain[name] = total.to(plain[name].dtype)
+    return plain
+
+
+def _updated(weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names of the layers that have an update."""
+    return (name.removesuffix(f".{_A}") for name in weights if name.endswith(f".{_A}"))

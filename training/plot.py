@@ -1,0 +1,108 @@
+"""`python training/plot.py RUN_DIR... [--out curves.png]`: draws the curves of runs as one picture.
+
+One panel per figure: loss, learning rate and gradient norm of training, then whatever was
+evaluated; one line per run. Exits with 2 when there is nothing to draw.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from perception_rt.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+_TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
+_COLUMNS = 3
+_PANEL = (5.0, 3.2)  # inches
+# (panel's title) -> (steps, values)
+Curves = dict[str, tuple[list[int], list[float]]]
+
+
+def read_curves(run: Path) -> Curves:
+    """The curves of one run, by title, in the order of panels.
+
+    Raises:
+        InputError: the folder has no record, or one that is damaged.
+    """
+    file = run / METRICS_FILE
+    curves: Curves = {title: ([], []) for title in _TRAINING.values()}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"no readable {METRICS_FILE} in {run}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            kind, step = str(event["kind"]), int(event["step"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{file}: line {number} is not an event") from None
+        for title, value in _points(kind, event):
+            steps, values = curves.setdefault(title, ([], []))
+            steps.append(step)
+            values.append(value)
+    return {title: curve for title, curve in curves.items() if curve[0]}
+
+
+def _points(kind: str, event: Mapping[str, object]) -> list[tuple[str, float]]:
+    """What an event adds to which panels."""
+    if kind == "train":
+        titles = _TRAINING
+    elif kind == "eval":
+        titles = {name: f"evaluation: {name}" for name in event if name not in ("kind", "step")}
+    else:
+        return []
+    numbers = ((title, event.get(name)) for name, title in titles.items())
+    return [(title, float(n)) for title, n in numbers if isinstance(n, int | float)]
+
+
+def draw(runs: Mapping[str, Curves], out: Path) -> None:
+    """Draws runs, by the names for the legend, into a PNG file.
+
+    Raises:
+        InputError: there is nothing to draw, no matplotlib, or the file cannot be written.
+    """
+    titles = list(dict.fromkeys(title for curves in runs.values() for title in curves))
+    if not titles:
+        raise InputError("the runs have recorded nothing yet")
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise InputError("drawing needs `pip install matplotlib`") from None
+    columns = min(_COLUMNS, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(columns * _PANEL[0], rows * _PANEL[1]), layout="constrained")
+    for index, title in enumerate(titles):
+        axes = figure.add_subplot(rows, columns, index + 1, title=title, xlabel="step")
+        for name, curves in runs.items():
+            steps, values = curves.get(title, ([], []))
+            marker = "o" if title.startswith("evaluation") else ""
+            axes.plot(steps, values, label=name, linewidth=1, marker=marker, markersize=3)
+        axes.grid(alpha=0.3)
+    if len(runs) > 1:
+        figure.axes[0].legend()
+    try:
+        figure.savefig(out, format="png", dpi=120)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draws the runs of a command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Draws the curves of runs.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a run's out_dir")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture")
+    options = parser.parse_args(arguments)
+    try:
+        draw({str(run): read_curves(run) for run in options.runs}, options.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

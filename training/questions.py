@@ -1,0 +1,287 @@
+"""Questions about rows of handwritten digits, as conversations in the reference's jsonl schema.
+
+A record is fixed by (set, seed, number). Images are arrays in place of paths; otherwise it is what
+a line of a jsonl file would hold. `LEARNED` are the sets that the demo model is trained on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from perception_rt.errors import InputError
+from perception_rt.processing.boxes import Box, format_box, parse_boxes
+from training.digits import Bytes, Digits, Placement, held_out, ink_mask, training_digits
+from training.scenes import COLORS
+
+IMAGE_SIZE = 64
+MOST_DIGITS = 6
+VALIDATION = 200  # digits at the end of the training split
+
+_INKS = ("black", "white", "red", "green", "blue", "yellow", "orange", "purple")
+_MIN_CONTRAST = 150.0  # smallest RGB distance between ink and background
+_JITTER = 12.0
+_NOISE = 8.0
+_HELD_OUT_SEED = 20_000_004
+_OVERLAP = 0.5  # of two boxes, their intersection over their union
+
+Record = dict[str, Any]
+Bounds = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A picture of digits beside each other.
+
+    Attributes:
+        image: uint8 (64, 64, 3).
+        digits: from left to right.
+        inks: the colour of each.
+        boxes: of the ink of each, x1, y1, x2, y2 in pixels.
+        ground: the background's colour.
+    """
+
+    image: Bytes
+    digits: tuple[int, ...]
+    inks: tuple[str, ...]
+    boxes: tuple[Bounds, ...]
+    ground: str
+
+    @property
+    def number(self) -> str:
+        """The digits as one text."""
+        return "".join(map(str, self.digits))
+
+
+def record(name: str, seed: int, number: int, *, validation: bool = False) -> Record:
+    """A conversation of one set; InputError if there is no set of that name.
+
+    Args:
+        name: of the set, one of `SETS`.
+        seed: of the run.
+        number: of the sample.
+        validation: of digits that are not trained on.
+    """
+    if name not in SETS:
+        raise InputError(f"unknown scenes {name!r:.60}; known are {', '.join(SETS)}")
+    rng = np.random.default_rng((seed, number, list(SETS).index(name), validation))
+    return SETS[name](rng, _split(validation))
+
+
+def held_out_record(name: str, number: int) -> Record:
+    """A conversation about digits of writers that nothing was trained on, for the last measure.
+
+    Args:
+        name: of the set; `read3` is `read` with rows of three digits.
+        number: of the sample.
+    """
+    rng = np.random.default_rng((_HELD_OUT_SEED, number))
+    if name == "read3":
+        row = draw_row(rng, held_out(), 3)
+        return _conversation([row.image], _READ[0], row.number)
+    return SETS[name](rng, held_out())
+
+
+def is_right(name: str, answer: str, found: Record) -> bool:
+    """Whether an answer is that of a record: the same text, or for a box half an overlap."""
+    wanted = found["conversations"][1]["value"]
+    if name != "locate":
+        return bool(answer.strip() == wanted)
+    boxes = parse_boxes(answer)
+    return len(boxes) == 1 and _overlap(boxes[0], parse_boxes(wanted)[0]) >= _OVERLAP
+
+
+def draw_row(
+    rng: np.random.Generator, digits: Digits, count: int | None = None, *, wanted: str | None = None
+) -> Row:
+    """A row of random digits.
+
+    Args:
+        rng: where chance comes from.
+        digits: to choose from.
+        count: of digits; 1 to 6 at random without.
+        wanted: the digits themselves, instead of any.
+    """
+    if wanted is not None:
+        count = len(wanted)
+    elif count is None:
+        count = int(rng.integers(1, MOST_DIGITS + 1))
+    ground = _INKS[rng.integers(len(_INKS))]
+    fitting = [ink for ink in _INKS if _distance(ink, ground) >= _MIN_CONTRAST]
+    one = fitting[rng.integers(len(fitting))]
+    mixed = rng.random() < 0.5
+    picture = np.broadcast_to(_shade(rng, ground), (IMAGE_SIZE, IMAGE_SIZE, 3))
+    picture = picture + rng.uniform(-_NOISE, _NOISE, (IMAGE_SIZE, IMAGE_SIZE, 1))
+    cell = 1.0 / max(count, 2)
+    left = rng.uniform(0, 1 - cell * count)
+    height = rng.uniform(0.3, 0.7)
+    found, inks, boxes = [], [], []
+    for index in range(count):
+        rows = np.arange(len(digits))
+        if wanted is not None:
+            rows = np.flatnonzero(digits.labels == int(wanted[index]))
+        row = int(rows[rng.integers(len(rows))])
+        ink = fitting[rng.integers(len(fitting))] if mixed else one
+        size = min(cell, 0.4) * rng.uniform(1.0, 1.15)
+        place = Placement(
+            size=size,
+            x=left + cell * (index + 0.5),
+            y=height + rng.uniform(-0.04, 0.04),
+            angle=rng.uniform(-0.1, 0.1),
+            shear=rng.uniform(-0.1, 0.1),
+            stretch=rng.uniform(0.85, 1.0),
+        )
+        mask = ink_mask(digits.ink[row], IMAGE_SIZE, place)
+        picture = picture + (_shade(rng, ink) - picture) * mask[:, :, None]
+        found.append(int(digits.labels[row]))
+        inks.append(ink)
+        boxes.append(_bounds(mask))
+    return Row(
+        image=np.clip(picture + 0.5, 0, 255).astype(np.uint8),
+        digits=tuple(found),
+        inks=tuple(inks),
+        boxes=tuple(boxes),
+        ground=ground,
+    )
+
+
+def _conversation(images: list[Bytes], question: str, answer: str) -> Record:
+    return {
+        "image": images if len(images) > 1 else images[0],
+        "conversations": [
+            {"from": "human", "value": question},
+            {"from": "assistant", "value": answer},
+        ],
+    }
+
+
+def _caption(rng: np.random.Generator, digits: Digits) -> Record:
+    row = draw_row(rng, digits)
+    inks = " ".join(row.inks)
+    text = f"{row.number} in {inks} on {row.ground}"
+    return {"image": row.image, "text": text}
+
+
+def _describe(rng: np.random.Generator, digits: Digits) -> Record:
+    """Everything there is about a row: what stage 2 learns to see."""
+    row = draw_row(rng, digits)
+    parts = [
+        f"{digit} {ink} {format_box(box, IMAGE_SIZE, IMAGE_SIZE)}"
+        for digit, ink, box in zip(row.digits, row.inks, row.boxes, strict=True)
+    ]
+    return _conversation([row.image], "Describe the image.", "; ".join(parts))
+
+
+_READ = ("What number is written here?", "Read the digits.", "Which digits do you see?")
+
+
+def _read(rng: np.random.Generator, digits: Digits) -> Record:
+    row = draw_row(rng, digits)
+    return _conversation([row.image], _READ[rng.integers(len(_READ))], row.number)
+
+
+def _count(rng: np.random.Generator, digits: Digits) -> Record:
+    row = draw_row(rng, digits)
+    return _conversation([row.image], "How many digits are there?", str(len(row.digits)))
+
+
+def _unique(rng: np.random.Generator, row: Row) -> int:
+    """The place of a digit that occurs once, or -1."""
+    places = [i for i, digit in enumerate(row.digits) if row.digits.count(digit) == 1]
+    return places[rng.integers(len(places))] if places else -1
+
+
+def _with_unique(rng: np.random.Generator, digits: Digits) -> tuple[Row, int]:
+    while True:
+        row = draw_row(rng, digits)
+        place = _unique(rng, row)
+        if place >= 0:
+            return row, place
+
+
+def _locate(rng: np.random.Generator, digits: Digits) -> Record:
+    row, place = _with_unique(rng, digits)
+    box = format_box(row.boxes[place], IMAGE_SIZE, IMAGE_SIZE)
+    return _conversation([row.image], f"Where is the {row.digits[place]}?", box)
+
+
+def _colour(rng: np.random.Generator, digits: Digits) -> Record:
+    row, place = _with_unique(rng, digits)
+    return _conversation([row.image], f"What colour is the {row.digits[place]}?", row.inks[place])
+
+
+def _exists(rng: np.random.Generator, digits: Digits) -> Record:
+    row = draw_row(rng, digits)
+    absent = [digit for digit in range(10) if digit not in row.digits]
+    there = rng.random() < 0.5
+    choice = row.digits if there else absent
+    digit = choice[rng.integers(len(choice))]
+    return _conversation([row.image], f"Is there a {digit}?", "yes" if there else "no")
+
+
+def _compare(rng: np.random.Generator, digits: Digits) -> Record:
+    first = draw_row(rng, digits, int(rng.integers(1, 4)))
+    same = rng.random() < 0.5
+    wanted = first.number
+    while not same and wanted == first.number:
+        wanted = "".join(str(rng.integers(10)) for _ in first.digits)
+        # Half of the different ones differ in one digit only.
+        if rng.random() < 0.5:
+            place = int(rng.integers(len(wanted)))
+            wanted = first.number[:place] + wanted[place] + first.number[place + 1 :]
+    second = draw_row(rng, digits, wanted=wanted)
+    question = "Do both images show the same number?"
+    return _conversation([first.image, second.image], question, "yes" if same else "no")
+
+
+def _last(rng: np.random.Generator, digits: Digits) -> Record:
+    """What the demo is not trained on: a question for fine-tuning."""
+    row = draw_row(rng, digits)
+    return _conversation([row.image], "Which digit is the rightmost?", str(row.digits[-1]))
+
+
+SETS: dict[str, Callable[[np.random.Generator, Digits], Record]] = {
+    "captions": _caption,
+    "describe": _describe,
+    "read": _read,
+    "count": _count,
+    "locate": _locate,
+    "colour": _colour,
+    "exists": _exists,
+    "compare": _compare,
+    "last": _last,
+}
+LEARNED = ("read", "count", "locate", "colour", "exists", "compare")
+
+
+@cache
+def _split(validation: bool) -> Digits:
+    digits = training_digits()
+    edge = len(digits) - VALIDATION
+    return digits.part(slice(edge, len(digits)) if validation else slice(0, edge))
+
+
+def _distance(first: str, second: str) -> float:
+    return float(np.linalg.norm(np.subtract(COLORS[first], COLORS[second])))
+
+
+def _shade(rng: np.random.Generator, name: str) -> Any:
+    return np.array(COLORS[name], np.float32) + rng.uniform(-_JITTER, _JITTER, 3)
+
+
+def _bounds(mask: Any) -> Bounds:
+    """The box of the ink: x1, y1, x2, y2 in pixels."""
+    columns = np.flatnonzero(mask.max(axis=0) > 0.5)
+    rows = np.flatnonzero(mask.max(axis=1) > 0.5)
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _overlap(first: Box, second: Box) -> float:
+    """Intersection over union."""
+    width = min(first.x2, second.x2) - max(first.x1, second.x1)
+    height = min(first.y2, second.y2) - max(first.y1, second.y1)
+    both = max(0.0, width) * max(0.0, height)
+    areas = sum((box.x2 - box.x1) * (box.y2 - box.y1) for box in (first, second))
+    return both / (areas - both) if areas > both else 0.0

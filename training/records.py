@@ -1,0 +1,217 @@
+"""One line of the reference's jsonl schema to turns of a conversation and tiles.
+
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},
+                                         {"from": "assistant", "value": "A cat."}]}
+
+`conversations` may be any number of exchanges, or a caption stands under `text`. Beside it is
+`image`, a path or a list of paths; or `video`, with `start_time` and `end_time` in seconds and
+`bbox_map`, boxes x1, y1, x2, y2 in pixels by the number of a frame, which are drawn into it; or
+nothing. With `bbox`, a list of x, y, width, height in pixels of an image of `width` and `height`,
+`<|bboxN|>` in a text becomes box N, counted from 0. Other keys are not looked at.
+
+As in the reference an assistant's turn that comes first is dropped, and so is a question at the
+end that has no answer. Of several images each is one tile; a single one may be many. Where the
+reference fails or is silent: images may also stand under `images`, as its documentation has it;
+turns that do not alternate are an error; and marks `<image>` and `<video>` count in all questions:
+if there is one for each item, each goes where its mark is; else all go into the first question, by
+the rules of `place_media`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perception_rt.errors import InputError
+from perception_rt.processing.boxes import format_box
+from perception_rt.processing.prompt import IMAGE_MARK, VIDEO_MARK, Part, Turn, place_media
+from perception_rt.processing.tiles import TileSpec, load_tiles
+from perception_rt.processing.video import load_frames
+
+Pixels: TypeAlias = NDArray[np.uint8]
+
+_BOX = re.compile(r"<\|bbox([0-9]{1,9})\|>")
+
+
+class SampleError(InputError):
+    """A sample cannot be used. The message is the same for all samples of its kind.
+
+    Attributes:
+        detail: what is particular about this one; may be empty.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+def read_record(record: Any, root: Path, spec: TileSpec) -> tuple[list[Turn], Pixels]:
+    """A conversation whose turns alternate, the assistant's last.
+
+    Args:
+        record: as above; in place of a path may be an array, uint8 (H, W, 3) or (T, H, W, 3).
+        root: the folder that paths start from.
+        spec: how images and frames become tiles.
+
+    Returns:
+        The turns, and all tiles in the order of their places, uint8 (n, S, S, 3).
+
+    Raises:
+        SampleError: the record is not as described, or what it names cannot be read.
+    """
+    if not isinstance(record, Mapping):
+        raise SampleError("a line is not an object")
+    texts = _texts(record)
+    items = _load_media(record, root, spec)
+    turns: list[Turn] = []
+    for question, answer in zip(_place(texts[::2], items), texts[1::2], strict=True):
+        if not any(not isinstance(part, str) or part.strip() for part in question):
+            raise SampleError("a question is empty")
+        turns += [Turn("user", question), Turn("assistant", (answer,))]
+    side = spec.tile_size
+    return turns, np.concatenate([np.empty((0, side, side, 3), np.uint8), *items])
+
+
+def _texts(record: Mapping[str, Any]) -> list[str]:
+    """Question, answer, question, ..., answer."""
+    if "conversations" not in record:
+        turns: Any = [
+            {"from": "human", "value": ""},
+            {"from": "assistant", "value": record.get("text")},
+        ]
+    else:
+        turns = record["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise SampleError("conversations are not a list of turns")
+    if turns and turns[0].get("from") == "assistant":
+        turns = turns[1:]
+    if len(turns) % 2:
+        turns = turns[:-1]
+    if not turns:
+        raise SampleError("no question has an answer")
+    boxes = _boxes(record)
+    texts = []
+    for index, turn in enumerate(turns):
+        role = "assistant" if index % 2 else "human"
+        if turn.get("from") != role:
+            raise SampleError("turns are not human and assistant by turns", f"turn {index}")
+        value = turn.get("value")
+        if type(value) in (int, float) and role == "assistant":
+            value = str(value)
+        if not isinstance(value, str):
+            raise SampleError("a turn is not text", f"turn {index}")
+        if role == "assistant" and not value.strip():
+            raise SampleError("an answer is empty", f"turn {index}")
+        texts.append(_BOX.sub(lambda found: _box(boxes, int(found[1])), value))
+    return texts
+
+
+def _boxes(record: Mapping[str, Any]) -> list[str]:
+    """The boxes of `bbox` as texts."""
+    boxes = record.get("bbox")
+    if boxes is None:
+        return []
+    width, height = record.get("width"), record.get("height")
+    if not isinstance(boxes, list) or type(width) is not int or type(height) is not int:
+        raise SampleError("bbox is not a list beside width and height")
+    texts = []
+    for box in boxes:
+        if not isinstance(box, list) or len(box) != 4:
+            raise SampleError("a box is not x, y, width, height")
+        try:
+            x, y, wide, high = (float(value) for value in box)
+            texts.append(format_box((x, y, x + wide, y + high), width, height))
+        except (TypeError, ValueError, OverflowError) as error:  # an InputError is a ValueError
+            detail = str(error) if isinstance(error, InputError) else ""
+            raise SampleError("a box is not x, y, width, height", detail) from None
+    return texts
+
+
+def _box(boxes: Sequence[str], number: int) -> str:
+    if number >= len(boxes):
+        raise SampleError("a text names a box that is not there", f"<|bbox{number}|>")
+    return boxes[number]
+
+
+def _place(questions: Sequence[str], items: Sequence[Pixels]) -> list[tuple[Part, ...]]:
+    """The contents of the user's turns."""
+    counts = [len(item) for item in items]
+    marks = [text.count(IMAGE_MARK) + text.count(VIDEO_MARK) for text in questions]
+    if sum(marks) != len(items):
+        marks = [len(items)] + [0] * (len(questions) - 1)
+    ends = np.cumsum(marks)
+    try:
+        return [
+            place_media(question, counts[end - number : end])
+            for question, number, end in zip(questions, marks, ends, strict=True)
+        ]
+    except InputError as error:
+        raise SampleError("marks are not as many as images", str(error)) from None
+
+
+def _load_media(record: Mapping[str, Any], root: Path, spec: TileSpec) -> list[Pixels]:
+    """The tiles of each image or video."""
+    images = record.get("image", record.get("images"))
+    video = record.get("video")
+    if images is not None and video is not None:
+        raise SampleError("there are an image and a video")
+    if images is not None:
+        several = images if isinstance(images, list) else [images]
+        if not several:
+            raise SampleError("the list of images is empty")
+        # As the reference: of several images, a tile each.
+        most = spec.max_tiles if len(several) == 1 else 0
+        return [_load_image(image, root, spec, most) for image in several]
+    return [] if video is None else [_load_video(video, record, root, spec)]
+
+
+def _load_image(image: Any, root: Path, spec: TileSpec, max_tiles: int) -> Pixels:
+    source = _source(image, root, "an image")
+    try:
+        return load_tiles(source, spec, max_tiles=max_tiles)
+    except InputError as error:
+        raise SampleError("an image is unusable", _without_root(error, source, image)) from None
+
+
+def _load_video(video: Any, record: Mapping[str, Any], root: Path, spec: TileSpec) -> Pixels:
+    source = _source(video, root, "a video")
+    start, end = record.get("start_time"), record.get("end_time")
+    try:
+        boxes = _frame_boxes(record.get("bbox_map"))
+        return load_frames(source, spec, start_s=start, end_s=end, boxes=boxes)
+    except InputError as error:
+        raise SampleError("a video is unusable", _without_root(error, source, video)) from None
+
+
+def _frame_boxes(boxes: Any) -> dict[int, Any]:
+    """The boxes of `bbox_map` by number of frame; a frame with null has none."""
+    if boxes is None:
+        return {}
+    if not isinstance(boxes, Mapping) or not all(
+        isinstance(frame, str) and frame.isdecimal() and len(frame) < 10 for frame in boxes
+    ):
+        raise InputError("bbox_map must be an object with numbers of frames as its keys")
+    return {int(frame): box for frame, box in boxes.items() if box is not None}
+
+
+def _source(item: Any, root: Path, kind: str) -> Any:
+    if isinstance(item, np.ndarray):
+        return item
+    if not isinstance(item, str):
+        raise SampleError(f"the path of {kind} is not text")
+    path = root / item
+    try:
+        found = path.is_file()
+    except ValueError:  # a zero byte
+        found = False
+    if not found:
+        raise SampleError(f"{kind} is missing", f"{item!r:.80}")
+    return path
+
+
+def _without_root(error: InputError, source: Any, item: Any) -> str:
+    """A message about a file with its path as the record has it."""
+    return str(error).replace(f"{str(source)!r:.200}", f"{item!r:.80}")
