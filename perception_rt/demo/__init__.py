@@ -1,4 +1,4 @@
-"""The demo model PE-Demo: a tiny Perception Encoder for handwritten digits; see CARD.md.
+"""The demo models PE-Demo and PLM-Demo, tiny and for handwritten digits; see CARD.md of each.
 
 Package data and where it lies, nothing else: no torch, no I/O.
 """
@@ -16,3 +16,8 @@ def weights_path() -> Path:
 def config_path() -> Path:
     """`pe_demo.json`: the architecture, as `PeConfig.from_dict` takes it."""
     return Path(__file__).with_name("pe_demo.json")
+
+
+def language_model_path() -> Path:
+    """The folder of PLM-Demo: float16 weights, `params.json`, `tokenizer.model`."""
+    return Path(__file__).with_name("plm_demo")
