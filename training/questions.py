@@ -18,6 +18,7 @@ from training.scenes import COLORS
 
 IMAGE_SIZE = 64
 MOST_DIGITS = 6
+_COUNTS = (0.22, 0.22, 0.26, 0.14, 0.09, 0.07)  # how often a row has 1 to 6 digits
 VALIDATION = 200  # digits at the end of the training split
 
 _INKS = ("black", "white", "red", "green", "blue", "yellow", "orange", "purple")
@@ -101,13 +102,13 @@ def draw_row(
     Args:
         rng: where chance comes from.
         digits: to choose from.
-        count: of digits; 1 to 6 at random without.
+        count: of digits; 1 to 6 at random without, the long ones seldom.
         wanted: the digits themselves, instead of any.
     """
     if wanted is not None:
         count = len(wanted)
     elif count is None:
-        count = int(rng.integers(1, MOST_DIGITS + 1))
+        count = 1 + int(rng.choice(MOST_DIGITS, p=_COUNTS))
     ground = _INKS[rng.integers(len(_INKS))]
     fitting = [ink for ink in _INKS if _distance(ink, ground) >= _MIN_CONTRAST]
     one = fitting[rng.integers(len(fitting))]
