@@ -21,9 +21,8 @@ from perception_rt.models.layers import (
     Attention,
     Rope,
     merge_heads,
-    rotate,
+    rotated_heads,
     sdpa_attention,
-    split_heads,
 )
 
 MakeMask = Callable[[Tensor], Any]
@@ -95,10 +94,7 @@ def flex_document_attention(
         return sdpa_attention(
             query, key, value, heads=heads, kv_heads=kv_heads, rope=rope, causal=causal
         )
-    q = split_heads(query, heads)
-    k, v = (split_heads(x, kv_heads or heads) for x in (key, value))
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=kv_heads, rope=rope)
     return merge_heads(_compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True))
 
 
@@ -138,9 +134,7 @@ def xformers_document_attention(
     from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
     groups = kv_heads or heads
-    q, k, v = split_heads(query, heads), split_heads(key, groups), split_heads(value, groups)
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=groups, rope=rope)
     # To (1, N * T, key and value heads, G, D); keys and values are the same for a whole group.
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[None] for x in (q, k, v))
     q = q.unflatten(2, (groups, heads // groups))

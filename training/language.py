@@ -27,7 +27,7 @@ from training.stream import LaneStream
 from training.task import Learner, Task
 from training.weights import draw
 
-HEAD_ROWS = 2048  # labelled tokens whose logits are in memory at once
+HEAD_ROWS = 2048  # labelled tokens that go through the head at once; see docs/training-plan.md
 
 
 def is_trained(config: LanguageConfig, name: str) -> bool:

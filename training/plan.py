@@ -34,9 +34,8 @@ from perception_rt.models.layers import (
     Attention,
     Rope,
     merge_heads,
-    rotate,
+    rotated_heads,
     sdpa_attention,
-    split_heads,
 )
 from perception_rt.models.plm import PerceptionLM
 from training import lora
@@ -124,10 +123,7 @@ def _fused_attention(
     mask: Any = None,
 ) -> Tensor:
     """An `Attention` that computes nothing and keeps what a fused one does."""
-    q = split_heads(query, heads)
-    k, v = (split_heads(x, kv_heads or heads) for x in (key, value))
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=kv_heads, rope=rope)
     return merge_heads(_Fused.apply(q, k, v))
 
 

@@ -39,15 +39,16 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
-    write_whole(path, lambda temporary: _write_text(temporary, text))
+    write_bytes(path, text.encode("utf-8"))
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all."""
 
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_whole(path, write)
 
 
 def export_encoder(
@@ -92,7 +93,7 @@ def export_language_model(
     tensors = {key: tensor.to(dtype) for key, tensor in weights.items()}
     save_checkpoint(tensors, folder / WEIGHTS_FILE, layout="original")
     assert tokenizer.file is not None
-    write_whole(folder / tokenizer.file, lambda temporary: _write_bytes(temporary, tokenizer_file))
+    write_bytes(folder / tokenizer.file, tokenizer_file)
     write_text(folder / "params.json", json.dumps(params, indent=2) + "\n")
 
 

@@ -66,6 +66,23 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
+def rotated_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    heads: int,
+    kv_heads: int | None,
+    rope: Rope | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a kernel of (N, heads, T, D) takes, of what an `Attention` is given."""
+    q = split_heads(query, heads)
+    k, v = (split_heads(x, kv_heads or heads) for x in (key, value))
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    return q, k, v
+
+
 def sdpa_attention(
     query: Tensor,
     key: Tensor,
@@ -81,10 +98,7 @@ def sdpa_attention(
 
     Its masks are what `scaled_dot_product_attention` takes: bool, true where a query sees a key.
     """
-    q = split_heads(query, heads)
-    k, v = (split_heads(x, kv_heads or heads) for x in (key, value))
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=kv_heads, rope=rope)
     grouped = kv_heads is not None and kv_heads != heads
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped
