@@ -130,7 +130,7 @@ class RunConfig:
         out_dir: where metrics, resolved configuration, checkpoints and weights go.
         seed: of the weights, the order of the data, the scenes and stochastic depth.
         device: `auto` is a GPU if there is one.
-        threads: torch's threads per process.
+        threads: torch's threads per process; 0 divides the machine's cores among its processes.
         workers: threads per process that read data ahead.
         log_every: steps between two progress lines.
         eval_every: steps between two evaluations; 0 for none.
@@ -145,7 +145,7 @@ class RunConfig:
     out_dir: str
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 2
+    threads: int = 0
     workers: int = 2
     log_every: int = 20
     eval_every: int = 0
@@ -157,10 +157,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.out_dir != "", "run.out_dir must not be empty")
-        for name in ("seed", "eval_every", "save_every", "keep"):
+        for name in ("seed", "threads", "eval_every", "save_every", "keep"):
             value = getattr(self, name)
             require(value >= 0, f"run.{name} must not be negative, not {value}")
-        for name in ("threads", "workers", "log_every"):
+        for name in ("workers", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"run.{name} must be at least 1, not {value}")
         require(

@@ -32,6 +32,7 @@ class Group:
         tensor_rank: among the processes that share each layer, and so their data.
         processes: of the run.
         device: what this process computes on.
+        fair_threads: of the machine's cores, this process's share.
         control: group of all processes for small values in host memory; None for the default one.
         is_main: whether this process writes files and prints.
     """
@@ -41,6 +42,7 @@ class Group:
     tensor_rank: int = 0
     processes: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    fair_threads: int = 1
     control: dist.ProcessGroup | None = None
     is_main: bool = True
 
@@ -77,11 +79,19 @@ def process_group(device: str = "auto", tensor: int = 1) -> Iterator[Group]:
             tensor_rank=rank % tensor,
             processes=processes,
             device=here or torch.device("cpu"),
+            fair_threads=max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
             control=dist.new_group(backend="gloo", timeout=_TIMEOUT) if cuda else None,
             is_main=rank == 0,
         )
     finally:
         dist.destroy_process_group()
+
+
+def _cores() -> int:
+    """That this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def build_mesh(config: ParallelConfig, group: Group) -> DeviceMesh:

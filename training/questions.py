@@ -1,7 +1,8 @@
 """Questions about rows of handwritten digits, as conversations in the reference's jsonl schema.
 
 A record is fixed by (set, seed, number). Images are arrays in place of paths; otherwise it is what
-a line of a jsonl file would hold. `LEARNED` are the sets that the demo model is trained on.
+a line of a jsonl file would hold: one picture, or two, and one question or several about it.
+`LEARNED` are the sets that the demo model is trained on.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ _MIN_CONTRAST = 150.0  # smallest RGB distance between ink and background
 _JITTER = 12.0
 _NOISE = 8.0
 _HELD_OUT_SEED = 20_000_004
+_MOST_ASKED = {"locate": 2, "colour": 4, "exists": 5}  # about one picture
 _OVERLAP = 0.5  # of two boxes, their intersection over their union
 
 Record = dict[str, Any]
@@ -72,7 +74,7 @@ def record(name: str, seed: int, number: int, *, validation: bool = False) -> Re
 
 
 def held_out_record(name: str, number: int) -> Record:
-    """A conversation about digits of writers that nothing was trained on, for the last measure.
+    """A question about digits of writers that nothing was trained on, for the last measure.
 
     Args:
         name: of the set; `read3` is `read` with rows of three digits.
@@ -81,8 +83,9 @@ def held_out_record(name: str, number: int) -> Record:
     rng = np.random.default_rng((_HELD_OUT_SEED, number))
     if name == "read3":
         row = draw_row(rng, held_out(), 3)
-        return _conversation([row.image], _READ[0], row.number)
-    return SETS[name](rng, held_out())
+        return _conversation([row.image], (_READ[0], row.number))
+    found = SETS[name](rng, held_out())
+    return {**found, "conversations": found["conversations"][:2]}
 
 
 def is_right(name: str, answer: str, found: Record) -> bool:
@@ -148,14 +151,13 @@ def draw_row(
     )
 
 
-def _conversation(images: list[Bytes], question: str, answer: str) -> Record:
-    return {
-        "image": images if len(images) > 1 else images[0],
-        "conversations": [
-            {"from": "human", "value": question},
-            {"from": "assistant", "value": answer},
-        ],
-    }
+def _conversation(images: list[Bytes], *exchanges: tuple[str, str]) -> Record:
+    """Of questions and their answers."""
+    turns = []
+    for question, answer in exchanges:
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "assistant", "value": answer})
+    return {"image": images if len(images) > 1 else images[0], "conversations": turns}
 
 
 def _caption(rng: np.random.Generator, digits: Digits) -> Record:
@@ -172,7 +174,7 @@ def _describe(rng: np.random.Generator, digits: Digits) -> Record:
         f"{digit} {ink} {format_box(box, IMAGE_SIZE, IMAGE_SIZE)}"
         for digit, ink, box in zip(row.digits, row.inks, row.boxes, strict=True)
     ]
-    return _conversation([row.image], "Describe the image.", "; ".join(parts))
+    return _conversation([row.image], ("Describe the image.", "; ".join(parts)))
 
 
 _READ = ("What number is written here?", "Read the digits.", "Which digits do you see?")
@@ -180,46 +182,52 @@ _READ = ("What number is written here?", "Read the digits.", "Which digits do yo
 
 def _read(rng: np.random.Generator, digits: Digits) -> Record:
     row = draw_row(rng, digits)
-    return _conversation([row.image], _READ[rng.integers(len(_READ))], row.number)
+    return _conversation([row.image], (_READ[rng.integers(len(_READ))], row.number))
 
 
 def _count(rng: np.random.Generator, digits: Digits) -> Record:
     row = draw_row(rng, digits)
-    return _conversation([row.image], "How many digits are there?", str(len(row.digits)))
+    return _conversation([row.image], ("How many digits are there?", str(len(row.digits))))
 
 
-def _unique(rng: np.random.Generator, row: Row) -> int:
-    """The place of a digit that occurs once, or -1."""
-    places = [i for i, digit in enumerate(row.digits) if row.digits.count(digit) == 1]
-    return places[rng.integers(len(places))] if places else -1
-
-
-def _with_unique(rng: np.random.Generator, digits: Digits) -> tuple[Row, int]:
+def _with_unique(rng: np.random.Generator, digits: Digits) -> tuple[Row, list[int]]:
+    """A row, and in random order the places of digits that occur in it once."""
     while True:
         row = draw_row(rng, digits)
-        place = _unique(rng, row)
-        if place >= 0:
-            return row, place
+        places = [i for i, digit in enumerate(row.digits) if row.digits.count(digit) == 1]
+        if places:
+            return row, list(rng.permutation(places))
 
 
 def _locate(rng: np.random.Generator, digits: Digits) -> Record:
-    row, place = _with_unique(rng, digits)
-    box = format_box(row.boxes[place], IMAGE_SIZE, IMAGE_SIZE)
-    return _conversation([row.image], f"Where is the {row.digits[place]}?", box)
+    row, places = _with_unique(rng, digits)
+    exchanges = [
+        (f"Where is the {row.digits[i]}?", format_box(row.boxes[i], IMAGE_SIZE, IMAGE_SIZE))
+        for i in places[: _MOST_ASKED["locate"]]
+    ]
+    return _conversation([row.image], *exchanges)
 
 
 def _colour(rng: np.random.Generator, digits: Digits) -> Record:
-    row, place = _with_unique(rng, digits)
-    return _conversation([row.image], f"What colour is the {row.digits[place]}?", row.inks[place])
+    row, places = _with_unique(rng, digits)
+    exchanges = [
+        (f"What colour is the {row.digits[i]}?", row.inks[i])
+        for i in places[: _MOST_ASKED["colour"]]
+    ]
+    return _conversation([row.image], *exchanges)
 
 
 def _exists(rng: np.random.Generator, digits: Digits) -> Record:
     row = draw_row(rng, digits)
-    absent = [digit for digit in range(10) if digit not in row.digits]
-    there = rng.random() < 0.5
-    choice = row.digits if there else absent
-    digit = choice[rng.integers(len(choice))]
-    return _conversation([row.image], f"Is there a {digit}?", "yes" if there else "no")
+    pools = {"yes": sorted(set(row.digits)), "no": [d for d in range(10) if d not in row.digits]}
+    exchanges: list[tuple[str, str]] = []
+    while len(exchanges) < _MOST_ASKED["exists"]:
+        answer = "yes" if rng.random() < 0.5 else "no"
+        if not pools[answer]:  # ending here, a digit that is left says nothing about its answer
+            break
+        digit = pools[answer].pop(rng.integers(len(pools[answer])))
+        exchanges.append((f"Is there a {digit}?", answer))
+    return _conversation([row.image], *exchanges)
 
 
 def _compare(rng: np.random.Generator, digits: Digits) -> Record:
@@ -234,13 +242,13 @@ def _compare(rng: np.random.Generator, digits: Digits) -> Record:
             wanted = first.number[:place] + wanted[place] + first.number[place + 1 :]
     second = draw_row(rng, digits, wanted=wanted)
     question = "Do both images show the same number?"
-    return _conversation([first.image, second.image], question, "yes" if same else "no")
+    return _conversation([first.image, second.image], (question, "yes" if same else "no"))
 
 
 def _last(rng: np.random.Generator, digits: Digits) -> Record:
     """What the demo is not trained on: a question for fine-tuning."""
     row = draw_row(rng, digits)
-    return _conversation([row.image], "Which digit is the rightmost?", str(row.digits[-1]))
+    return _conversation([row.image], ("Which digit is the rightmost?", str(row.digits[-1])))
 
 
 SETS: dict[str, Callable[[np.random.Generator, Digits], Record]] = {

@@ -49,7 +49,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, task: Task, group: Group) -> None:
-        torch.set_num_threads(config.run.threads)
+        torch.set_num_threads(config.run.threads or group.fair_threads)
         self.config = config
         self.task = task
         self.group = group
