@@ -20,12 +20,12 @@ import numpy as np
 
 from perception_rt.errors import BackendError
 from perception_rt.package import contract
+from perception_rt.package.contract import CHUNK_TOKENS
 from perception_rt.package.manifest import Content
 from perception_rt.package.reader import open_package
 from perception_rt.plm_config import DecoderConfig
 from perception_rt.runtime.decoder import Decoder
 from perception_rt.runtime.kv_block import CacheBlock
-from perception_rt.runtime.scheduler import CHUNK_TOKENS
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["engine", "eager", "genai"]

@@ -80,9 +80,22 @@ def _export_parser() -> argparse.ArgumentParser:
         "--weights", metavar="SOURCE", help="of --model: hf (default), random, or a path"
     )
     parser.add_argument("--seed", type=int, default=0, help="of --weights random")
-    parser.add_argument("--precision", help="fp32 (default), fp16, int8; int4 for PLM")
+    parser.add_argument(
+        "--precision", help="fp32 (default), fp16, int8; int4 for PLM; fp16 (default) or fp8 for "
+        "tensorrt"
+    )  # fmt: skip
     parser.add_argument("--fp8", action="store_true", help="the same as --precision fp8")
-    parser.add_argument("--backend", default="onnxruntime", help="default: onnxruntime")
+    parser.add_argument(
+        "--backend", help="onnxruntime or tensorrt; default: the one that has the precision"
+    )
+    parser.add_argument(
+        "--target", metavar="GPUS", help="of tensorrt: compute capabilities to build engines for, "
+        "such as sm89,sm120; here (default) for this machine's GPU; none for graphs alone"
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-unfused", action="store_true", help="of tensorrt: take attention apart where "
+        "there is no fused kernel"
+    )  # fmt: skip
     parser.add_argument("--image-size", metavar="HxW", help="default: the model's own")
     parser.add_argument("--center-crop", action="store_true", help="crop images; default: squash")
     parser.add_argument(

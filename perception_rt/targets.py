@@ -23,6 +23,10 @@ class Target:
         emitter: "module:class" of the lowering, imported on export; empty if it has none.
         session: module with `open_session` and `check_device`, imported at run time.
         install: the pip requirement that brings what the session needs; empty for none.
+        graph_backend: the backend that can run its graphs too, on the CPU: an export compares them
+            with eager there.
+        fixed_slots: a decoder's cache has as many slots as its longest sequence, always.
+        has_engines: besides graphs, a package may have engines of them for GPUs.
     """
 
     name: str
@@ -31,6 +35,9 @@ class Target:
     emitter: str
     session: str
     install: str
+    graph_backend: str = ""
+    fixed_slots: bool = False
+    has_engines: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -47,6 +54,19 @@ TARGETS: dict[str, Target] = {
         emitter="perception_rt.export.emit.onnxruntime:OnnxRuntimeLowering",
         session="perception_rt.runtime.backends.onnxruntime",
         install="perception_rt",
+        graph_backend="onnxruntime",
+    ),
+    # Graphs in standard operators, and engines of them that TensorRT built ahead of time.
+    "tensorrt": Target(
+        name="tensorrt",
+        precisions={"fp16": ("cuda",), "fp8": ("cuda",)},
+        domains=frozenset({""}),
+        emitter="perception_rt.export.emit.tensorrt:TensorRtLowering",
+        session="perception_rt.runtime.backends.tensorrt",
+        install="perception_rt[tensorrt]",
+        graph_backend="onnxruntime",
+        fixed_slots=True,
+        has_engines=True,
     ),
     # Predictable outputs without an engine: the test double of everything above a session.
     "reference": Target(

@@ -43,15 +43,20 @@ LAYER_1 = (
     "plm_config",
     "progress",
     "targets",
+    "tensorrt_library",
 )
 LAYER_2 = (*LAYER_1, "processing", "package")
 TORCH_SIDE = (*LAYER_2, "models", "checkpoint")
-EXPORTER = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript")
+EXPORTER = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
 
 # The longest name that fits a module is its part; a module that no name fits is an error.
 PARTS = {
     "perception_rt": Part(uses=LAYER_1, lazy=("processing", "runtime")),
     **{f"perception_rt.{name}": Part(uses=LAYER_1) for name in LAYER_1},
+    "perception_rt.tensorrt_library": Part(
+        uses=LAYER_1,
+        lazy_libraries=("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"),
+    ),
     "perception_rt.processing": Part(
         uses=LAYER_1, libraries=("numpy", "PIL", "regex", "ftfy"),
         lazy_libraries=("av", "sentencepiece", "tiktoken", "tokenizers")
@@ -66,6 +71,9 @@ PARTS = {
     "perception_rt.runtime": Part(uses=LAYER_2, libraries=("numpy",)),
     "perception_rt.runtime.backends.onnxruntime": Part(
         uses=(*LAYER_2, "runtime"), libraries=("numpy", "onnxruntime")
+    ),
+    "perception_rt.runtime.cuda": Part(
+        uses=LAYER_1, libraries=("numpy",), lazy_libraries=("cuda",)
     ),
     "perception_rt.export": Part(uses=TORCH_SIDE, libraries=EXPORTER),
     "perception_rt.export.gate": Part(

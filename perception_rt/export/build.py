@@ -7,7 +7,9 @@ tower in eager, or one layer of a language model, not the model several times ov
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -18,18 +20,22 @@ import numpy as np
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.errors import ExportError
+from perception_rt.export.engines import build_engine, operator_counts
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.files import Place, write_graphs
 from perception_rt.export.gate import run_gate
 from perception_rt.export.lowering import LoweredGraph, Lowering
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.export.plm_towers import PlmExport
-from perception_rt.export.quantize import MAX_LAYER_ERROR, Format
-from perception_rt.export.towers import ModelExport, PeExport, Reference, Tower
+from perception_rt.export.profiles import has_engine, profiles
+from perception_rt.export.quantize import Format, Measured
+from perception_rt.export.towers import ModelExport, PeExport, Recipe, Reference, Tower
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
 from perception_rt.package.store import Stage
+from perception_rt.package.trust import built_file, remember
+from perception_rt.tensorrt_library import find_tensorrt
 
 Report = Callable[[str], None]
 
@@ -71,13 +77,14 @@ def export_package(
             stage.write(path, [data])
         for tower in model.towers():
             report(f"{tower.name}: running eager")
-            reference = tower.reference(quantized=plan.precision in ("int8", "int4"))
+            reference = tower.reference(plan.scheme)
             references.append(reference)
-            harmed |= _harmed_layers(reference.errors)
-            chosen = tower.formats(reference.errors)
+            measured = reference.measured
+            harmed |= {name: measured.errors[name] for name in measured.harmed()}
+            chosen = tower.formats(measured)
             formats |= chosen
             report(f"{tower.name}: tracing and writing {plan.precision} graphs")
-            lowered = _lower(tower, lowering, plan.precision, chosen)
+            lowered = _lower(tower, lowering, plan, chosen, measured)
             graphs |= write_graphs(stage, f"{tower.name}.data", lowered, places)
         layers = {name: formats.get(name) for name in sorted(harmed)}
         content = _content(plan, model, stage, graphs, layers)
@@ -86,9 +93,13 @@ def export_package(
         fidelity, latency = run_gate(stage.directory, references)
         check_gate(fidelity, plan.gate)
         record = _record(plan, fidelity, latency, harmed, time.monotonic() - started)
+        if plan.engines:
+            content, record["engines"] = _add_engines(plan, stage, content, report)
         manifest = Manifest.create(content, record=record)
         stage.seal(manifest, domains=plan.target.domains)
         stage.publish()
+    if plan.engines:
+        _remember(manifest.id, report)
     report(f"published {Path(out).name}, {manifest.id}")
     return manifest
 
@@ -104,32 +115,41 @@ def _lowering(plan: ExportPlan | PlmPlan) -> type[Lowering]:
     return kind
 
 
-def _harmed_layers(errors: Mapping[str, float]) -> dict[str, float]:
-    """The linear layers that W8A8 would hurt, with what it would do to them."""
-    return {name: error for name, error in errors.items() if not error <= MAX_LAYER_ERROR}
-
-
 def _lower(
-    tower: Tower, lowering: type[Lowering], precision: str, formats: Mapping[str, Format]
+    tower: Tower,
+    lowering: type[Lowering],
+    plan: ExportPlan | PlmPlan,
+    formats: Mapping[str, Format],
+    measured: Measured,
 ) -> dict[str, LoweredGraph]:
     traced, parameters = tower.traced()
-    dtype = np.dtype(np.float16 if precision == "fp16" else np.float32)
+    dtype = np.dtype(plan.float_dtype)
     graphs = {}
     for name, recipe in tower.recipes().items():
-        instance = lowering(traced, parameters, dtype=dtype, formats=formats)
-        graph = instance.lower(recipe.sources, recipe.outputs)
-        for operator, wanted in (
-            (lowering.attention_op, recipe.attentions),
-            (lowering.cached_attention_op, recipe.cached_attentions),
-        ):
-            fused = graph.count(operator)
-            if fused != wanted:
-                raise ExportError(
-                    f"graph {name!r} has {fused} {operator} operators, not {wanted}: attention "
-                    "was not fused"
-                )
-        graphs[name] = graph
+        instance = lowering(
+            traced, parameters, dtype=dtype, formats=formats, largest=measured.largest
+        )
+        graphs[name] = instance.lower(recipe.sources, recipe.outputs)
+        _check_fused(name, graphs[name], lowering, recipe)
     return graphs
+
+
+def _check_fused(name: str, graph: LoweredGraph, lowering: type[Lowering], recipe: Recipe) -> None:
+    """ExportError unless attention became the operators that it should."""
+    wanted: Counter[str] = Counter()
+    for times, operators in (
+        (recipe.attentions, lowering.attention_ops),
+        (recipe.cached_attentions, lowering.cached_attention_ops),
+    ):
+        if times:
+            wanted.update({operator: times * count for operator, count in operators.items()})
+    for operator, count in wanted.items():
+        fused = graph.count(operator)
+        if fused != count:
+            raise ExportError(
+                f"graph {name!r} has {fused} {operator} operators, not {count}: attention was "
+                "not fused"
+            )
 
 
 def _content(
@@ -160,6 +180,54 @@ def _content(
     )
 
 
+def _add_engines(
+    plan: ExportPlan | PlmPlan, stage: Stage, content: Content, report: Report
+) -> tuple[Content, dict[str, Any]]:
+    """Stages an engine of each graph for each GPU; the content with them, and how they were built.
+
+    One engine at a time is in memory.
+    """
+    library = find_tensorrt()
+    max_length = plan.config.decoder.max_seqlen if isinstance(plan, PlmPlan) else 1
+    files: dict[str, dict[str, str]] = {name: {} for name in plan.engines}
+    built: dict[str, Any] = {}
+    for graph, spec in content.graphs.items():
+        if not has_engine(graph):
+            continue
+        operators = operator_counts(stage.path(spec.file))
+        for name in plan.engines:
+            report(f"{graph}: building an engine for {name} by {library.label}")
+            engine = build_engine(
+                library,
+                stage.path(spec.file),
+                spec,
+                operators,
+                capability=name,
+                profiles=profiles(graph, max_length),
+                allow_unfused=plan.allow_unfused,
+            )
+            file = f"{graph}.{name}.engine"
+            entry = stage.write(file, [memoryview(engine.data)])
+            files[name][graph] = file
+            built[file] = {
+                "seconds": round(engine.seconds, 2),
+                "bytes": entry.size_bytes,
+                "layers": dict(engine.layers),
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+    options = {**content.target.options, "engines": files, "builder": library.label}
+    target = replace(content.target, options=options)
+    return replace(content, target=target, files=dict(stage.entries)), built
+
+
+def _remember(package_id: str, report: Report) -> None:
+    """Lets this user load the engines without naming the package."""
+    try:
+        remember(package_id)
+    except OSError as error:
+        report(f"load it with expect={package_id!r}: {built_file()} cannot be written: {error}")
+
+
 def _record(
     plan: ExportPlan | PlmPlan,
     fidelity: Mapping[str, Fidelity],
@@ -170,7 +238,7 @@ def _record(
     return {
         "fidelity": {name: result.to_dict() for name, result in fidelity.items()},
         "gate": {"min_cosine": {name: MIN_COSINE[plan.gate(name)] for name in fidelity}},
-        "int8_error": {name: float(f"{error:.3g}") for name, error in harmed.items()},
+        "layer_error": {name: float(f"{error:.3g}") for name, error in harmed.items()},
         "latency": dict(latency),
         "host": {"machine": platform.machine(), "cores": os.cpu_count()},
         "export": {"seconds": round(seconds, 1), "peak_rss_bytes": peak_rss_bytes()},

@@ -17,12 +17,15 @@ from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_destination, export_package
-from perception_rt.export.plan import ExportPlan, PlmPlan, parse_image_size
+from perception_rt.export.engines import check_engines
+from perception_rt.export.plan import HERE, ExportPlan, PlmPlan, parse_image_size
 from perception_rt.package.manifest import Manifest
 from perception_rt.plm_config import PlmConfig, is_plm
 from perception_rt.processing.image import ImageSpec, Resize
 from perception_rt.processing.llm_tokenizer import TokenizerSpec, detect_tokenizer, open_tokenizer
 from perception_rt.processing.tiles import TileSpec
+from perception_rt.targets import Target, get_target
+from perception_rt.tensorrt_library import find_tensorrt
 
 _MAX_CONFIG_BYTES = 64 * 1024
 # Ids that the built-in byte tokenizer needs: one per byte, and some for control tokens.
@@ -48,6 +51,8 @@ def run_export(options: argparse.Namespace, report: Report) -> Manifest:
     _refuse_foreign_options(options, config)
     # What needs no weights is checked before they are looked for, and downloaded.
     draft = _plan(options, config, None)
+    if draft.engines:
+        check_engines(find_tensorrt(), draft.engines)
     with _parents(Path(options.out)):
         check_destination(options.out, force=options.force)
         weights = _weights(options, report)
@@ -91,11 +96,15 @@ def _refuse_foreign_options(options: argparse.Namespace, config: Config) -> None
 def _plan(
     options: argparse.Namespace, config: Config, weights: Path | None
 ) -> ExportPlan | PlmPlan:
+    precision = _precision(options)
+    backend = options.backend or ("tensorrt" if precision == "fp8" else "onnxruntime")
     name = (options.model or _name_of(Path(options.checkpoint))).removeprefix("facebook/")
     common: dict[str, Any] = {
         "name": name.replace("Perception-LM-", "PLM-"),
-        "backend": options.backend,
-        "precision": _precision(options),
+        "backend": backend,
+        "precision": precision or ("fp16" if backend == "tensorrt" else "fp32"),
+        "engines": _engines(options.target, get_target(backend)),
+        "allow_unfused": options.allow_unfused,
     }
     if isinstance(config, PlmConfig):
         return PlmPlan(
@@ -128,11 +137,19 @@ def _name_of(checkpoint: Path) -> str:
     return path.parent.name if common else path.stem
 
 
-def _precision(options: argparse.Namespace) -> str:
+def _precision(options: argparse.Namespace) -> str | None:
+    """The one that was asked for."""
     if options.fp8 and options.precision not in (None, "fp8"):
         raise InputError(f"--fp8 and --precision {options.precision} contradict each other")
-    precision: str = "fp8" if options.fp8 else options.precision or "fp32"
+    precision: str | None = "fp8" if options.fp8 else options.precision
     return precision
+
+
+def _engines(text: str | None, target: Target) -> tuple[str, ...]:
+    """What engines are built for."""
+    if text is None:
+        return (HERE,) if target.has_engines else ()
+    return () if text == "none" else tuple(text.lower().split(","))
 
 
 def _tokenizer(

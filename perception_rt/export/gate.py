@@ -15,6 +15,7 @@ from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.reader import Package, open_package
 from perception_rt.runtime.session import Session, open_session
+from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
@@ -60,8 +61,8 @@ def run_gate(
 
 
 def _open(package: Package, graph: str) -> Session:
-    backend = package.manifest.content.target.backend
-    return open_session(package, graph, backend=backend, device="cpu", threads=None)
+    target = get_target(package.manifest.content.target.backend)
+    return open_session(package, graph, backend=target.graph_backend, device="cpu", threads=None)
 
 
 def _decode(session: Session, inputs: Arrays, latency: dict[str, Any], graph: str) -> Arrays:

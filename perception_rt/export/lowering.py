@@ -47,12 +47,15 @@ class Lowering(ABC):
         parameters: a `Weight` for every parameter of the traced module, by name.
         dtype: of activations and float weights: float32 or float16.
         formats: of quantised linear and embedding weights, by the checkpoint tensor's name.
+        largest: magnitudes of the inputs of linear layers, by their weights' names, for formats
+            that need to know them.
     """
 
-    # The one operator that each traced attention becomes, without and with a cache; the export
-    # counts them.
-    attention_op: str
-    cached_attention_op: str
+    # How many operators of which type each traced attention becomes, without and with a cache; the
+    # export counts them.
+    attention_ops: Mapping[str, int]
+    cached_attention_ops: Mapping[str, int]
+    opset = OPSET
 
     def __init__(
         self,
@@ -61,16 +64,18 @@ class Lowering(ABC):
         *,
         dtype: DType,
         formats: Mapping[str, Format] | None = None,
+        largest: Mapping[str, float] | None = None,
     ) -> None:
         self.traced = traced
         self.parameters = parameters
         self.dtype = np.dtype(dtype)
         self.formats = formats or {}
+        self.largest = largest or {}
         self.nodes: list[ir.Node] = []
         self.finished: set[ir.Value] = set()
         self.env: dict[ir.Value, Operand] = {}
         self.constants: dict[str, tuple[Weight, ir.Value]] = {}
-        self.opsets = {"": OPSET}
+        self.opsets = {"": self.opset}
 
     def lower(
         self,
@@ -114,6 +119,11 @@ class Lowering(ABC):
     @abstractmethod
     def embedding(self, node: ir.Node, weight: Weight, ids: ir.Value) -> None:
         """Emits the rows `ids` of a weight (V, C), and binds the node's output."""
+
+    def channels_first(self, images: ir.Value) -> ir.Value:
+        """uint8 (N, H, W, 3) -> float32 (N, 3, H, W); bytes are moved, where they can be."""
+        x = self.op("Transpose", [images], {"perm": [0, 3, 1, 2]})[0]
+        return self.cast(x, np.dtype(np.float32))
 
     # What it builds with.
 
@@ -282,8 +292,7 @@ def uint8_images(mean: Sequence[float], std: Sequence[float]) -> Entry:
     """uint8 (N, H, W, 3) -> normalised (N, 3, H, W): (x / 255 - mean) / std."""
 
     def entry(lowering: Lowering, images: ir.Value) -> ir.Value:
-        (x,) = lowering.op("Transpose", [images], {"perm": [0, 3, 1, 2]})
-        x = lowering.cast(x, np.dtype(np.float32))
+        x = lowering.channels_first(images)
         scale = np.asarray([1 / (255 * s) for s in std], np.float32).reshape(1, 3, 1, 1)
         shift = np.asarray([m / s for m, s in zip(mean, std, strict=True)], np.float32)
         x = lowering.op("Mul", [x, constant("images.scale", scale)])[0]

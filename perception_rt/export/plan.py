@@ -1,16 +1,23 @@
 """What an export will make, decided and checked before any work starts."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError
-from perception_rt.package.contract import EMBED, PIXELS, VISION
+from perception_rt.export.quantize import Scheme
+from perception_rt.package.contract import DECODER, EMBED, PIXELS, VISION
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.targets import Target, check_precision, get_target
+
+HERE = "here"
+_CAPABILITY = re.compile(r"sm[0-9]{2,3}")
+_SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +31,9 @@ class ExportPlan:
         precision: one of `targets.PRECISIONS`.
         image: how images become pixels; its height and width fix the grid.
         taps: blocks whose output `features` can return, counted from the front; None for all.
+        engines: compute capabilities, as in "sm89", to build engines for; HERE for the GPU that is
+            here.
+        allow_unfused: whether an engine may take attention apart.
     """
 
     name: str
@@ -32,9 +42,12 @@ class ExportPlan:
     precision: str
     image: ImageSpec
     taps: tuple[int, ...] | None = None
+    engines: tuple[str, ...] = ()
+    allow_unfused: bool = False
 
     def __post_init__(self) -> None:
         check_precision(self.target, self.precision)
+        _check_engines(self.target, self.engines)
         if self.precision == "int4":
             raise InputError("int4 is for language models; an encoder can be int8")
         _ = self.grid
@@ -51,6 +64,16 @@ class ExportPlan:
     def gate(self, output: str) -> str:
         """Which limit of the export gate holds for an output, "graph.output"."""
         return self.precision
+
+    @property
+    def float_dtype(self) -> str:
+        """Numpy's name of the type of activations and of weights that are not quantised."""
+        return "float16" if self.precision in ("fp16", "fp8") else "float32"
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """What linear layers are measured for."""
+        return _SCHEMES.get(self.precision)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -84,6 +107,9 @@ class PlmPlan:
             the memory. The embedding, the head and the tower are the same in both.
         tokenizer: a tokenizer's specification and the bytes of its file, None for a package that
             takes token ids only.
+        engines: compute capabilities, as in "sm89", to build engines for; HERE for the GPU that is
+            here.
+        allow_unfused: whether an engine may take attention apart.
     """
 
     name: str
@@ -93,9 +119,12 @@ class PlmPlan:
     tiles: TileSpec
     blocks: Blocks = "int8"
     tokenizer: tuple[TokenizerSpec, bytes | None] | None = None
+    engines: tuple[str, ...] = ()
+    allow_unfused: bool = False
 
     def __post_init__(self) -> None:
         check_precision(self.target, self.precision)
+        _check_engines(self.target, self.engines)
         _check_name(self.name)
         if self.tiles.tile_size != self.config.vision.image_size:
             raise InputError(
@@ -125,9 +154,11 @@ class PlmPlan:
 
     def gate(self, output: str) -> str:
         """Which limit of the export gate holds for an output, "graph.output"."""
+        graph = output.partition(".")[0]
+        if self.precision == "fp8" and graph.startswith(DECODER):
+            return "fp8 decoder"
         if self.precision != "int4":
             return self.precision
-        graph = output.partition(".")[0]
         if graph in (VISION, PIXELS):
             return "int8"
         return "int4 blocks" if graph != EMBED and self.blocks == "int4" else "int4"
@@ -136,6 +167,26 @@ class PlmPlan:
     def quantized(self) -> bool:
         """Whether linear weights are integers."""
         return self.precision in ("int8", "int4")
+
+    @property
+    def float_dtype(self) -> str:
+        """Numpy's name of the type of activations and of weights that are not quantised."""
+        return "float16" if self.precision in ("fp16", "fp8") else "float32"
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """What linear layers are measured for."""
+        return _SCHEMES.get(self.precision)
+
+
+def _check_engines(target: Target, engines: tuple[str, ...]) -> None:
+    if engines and not target.has_engines:
+        raise InputError(f"backend {target.name} has no engines to build for {engines[0]!r:.40}")
+    for name in engines:
+        if name != HERE and not _CAPABILITY.fullmatch(name):
+            raise InputError(f"a compute capability is like sm89, not {name!r:.40}")
+    if len(set(engines)) != len(engines):
+        raise InputError(f"a compute capability occurs twice in {','.join(engines):.80}")
 
 
 def _check_name(name: str) -> None:

@@ -27,13 +27,19 @@ from perception_rt.export.parameters import (
     tile_parameters,
 )
 from perception_rt.export.plan import PlmPlan
-from perception_rt.export.quantize import MAX_LAYER_ERROR, Format, layer_errors
+from perception_rt.export.quantize import (
+    Format,
+    Measured,
+    Scheme,
+    measure_layers,
+)
 from perception_rt.export.towers import (
     Recipe,
     Reference,
     Tower,
     image_sources,
     load_module,
+    measure_faithful,
     tensor_formats,
     trace_batch,
 )
@@ -55,11 +61,12 @@ _IMAGE_TOKENS = 64  # of it, at most
 
 # Bytes per weight, scales included.
 _WEIGHT_BYTES: Mapping[Format | str, float] = {
-    "fp32": 4,
-    "fp16": 2,
+    "float32": 4,
+    "float16": 2,
     "int8_rows": 1,
     "int8_blocks": 1.125,
     "int4_blocks": 0.625,
+    "fp8": 1,
 }
 
 
@@ -119,12 +126,15 @@ class TileExport:
         self.source = source
         self.features: Tensor | None = None
 
-    def reference(self, *, quantized: bool) -> Reference:
+    def reference(self, scheme: Scheme | None) -> Reference:
         """One synthetic tile through the eager tower; its image tokens stay in `features`."""
         spec = self.plan.tiles.tile
         images = calibration.images(1, spec.height, spec.width)
         pixels = normalize(images, spec)
-        self.features, errors = self._eager(torch.from_numpy(pixels), measured=quantized)
+        batch = torch.from_numpy(pixels)
+        self.features, measured = (
+            self._whole(batch, scheme) if scheme == "fp8" else self._streamed(batch, scheme)
+        )
         outputs = {contract.IMAGE_FEATURES: self.features.numpy()}
         return Reference(
             inputs={
@@ -132,12 +142,31 @@ class TileExport:
                 contract.PIXELS: {contract.PIXELS_F32: pixels},
             },
             outputs={contract.VISION: outputs, contract.PIXELS: outputs},
-            errors=errors,
+            measured=measured,
         )
 
-    def _eager(self, pixels: Tensor, *, measured: bool) -> tuple[Tensor, dict[str, float]]:
-        """Image tokens and W8A8 errors; one block of the tower is in memory at a time."""
+    def _whole(self, pixels: Tensor, scheme: Scheme) -> tuple[Tensor, Measured]:
+        """Image tokens, and the linear layers of a tower that is run several times over."""
         config = self.plan.config
+        with torch.device("meta"):
+            tower, projector = VisionTower(config.vision), VisionProjector(config)
+        tower = load_module(tower, self.source, _TOWER)
+        projector = load_module(projector, self.source, _PROJECTOR)
+        eye = nn.ModuleDict({_TOWER[:-1]: tower, _PROJECTOR[:-1]: projector})
+
+        def run() -> Tensor:
+            tokens = tower.forward_features(pixels, norm=True, strip_class_token=True)
+            features: Tensor = projector(tokens)
+            return features
+
+        measured = measure_faithful(eye, run, scheme)
+        with torch.inference_mode():
+            return run(), measured
+
+    def _streamed(self, pixels: Tensor, scheme: Scheme | None) -> tuple[Tensor, Measured]:
+        """Image tokens, and the linear layers; one block of the tower is in memory at a time."""
+        config = self.plan.config
+        measured = Measured()
         with torch.device("meta"):
             tower, projector = VisionTower(config.vision), VisionProjector(config)
         blocks, tower.transformer.resblocks = tower.transformer.resblocks, nn.ModuleList()
@@ -146,22 +175,19 @@ class TileExport:
         grid = (config.vision.grid, config.vision.grid)
         rope = tower.rope_table(grid)
         embed = partial(tower.embed, pixels, tower.token_table(grid))
-        x, found = _run(tower, embed, measured=measured)
-        errors = {_TOWER + name: error for name, error in found.items()}
+        x = _run(tower, embed, scheme, measured, _TOWER)
         for index, block in enumerate(blocks):
             prefix = f"{_TOWER}transformer.resblocks.{index}."
             # A copy, so that the block goes when its turn is over.
             layer = load_module(copy.deepcopy(block), self.source, prefix)
-            x, found = _run(layer, partial(layer, x, rope=rope), measured=measured)
-            errors |= {prefix + name: error for name, error in found.items()}
+            x = _run(layer, partial(layer, x, rope=rope), scheme, measured, prefix)
         tokens = tower.ln_post(x)[:, tower.num_prefix :]
-        features, found = _run(projector, partial(projector, tokens), measured=measured)
-        errors |= {_PROJECTOR + name: error for name, error in found.items()}
-        return features, errors
+        features = _run(projector, partial(projector, tokens), scheme, measured, _PROJECTOR)
+        return features, measured
 
-    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
-        """W8A8 where that does little harm."""
-        return tensor_formats(errors)
+    def formats(self, measured: Measured) -> dict[str, Format]:
+        """8 bits where that does little harm."""
+        return tensor_formats(measured, self.plan.scheme)
 
     def traced(self) -> tuple[Traced, dict[str, Weight]]:
         """The tower on the tile's grid, and the projector."""
@@ -198,7 +224,7 @@ class EmbedExport:
         self.tiles = tiles
         self.prompt = torch.empty(0)
 
-    def reference(self, *, quantized: bool) -> Reference:
+    def reference(self, scheme: Scheme | None) -> Reference:
         """Seeded ids from the first rows of the vocabulary, so that only those are read."""
         assert self.tiles.features is not None
         _, rows = next(row_ranges((self.config.vocab_size, self.config.dim)))
@@ -214,7 +240,7 @@ class EmbedExport:
             outputs={contract.EMBED: {contract.HIDDEN: hidden.numpy()}},
         )
 
-    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
+    def formats(self, measured: Measured) -> dict[str, Format]:
         """Blocks, as the head."""
         return table_formats(self.plan)
 
@@ -257,24 +283,26 @@ class DecoderExport:
         self.hidden = hidden
         self.is_last = layers.stop == self.config.n_layers
 
-    def reference(self, *, quantized: bool) -> Reference:
+    def reference(self, scheme: Scheme | None) -> Reference:
         """The layers in eager, one in memory at a time; `hidden` becomes what comes out."""
         inputs: dict[str, Array] = {contract.HIDDEN: self.hidden.numpy()}
         rope = rope_1d(self.config, self.hidden.shape[1])
-        errors: dict[str, float] = {}
+        measured = Measured()
+        if scheme == "int8":
+            scheme = "int8_rows" if self._blocks == "int8_rows" else None
         for index in self.layers:
             with torch.device("meta"):
                 layer = DecoderLayer(self.config)
             prefix = f"layers.{index}."
             layer = load_module(layer, self.source, prefix)
             run = partial(layer, self.hidden, rope)
-            measured = quantized and self._blocks == "int8_rows"
-            self.hidden, found = _run(layer, run, measured=measured, rows=True)
-            errors |= {prefix + name: error for name, error in found.items()}
+            self.hidden = _run(layer, run, scheme, measured, prefix)
         outputs = {contract.HIDDEN_OUT: self.hidden.numpy()}
         if self.is_last:
             outputs = {contract.LOGITS: self._logits()}
-        return Reference(inputs={self.name: inputs}, outputs={self.name: outputs}, errors=errors)
+        return Reference(
+            inputs={self.name: inputs}, outputs={self.name: outputs}, measured=measured
+        )
 
     def _logits(self) -> Array:
         """Logits (1, L, V) of the last GATE_STEPS + 1 tokens, the head read in pieces."""
@@ -295,17 +323,19 @@ class DecoderExport:
     def _blocks(self) -> Format | None:
         return block_format(self.plan)
 
-    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
-        """W8A8 by rows where that does little harm, else by blocks; or blocks of 4 bits."""
+    def formats(self, measured: Measured) -> dict[str, Format]:
+        """fp8, or W8A8 by rows, where that does little harm; else blocks; or blocks of 4 bits."""
         blocks = self._blocks
         if blocks is None:
             return {}
+        if blocks == "fp8":
+            return tensor_formats(measured, blocks)
         found = table_formats(self.plan)
+        harmed = measured.harmed()
         for index in self.layers:
             for name in _LINEARS:
                 key = f"layers.{index}.{name}.weight"
-                harmed = not errors.get(key, 0.0) <= MAX_LAYER_ERROR
-                found[key] = "int8_blocks" if harmed else blocks
+                found[key] = "int8_blocks" if key in harmed else blocks
         return found
 
     def traced(self) -> tuple[Traced, dict[str, Weight]]:
@@ -350,10 +380,10 @@ class DecoderExport:
 
     def _caches(self) -> list[TensorSpec]:
         config = self.config
-        shape = (contract.BATCH, config.kv_heads, contract.SLOTS, config.head_dim)
-        dtype = "float16" if self.plan.precision == "fp16" else "float32"
+        slots = config.max_seqlen if self.plan.target.fixed_slots else contract.SLOTS
+        shape = (contract.BATCH, config.kv_heads, slots, config.head_dim)
         return [
-            TensorSpec(name=name(index), dtype=dtype, shape=shape)
+            TensorSpec(name=name(index), dtype=self.plan.float_dtype, shape=shape)
             for index in self.layers
             for name in (contract.key_cache, contract.value_cache)
         ]
@@ -367,6 +397,8 @@ _LINEARS = (
 
 def block_format(plan: PlmPlan) -> Format | None:
     """How the linear weights of the decoder's blocks are quantised."""
+    if plan.precision == "fp8":
+        return "fp8"
     if not plan.quantized:
         return None
     return "int4_blocks" if plan.blocks == "int4" else "int8_rows"
@@ -385,8 +417,8 @@ def decoder_parts(plan: PlmPlan) -> list[range]:
     config = plan.config.decoder
     kv_dim = config.kv_heads * config.head_dim
     layer = config.dim * (2 * config.dim + 2 * kv_dim + 3 * config.ffn_dim)
-    per_weight = _WEIGHT_BYTES[block_format(plan) or plan.precision]
-    tables = table_formats(plan).get("output.weight", plan.precision)
+    per_weight = _WEIGHT_BYTES[block_format(plan) or plan.float_dtype]
+    tables = table_formats(plan).get("output.weight", plan.float_dtype)
     head = config.vocab_size * config.dim * _WEIGHT_BYTES[tables]
     layer_bytes = layer * per_weight
     total = layer_bytes * config.n_layers + head
@@ -398,13 +430,19 @@ def decoder_parts(plan: PlmPlan) -> list[range]:
 
 
 def _run(
-    module: nn.Module, run: Callable[[], Tensor], *, measured: bool, rows: bool = False
-) -> tuple[Tensor, dict[str, float]]:
-    """What `run` returns, and the module's W8A8 errors if they are wanted."""
-    if measured:
-        return layer_errors(module, run, rows=rows)
-    with torch.inference_mode():
-        return run(), {}
+    module: nn.Module,
+    run: Callable[[], Tensor],
+    scheme: Scheme | None,
+    measured: Measured,
+    prefix: str,
+) -> Tensor:
+    """What `run` returns; the module's layers, if a scheme is asked about, into `measured`."""
+    if scheme is None:
+        with torch.inference_mode():
+            return run()
+    result, found = measure_layers(module, run, scheme)
+    measured.add(found, prefix)
+    return result
 
 
 def _hidden(name: str, config: DecoderConfig) -> TensorSpec:

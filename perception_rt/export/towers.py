@@ -1,6 +1,6 @@
 """The towers of a PE as an export sees them: eager reference, trace, graphs to make of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.config import TextConfig
 from perception_rt.export import calibration
+from perception_rt.export.fidelity import MIN_COSINE
 from perception_rt.export.graphs import TextGraph, VisionGraph
 from perception_rt.export.lowering import Entry, as_is, uint8_images
 from perception_rt.export.parameters import text_parameters, vision_parameters
 from perception_rt.export.plan import ExportPlan
-from perception_rt.export.quantize import MAX_LAYER_ERROR, Format, layer_errors
+from perception_rt.export.quantize import (
+    Format,
+    Measured,
+    Scheme,
+    measure_layers,
+    refuse_layers,
+)
 from perception_rt.export.trace import Traced, trace
 from perception_rt.export.weights import Weight
 from perception_rt.models.text import TextTower
@@ -28,6 +35,8 @@ from perception_rt.processing.image import ImageSpec, normalize
 Array = np.ndarray[Any, Any]
 
 _GATE_IMAGES = 2
+# What a tower's cosine is better than the gate's limit in a simulation, where all else is float32.
+_MARGIN = 0.0008
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +63,12 @@ class Reference:
     Attributes:
         inputs: the input arrays of each graph, by name.
         outputs: by graph and output name, what it should return for that input.
-        errors: relative int8 error by linear weight, in our names; empty if not asked for.
+        measured: the linear layers, by the names of their weights; empty if not asked for.
     """
 
     inputs: Mapping[str, Mapping[str, Array]]
     outputs: Mapping[str, Mapping[str, Array]]
-    errors: Mapping[str, float] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
 
 
 class Tower(Protocol):
@@ -67,11 +76,11 @@ class Tower(Protocol):
 
     name: str
 
-    def reference(self, *, quantized: bool) -> Reference:
-        """Runs the tower in eager on calibration inputs; measures W8A8 errors on demand."""
+    def reference(self, scheme: Scheme | None) -> Reference:
+        """Runs the tower in eager on calibration inputs; measures layers under a scheme."""
 
-    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
-        """How linear weights are quantised, given their errors in W8A8."""
+    def formats(self, measured: Measured) -> dict[str, Format]:
+        """How linear weights are quantised, given what was measured."""
 
     def traced(self) -> tuple[Traced, dict[str, Weight]]:
         """The traced graph and a weight for each of its parameters."""
@@ -112,16 +121,16 @@ class VisionExport:
         self.config = plan.config.vision
         self.source = source
 
-    def reference(self, *, quantized: bool) -> Reference:
+    def reference(self, scheme: Scheme | None) -> Reference:
         """Two synthetic images through the eager tower."""
         spec = self.plan.image
         images = calibration.images(_GATE_IMAGES, spec.height, spec.width)
         pixels = normalize(images, spec)
         tower = _load(VisionTower, self.config, self.source, "visual.")
-        errors: dict[str, float] = {}
+        measured = Measured()
         batch = torch.from_numpy(pixels)
-        if quantized:
-            _, errors = layer_errors(tower, lambda: tower(batch))
+        if scheme is not None:
+            measured.add(measure_faithful(tower, lambda: tower(batch), scheme), "visual.")
         taps = self.plan.tapped
         with torch.inference_mode():
             last = self.config.layers - 1
@@ -140,7 +149,7 @@ class VisionExport:
                 contract.PIXELS: {contract.EMBEDDING: embedding},
                 contract.FEATURES: {contract.tap_name(i): t.numpy() for i, t in kept.items()},
             },
-            errors={f"visual.{name}": error for name, error in errors.items()},
+            measured=measured,
         )
 
     def traced(self) -> tuple[Traced, dict[str, Weight]]:
@@ -174,9 +183,9 @@ class VisionExport:
             recipes[contract.FEATURES] = Recipe(sources=[images], outputs=taps, attentions=deepest)
         return recipes
 
-    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
-        """W8A8 where that does little harm."""
-        return tensor_formats(errors)
+    def formats(self, measured: Measured) -> dict[str, Format]:
+        """8 bits where that does little harm."""
+        return tensor_formats(measured, self.plan.scheme)
 
 
 class TextExport:
@@ -184,22 +193,25 @@ class TextExport:
 
     name = "text"
 
-    def __init__(self, config: TextConfig, source: WeightSource) -> None:
+    def __init__(self, plan: ExportPlan, config: TextConfig, source: WeightSource) -> None:
+        self.plan = plan
         self.config = config
         self.source = source
 
-    def reference(self, *, quantized: bool) -> Reference:
+    def reference(self, scheme: Scheme | None) -> Reference:
         """A few captions through the eager tower."""
         ids = calibration.tokens(self.config)
         tower = _load(TextTower, self.config, self.source, "text.")
         batch = torch.from_numpy(ids)
-        errors = layer_errors(tower, lambda: tower(batch))[1] if quantized else {}
+        measured = Measured()
+        if scheme is not None:
+            measured.add(measure_faithful(tower, lambda: tower(batch), scheme), "text.")
         with torch.inference_mode():
             features = tower(batch).numpy()
         return Reference(
             inputs={contract.TEXT: {contract.TOKENS: ids}},
             outputs={contract.TEXT: {contract.TEXT_EMBEDDING: features}},
-            errors={f"text.{name}": error for name, error in errors.items()},
+            measured=measured,
         )
 
     def traced(self) -> tuple[Traced, dict[str, Weight]]:
@@ -226,9 +238,9 @@ class TextExport:
         )
         return {contract.TEXT: recipe}
 
-    def formats(self, errors: Mapping[str, float]) -> dict[str, Format]:
-        """W8A8 where that does little harm."""
-        return tensor_formats(errors)
+    def formats(self, measured: Measured) -> dict[str, Format]:
+        """8 bits where that does little harm."""
+        return tensor_formats(measured, self.plan.scheme)
 
 
 class PeExport:
@@ -244,7 +256,7 @@ class PeExport:
         """The towers that the plan has."""
         yield VisionExport(self.plan, self.source)
         if self.plan.config.text is not None:
-            yield TextExport(self.plan.config.text, self.source)
+            yield TextExport(self.plan, self.plan.config.text, self.source)
 
     def files(self) -> dict[str, bytes]:
         """None but the graphs and their weights."""
@@ -292,9 +304,19 @@ def image_sources(spec: ImageSpec) -> tuple[tuple[TensorSpec, Entry], tuple[Tens
     return (images, uint8_images(spec.mean, spec.std)), (pixels, as_is)
 
 
-def tensor_formats(errors: Mapping[str, float]) -> dict[str, Format]:
-    """W8A8 with one activation scale per tensor, for the layers that it does little harm."""
-    return {name: "int8" for name, error in errors.items() if error <= MAX_LAYER_ERROR}
+def measure_faithful(tower: nn.Module, run: Callable[[], Tensor], scheme: Scheme) -> Measured:
+    """The linear layers of a tower; in fp8, fewer and fewer take it until the tower is faithful."""
+    _, measured = measure_layers(tower, run, scheme)
+    if scheme == "fp8":
+        refuse_layers(tower, run, measured, MIN_COSINE[scheme] + _MARGIN)
+    return measured
+
+
+def tensor_formats(measured: Measured, scheme: Scheme | None) -> dict[str, Format]:
+    """A scheme with one activation scale per tensor, for the layers that it does little harm."""
+    if scheme is None:
+        return {}
+    return dict.fromkeys(measured.errors.keys() - measured.harmed(), scheme)
 
 
 def _float(name: str, *shape: int) -> TensorSpec:
@@ -316,7 +338,7 @@ def load_module(module: nn.Module, source: WeightSource, prefix: str) -> Any:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """In float32, and in a storage of its own: `layer_errors` tells weights apart by that."""
+    """In float32, and in a storage of its own: `measure_layers` tells weights apart by that."""
     tensor = tensor.to(torch.float32)
     shared = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone() if shared else tensor

@@ -48,6 +48,9 @@ LENGTH = "length"  # T of a decoder
 SLOTS = "slots"  # S
 POSITIONS = "positions"  # L
 
+# What a decoder is given at most of a prompt at once; engines are built for it.
+CHUNK_TOKENS = 128
+
 DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
 
 

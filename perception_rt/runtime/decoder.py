@@ -18,8 +18,9 @@ from perception_rt.package import contract
 from perception_rt.package.contract import TensorSpec
 from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
+from perception_rt.runtime.kv import SMALLEST_ROW
 from perception_rt.runtime.kv_block import CacheBlock, CacheShape
-from perception_rt.runtime.session import Session, open_session
+from perception_rt.runtime.session import Session, open_session, state_allocator
 
 Array = np.ndarray[Any, Any]
 OnTile = Callable[[int, int], None]
@@ -37,6 +38,7 @@ class Decoder:
         cache_shape: what `forward` keeps of one token.
         max_length: the longest sequence, in tokens.
         vocab_size: V.
+        smallest_row: slots that a row of a cache has at least: all, where their number is fixed.
     """
 
     def __init__(self, package: Package, *, backend: str, device: str, threads: int | None) -> None:
@@ -52,7 +54,9 @@ class Decoder:
             head_dim=decoder.head_dim,
             dtype=_cache_dtype(package),
         )
-        _check_graphs(package, self.config, self._parts, self.cache_shape)
+        slots = _fixed_slots(package)
+        _check_graphs(package, self.config, self._parts, self.cache_shape, slots)
+        self.smallest_row = slots or min(SMALLEST_ROW, decoder.max_seqlen)
         self.max_length = decoder.max_seqlen
         self.vocab_size = decoder.vocab_size
         self._package = package
@@ -62,6 +66,10 @@ class Decoder:
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._closed = False
+
+    def new_cache(self, rows: int, slots: int) -> CacheBlock:
+        """Keys and values for `forward`; CapacityError if there is no memory for them."""
+        return CacheBlock(self.cache_shape, rows, slots, state_allocator(self._backend))
 
     def embed(self, tokens: Array) -> Array:
         """Embeddings, float32 (T, C), of int64 ids (T,), T at least 1.
@@ -179,12 +187,24 @@ def _decoder_parts(package: Package, n_layers: int) -> list[range]:
     return parts
 
 
-def _cache_dtype(package: Package) -> str:
-    (dtype,) = [
-        spec.dtype
+def _first_cache(package: Package) -> TensorSpec:
+    (spec,) = [
+        spec
         for spec in package.graph(contract.decoder_part(0)).inputs
         if spec.name == contract.key_cache(0)
     ]
+    return spec
+
+
+def _fixed_slots(package: Package) -> int | None:
+    """S, if the engines are built for one."""
+    shape = _first_cache(package).shape
+    slots = shape[2] if len(shape) == 4 else None
+    return slots if isinstance(slots, int) else None
+
+
+def _cache_dtype(package: Package) -> str:
+    dtype = _first_cache(package).dtype
     if dtype not in _CACHE_DTYPES:
         raise PackageError(
             f"package {package.name!r}: a cache is of {' or '.join(_CACHE_DTYPES)}, not {dtype}"
@@ -193,9 +213,14 @@ def _cache_dtype(package: Package) -> str:
 
 
 def _check_graphs(
-    package: Package, config: PlmConfig, parts: list[range], cache: CacheShape
+    package: Package, config: PlmConfig, parts: list[range], cache: CacheShape, slots: int | None
 ) -> None:
     """PackageError unless every graph takes and gives what the architecture implies."""
+    if slots is not None and slots != config.decoder.max_seqlen:
+        raise PackageError(
+            f"package {package.name!r}: a cache of {slots} slots is not for sequences of "
+            f"{config.decoder.max_seqlen} tokens"
+        )
     dim, side = config.decoder.dim, config.vision.image_size
     tokens = _float32("", config.tokens_per_tile, dim).shape
     features = [TensorSpec(name=contract.IMAGE_FEATURES, dtype="float32", shape=tokens)]
@@ -214,7 +239,7 @@ def _check_graphs(
             TensorSpec(
                 name=name,
                 dtype=cache.dtype,
-                shape=(contract.BATCH, cache.kv_heads, contract.SLOTS, cache.head_dim),
+                shape=(contract.BATCH, cache.kv_heads, slots or contract.SLOTS, cache.head_dim),
             )
             for layer in layers
             for name in (contract.key_cache(layer), contract.value_cache(layer))

@@ -26,7 +26,6 @@ from perception_rt.runtime.handle import Handle, Turns
 from perception_rt.runtime.intake import Intake
 from perception_rt.runtime.job import Job
 from perception_rt.runtime.kv import KvPool
-from perception_rt.runtime.kv_block import CacheBlock
 from perception_rt.runtime.prefix_cache import PrefixCache
 from perception_rt.runtime.request import (
     Exchange,
@@ -89,7 +88,8 @@ class Generator:
             max_length=self.max_length,
             max_bytes=kv_bytes or max(_KV_BYTES, shape.bytes_per_token * self.max_length),
             max_rows=max_batch,
-            allocate=lambda rows, slots: CacheBlock(shape, rows, slots),
+            smallest=self._decoder.smallest_row,
+            allocate=self._decoder.new_cache,
         )
         features = prefixes = None
         if feature_cache_bytes > 0:

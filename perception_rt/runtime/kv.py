@@ -12,10 +12,10 @@ from perception_rt.runtime.kv_block import CacheBlock
 
 Allocate = Callable[[int, int], CacheBlock]  # of rows and slots
 
-_SMALLEST = 256
+SMALLEST_ROW = 256
 
 
-def bucket_sizes(max_length: int, smallest: int = _SMALLEST) -> tuple[int, ...]:
+def bucket_sizes(max_length: int, smallest: int = SMALLEST_ROW) -> tuple[int, ...]:
     """Slots of a row, doubling from `smallest`; the last is `max_length`."""
     sizes = [smallest]
     while sizes[-1] < max_length:
@@ -91,7 +91,7 @@ class KvPool:
         max_bytes: int,
         max_rows: int,
         allocate: Allocate,
-        smallest: int = _SMALLEST,
+        smallest: int = SMALLEST_ROW,
     ) -> None:
         """An empty pool; it holds no memory.
 

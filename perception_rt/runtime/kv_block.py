@@ -7,6 +7,7 @@ Legend: R rows, S slots, K key and value heads, E channels per head, T tokens.
 """
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from perception_rt.errors import CapacityError
 
 Array = np.ndarray[Any, Any]
+Allocate = Callable[[int], Array]  # bytes to uint8 (bytes,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +56,24 @@ class CacheBlock:
         values: the same.
     """
 
-    def __init__(self, shape: CacheShape, rows: int, slots: int) -> None:
+    def __init__(
+        self, shape: CacheShape, rows: int, slots: int, allocate: Allocate | None = None
+    ) -> None:
+        """A block of zeros.
+
+        Args:
+            shape: of one token.
+            rows: R.
+            slots: S.
+            allocate: gives that many zeroed bytes where an engine wants them; None for pages of
+                the host.
+        """
         assert rows >= 1 and slots >= 1
         self.shape = shape
         self.rows = rows
         self.slots = slots
         dtype = np.dtype(shape.dtype)
-        memory = np.frombuffer(_pages(self.nbytes), dtype)
+        memory = (allocate or _pages)(self.nbytes).view(dtype)
         self._memory: Array = memory.reshape(
             shape.layers, 2, rows, shape.kv_heads, slots, shape.head_dim
         )
@@ -99,8 +112,8 @@ class CacheBlock:
         return self._memory[:, :, row, :, :length]
 
 
-def _pages(nbytes: int) -> mmap.mmap:
-    """Zeroed memory that is spent 4 KiB at a time.
+def _pages(nbytes: int) -> Array:
+    """Zeroed bytes of memory that is spent 4 KiB at a time.
 
     NumPy asks for huge pages, and the heads of a long row are further apart than one of those: its
     first token would cost most of the memory that all of its tokens need.
@@ -111,4 +124,4 @@ def _pages(nbytes: int) -> mmap.mmap:
         raise CapacityError(f"there is no memory for a cache of {nbytes} bytes") from None
     with suppress(OSError):  # of a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return memory
+    return np.frombuffer(memory, np.uint8)

@@ -5,7 +5,8 @@ from typing import Any
 
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
-from perception_rt.package.reader import open_package
+from perception_rt.package.reader import Package, open_package
+from perception_rt.package.trust import is_remembered
 from perception_rt.runtime.embedder import Embedder
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import check_integer
@@ -39,10 +40,12 @@ def load(
 
     Args:
         path: the package directory.
-        backend: "auto" for the one that the package was exported for, or a backend's name.
+        backend: "auto" for the one that the package was exported for, or a backend's name: that of
+            another that can run its graphs, as "onnxruntime" can those of "tensorrt".
         device: "cpu" or "cuda"; one that cannot be had is an error, never another device.
         threads: of one engine call; None for one per physical core.
-        expect: the package id ("sha256:...") that must be found there.
+        expect: the package id ("sha256:...") that must be found there. Engines of TensorRT are
+            code, and not loaded without it unless this user exported the package here.
         limits: bounds on the package and on everything that is asked of it.
         kv_bytes: bound on the keys and values of all requests at work; None for 2 GiB, or for what
             the longest sequence takes where that is more. Only what is used is touched.
@@ -74,12 +77,7 @@ def load(
         _check_path("cache_dir", cache_dir)
     package = open_package(path, expect=expect, limits=limits)
     try:
-        built_for = package.manifest.content.target.backend
-        name = built_for if backend == "auto" else backend
-        get_target(name)
-        if name not in (built_for, "reference"):
-            raise PackageError(f"this package was exported for backend {built_for}, not {name}")
-        check_backend(package, backend=name, device=device)
+        name = _backend(package, backend, device, pinned=expect is not None)
         package.verify()
         if package.manifest.content.family == "pe":
             return Embedder(package, backend=name, device=device, threads=threads, limits=limits)
@@ -98,6 +96,23 @@ def load(
     except BaseException:
         package.close()
         raise
+
+
+def _backend(package: Package, backend: str, device: str, *, pinned: bool) -> str:
+    """The backend to open the package with, if it may and can be."""
+    target = get_target(package.manifest.content.target.backend)
+    name = target.name if backend == "auto" else backend
+    get_target(name)
+    if name not in (target.name, target.graph_backend, "reference"):
+        raise PackageError(f"this package was exported for backend {target.name}, not {name}")
+    check_backend(package, backend=name, device=device)
+    package_id = package.manifest.id
+    if name == target.name and target.has_engines and not (pinned or is_remembered(package_id)):
+        raise PackageError(
+            "its engines are code for a GPU, and it was not exported here: name the package that "
+            f"you trust by expect={package_id!r}"
+        )
+    return name
 
 
 def _check_path(name: str, value: object) -> None:

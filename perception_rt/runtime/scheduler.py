@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from perception_rt.errors import CapacityError
+from perception_rt.package.contract import CHUNK_TOKENS
 from perception_rt.runtime.decoder import Decoder
 from perception_rt.runtime.feature_cache import FeatureCache
 from perception_rt.runtime.job import Job, State
@@ -27,8 +28,6 @@ from perception_rt.runtime.request import FinishReason
 
 Array = np.ndarray[Any, Any]
 Clock = Callable[[], float]
-
-CHUNK_TOKENS = 128
 
 
 class Scheduler:

@@ -5,7 +5,7 @@ graph's spec, so that no backend sees a wrong shape and no caller sees a NaN. St
 decoder's keys and values, stays in the caller's memory, where the backend updates it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -36,7 +36,11 @@ class Engine(Protocol):
 
 
 class BackendModule(Protocol):
-    """The functions of the module that `Target.session` names."""
+    """The functions of the module that `Target.session` names.
+
+    It may also have `allocate_state`, if states must be in memory of its own; see
+    `state_allocator`.
+    """
 
     def check_device(self, device: str) -> None:
         """BackendError unless the device can be had; InputError if there is none of that name."""
@@ -109,6 +113,11 @@ def open_session(
         raise PackageError(f"package {package.name!r} has no graph {graph!r}")
     engine = _module(backend).open_session(package, graph, device=device, threads=threads)
     return Session(engine, spec, graph)
+
+
+def state_allocator(backend: str) -> Callable[[int], Array] | None:
+    """What gives memory for states, uint8 (bytes,), if a backend wants them in its own."""
+    return getattr(_module(backend), "allocate_state", None)
 
 
 def check_backend(package: Package, *, backend: str, device: str) -> None:

@@ -142,11 +142,19 @@ def test_bad_exports_leave_nothing(checkpoint, tmp_path: Path, capsys) -> None:
         ([*good[:3], str(nan), "--out", out], "mlp_ratio"),
         ([*good, "--image-size", "57x56", "--out", out], "multiple of the patch size 14"),
         ([*good, "--image-size", "big", "--out", out], "HxW"),
-        ([*good, "--fp8", "--out", out], "precision fp8 is not for backend onnxruntime"),
+        ([*good, "--fp8", "--backend", "onnxruntime", "--out", out], "precision fp8 is not for"),
+        (
+            [*good, "--target", "sm89", "--out", out],
+            "onnxruntime has no engines to build for 'sm89'",
+        ),
         ([*good, "--precision", "int4", "--out", out], "int4 is for language models"),
         ([*good, "--blocks", "int4", "--out", out], "--blocks is for a language model"),
         ([*good, "--tokenizer", "t.model", "--out", out], "--tokenizer is for a language model"),
-        ([*good, "--backend", "tensorrt", "--out", out], "unknown backend 'tensorrt'"),
+        ([*good, "--backend", "tensorflow", "--out", out], "unknown backend 'tensorflow'"),
+        (
+            [*good, "--backend", "tensorrt", "--precision", "fp32", "--out", out],
+            "precision fp32 is not for backend tensorrt; it has fp16, fp8",
+        ),
         ([*good, "--taps", "0,9", "--out", out], "layer 9 is out of range"),
     ):
         fails(capsys, arguments, message)
@@ -222,7 +230,7 @@ def test_the_set_of_options_is_frozen() -> None:
     export = {s for a in _export_parser()._actions for s in a.option_strings}
     assert export == {
         "-h", "--help", "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
-        "--fp8", "--backend", "--image-size", "--center-crop", "--taps", "--blocks", "--tokenizer",
+        "--fp8", "--backend", "--target", "--allow-unfused", "--image-size", "--center-crop", "--taps", "--blocks", "--tokenizer",
         "--out", "--force", "--json", "--version",
     }  # fmt: skip
     commands = next(a for a in _parser()._actions if a.choices).choices

@@ -259,7 +259,7 @@ def test_a_layer_that_rows_would_hurt_takes_blocks(tmp_path: Path) -> None:
     hurt = ["layers.1.feed_forward.w1.weight", "layers.1.feed_forward.w3.weight"]
     assert manifest.content.target.options["float_layers"] == []
     assert manifest.content.target.options["block_layers"] == hurt
-    assert sorted(manifest.record["int8_error"]) == hurt
+    assert sorted(manifest.record["layer_error"]) == hurt
 
 
 def test_a_wrong_engine_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

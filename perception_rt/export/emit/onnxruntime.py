@@ -5,7 +5,7 @@ transposed; over a cache it is `GroupQueryAttention`, which rotates, and writes 
 where it reads them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,15 @@ from perception_rt.export.weights import Array, Weight, constant
 
 CONTRIB = "com.microsoft"
 _UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+_ATTENTION, _CACHED_ATTENTION = "MultiHeadAttention", "GroupQueryAttention"
 _ACCURACY_INT8 = 4  # of MatMulNBits: activations become int8, per block
 
 
 class OnnxRuntimeLowering(Lowering):
     """Standard ONNX plus ONNX Runtime's contrib operators, on CPU or CUDA."""
 
-    attention_op = "MultiHeadAttention"
-    cached_attention_op = "GroupQueryAttention"
+    attention_ops: Mapping[str, int] = {_ATTENTION: 1}
+    cached_attention_ops: Mapping[str, int] = {_CACHED_ATTENTION: 1}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -115,7 +116,7 @@ class OnnxRuntimeLowering(Lowering):
         causal = node.attributes["causal"].as_int()
         attributes = {"num_heads": heads, "unidirectional": causal}
         operands = [query, key, value]
-        self.bind(node, self.op(self.attention_op, operands, attributes, domain=CONTRIB))
+        self.bind(node, self.op(_ATTENTION, operands, attributes, domain=CONTRIB))
 
     def cached_attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
         """GroupQueryAttention with its rotation, on a cache that is also its output."""
@@ -131,7 +132,7 @@ class OnnxRuntimeLowering(Lowering):
             "rotary_interleaved": 1,
         }
         operands = [query, key, value, keys, values, last, total, cos, sin]
-        results = self.op(self.cached_attention_op, operands, attributes, domain=CONTRIB, outputs=3)
+        results = self.op(_CACHED_ATTENTION, operands, attributes, domain=CONTRIB, outputs=3)
         self.bind(node, results)
 
     def lengths(self, query: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -28,11 +28,14 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _RELEASE_S = 0.02  # between two releases of mapped weights: some 40 MB are read meanwhile
 
-# By the values of TensorProto.DataType, for those that our graphs keep outside.
+# By the values of TensorProto.DataType, for those that our graphs keep outside. NumPy has no fp8:
+# its bytes stand for it.
+_FP8 = 17
+_FP8_BYTES = np.dtype([("e4m3", np.uint8)])
 _DTYPES = {
     kind: np.dtype(name)
     for kind, name in ((1, "float32"), (2, "uint8"), (3, "int8"), (7, "int64"), (10, "float16"))
-}
+} | {_FP8: _FP8_BYTES}
 
 
 def devices() -> list[str]:
@@ -103,9 +106,7 @@ def open_session(
         options.intra_op_num_threads = threads
     model = package.read_graph(graph, domains=target.domains)
     weights = _weights(package, model)
-    options.add_external_initializers(
-        list(weights), [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-    )
+    options.add_external_initializers(list(weights), [_value(a) for a in weights.values()])
     try:
         with _releasing(package, package.graph(graph).data):
             session = ort.InferenceSession(
@@ -181,6 +182,13 @@ def _saturates() -> bool:
     if platform.machine() not in ("x86_64", "AMD64") or not _CPU_INFO.is_file():
         return False
     return "vnni" not in _CPU_INFO.read_text(errors="replace")
+
+
+def _value(array: Array) -> ort.OrtValue:
+    """An array's memory as ONNX Runtime sees it."""
+    if array.dtype == _FP8_BYTES:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), _FP8)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _weights(package: Package, model: bytes) -> dict[str, Array]:

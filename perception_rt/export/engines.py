@@ -1,0 +1,209 @@
+"""Builds TensorRT engines of the graphs of a stage, and counts what was fused.
+
+Attention, rotation and the update of a cache are layers of their own in TensorRT's network. Those
+layers are not decomposable: where there is no fused kernel for one, the build fails.
+"""
+
+import ctypes
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from perception_rt.errors import BackendError, ExportError
+from perception_rt.export.plan import HERE
+from perception_rt.export.profiles import Profile
+from perception_rt.package.contract import GraphSpec
+from perception_rt.tensorrt_library import TensorRt
+
+# The layer that each operator must be in TensorRT's network.
+_LAYERS = {
+    "Attention": "ATTENTION_OUTPUT",
+    "RotaryEmbedding": "ROTARY_EMBEDDING",
+    "TensorScatter": "KV_CACHE_UPDATE",
+    "LayerNormalization": "NORMALIZATION",
+    "QuantizeLinear": "QUANTIZE",
+    "DequantizeLinear": "DEQUANTIZE",
+}
+_MOST_WORDS = 600  # of TensorRT's own, in an error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine and how it came about.
+
+    Attributes:
+        data: the serialized engine.
+        seconds: that the build took.
+        layers: of the network, by type; what the fused operators became, and products.
+    """
+
+    data: Any
+    seconds: float
+    layers: Mapping[str, int]
+
+
+def build_engine(
+    library: TensorRt,
+    file: Path,
+    spec: GraphSpec,
+    operators: Mapping[str, int],
+    *,
+    capability: str,
+    profiles: Sequence[Profile],
+    allow_unfused: bool = False,
+) -> BuiltEngine:
+    """Builds one engine.
+
+    Args:
+        library: the TensorRT that builds it.
+        file: the ONNX graph, its weights beside it.
+        spec: its inputs and outputs.
+        operators: how many of each type the graph has.
+        capability: a compute capability, as in "sm89", or HERE.
+        profiles: ranges of the dynamic sizes, each an optimization profile.
+        allow_unfused: attention without a fused kernel may be taken apart.
+
+    Raises:
+        ExportError: TensorRT refuses the graph, something is not fused, or the build fails.
+    """
+    trt = library.api
+    log = _Log(trt)
+    builder = trt.Builder(log.logger)
+    network = builder.create_network(_strongly_typed(trt))
+    parser = trt.OnnxParser(network, log.logger)
+    if not parser.parse_from_file(str(file)):
+        raise ExportError(f"{library.label} cannot read {file.name}: {log.words()}")
+    layers = _census(network)
+    if not allow_unfused:
+        _check_census(file.name, layers, operators)
+    config = builder.create_builder_config()
+    if capability != HERE:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper()), 0)
+    for ranges in profiles:
+        config.add_optimization_profile(_profile(builder, spec, ranges))
+    if allow_unfused:
+        for attention in _attentions(trt, network):
+            attention.decomposable = True
+    started = time.monotonic()
+    data = builder.build_serialized_network(network, config)
+    if data is None:
+        raise ExportError(
+            f"{library.label} cannot build {file.name} for {capability}: {log.words()}"
+        )
+    return BuiltEngine(data=data, seconds=time.monotonic() - started, layers=dict(layers))
+
+
+def operator_counts(file: Path) -> Counter[str]:
+    """How many operators of each type a graph has; its weights are not read."""
+    model = onnx.load(str(file), load_external_data=False)
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def check_engines(library: TensorRt, engines: Sequence[str]) -> None:
+    """BackendError unless the library can build for all of these here."""
+    for name in engines:
+        if name == HERE:
+            if not has_gpu():
+                raise BackendError(
+                    f"there is no GPU to build for; name compute capabilities by --target, "
+                    f"{_known(library)}"
+                )
+        elif name not in library.capabilities:
+            raise BackendError(f"{library.label} does not build for {name}, {_known(library)}")
+
+
+def _known(library: TensorRt) -> str:
+    if not library.builds_ahead:
+        return f"which {library.name} cannot: only tensorrt_rtx builds ahead of time"
+    return f"out of {', '.join(library.capabilities)}"
+
+
+def has_gpu() -> bool:
+    """Whether CUDA's driver is there and finds a GPU."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return found and count.value > 0
+
+
+class _Log:
+    """Collects what TensorRT says of errors instead of printing it."""
+
+    def __init__(self, trt: Any) -> None:
+        self.lines: list[str] = []
+        lines, errors = self.lines, (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                # Of a machine without a GPU, which a build ahead of time does not need.
+                if severity in errors and "Cuda Runtime" not in message:
+                    lines.append(message)
+
+        self.logger = Logger()
+
+    def words(self) -> str:
+        """The errors in one line."""
+        return " ".join(" ".join(self.lines).split())[:_MOST_WORDS] or "it gave no reason"
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The flag of networks whose types are the graph's own; later versions know no others."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _census(network: Any) -> Counter[str]:
+    """Layers by type."""
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return Counter(layer.type.name for layer in layers)
+
+
+def _check_census(name: str, layers: Mapping[str, int], operators: Mapping[str, int]) -> None:
+    """ExportError unless every operator that must be one layer is one."""
+    wanted: Counter[str] = Counter()
+    for operator, layer in _LAYERS.items():
+        if operators.get(operator, 0):
+            wanted[layer] += operators[operator]
+    wrong = [
+        f"{layers.get(layer, 0)} {layer} layers, not {count}"
+        for layer, count in wanted.items()
+        if layers.get(layer, 0) != count
+    ]
+    if wrong:
+        raise ExportError(
+            f"{name} became a network of {', '.join(wrong)}; --allow-unfused builds it all the same"
+        )
+
+
+def _attentions(trt: Any, network: Any) -> Iterator[Any]:
+    """The attentions of a network."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.__class__ = trt.IAttentionInputLayer  # the interface knows no other cast
+            yield layer.attention
+
+
+def _profile(builder: Any, spec: GraphSpec, ranges: Profile) -> Any:
+    """Every input's shapes, of which a dynamic size has a least, a usual and a largest."""
+    profile = builder.create_optimization_profile()
+    for source in spec.inputs:
+        shapes = [
+            tuple(ranges[size][which] if isinstance(size, str) else size for size in source.shape)
+            for which in range(3)
+        ]
+        profile.set_shape(source.name, *shapes)
+    return profile

@@ -1,0 +1,223 @@
+"""TensorRT engines on a GPU, without torch.
+
+Inputs go through pinned memory to the device, outputs the same way back, on a stream of the
+engine's own. A decoder's caches are in memory that host and device see at one address
+(`allocate_state`), so the engine updates them in place and the host still finds them.
+
+Not verified on a GPU yet: docs/benchmarks.md says what was run where.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.package.contract import GraphSpec, updated
+from perception_rt.package.reader import Package
+from perception_rt.runtime.cuda import Cuda, Memory, open_cuda
+from perception_rt.tensorrt_library import TensorRt, find_tensorrt
+
+Array = np.ndarray[Any, Any]
+DType = np.dtype[Any]
+
+
+def check_device(device: str) -> None:
+    """BackendError unless TensorRT and a GPU are here; InputError for a device that is neither."""
+    if device == "cpu":
+        raise BackendError(
+            "TensorRT runs on cuda: load(..., device='cuda'), or the graphs on the CPU by "
+            "backend='onnxruntime'"
+        )
+    if device != "cuda":
+        raise InputError(f"unknown device {device!r:.40}; TensorRT knows cuda")
+    find_tensorrt()
+    open_cuda()
+
+
+def allocate_state(nbytes: int) -> Array:
+    """Zeroed bytes that an engine can update in place, uint8 (nbytes,)."""
+    memory = open_cuda().allocate_shared(nbytes)
+    return np.asarray(memory)
+
+
+def open_session(
+    package: Package, graph: str, *, device: str, threads: int | None
+) -> "TensorRtEngine":
+    """Opens the engine of a graph that was built for this GPU.
+
+    Raises:
+        BackendError: there is none, or it was built by another TensorRT, or it does not load.
+    """
+    library, cuda = find_tensorrt(), open_cuda()
+    options = package.manifest.content.target.options
+    file = engine_file(options, graph, cuda.capability, library.label)
+    return TensorRtEngine(library, cuda, package.map(file), package.graph(graph), graph)
+
+
+def engine_file(options: Mapping[str, Any], graph: str, capability: str, label: str) -> str:
+    """The file of the engine that runs a graph here.
+
+    Args:
+        options: the manifest's `target.options`.
+        graph: its name.
+        capability: of this GPU.
+        label: of this TensorRT.
+
+    Raises:
+        BackendError: there is none; the error says what there is.
+        PackageError: the options are not what an export writes.
+    """
+    engines, builder = options.get("engines", {}), options.get("builder", "nothing")
+    if not isinstance(engines, dict) or not isinstance(builder, str):
+        raise PackageError("manifest: target.options.engines must be an object")
+    files = engines.get(capability, engines.get("here"))
+    if not isinstance(files, dict):
+        have = ", ".join(sorted(engines)) or "none"
+        raise BackendError(
+            f"the package has no engines for {capability}, it has {have}; export it again with "
+            f"--target {capability}"
+        )
+    if builder != label:
+        raise BackendError(f"the engines were built by {builder:.60}, and here is {label}")
+    file = files.get(graph)
+    if not isinstance(file, str):
+        raise BackendError(f"there is no engine of graph {graph!r}, which is run on the CPU only")
+    return file
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """A tensor's place on the device, and its staging on the host."""
+
+    device: Memory
+    host: Memory
+
+
+class TensorRtEngine:
+    """An engine with one execution context. Calls from several threads take turns."""
+
+    def __init__(
+        self, library: TensorRt, cuda: Cuda, data: memoryview, spec: GraphSpec, graph: str
+    ) -> None:
+        trt = library.api
+        self._cuda = cuda
+        self._spec = spec
+        self._graph = graph
+        self._lock = threading.Lock()
+        self._buffers: dict[str, _Buffer] = {}
+        cuda.bind()
+        self._runtime: Any = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engine: Any = self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            raise BackendError(f"{library.label} cannot load the engine of graph {graph!r}")
+        self._context: Any = self._engine.create_execution_context()
+        if self._context is None:
+            raise BackendError(f"the GPU has no memory to run graph {graph!r}")
+        self._stream = cuda.new_stream()
+        self._profile = 0
+
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+    ) -> list[Array]:
+        """Computes the named outputs, and updates the state where it is."""
+        with self._lock:
+            if self._context is None:
+                raise BackendError("the TensorRT engine is closed")
+            self._cuda.bind()
+            self._choose_profile({name: array.shape for name, array in {**inputs, **state}.items()})
+            for name, array in inputs.items():
+                self._bind_input(name, array)
+            for name, array in state.items():
+                address = _shared_address(name, array)
+                self._set_shape(name, array.shape)
+                self._context.set_tensor_address(name, address)
+                self._context.set_tensor_address(updated(name), address)
+            bound = {updated(name) for name in state}
+            places = {
+                o.name: self._bind_output(o.name, np.dtype(o.dtype))
+                for o in self._spec.outputs
+                if o.name not in bound
+            }
+            if not self._context.execute_async_v3(self._stream):
+                raise BackendError(f"TensorRT failed to run graph {self._graph!r}")
+            for name in outputs:
+                self._fetch(*places[name])
+            self._cuda.wait(self._stream)
+            return [_view(*places[name]).copy() for name in outputs]
+
+    def close(self) -> None:
+        """Frees the context and the engine; a run in flight ends first."""
+        with self._lock:
+            self._context = self._engine = self._runtime = None
+            self._buffers.clear()
+
+    def _choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The first profile that all shapes are in; InputError names the input that is in none."""
+        found: list[str] = []
+        for index in range(self._engine.num_optimization_profiles):
+            outside = [
+                f"input {name!r} has shape {shape}, and the engine of graph {self._graph!r} takes "
+                f"{tuple(low)} to {tuple(high)}"
+                for name, shape in shapes.items()
+                for low, _, high in [self._engine.get_tensor_profile_shape(name, index)]
+                if not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+            ]
+            if not outside:
+                if index != self._profile:
+                    self._context.set_optimization_profile_async(index, self._stream)
+                    self._profile = index
+                return
+            found = outside
+        raise InputError(found[0])
+
+    def _bind_input(self, name: str, array: Array) -> None:
+        array = np.ascontiguousarray(array)
+        buffer = self._buffer(name, array.nbytes)
+        np.asarray(buffer.host)[: array.nbytes] = array.reshape(-1).view(np.uint8)
+        self._cuda.copy_in(buffer.device.address, buffer.host.address, array.nbytes, self._stream)
+        self._set_shape(name, array.shape)
+        self._context.set_tensor_address(name, buffer.device.address)
+
+    def _bind_output(self, name: str, dtype: DType) -> tuple[_Buffer, tuple[int, ...], DType]:
+        """Gives an output its place; that, its shape and its dtype."""
+        shape = tuple(self._context.get_tensor_shape(name))
+        buffer = self._buffer(name, prod(shape) * dtype.itemsize)
+        self._context.set_tensor_address(name, buffer.device.address)
+        return buffer, shape, dtype
+
+    def _fetch(self, buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> None:
+        """Starts an output's way back to the host."""
+        nbytes = prod(shape) * dtype.itemsize
+        self._cuda.copy_out(buffer.host.address, buffer.device.address, nbytes, self._stream)
+
+    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if not self._context.set_input_shape(name, shape):
+            raise InputError(f"graph {self._graph!r} does not take {name!r} of shape {shape}")
+
+    def _buffer(self, name: str, nbytes: int) -> _Buffer:
+        """A buffer of at least as many bytes; it grows, and stays."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.device.nbytes < nbytes:
+            device, host = self._cuda.allocate(nbytes), self._cuda.allocate_pinned(nbytes)
+            buffer = self._buffers[name] = _Buffer(device, host)
+        return buffer
+
+
+def _view(buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> Array:
+    """What a buffer holds on the host."""
+    array: Array = np.asarray(buffer.host)[: prod(shape) * dtype.itemsize]
+    return array.view(dtype).reshape(shape)
+
+
+def _shared_address(name: str, array: Array) -> int:
+    """Where the device finds a state; BackendError unless `allocate_state` made its memory."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, Memory):
+        raise BackendError(f"state {name!r} is not in memory that a GPU updates in place")
+    return int(array.ctypes.data)

@@ -1,0 +1,144 @@
+"""The few calls of CUDA's driver that a backend needs: memory, copies, one stream.
+
+By `cuda-bindings` and NVIDIA's driver alone: no toolkit, no torch. Everything happens in the
+device's primary context, so that other libraries of the process see the same memory.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from perception_rt.errors import BackendError, CapacityError
+
+Array = np.ndarray[Any, Any]
+
+_OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+class Cuda:
+    """The first GPU of this machine. Safe to use from several threads.
+
+    Attributes:
+        capability: as in "sm89".
+        name: of the GPU.
+    """
+
+    def __init__(self) -> None:
+        """Starts CUDA; BackendError says what is missing."""
+        try:
+            from cuda.bindings import driver
+        except ImportError:
+            raise BackendError(
+                "cuda-bindings is not installed: pip install 'perception_rt[tensorrt]'"
+            ) from None
+        self._driver: Any = driver
+        self._bound = threading.local()
+        try:
+            self._call("cuInit", 0)
+        except RuntimeError as error:  # cuda-bindings finds no driver
+            raise BackendError(f"there is no NVIDIA driver: {error}") from None
+        if self._call("cuDeviceGetCount") == 0:
+            raise BackendError("there is no GPU")
+        self._device = self._call("cuDeviceGet", 0)
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        attributes = driver.CUdevice_attribute
+        major, minor = (
+            self._call("cuDeviceGetAttribute", getattr(attributes, name), self._device)
+            for name in (
+                "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
+                "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR",
+            )
+        )
+        self.capability = f"sm{major}{minor}"
+        name = self._call("cuDeviceGetName", 128, self._device)
+        self.name = name.split(b"\0")[0].decode(errors="replace")
+
+    def new_stream(self) -> int:
+        """A stream, as an integer."""
+        self.bind()
+        return int(self._call("cuStreamCreate", 1))  # CU_STREAM_NON_BLOCKING
+
+    def allocate(self, nbytes: int) -> "Memory":
+        """Memory of the device; CapacityError if there is not enough."""
+        self.bind()
+        address = int(self._call("cuMemAlloc", nbytes))
+        return Memory(address, nbytes, lambda: self._free("cuMemFree", address))
+
+    def allocate_pinned(self, nbytes: int) -> "Memory":
+        """Memory of the host that the device copies from and to."""
+        self.bind()
+        address = int(self._call("cuMemHostAlloc", nbytes, 0))
+        return Memory(address, nbytes, lambda: self._free("cuMemFreeHost", address))
+
+    def allocate_shared(self, nbytes: int) -> "Memory":
+        """Memory that both see at one address, preferably the device's own; zeroed."""
+        self.bind()
+        address = int(self._call("cuMemAllocManaged", nbytes, 1))  # CU_MEM_ATTACH_GLOBAL
+        memory = Memory(address, nbytes, lambda: self._free("cuMemFree", address))
+        location = self._driver.CUmemLocation()
+        location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = 0
+        advice = self._driver.CUmem_advise.CU_MEM_ADVISE_SET_PREFERRED_LOCATION
+        self._call("cuMemAdvise", address, nbytes, advice, location)
+        self._call("cuMemsetD8", address, 0, nbytes)
+        self._call("cuCtxSynchronize")
+        return memory
+
+    def copy_in(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Host to device, in the order of the stream."""
+        self._call("cuMemcpyHtoDAsync", target, source, nbytes, stream)
+
+    def copy_out(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Device to host, in the order of the stream."""
+        self._call("cuMemcpyDtoHAsync", target, source, nbytes, stream)
+
+    def wait(self, stream: int) -> None:
+        """Until the stream has done everything; BackendError if any of it failed."""
+        self._call("cuStreamSynchronize", stream)
+
+    def bind(self) -> None:
+        """Makes the primary context this thread's; nothing but this may be called before."""
+        if not getattr(self._bound, "done", False):
+            self._call("cuCtxSetCurrent", self._context)
+            self._bound.done = True
+
+    def _free(self, name: str, address: int) -> None:
+        with suppress(BackendError):  # of a process that ends
+            self.bind()
+            self._call(name, address)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """A function of the driver; its result, or the error that its status stands for."""
+        status, *results = getattr(self._driver, name)(*arguments)
+        if int(status) == 0:
+            return results[0] if results else None
+        if status.name == _OUT_OF_MEMORY:
+            size = f" for {arguments[0]} bytes" if arguments else ""
+            raise CapacityError(f"the GPU has no memory{size}")
+        raise BackendError(f"CUDA failed: {name} returned {status.name}")
+
+
+class Memory:
+    """Bytes at an address, freed when nothing refers to them."""
+
+    def __init__(self, address: int, nbytes: int, free: Callable[[], None]) -> None:
+        self.address = address
+        self.nbytes = nbytes
+        self._free = free
+        # Of memory that the host sees, NumPy's views keep this object alive.
+        self.__array_interface__ = {
+            "data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3,
+        }  # fmt: skip
+
+    def __del__(self) -> None:
+        self._free()
+
+
+@cache
+def open_cuda() -> Cuda:
+    """The one of this process; BackendError if it cannot be had."""
+    return Cuda()

@@ -1,0 +1,84 @@
+"""Which TensorRT is installed, and what it can do: found out, never assumed from a version.
+
+`tensorrt` (10.13 and later) builds for the GPU that is there. `tensorrt_rtx` also builds ahead of
+time for compute capabilities, on a machine without any GPU. Both have the same Python interface.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from perception_rt.errors import BackendError
+
+_OLDEST = (10, 13)  # of tensorrt; tensorrt_rtx counts anew
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRt:
+    """An installed TensorRT.
+
+    Attributes:
+        api: its Python module.
+        name: "tensorrt" or "tensorrt_rtx".
+        version: as it states it.
+    """
+
+    api: Any
+    name: str
+    version: str
+
+    @property
+    def label(self) -> str:
+        """Name and version; an engine runs on exactly the one that built it."""
+        return f"{self.name} {self.version}"
+
+    @property
+    def builds_ahead(self) -> bool:
+        """Whether it builds for compute capabilities that are not here."""
+        return hasattr(self.api.IBuilderConfig, "set_compute_capability")
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Those that it builds for ahead of time, as in "sm89"."""
+        if not self.builds_ahead:
+            return ()
+        names = (name for name in dir(self.api.ComputeCapability) if name.startswith("SM"))
+        return tuple(sorted((name.lower() for name in names), key=lambda name: int(name[2:])))
+
+
+@cache
+def find_tensorrt() -> TensorRt:
+    """The one that is installed, `tensorrt` before `tensorrt_rtx`; BackendError if none is."""
+    for name, load in _LOADERS.items():
+        try:
+            api = load()
+        except ImportError:
+            continue
+        version = str(api.__version__)
+        if name == "tensorrt" and tuple(map(int, version.split(".")[:2])) < _OLDEST:
+            oldest = ".".join(map(str, _OLDEST))
+            raise BackendError(f"tensorrt {version} is too old; at least {oldest} is needed")
+        return TensorRt(api, name, version)
+    raise BackendError(
+        "TensorRT is not installed: pip install 'perception_rt[tensorrt]', or NVIDIA's tensorrt"
+    )
+
+
+def _load_tensorrt() -> Any:
+    return import_module("tensorrt")
+
+
+def _load_rtx() -> Any:
+    try:
+        return import_module("tensorrt_rtx")
+    except ImportError:  # the wheels without NVIDIA's meta package; the libraries come first
+        import_module("tensorrt_rtx_libs")
+        return import_module("tensorrt_rtx_bindings")
+
+
+_LOADERS: dict[str, Callable[[], Any]] = {
+    "tensorrt": _load_tensorrt,
+    "tensorrt_rtx": _load_rtx,
+}

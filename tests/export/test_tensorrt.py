@@ -1,0 +1,224 @@
+"""TensorRT engines, built ahead of time on a machine without a GPU, of graphs equal to eager.
+
+The depth is cut and all widths, grids and head sizes are the released models' own. By name
+(`-m slow`): whole models.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from perception_rt.archs import get_config
+from perception_rt.checkpoint.random import RandomWeights
+from perception_rt.config import PeConfig
+from perception_rt.errors import BackendError, ExportError, InputError
+from perception_rt.export import engines
+from perception_rt.export.build import export_package
+from perception_rt.export.engines import build_engine, check_engines, operator_counts
+from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
+from perception_rt.export.profiles import profiles
+from perception_rt.package.contract import GraphSpec, TensorSpec
+from perception_rt.package.manifest import Manifest
+from perception_rt.plm_config import PlmConfig
+from perception_rt.processing.image import ImageSpec
+from perception_rt.processing.tiles import TileSpec
+from perception_rt.tensorrt_library import TensorRt, find_tensorrt
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX has wheels for x86-64 only")
+
+BOTH = ("sm89", "sm120")
+Export = Callable[..., Manifest]
+
+
+@pytest.fixture
+def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
+    """`export(config, precision, engines)`: publishes a package with random weights."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def run(config: PeConfig | PlmConfig, precision: str, gpus: tuple[str, ...] = BOTH) -> Manifest:
+        common = {
+            "name": "shape", "backend": "tensorrt", "precision": precision, "engines": gpus,
+        }  # fmt: skip
+        plan: ExportPlan | PlmPlan
+        if isinstance(config, PlmConfig):
+            tiles = TileSpec(tile_size=config.vision.image_size)
+            plan = PlmPlan(config=config, tiles=tiles, **common)  # type: ignore[arg-type]
+        else:
+            size = config.vision.image_size
+            image = ImageSpec(height=size, width=size, resize="squash")
+            plan = ExportPlan(config=config, image=image, taps=(), **common)  # type: ignore[arg-type]
+        return export_package(plan, RandomWeights(config, 0), tmp_path / "package")
+
+    return run
+
+
+def shallow(name: str, layers: int = 2) -> PeConfig | PlmConfig:
+    """A released model, less deep; an encoder without its text tower."""
+    config = get_config(name)
+    vision = replace(config.vision, layers=layers)
+    if isinstance(config, PlmConfig):
+        # A shorter context, whose keys and values ONNX Runtime must hold for the gate.
+        decoder = replace(config.decoder, n_layers=layers, max_seqlen=2048, vocab_size=4096)
+        return replace(config, vision=vision, decoder=decoder, image_token_id=4000)
+    return replace(config, vision=vision, text=None)
+
+
+def check_fusion(manifest: Manifest, graph: str, layers: Counter[str]) -> None:
+    """What an engine's record says of a graph's layers, on each GPU, and of its cost."""
+    for gpu in manifest.content.target.options["engines"]:
+        record = manifest.record["engines"][f"{graph}.{gpu}.engine"]
+        found = {name: record["layers"].get(name, 0) for name in layers}
+        assert found == dict(layers)
+        assert record["bytes"] > 1000 and record["seconds"] > 0 and record["peak_rss_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("PE-Core-B16-224", "fp16"), ("PE-Core-L14-336", "fp8"), ("PE-Core-G14-448", "fp16")],
+)
+def test_encoders_of_released_shapes_build(export: Export, name: str, precision: str) -> None:
+    config = shallow(name)
+    manifest = export(config, precision)
+    pooled = int(config.vision.pool_type == "attn")
+    layers = Counter(ATTENTION_OUTPUT=2 + pooled, ROTARY_EMBEDDING=4)
+    check_fusion(manifest, "vision", layers)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_a_language_model_of_released_shape_builds(export: Export, precision: str) -> None:
+    manifest = export(shallow("PLM-1B"), precision)
+    check_fusion(manifest, "vision", Counter(ATTENTION_OUTPUT=2, ROTARY_EMBEDDING=4))
+    decoder = Counter(ATTENTION_OUTPUT=2, ROTARY_EMBEDDING=4, KV_CACHE_UPDATE=4)
+    check_fusion(manifest, "decoder_0", decoder)
+    record = manifest.record["engines"]["decoder_0.sm89.engine"]["layers"]
+    assert bool(record.get("QUANTIZE", 0)) == (precision == "fp8")
+    assert "pixels.sm89.engine" not in manifest.record["engines"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+@pytest.mark.parametrize("name", ["PE-Core-B16-224", "PE-Core-L14-336", "PE-Lang-L14-448"])
+def test_whole_encoders_build(export: Export, name: str, precision: str) -> None:
+    config = get_config(name)
+    manifest = export(config, precision)
+    pooled = int(config.vision.pool_type == "attn")
+    depth = config.vision.layers
+    check_fusion(
+        manifest, "vision", Counter(ATTENTION_OUTPUT=depth + pooled, ROTARY_EMBEDDING=2 * depth)
+    )
+
+
+@pytest.mark.slow
+def test_a_whole_language_model_builds(export: Export) -> None:
+    config = get_config("PLM-1B")
+    manifest = export(config, "fp8", ("sm89",))
+    assert isinstance(config, PlmConfig)
+    depth = config.decoder.n_layers
+    parts = [n for n in manifest.content.graphs if n.startswith("decoder")]
+    built = Counter[str]()
+    for part in parts:
+        built.update(manifest.record["engines"][f"{part}.sm89.engine"]["layers"])
+    assert (built["ATTENTION_OUTPUT"], built["KV_CACHE_UPDATE"]) == (depth, 2 * depth)
+
+
+def attention_graph(folder: Path, dtype: int) -> tuple[Path, GraphSpec]:
+    """One attention, of which TensorRT has a fused kernel in float16 and none in float32."""
+    shape = ["batch", 4, 64, 64]
+    values = [helper.make_tensor_value_info(n, dtype, shape) for n in ("q", "k", "v", "y")]
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
+    graph = helper.make_graph([node], "g", values[:3], values[3:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+    file = folder / "attention.onnx"
+    onnx.save(model, file)
+    name = np.dtype(helper.tensor_dtype_to_np_dtype(dtype)).name
+    specs = [TensorSpec(name=n, dtype=name, shape=("batch", 4, 64, 64)) for n in "qkvy"]
+    spec = GraphSpec(file=file.name, data=(), inputs=tuple(specs[:3]), outputs=tuple(specs[3:]))
+    return file, spec
+
+
+def test_attention_without_a_fused_kernel_is_refused(tmp_path: Path) -> None:
+    file, spec = attention_graph(tmp_path, TensorProto.FLOAT)
+    arguments = (find_tensorrt(), file, spec, operator_counts(file))
+    ranges = profiles("vision", 1)
+    with pytest.raises(ExportError, match=r"cannot build attention\.onnx for sm89: .*"):
+        build_engine(*arguments, capability="sm89", profiles=ranges)
+    built = build_engine(*arguments, capability="sm89", profiles=ranges, allow_unfused=True)
+    assert built.data.nbytes > 0
+
+
+def test_a_layer_that_is_missing_is_named(tmp_path: Path) -> None:
+    file, spec = attention_graph(tmp_path, TensorProto.FLOAT16)
+    with pytest.raises(ExportError, match=r"1 ATTENTION_OUTPUT layers, not 2; --allow-unfused"):
+        build_engine(
+            find_tensorrt(), file, spec, {"Attention": 2}, capability="sm89",
+            profiles=profiles("vision", 1),
+        )  # fmt: skip
+
+
+def test_what_tensorrt_cannot_read_is_said_in_its_words(tmp_path: Path) -> None:
+    file, spec = attention_graph(tmp_path, TensorProto.FLOAT16)
+    file.write_bytes(b"not a graph")
+    message = r"tensorrt_rtx [0-9.]+ cannot read attention\.onnx: .*DESERIAL"
+    with pytest.raises(ExportError, match=message):
+        build_engine(
+            find_tensorrt(), file, spec, {}, capability="sm89", profiles=profiles("vision", 1)
+        )
+
+
+def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = find_tensorrt()
+    check_engines(library, BOTH)
+    with pytest.raises(BackendError, match=r"does not build for sm90, out of sm75, .*sm121"):
+        check_engines(library, ("sm89", "sm90"))
+    monkeypatch.setattr(engines, "has_gpu", lambda: False)
+    with pytest.raises(BackendError, match=r"no GPU to build for; name .* --target, out of sm75"):
+        check_engines(library, (HERE,))
+    for plan, message in (
+        ({"engines": ("89",)}, "a compute capability is like sm89, not '89'"),
+        ({"engines": ("sm89", "sm89")}, "occurs twice"),
+        ({"engines": ("sm89",), "backend": "onnxruntime"}, "onnxruntime has no engines"),
+        ({"precision": "fp32"}, "precision fp32 is not for backend tensorrt"),
+    ):
+        settings = {"backend": "tensorrt", "precision": "fp16", **plan}
+        with pytest.raises(InputError, match=message):
+            ExportPlan(
+                name="x", config=shallow("PE-Core-B16-224"),
+                image=ImageSpec(height=224, width=224, resize="squash"), **settings,
+            )  # fmt: skip
+
+
+def test_without_tensorrt_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_tensorrt.cache_clear()
+    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    try:
+        with pytest.raises(BackendError, match=r"pip install 'perception_rt\[tensorrt\]'"):
+            find_tensorrt()
+    finally:
+        find_tensorrt.cache_clear()
+
+
+def test_the_interface_of_tensorrt_is_found_out() -> None:
+    class Old:
+        """What TensorRT 10 and 11 have."""
+
+        class IBuilderConfig:
+            pass
+
+        class NetworkDefinitionCreationFlag:
+            STRONGLY_TYPED = 1
+
+    assert TensorRt(Old, "tensorrt", "11.0").capabilities == ()
+    assert engines._strongly_typed(Old) == 2
+    flags = find_tensorrt().api.NetworkDefinitionCreationFlag
+    typed = getattr(flags, "STRONGLY_TYPED", None)
+    assert engines._strongly_typed(find_tensorrt().api) == (1 << int(typed) if typed else 1)
+    with pytest.raises(BackendError, match="only tensorrt_rtx builds ahead of time"):
+        check_engines(TensorRt(Old, "tensorrt", "11.0"), ("sm89",))

@@ -1,0 +1,164 @@
+"""A GPU and a TensorRT made of host memory and ONNX Runtime, as far as our backend uses them.
+
+What is fake is the device and the engine's file, which names a graph; addresses, profiles, copies
+and states in place are real.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from perception_rt.errors import CapacityError
+from perception_rt.export.engines import BuiltEngine
+from perception_rt.export.profiles import Profile
+from perception_rt.package.contract import GraphSpec, TensorSpec
+from perception_rt.runtime.cuda import Memory
+from perception_rt.tensorrt_library import TensorRt
+
+CAPABILITY = "sm89"
+
+
+class FakeCuda:
+    """Host memory in the place of a GPU's. `room` is what may still be allocated."""
+
+    capability = CAPABILITY
+    name = "a GPU of paper"
+
+    def __init__(self) -> None:
+        self.room = 1 << 40
+        self.live = 0
+
+    def allocate(self, nbytes: int) -> Memory:
+        if nbytes > self.room:
+            raise CapacityError(f"the GPU has no memory for {nbytes} bytes")
+        data = ctypes.create_string_buffer(max(nbytes, 1))
+        self.live += 1
+
+        def free(data: Any = data) -> None:
+            self.live -= 1
+
+        return Memory(ctypes.addressof(data), nbytes, free)
+
+    allocate_pinned = allocate_shared = allocate
+
+    def new_stream(self) -> int:
+        return 1
+
+    def bind(self) -> None:
+        pass
+
+    def wait(self, stream: int) -> None:
+        assert stream == 1
+
+    def copy_in(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        ctypes.memmove(target, source, nbytes)
+
+    copy_out = copy_in
+
+
+class FakeContext:
+    def __init__(self, engine: "FakeEngine") -> None:
+        self.engine = engine
+        self.profile = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> None:
+        self.profile = index
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
+        self.shapes[name] = tuple(shape)
+        return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        sizes = {
+            size: found
+            for spec in self.engine.spec.inputs
+            for size, found in zip(spec.shape, self.shapes[spec.name], strict=True)
+            if isinstance(size, str)
+        }
+        shape = self.engine.spec.output(name).shape
+        return tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        spec = self.engine.spec
+        feeds = {s.name: self.at(s, self.shapes[s.name]).copy() for s in spec.inputs}
+        names = [s.name for s in spec.outputs]
+        for output, array in zip(spec.outputs, self.engine.session.run(names, feeds), strict=True):
+            self.at(output, array.shape)[...] = array
+        return True
+
+    def at(self, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray[Any, Any]:
+        dtype = np.dtype(spec.dtype)
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        data = (ctypes.c_char * nbytes).from_address(self.addresses[spec.name])
+        return np.frombuffer(data, dtype).reshape(shape)
+
+
+class FakeEngine:
+    def __init__(self, file: Path, spec: GraphSpec, profiles: Sequence[Profile]) -> None:
+        self.session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        self.spec = spec
+        self.profiles = profiles
+        self.num_optimization_profiles = len(profiles)
+
+    def create_execution_context(self) -> FakeContext:
+        return FakeContext(self)
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        (spec,) = [s for s in self.spec.inputs if s.name == name]
+        ranges = self.profiles[index]
+        return [
+            tuple(ranges[s][which] if isinstance(s, str) else s for s in spec.shape)
+            for which in range(3)
+        ]
+
+
+class FakeTensorRt:
+    """Builds and loads engines; `folder` is where the published package will be."""
+
+    __version__ = "0"
+
+    class IBuilderConfig:
+        set_compute_capability = None
+
+    class ComputeCapability:
+        SM89 = 1
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, level: int) -> None:
+            pass
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.built: dict[bytes, tuple[GraphSpec, Sequence[Profile]]] = {}
+
+    def build(
+        self, library: TensorRt, file: Path, spec: GraphSpec, operators: Any, **options: Any
+    ) -> BuiltEngine:
+        data = file.name.encode()
+        self.built[data] = spec, options["profiles"]
+        return BuiltEngine(data=data, seconds=0.0, layers={})
+
+    def Runtime(self, logger: Any) -> "FakeTensorRt":  # noqa: N802
+        return self
+
+    def deserialize_cuda_engine(self, data: memoryview) -> FakeEngine | None:
+        key = bytes(data)
+        if key not in self.built:
+            return None
+        return FakeEngine(self.folder / key.decode(), *self.built[key])
+
+    @property
+    def library(self) -> TensorRt:
+        return TensorRt(self, "tensorrt_rtx", self.__version__)

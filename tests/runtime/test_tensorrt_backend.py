@@ -1,0 +1,202 @@
+"""The TensorRT backend on a GPU of paper: what it loads, what it refuses, where its memory is."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_gpu import CAPABILITY, FakeCuda, FakeTensorRt
+
+import perception_rt as prt
+from perception_rt.checkpoint.locate import find_config
+from perception_rt.checkpoint.random import RandomWeights
+from perception_rt.config import PeConfig
+from perception_rt.demo import language_model_path
+from perception_rt.errors import BackendError, CapacityError, InputError, PackageError
+from perception_rt.export import build
+from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.package.trust import built_file
+from perception_rt.plm_config import PlmConfig
+from perception_rt.processing.image import ImageSpec
+from perception_rt.processing.llm_tokenizer import TokenizerSpec
+from perception_rt.processing.tiles import TileSpec
+from perception_rt.runtime.backends import tensorrt
+from perception_rt.tensorrt_library import TensorRt
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+
+
+class Bench:
+    """A TensorRT, a GPU, and the packages that were exported with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.plm, self.pe = folder / "plm", folder / "pe"
+        self.trt = {name: FakeTensorRt(folder / name) for name in ("plm", "pe")}
+        self.cuda = FakeCuda()
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: PeConfig
+) -> Iterator[tuple[Bench, Path]]:
+    """Packages of a tiny encoder and of a golden language model, and where exports are noted."""
+    bench = Bench(tmp_path_factory.mktemp("tensorrt"))
+    state = tmp_path_factory.mktemp("state")
+    config = find_config(language_model_path())
+    assert isinstance(config, PlmConfig)
+    config = replace(config, decoder=replace(config.decoder, max_seqlen=320))
+    tokens = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=config.image_token_id + 300)
+    config = replace(config, image_token_id=tokens.image_token_id)
+    tiles = TileSpec(tile_size=config.vision.image_size)
+    plm = PlmPlan(
+        name="plm", config=config, backend="tensorrt", precision="fp16",
+        tiles=tiles, tokenizer=(tokens, None), engines=(CAPABILITY,),
+    )  # fmt: skip
+    pe = ExportPlan(
+        name="pe", config=tiny_config, backend="tensorrt", precision="fp16",
+        image=ImageSpec(height=32, width=32, resize="squash"), engines=(CAPABILITY,),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(state))
+        for plan, source, out in (
+            (plm, RandomWeights(config, 0), bench.plm),
+            (pe, RandomWeights(tiny_config, 0), bench.pe),
+        ):
+            trt = bench.trt[out.name]
+            patch.setattr(build, "find_tensorrt", lambda trt=trt: trt.library)
+            patch.setattr(build, "build_engine", trt.build)
+            build.export_package(plan, source, out)
+    yield bench, state
+
+
+@pytest.fixture
+def bench(made: tuple[Bench, Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """The packages, on a machine with the GPU."""
+    bench, state = made
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    bench.cuda = FakeCuda()
+    monkeypatch.setattr(tensorrt, "open_cuda", lambda: bench.cuda)
+    put(monkeypatch, bench, "pe")
+    return bench
+
+
+def put(monkeypatch: pytest.MonkeyPatch, bench: Bench, name: str, **changes: str) -> None:
+    """Installs the TensorRT that built a package, or another one."""
+    library: TensorRt = replace(bench.trt[name].library, **changes)
+    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda: library)
+
+
+def test_embeddings_are_those_of_the_graphs(bench: Bench) -> None:
+    texts = ["one", "two", "three"]
+    with prt.load(bench.pe, backend="onnxruntime") as cpu:
+        wanted = cpu.embed_images([PICTURE] * 2), cpu.embed_texts(texts)
+        dense = cpu.features([PICTURE], layer=-1)
+    with prt.load(bench.pe, device="cuda") as gpu:
+        found = gpu.embed_images([PICTURE] * 2), gpu.embed_texts(texts)
+        np.testing.assert_array_equal(gpu.features([PICTURE], layer=-1), dense)
+    for mine, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-3)
+    assert bench.cuda.live == 0
+
+
+def test_a_decoder_updates_its_cache_where_the_gpu_has_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, bench, "plm")
+    answers = []
+    for arguments in ({"backend": "onnxruntime"}, {"device": "cuda"}):
+        with prt.load(bench.plm, **arguments) as plm:
+            first = plm.generate("What is this?", images=[PICTURE], max_tiles=0, max_new_tokens=12)
+            again = plm.generate("What is that?", images=[PICTURE], max_tiles=0, max_new_tokens=12)
+            answers.append((first.tokens, again.tokens))
+    assert answers[0] == answers[1]
+    assert bench.cuda.live == 0
+
+
+def test_a_batch_beyond_the_profiles_is_refused(bench: Bench) -> None:
+    with (
+        prt.load(bench.pe, device="cuda") as gpu,
+        pytest.raises(InputError, match=r"'images' has shape \(38, 32, 32, 3\).*\(37, 32, 32, 3\)"),
+    ):
+        gpu.embed_images([PICTURE] * 38, batch_size=38)
+
+
+def test_another_gpu_is_told_what_there_is(bench: Bench) -> None:
+    bench.cuda.capability = "sm90"
+    with (
+        prt.load(bench.pe, device="cuda") as gpu,
+        pytest.raises(BackendError, match=r"no engines for sm90, it has sm89.*--target sm90"),
+    ):
+        gpu.embed_images([PICTURE])
+
+
+def test_engines_of_another_version_are_not_loaded(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, bench, "pe", version="1.8")
+    with (
+        prt.load(bench.pe, device="cuda") as gpu,
+        pytest.raises(BackendError, match=r"built by tensorrt_rtx 0, and here is tensorrt_rtx 1.8"),
+    ):
+        gpu.embed_images([PICTURE])
+
+
+def test_no_memory_on_the_gpu_is_an_error_of_one_call(bench: Bench) -> None:
+    with prt.load(bench.pe, device="cuda") as gpu:
+        bench.cuda.room = 100
+        with pytest.raises(CapacityError, match="the GPU has no memory for"):
+            gpu.embed_images([PICTURE])
+        bench.cuda.room = 1 << 40
+        assert gpu.embed_images([PICTURE]).shape == (1, 32)
+
+
+def test_engines_are_loaded_only_if_exported_here_or_named(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((bench.pe / "manifest.json").read_text())
+    built_here = built_file()
+    assert built_here.stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(PackageError, match=r"code for a GPU.*expect='sha256:") as caught:
+        prt.load(bench.pe, device="cuda")
+    package_id = str(caught.value).split("'")[1]
+    assert package_id == manifest["id"]
+    prt.load(bench.pe, device="cuda", expect=package_id).close()
+    # A list that others could have written is not believed.
+    monkeypatch.setenv("XDG_STATE_HOME", str(built_here.parents[1]))
+    built_here.chmod(0o622)
+    with pytest.raises(PackageError, match="code for a GPU"):
+        prt.load(bench.pe, device="cuda")
+    built_here.chmod(0o600)
+    prt.load(bench.pe, device="cuda").close()
+
+
+def test_a_tampered_engine_is_not_loaded(bench: Bench) -> None:
+    file = bench.pe / f"vision.{CAPABILITY}.engine"
+    data = file.read_bytes()
+    file.chmod(0o600)
+    file.write_bytes(data[:-1] + b"?")
+    try:
+        with pytest.raises(PackageError, match=r"vision\.sm89\.engine"):
+            prt.load(bench.pe, device="cuda")
+    finally:
+        file.write_bytes(data)
+
+
+def test_memory_of_the_host_is_not_a_state(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, bench, "plm")
+    monkeypatch.setattr("perception_rt.runtime.decoder.state_allocator", lambda backend: None)
+    with (
+        prt.load(bench.plm, device="cuda") as plm,
+        pytest.raises(BackendError, match="not in memory that a GPU updates"),
+    ):
+        plm.generate("What?", max_new_tokens=2)
+
+
+def test_without_a_gpu_or_on_the_cpu_it_says_so(made: tuple[Bench, Path]) -> None:
+    with pytest.raises(BackendError, match=r"TensorRT runs on cuda.*backend='onnxruntime'"):
+        prt.load(made[0].pe)
+    with pytest.raises(InputError, match="unknown device 'tpu'; TensorRT knows cuda"):
+        prt.load(made[0].pe, device="tpu")
