@@ -8,13 +8,22 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import perception_rt as prt
 from perception_rt.cli import export_main
 from training.questions import LEARNED, Record, held_out_record, is_right
 
-PRECISIONS = ("fp32", "int8", "int4")
+# Of TensorRT the graphs, which its engines are built of, on the CPU.
+GRAPHS = ("--backend", "tensorrt", "--target", "none")
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "fp32": (),
+    "int8": (),
+    "int4": (),
+    "fp16": GRAPHS,
+    "fp8": GRAPHS,
+}
 SETS = ("read3", *LEARNED)
 
 
@@ -29,7 +38,7 @@ def request(found: Record) -> prt.Request:
 def accuracy(package: Path, names: Sequence[str], count: int) -> dict[str, float]:
     """The share of right answers to `count` questions of each set, from 0 to 1."""
     shares = {}
-    with prt.load(package) as plm:
+    with prt.load(package, backend="onnxruntime") as plm:
         assert isinstance(plm, prt.Generator)
         for name in names:
             records = [held_out_record(name, number) for number in range(count)]
@@ -47,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="How often PLM-Demo's engines are right.")
     parser.add_argument("--count", type=int, default=500, help="questions of each kind")
     parser.add_argument("--checkpoint", help="a run's folder, instead of the shipped weights")
+    parser.add_argument("--precision", choices=PRECISIONS, help="one of them only")
     options = parser.parse_args(arguments)
     model = ["--model", "PLM-Demo"]
     if options.checkpoint:
@@ -54,10 +64,13 @@ def main(arguments: Sequence[str]) -> int:
     print(f"| {options.count} questions each | {' | '.join(SETS)} | mean but read3 |")
     print("|---" * (len(SETS) + 2) + "|")
     with tempfile.TemporaryDirectory() as folder:
-        for precision in PRECISIONS:
+        for precision in [options.precision] if options.precision else PRECISIONS:
             package = Path(folder) / precision
-            if export_main([*model, "--precision", precision, "--out", str(package)]):
-                return 1
+            how = ["--precision", precision, *PRECISIONS[precision], "--out", str(package)]
+            with redirect_stdout(sys.stderr):
+                status = export_main([*model, *how])
+            if status:
+                return status
             shares = accuracy(package, SETS, options.count)
             mean = sum(shares[name] for name in LEARNED) / len(LEARNED)
             cells = " | ".join(f"{100 * shares[name]:.1f}" for name in SETS)

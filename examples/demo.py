@@ -28,7 +28,7 @@ LEAST_ACCURACY = 0.95
 PHOTO = "china.jpg"
 PHOTO_SIZE = "320x480"
 QUESTIONS = 30
-LEAST_RIGHT = 0.6
+LEAST_RIGHT = 0.8
 
 
 def main() -> int:

@@ -96,6 +96,10 @@ def _export_parser() -> argparse.ArgumentParser:
         "--allow-unfused", action="store_true", help="of tensorrt: take attention apart where "
         "there is no fused kernel"
     )  # fmt: skip
+    parser.add_argument(
+        "--calibration", metavar="DIR", help="images that fp8 finds its ranges on; default: "
+        "synthetic ones"
+    )  # fmt: skip
     parser.add_argument("--image-size", metavar="HxW", help="default: the model's own")
     parser.add_argument("--center-crop", action="store_true", help="crop images; default: squash")
     parser.add_argument(

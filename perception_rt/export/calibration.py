@@ -1,13 +1,19 @@
-"""Images and texts that measurements run on: seeded, made here, the same on every machine."""
+"""Images and texts that measurements run on: seeded, made here; or a user's own, for fp8."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from perception_rt.config import TextConfig
+from perception_rt.errors import InputError
 from perception_rt.processing.clip_bpe import VOCAB_SIZE, ClipTokenizer
+from perception_rt.processing.image import ImageSpec, load_image
 
 Array = np.ndarray[Any, Any]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_MOST, _SYNTHETIC = 32, 8  # images that ranges are found on
 
 TEXTS = (
     "a photo of a cat sitting on a red sofa",
@@ -34,6 +40,26 @@ def images(count: int, height: int, width: int, *, seed: int = 0) -> Array:
         canvas += rng.normal(0, 0.04, canvas.shape)
         result[index] = (canvas.clip(0, 1) * 255).astype(np.uint8)
     return result
+
+
+def pictures(folder: Path | None, spec: ImageSpec) -> Array:
+    """uint8 (n, height, width, 3): up to 32 images of a folder, or 8 synthetic ones.
+
+    Of more, every n-th by name is taken.
+
+    Raises:
+        InputError: the folder has no JPEG, PNG or WebP file, or one is damaged.
+    """
+    if folder is None:
+        return images(_SYNTHETIC, spec.height, spec.width)
+    try:
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
+    except OSError as error:
+        raise InputError(f"--calibration {folder}: {error.strerror}") from None
+    if not files:
+        raise InputError(f"--calibration {folder} has no {', '.join(_SUFFIXES)} files")
+    step = -(-len(files) // _MOST)
+    return np.stack([load_image(file, spec) for file in files[::step]])
 
 
 def tokens(config: TextConfig) -> Array:

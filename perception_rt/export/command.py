@@ -105,6 +105,7 @@ def _plan(
         "precision": precision or ("fp16" if backend == "tensorrt" else "fp32"),
         "engines": _engines(options.target, get_target(backend)),
         "allow_unfused": options.allow_unfused,
+        "calibration": None if options.calibration is None else Path(options.calibration),
     }
     if isinstance(config, PlmConfig):
         return PlmPlan(

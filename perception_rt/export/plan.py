@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from perception_rt.config import PeConfig
@@ -34,6 +35,8 @@ class ExportPlan:
         engines: compute capabilities, as in "sm89", to build engines for; HERE for the GPU that is
             here.
         allow_unfused: whether an engine may take attention apart.
+        calibration: a folder of images that fp8 finds the ranges of activations on; None for
+            synthetic ones.
     """
 
     name: str
@@ -44,10 +47,13 @@ class ExportPlan:
     taps: tuple[int, ...] | None = None
     engines: tuple[str, ...] = ()
     allow_unfused: bool = False
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.target, self.precision)
         _check_engines(self.target, self.engines)
+        if self.calibration is not None and self.precision != "fp8":
+            raise InputError("--calibration is for fp8; other scales are found when engines run")
         if self.precision == "int4":
             raise InputError("int4 is for language models; an encoder can be int8")
         _ = self.grid
@@ -110,6 +116,8 @@ class PlmPlan:
         engines: compute capabilities, as in "sm89", to build engines for; HERE for the GPU that is
             here.
         allow_unfused: whether an engine may take attention apart.
+        calibration: a folder of images that fp8 finds the ranges of activations on; None for
+            synthetic ones.
     """
 
     name: str
@@ -121,10 +129,13 @@ class PlmPlan:
     tokenizer: tuple[TokenizerSpec, bytes | None] | None = None
     engines: tuple[str, ...] = ()
     allow_unfused: bool = False
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.target, self.precision)
         _check_engines(self.target, self.engines)
+        if self.calibration is not None and self.precision != "fp8":
+            raise InputError("--calibration is for fp8; other scales are found when engines run")
         _check_name(self.name)
         if self.tiles.tile_size != self.config.vision.image_size:
             raise InputError(

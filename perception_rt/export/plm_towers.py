@@ -8,7 +8,7 @@ Legend: T tokens, C decoder width, V vocabulary, L logit positions.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception_rt.checkpoint.source import WeightSource
-from perception_rt.export import calibration
 from perception_rt.export.graphs import DecoderGraph, EmbedGraph, TileGraph
 from perception_rt.export.lowering import as_is
 from perception_rt.export.parameters import (
@@ -37,6 +36,8 @@ from perception_rt.export.towers import (
     Recipe,
     Reference,
     Tower,
+    calibration_batches,
+    gate_images,
     image_sources,
     load_module,
     measure_faithful,
@@ -127,13 +128,14 @@ class TileExport:
         self.features: Tensor | None = None
 
     def reference(self, scheme: Scheme | None) -> Reference:
-        """One synthetic tile through the eager tower; its image tokens stay in `features`."""
+        """One tile through the eager tower; its image tokens stay in `features`."""
         spec = self.plan.tiles.tile
-        images = calibration.images(1, spec.height, spec.width)
+        pictures = gate_images(self.plan, spec, 1)
+        images = pictures[:1]
         pixels = normalize(images, spec)
-        batch = torch.from_numpy(pixels)
+        batches = calibration_batches(pictures, spec, 1)
         self.features, measured = (
-            self._whole(batch, scheme) if scheme == "fp8" else self._streamed(batch, scheme)
+            self._whole(batches, scheme) if scheme == "fp8" else self._streamed(batches[0], scheme)
         )
         outputs = {contract.IMAGE_FEATURES: self.features.numpy()}
         return Reference(
@@ -145,7 +147,7 @@ class TileExport:
             measured=measured,
         )
 
-    def _whole(self, pixels: Tensor, scheme: Scheme) -> tuple[Tensor, Measured]:
+    def _whole(self, batches: Sequence[Tensor], scheme: Scheme) -> tuple[Tensor, Measured]:
         """Image tokens, and the linear layers of a tower that is run several times over."""
         config = self.plan.config
         with torch.device("meta"):
@@ -154,14 +156,14 @@ class TileExport:
         projector = load_module(projector, self.source, _PROJECTOR)
         eye = nn.ModuleDict({_TOWER[:-1]: tower, _PROJECTOR[:-1]: projector})
 
-        def run() -> Tensor:
+        def call(pixels: Tensor) -> Tensor:
             tokens = tower.forward_features(pixels, norm=True, strip_class_token=True)
             features: Tensor = projector(tokens)
             return features
 
-        measured = measure_faithful(eye, run, scheme)
+        measured = measure_faithful(eye, call, batches, scheme)
         with torch.inference_mode():
-            return run(), measured
+            return call(batches[0]), measured
 
     def _streamed(self, pixels: Tensor, scheme: Scheme | None) -> tuple[Tensor, Measured]:
         """Image tokens, and the linear layers; one block of the tower is in memory at a time."""

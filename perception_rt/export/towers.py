@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from perception_rt.export.fidelity import MIN_COSINE
 from perception_rt.export.graphs import TextGraph, VisionGraph
 from perception_rt.export.lowering import Entry, as_is, uint8_images
 from perception_rt.export.parameters import text_parameters, vision_parameters
-from perception_rt.export.plan import ExportPlan
+from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.export.quantize import (
     Format,
     Measured,
@@ -122,15 +123,17 @@ class VisionExport:
         self.source = source
 
     def reference(self, scheme: Scheme | None) -> Reference:
-        """Two synthetic images through the eager tower."""
+        """Two images through the eager tower; synthetic ones, unless there are others."""
         spec = self.plan.image
-        images = calibration.images(_GATE_IMAGES, spec.height, spec.width)
+        pictures = gate_images(self.plan, spec, _GATE_IMAGES)
+        images = pictures[:_GATE_IMAGES]
         pixels = normalize(images, spec)
         tower = _load(VisionTower, self.config, self.source, "visual.")
         measured = Measured()
         batch = torch.from_numpy(pixels)
         if scheme is not None:
-            measured.add(measure_faithful(tower, lambda: tower(batch), scheme), "visual.")
+            batches = calibration_batches(pictures, spec, _GATE_IMAGES)
+            measured.add(measure_faithful(tower, tower, batches, scheme), "visual.")
         taps = self.plan.tapped
         with torch.inference_mode():
             last = self.config.layers - 1
@@ -205,7 +208,7 @@ class TextExport:
         batch = torch.from_numpy(ids)
         measured = Measured()
         if scheme is not None:
-            measured.add(measure_faithful(tower, lambda: tower(batch), scheme), "text.")
+            measured.add(measure_faithful(tower, tower, [batch], scheme), "text.")
         with torch.inference_mode():
             features = tower(batch).numpy()
         return Reference(
@@ -304,11 +307,40 @@ def image_sources(spec: ImageSpec) -> tuple[tuple[TensorSpec, Entry], tuple[Tens
     return (images, uint8_images(spec.mean, spec.std)), (pixels, as_is)
 
 
-def measure_faithful(tower: nn.Module, run: Callable[[], Tensor], scheme: Scheme) -> Measured:
-    """The linear layers of a tower; in fp8, fewer and fewer take it until the tower is faithful."""
-    _, measured = measure_layers(tower, run, scheme)
+def gate_images(plan: ExportPlan | PlmPlan, spec: ImageSpec, count: int) -> Array:
+    """Images to compare an engine on, uint8; in fp8 more follow, to find activations' ranges."""
+    if plan.scheme == "fp8":
+        return calibration.pictures(plan.calibration, spec)
+    return calibration.images(count, spec.height, spec.width)
+
+
+def calibration_batches(pictures: Array, spec: ImageSpec, size: int) -> list[Tensor]:
+    """Normalised batches of at most `size` images."""
+    return [
+        torch.from_numpy(normalize(pictures[start : start + size], spec))
+        for start in range(0, len(pictures), size)
+    ]
+
+
+def measure_faithful(
+    tower: nn.Module,
+    call: Callable[[Tensor], Tensor],
+    batches: Sequence[Tensor],
+    scheme: Scheme,
+) -> Measured:
+    """The linear layers of a tower; in fp8, fewer and fewer take it until the tower is faithful.
+
+    Args:
+        tower: in float32, each parameter in a storage of its own.
+        call: runs it on a batch.
+        batches: calibration inputs; the first is what faithful is judged by.
+        scheme: what layers would become.
+    """
+    measured = Measured()
+    for batch in batches:
+        measured.add(measure_layers(tower, partial(call, batch), scheme)[1])
     if scheme == "fp8":
-        refuse_layers(tower, run, measured, MIN_COSINE[scheme] + _MARGIN)
+        refuse_layers(tower, partial(call, batches[0]), measured, MIN_COSINE[scheme] + _MARGIN)
     return measured
 
 

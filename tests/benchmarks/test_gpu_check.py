@@ -1,0 +1,36 @@
+"""The GPU check runs anywhere as a trial: what it cannot do is a row with the reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+
+
+def test_a_trial_has_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    file = tmp_path / "gpu.json"
+    assert gpu_check.main(["--quick", "--out", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    towers = [row for row in rows if "images_per_s" in row]
+    decoders = [row for row in rows if "tokens_per_s" in row]
+    assert [row["how"] for row in towers] == ["eager", "torch.compile"]
+    assert all(row["cosine"] > 0.999 for row in towers)
+    assert len(decoders) == 2 and all(row["same_tokens"] for row in decoders)
+    if not torch.cuda.is_available():
+        failed = {row["how"]: row["failed"] for row in rows if "failed" in row}
+        assert "CUDAExecutionProvider is not in this ONNX Runtime" in failed["onnxruntime fp32"]
+        assert failed["tensorrt fp16"] and failed["tensorrt fp8"]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == len(rows) + 2
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu_check.main([]) == 2
+    assert "torch finds no GPU" in capsys.readouterr().err
