@@ -1,6 +1,5 @@
 """What a package is, what is wrong with it, and what can run here, in plain lines."""
 
-import math
 import os
 import platform
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from perception_rt.package.onnx_scan import GraphScan, scan_graph
 from perception_rt.package.reader import open_package, verify_package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import TARGETS
+from perception_rt.tensorrt_library import find_tensorrt
 
 DAMAGED = "damaged"  # how the note on a package that cannot be used begins
 
@@ -63,7 +63,12 @@ def describe(manifest: Manifest) -> list[str]:
     lines += [
         f"file        {path}: {entry.size_bytes:,} bytes" for path, entry in content.files.items()
     ]
-    for part, note in (("fidelity", ""), ("latency", ", batch 1")):
+    engines = content.target.options.get("engines")
+    if isinstance(engines, Mapping) and engines:
+        builder = str(content.target.options.get("builder"))
+        lines.append(f"engines     {', '.join(engines)!a:.80}, built by {builder!a:.60}")
+    batch = ", batch 1" + (" on the CPU, not its engine" if engines is not None else "")
+    for part, note in (("fidelity", ""), ("latency", batch)):
         measured = record.get(part)
         for name, result in measured.items() if isinstance(measured, Mapping) else ():
             lines.append(f"{part:<11} {name}{note}: {_pairs(result)}")
@@ -113,7 +118,7 @@ def lint(path: str | os.PathLike[str]) -> list[str]:
         )
     left = content.target.options.get("float_layers")
     if left:
-        notes.append(f"{len(left)} linear layers stay in float: int8 would hurt them")
+        notes.append(f"{len(left)} linear layers stay in float: 8 bits would hurt them")
     if content.target.precision == "fp16":
         notes.append("fp16 is for GPUs: on a CPU it is no faster than fp32, and int8 is")
     if content.target.backend not in TARGETS:
@@ -178,12 +183,13 @@ def _decoder_parts(content: Content) -> dict[str, GraphSpec]:
 
 def _caches(graph: GraphSpec) -> list[TensorSpec]:
     """The inputs that hold keys and values."""
-    return [t for t in graph.inputs if contract.SLOTS in t.shape]
+    return [t for t in graph.inputs if contract.is_cache(t.name)]
 
 
 def _bytes_per_token(cache: TensorSpec) -> int:
-    sizes = [size for size in cache.shape if isinstance(size, int)]
-    return math.prod(sizes) * int(cache.dtype.lstrip(ascii_lowercase)) // 8
+    _, heads, _, channels = cache.shape
+    assert isinstance(heads, int) and isinstance(channels, int)
+    return heads * channels * int(cache.dtype.lstrip(ascii_lowercase)) // 8
 
 
 def environment() -> dict[str, Any]:
@@ -204,7 +210,13 @@ def _backends() -> dict[str, str]:
         return result | {"onnxruntime": "not installed: pip install perception_rt"}
     from perception_rt.runtime.backends.onnxruntime import devices
 
-    return result | {"onnxruntime": ", ".join(devices())}
+    result |= {"onnxruntime": ", ".join(devices())}
+    try:
+        library = find_tensorrt()
+    except PerceptionError as error:
+        return result | {"tensorrt": str(error)}
+    ahead = ", ".join(library.capabilities)
+    return result | {"tensorrt": library.label + (f", builds for {ahead}" if ahead else "")}
 
 
 def _version(name: str) -> str:

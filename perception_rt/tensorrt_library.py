@@ -1,6 +1,6 @@
 """Which TensorRT is installed, and what it can do: found out, never assumed from a version.
 
-`tensorrt` (10.13 and later) builds for the GPU that is there. `tensorrt_rtx` also builds ahead of
+`tensorrt` (10.15 and later) builds for the GPU that is there. `tensorrt_rtx` also builds ahead of
 time for compute capabilities, on a machine without any GPU. Both have the same Python interface.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 
 from perception_rt.errors import BackendError
 
-_OLDEST = (10, 13)  # of tensorrt; tensorrt_rtx counts anew
+# Of tensorrt, which learned of rotation and of caches then; tensorrt_rtx counts anew.
+_OLDEST = (10, 15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,24 @@ class TensorRt:
         return tuple(sorted((name.lower() for name in names), key=lambda name: int(name[2:])))
 
 
+def find_tensorrt(*, ahead: bool = False, label: object = None) -> TensorRt:
+    """One that is installed: of two, `tensorrt`, unless the other one fits better.
+
+    Args:
+        ahead: it should build ahead of time.
+        label: it should be this one.
+
+    Raises:
+        BackendError: none is installed, or none that is new enough.
+    """
+    found = _installed()
+    return max(found, key=lambda one: (one.label == label, one.builds_ahead or not ahead))
+
+
 @cache
-def find_tensorrt() -> TensorRt:
-    """The one that is installed, `tensorrt` before `tensorrt_rtx`; BackendError if none is."""
+def _installed() -> tuple[TensorRt, ...]:
+    """All that are here, `tensorrt` first."""
+    found, old = [], ""
     for name, load in _LOADERS.items():
         try:
             api = load()
@@ -58,12 +74,15 @@ def find_tensorrt() -> TensorRt:
             continue
         version = str(api.__version__)
         if name == "tensorrt" and tuple(map(int, version.split(".")[:2])) < _OLDEST:
-            oldest = ".".join(map(str, _OLDEST))
-            raise BackendError(f"tensorrt {version} is too old; at least {oldest} is needed")
-        return TensorRt(api, name, version)
-    raise BackendError(
-        "TensorRT is not installed: pip install 'perception_rt[tensorrt]', or NVIDIA's tensorrt"
-    )
+            old = f"tensorrt {version} is too old, at least {'.'.join(map(str, _OLDEST))} is needed"
+        else:
+            found.append(TensorRt(api, name, version))
+    if not found:
+        raise BackendError(
+            f"{old or 'TensorRT is not installed'}: pip install 'perception_rt[tensorrt]', or "
+            "NVIDIA's tensorrt"
+        )
+    return tuple(found)
 
 
 def _load_tensorrt() -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.errors import ExportError
-from perception_rt.export.engines import build_engine, operator_counts
+from perception_rt.export.engines import build_engine, library_for, operator_counts
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.files import Place, write_graphs
 from perception_rt.export.gate import run_gate
@@ -34,8 +34,7 @@ from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
 from perception_rt.package.store import Stage
-from perception_rt.package.trust import built_file, remember
-from perception_rt.tensorrt_library import find_tensorrt
+from perception_rt.package.trust import remember
 
 Report = Callable[[str], None]
 
@@ -187,7 +186,7 @@ def _add_engines(
 
     One engine at a time is in memory.
     """
-    library = find_tensorrt()
+    library = library_for(plan.engines)
     max_length = plan.config.decoder.max_seqlen if isinstance(plan, PlmPlan) else 1
     files: dict[str, dict[str, str]] = {name: {} for name in plan.engines}
     built: dict[str, Any] = {}
@@ -215,6 +214,7 @@ def _add_engines(
                 "layers": dict(engine.layers),
                 "peak_rss_bytes": peak_rss_bytes(),
             }
+            del engine  # before there is another
     options = {**content.target.options, "engines": files, "builder": library.label}
     target = replace(content.target, options=options)
     return replace(content, target=target, files=dict(stage.entries)), built
@@ -225,7 +225,7 @@ def _remember(package_id: str, report: Report) -> None:
     try:
         remember(package_id)
     except OSError as error:
-        report(f"load it with expect={package_id!r}: {built_file()} cannot be written: {error}")
+        report(f"load it with expect={package_id!r}; that it was made here is not noted: {error}")
 
 
 def _record(

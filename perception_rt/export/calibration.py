@@ -52,14 +52,18 @@ def pictures(folder: Path | None, spec: ImageSpec) -> Array:
     """
     if folder is None:
         return images(_SYNTHETIC, spec.height, spec.width)
+    return np.stack([load_image(file, spec) for file in calibration_files(folder)])
+
+
+def calibration_files(folder: Path) -> list[Path]:
+    """The images that `pictures` reads; InputError if there are none."""
     try:
         files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
     except OSError as error:
         raise InputError(f"--calibration {folder}: {error.strerror}") from None
     if not files:
         raise InputError(f"--calibration {folder} has no {', '.join(_SUFFIXES)} files")
-    step = -(-len(files) // _MOST)
-    return np.stack([load_image(file, spec) for file in files[::step]])
+    return files[:: -(-len(files) // _MOST)]
 
 
 def tokens(config: TextConfig) -> Array:

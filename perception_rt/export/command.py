@@ -17,7 +17,8 @@ from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_destination, export_package
-from perception_rt.export.engines import check_engines
+from perception_rt.export.calibration import calibration_files
+from perception_rt.export.engines import library_for
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan, parse_image_size
 from perception_rt.package.manifest import Manifest
 from perception_rt.plm_config import PlmConfig, is_plm
@@ -25,7 +26,6 @@ from perception_rt.processing.image import ImageSpec, Resize
 from perception_rt.processing.llm_tokenizer import TokenizerSpec, detect_tokenizer, open_tokenizer
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.targets import Target, get_target
-from perception_rt.tensorrt_library import find_tensorrt
 
 _MAX_CONFIG_BYTES = 64 * 1024
 # Ids that the built-in byte tokenizer needs: one per byte, and some for control tokens.
@@ -52,7 +52,9 @@ def run_export(options: argparse.Namespace, report: Report) -> Manifest:
     # What needs no weights is checked before they are looked for, and downloaded.
     draft = _plan(options, config, None)
     if draft.engines:
-        check_engines(find_tensorrt(), draft.engines)
+        library_for(draft.engines)
+    if draft.calibration is not None:
+        calibration_files(draft.calibration)
     with _parents(Path(options.out)):
         check_destination(options.out, force=options.force)
         weights = _weights(options, report)

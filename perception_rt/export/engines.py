@@ -19,7 +19,7 @@ from perception_rt.errors import BackendError, ExportError
 from perception_rt.export.plan import HERE
 from perception_rt.export.profiles import Profile
 from perception_rt.package.contract import GraphSpec
-from perception_rt.tensorrt_library import TensorRt
+from perception_rt.tensorrt_library import TensorRt, find_tensorrt
 
 # The layer that each operator must be in TensorRT's network.
 _LAYERS = {
@@ -85,9 +85,11 @@ def build_engine(
     config = builder.create_builder_config()
     if capability != HERE:
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper()), 0)
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper()), 0):
+            raise ExportError(f"{library.label} refuses {capability}: {log.words()}")
     for ranges in profiles:
-        config.add_optimization_profile(_profile(builder, spec, ranges))
+        if config.add_optimization_profile(_profile(builder, spec, ranges)) < 0:
+            raise ExportError(f"{library.label} refuses a profile of {file.name}: {log.words()}")
     if allow_unfused:
         for attention in _attentions(trt, network):
             attention.decomposable = True
@@ -98,6 +100,13 @@ def build_engine(
             f"{library.label} cannot build {file.name} for {capability}: {log.words()}"
         )
     return BuiltEngine(data=data, seconds=time.monotonic() - started, layers=dict(layers))
+
+
+def library_for(engines: Sequence[str]) -> TensorRt:
+    """The TensorRT that builds for all of these here; BackendError if none does."""
+    library = find_tensorrt(ahead=any(name != HERE for name in engines))
+    check_engines(library, engines)
+    return library
 
 
 def operator_counts(file: Path) -> Counter[str]:

@@ -96,6 +96,7 @@ class ExportPlan:
 Blocks = Literal["int8", "int4"]
 
 _HEAD_MULTIPLE = 16  # of GroupQueryAttention, and of the fused kernels of others
+_ALIGNMENT = 256  # bytes, of an address that TensorRT is given
 _BLOCK = 32  # channels of a quantised block of the embedding
 
 
@@ -152,6 +153,12 @@ class PlmPlan:
             raise InputError(
                 f"precision {self.precision} needs a decoder width that is a multiple of {_BLOCK}, "
                 f"not {decoder.dim}"
+            )
+        row = 2 * decoder.kv_heads * decoder.max_seqlen * decoder.head_dim
+        if self.target.fixed_slots and row % _ALIGNMENT:
+            raise InputError(
+                f"a cache of {decoder.max_seqlen} tokens has {row} bytes in a layer; backend "
+                f"{self.backend} needs a multiple of {_ALIGNMENT}"
             )
         if self.blocks not in ("int8", "int4"):
             raise InputError(f"blocks must be int8 or int4, not {self.blocks!r:.40}")

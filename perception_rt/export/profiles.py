@@ -14,7 +14,6 @@ _SIZES = {
     contract.FEATURES: ((1, 1, 1), (2, 8, 37)),
     contract.TEXT: ((1, 1, 1), (2, 16, 64)),
 }
-_SEQUENCES = 8  # decoded together
 
 
 def has_engine(graph: str) -> bool:
@@ -32,18 +31,18 @@ def profiles(graph: str, max_length: int) -> Sequence[Profile]:
     if graph.startswith(contract.DECODER):
         tokens = min(contract.CHUNK_TOKENS, max_length)
         step = {
-            contract.BATCH: (1, 1, _SEQUENCES),
+            contract.BATCH: (1, 1, contract.ENGINE_SEQUENCES),
             contract.LENGTH: (1, 1, 1),
             contract.POSITIONS: (1, 1, 1),
         }
         prompt = {
-            contract.BATCH: (1, 1, _SEQUENCES),
+            contract.BATCH: (1, 1, contract.ENGINE_SEQUENCES),
             contract.LENGTH: (1, tokens, tokens),
             contract.POSITIONS: (1, 1, tokens),
         }
         return (step, prompt)
     if graph == contract.EMBED:
         lengths = (1, min(contract.CHUNK_TOKENS, max_length), max_length)
-        return ({contract.BATCH: (1, 1, _SEQUENCES), contract.LENGTH: lengths},)
+        return ({contract.BATCH: (1, 1, contract.ENGINE_SEQUENCES), contract.LENGTH: lengths},)
     sizes = _SIZES[graph]
     return tuple({contract.BATCH: size} for size in sizes)

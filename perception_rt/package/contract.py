@@ -50,8 +50,12 @@ POSITIONS = "positions"  # L
 
 # What a decoder is given at most of a prompt at once; engines are built for it.
 CHUNK_TOKENS = 128
+ENGINE_SEQUENCES = 8  # and for as many sequences in one call
 
 DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
+
+
+_KEYS, _VALUES = "key_cache_", "value_cache_"
 
 
 def tap_name(layer: int) -> str:
@@ -69,12 +73,17 @@ def key_cache(layer: int) -> str:
 
     The graph's output `updated(name)` must be bound to the same memory as the input.
     """
-    return f"key_cache_{layer}"
+    return f"{_KEYS}{layer}"
 
 
 def value_cache(layer: int) -> str:
     """Values of a decoder layer; see `key_cache`."""
-    return f"value_cache_{layer}"
+    return f"{_VALUES}{layer}"
+
+
+def is_cache(name: str) -> bool:
+    """Whether an input has keys or values."""
+    return name.startswith((_KEYS, _VALUES))
 
 
 def updated(cache: str) -> str:

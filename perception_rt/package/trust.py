@@ -17,7 +17,10 @@ def built_file() -> Path:
 
 def remember(package_id: str) -> None:
     """Notes that a package was exported here; OSError if that cannot be written."""
-    file = built_file()
+    try:
+        file = built_file()
+    except RuntimeError as error:  # there is no home
+        raise OSError(str(error)) from None
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -28,13 +31,12 @@ def remember(package_id: str) -> None:
 
 def is_remembered(package_id: str) -> bool:
     """Whether a package was exported here; not, if the ids are not this user's own to write."""
-    file = built_file()
     try:
-        with file.open("rb") as stream:
+        with built_file().open("rb") as stream:
             info = os.fstat(stream.fileno())
             if info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 return False
             lines = stream.read().split(b"\n")
-    except OSError:
+    except (OSError, RuntimeError):  # the latter without a home
         return False
     return package_id.encode("ascii") in lines

@@ -4,7 +4,6 @@ By `cuda-bindings` and NVIDIA's driver alone: no toolkit, no torch. Everything h
 device's primary context, so that other libraries of the process see the same memory.
 """
 
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -17,6 +16,7 @@ from perception_rt.errors import BackendError, CapacityError
 Array = np.ndarray[Any, Any]
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+_ALLOCATORS = ("cuMemAlloc", "cuMemHostAlloc", "cuMemAllocManaged")
 
 
 class Cuda:
@@ -36,7 +36,6 @@ class Cuda:
                 "cuda-bindings is not installed: pip install 'perception_rt[tensorrt]'"
             ) from None
         self._driver: Any = driver
-        self._bound = threading.local()
         try:
             self._call("cuInit", 0)
         except RuntimeError as error:  # cuda-bindings finds no driver
@@ -45,14 +44,19 @@ class Cuda:
             raise BackendError("there is no GPU")
         self._device = self._call("cuDeviceGet", 0)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        attributes = driver.CUdevice_attribute
-        major, minor = (
-            self._call("cuDeviceGetAttribute", getattr(attributes, name), self._device)
+        major, minor, shares = (
+            self._call(
+                "cuDeviceGetAttribute",
+                getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"),
+                self._device,
+            )
             for name in (
-                "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
-                "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR",
+                "COMPUTE_CAPABILITY_MAJOR",
+                "COMPUTE_CAPABILITY_MINOR",
+                "CONCURRENT_MANAGED_ACCESS",
             )
         )
+        self._shares_memory = bool(shares)
         self.capability = f"sm{major}{minor}"
         name = self._call("cuDeviceGetName", 128, self._device)
         self.name = name.split(b"\0")[0].decode(errors="replace")
@@ -61,6 +65,10 @@ class Cuda:
         """A stream, as an integer."""
         self.bind()
         return int(self._call("cuStreamCreate", 1))  # CU_STREAM_NON_BLOCKING
+
+    def free_stream(self, stream: int) -> None:
+        """Gives a stream back, after what it has to do."""
+        self._free("cuStreamDestroy", stream)
 
     def allocate(self, nbytes: int) -> "Memory":
         """Memory of the device; CapacityError if there is not enough."""
@@ -75,8 +83,18 @@ class Cuda:
         return Memory(address, nbytes, lambda: self._free("cuMemFreeHost", address))
 
     def allocate_shared(self, nbytes: int) -> "Memory":
-        """Memory that both see at one address, preferably the device's own; zeroed."""
+        """Memory that both see at one address, preferably the device's own; zeroed.
+
+        Raises:
+            CapacityError: the device has not as much to spare.
+            BackendError: the system lets only one of both see it at a time, as on Windows.
+        """
         self.bind()
+        if not self._shares_memory:
+            raise BackendError(f"{self.name} and the host cannot share memory on this system")
+        free, _ = self._call("cuMemGetInfo")
+        if nbytes > free:  # else the driver would take the host's memory instead
+            raise CapacityError(f"the GPU has no memory for {nbytes} bytes, {free} are free")
         address = int(self._call("cuMemAllocManaged", nbytes, 1))  # CU_MEM_ATTACH_GLOBAL
         memory = Memory(address, nbytes, lambda: self._free("cuMemFree", address))
         location = self._driver.CUmemLocation()
@@ -101,23 +119,25 @@ class Cuda:
         self._call("cuStreamSynchronize", stream)
 
     def bind(self) -> None:
-        """Makes the primary context this thread's; nothing but this may be called before."""
-        if not getattr(self._bound, "done", False):
-            self._call("cuCtxSetCurrent", self._context)
-            self._bound.done = True
+        """Makes the primary context this thread's; others may have set another one."""
+        self._call("cuCtxSetCurrent", self._context)
 
     def _free(self, name: str, address: int) -> None:
         with suppress(BackendError):  # of a process that ends
-            self.bind()
-            self._call(name, address)
+            # A collector runs in any thread, and leaves its context as it was.
+            self._call("cuCtxPushCurrent", self._context)
+            try:
+                self._call(name, address)
+            finally:
+                self._call("cuCtxPopCurrent")
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A function of the driver; its result, or the error that its status stands for."""
         status, *results = getattr(self._driver, name)(*arguments)
         if int(status) == 0:
-            return results[0] if results else None
+            return results[0] if len(results) == 1 else tuple(results) or None
         if status.name == _OUT_OF_MEMORY:
-            size = f" for {arguments[0]} bytes" if arguments else ""
+            size = f" for {arguments[0]} bytes" if name in _ALLOCATORS else ""
             raise CapacityError(f"the GPU has no memory{size}")
         raise BackendError(f"CUDA failed: {name} returned {status.name}")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.package.contract import ENGINE_SEQUENCES
 from perception_rt.package.reader import Package, open_package
 from perception_rt.package.trust import is_remembered
 from perception_rt.runtime.embedder import Embedder
@@ -49,7 +50,8 @@ def load(
         limits: bounds on the package and on everything that is asked of it.
         kv_bytes: bound on the keys and values of all requests at work; None for 2 GiB, or for what
             the longest sequence takes where that is more. Only what is used is touched.
-        max_batch: requests of about the same length that are decoded together, 1 to 256.
+        max_batch: requests of about the same length that are decoded together, 1 to 256; to 8
+            by an engine of TensorRT.
         cache: whether features of images, and keys and values of prompts, are kept for later
             requests that begin with the same.
         feature_cache_bytes: bound on the first; 0 for none.
@@ -78,6 +80,8 @@ def load(
     package = open_package(path, expect=expect, limits=limits)
     try:
         name = _backend(package, backend, device, pinned=expect is not None)
+        if get_target(name).has_engines:
+            check_integer("max_batch", max_batch, 1, ENGINE_SEQUENCES)
         package.verify()
         if package.manifest.content.family == "pe":
             return Embedder(package, backend=name, device=device, threads=threads, limits=limits)

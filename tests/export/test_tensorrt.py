@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from perception_rt import tensorrt_library
 from perception_rt.archs import get_config
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.config import PeConfig
@@ -195,14 +196,14 @@ def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyP
 
 
 def test_without_tensorrt_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_tensorrt.cache_clear()
+    tensorrt_library._installed.cache_clear()
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs"):
         monkeypatch.setitem(sys.modules, name, None)
     try:
         with pytest.raises(BackendError, match=r"pip install 'perception_rt\[tensorrt\]'"):
             find_tensorrt()
     finally:
-        find_tensorrt.cache_clear()
+        tensorrt_library._installed.cache_clear()
 
 
 def test_the_interface_of_tensorrt_is_found_out() -> None:

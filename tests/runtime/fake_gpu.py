@@ -46,7 +46,11 @@ class FakeCuda:
     allocate_pinned = allocate_shared = allocate
 
     def new_stream(self) -> int:
+        self.live += 1
         return 1
+
+    def free_stream(self, stream: int) -> None:
+        self.live -= 1
 
     def bind(self) -> None:
         pass
@@ -67,16 +71,19 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
-    def set_optimization_profile_async(self, index: int, stream: int) -> None:
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile = index
+        self.shapes.clear()
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
         self.shapes[name] = tuple(shape)
         return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         sizes = {

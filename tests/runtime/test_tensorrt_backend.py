@@ -65,7 +65,7 @@ def made(
             (pe, RandomWeights(tiny_config, 0), bench.pe),
         ):
             trt = bench.trt[out.name]
-            patch.setattr(build, "find_tensorrt", lambda trt=trt: trt.library)
+            patch.setattr(build, "library_for", lambda engines, trt=trt: trt.library)
             patch.setattr(build, "build_engine", trt.build)
             build.export_package(plan, source, out)
     yield bench, state
@@ -85,7 +85,7 @@ def bench(made: tuple[Bench, Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
 def put(monkeypatch: pytest.MonkeyPatch, bench: Bench, name: str, **changes: str) -> None:
     """Installs the TensorRT that built a package, or another one."""
     library: TensorRt = replace(bench.trt[name].library, **changes)
-    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda: library)
+    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: library)
 
 
 def test_embeddings_are_those_of_the_graphs(bench: Bench) -> None:
@@ -127,7 +127,7 @@ def test_another_gpu_is_told_what_there_is(bench: Bench) -> None:
     bench.cuda.capability = "sm90"
     with (
         prt.load(bench.pe, device="cuda") as gpu,
-        pytest.raises(BackendError, match=r"no engines for sm90, it has sm89.*--target sm90"),
+        pytest.raises(BackendError, match=r"no engines for sm90, it has .sm89.*--target sm90"),
     ):
         gpu.embed_images([PICTURE])
 
@@ -138,7 +138,9 @@ def test_engines_of_another_version_are_not_loaded(
     put(monkeypatch, bench, "pe", version="1.8")
     with (
         prt.load(bench.pe, device="cuda") as gpu,
-        pytest.raises(BackendError, match=r"built by tensorrt_rtx 0, and here is tensorrt_rtx 1.8"),
+        pytest.raises(
+            BackendError, match=r"built by .tensorrt_rtx 0., and here is tensorrt_rtx 1.8"
+        ),
     ):
         gpu.embed_images([PICTURE])
 

@@ -1,4 +1,4 @@
-"""The demo's questions: their answers are true of the picture, and as often yes as no."""
+"""The demo's questions: their answers are true of the picture, and the first is a coin."""
 
 import numpy as np
 import pytest

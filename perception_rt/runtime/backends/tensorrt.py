@@ -4,7 +4,7 @@ Inputs go through pinned memory to the device, outputs the same way back, on a s
 engine's own. A decoder's caches are in memory that host and device see at one address
 (`allocate_state`), so the engine updates them in place and the host still finds them.
 
-Not verified on a GPU yet: docs/benchmarks.md says what was run where.
+Not verified on a GPU yet; docs/tensorrt.md says what is.
 """
 
 import threading
@@ -52,8 +52,8 @@ def open_session(
     Raises:
         BackendError: there is none, or it was built by another TensorRT, or it does not load.
     """
-    library, cuda = find_tensorrt(), open_cuda()
-    options = package.manifest.content.target.options
+    options, cuda = package.manifest.content.target.options, open_cuda()
+    library = find_tensorrt(label=options.get("builder"))
     file = engine_file(options, graph, cuda.capability, library.label)
     return TensorRtEngine(library, cuda, package.map(file), package.graph(graph), graph)
 
@@ -78,11 +78,11 @@ def engine_file(options: Mapping[str, Any], graph: str, capability: str, label: 
     if not isinstance(files, dict):
         have = ", ".join(sorted(engines)) or "none"
         raise BackendError(
-            f"the package has no engines for {capability}, it has {have}; export it again with "
-            f"--target {capability}"
+            f"the package has no engines for {capability}, it has {have!a:.80}; export it "
+            f"again with --target {capability}"
         )
     if builder != label:
-        raise BackendError(f"the engines were built by {builder:.60}, and here is {label}")
+        raise BackendError(f"the engines were built by {builder!a:.60}, and here is {label}")
     file = files.get(graph)
     if not isinstance(file, str):
         raise BackendError(f"there is no engine of graph {graph!r}, which is run on the CPU only")
@@ -128,32 +128,46 @@ class TensorRtEngine:
             if self._context is None:
                 raise BackendError("the TensorRT engine is closed")
             self._cuda.bind()
-            self._choose_profile({name: array.shape for name, array in {**inputs, **state}.items()})
-            for name, array in inputs.items():
-                self._bind_input(name, array)
-            for name, array in state.items():
-                address = _shared_address(name, array)
-                self._set_shape(name, array.shape)
-                self._context.set_tensor_address(name, address)
-                self._context.set_tensor_address(updated(name), address)
-            bound = {updated(name) for name in state}
-            places = {
-                o.name: self._bind_output(o.name, np.dtype(o.dtype))
-                for o in self._spec.outputs
-                if o.name not in bound
-            }
-            if not self._context.execute_async_v3(self._stream):
-                raise BackendError(f"TensorRT failed to run graph {self._graph!r}")
-            for name in outputs:
-                self._fetch(*places[name])
-            self._cuda.wait(self._stream)
+            try:
+                places = self._start(inputs, state)
+                for name in outputs:
+                    self._fetch(*places[name])
+            finally:
+                # Also after an error or an interrupt: the device may still be at the state.
+                self._cuda.wait(self._stream)
             return [_view(*places[name]).copy() for name in outputs]
+
+    def _start(
+        self, inputs: Mapping[str, Array], state: Mapping[str, Array]
+    ) -> dict[str, tuple[_Buffer, tuple[int, ...], DType]]:
+        """Sets the engine going; where its outputs will be, but for the state."""
+        self._choose_profile({name: array.shape for name, array in {**inputs, **state}.items()})
+        for name, array in inputs.items():
+            self._bind_input(name, array)
+        for name, array in state.items():
+            address = _shared_address(name, array)
+            self._set_shape(name, array.shape)
+            self._set_address(name, address)
+            self._set_address(updated(name), address)
+        bound = {updated(name) for name in state}
+        places = {
+            o.name: self._bind_output(o.name, np.dtype(o.dtype))
+            for o in self._spec.outputs
+            if o.name not in bound
+        }
+        if not self._context.execute_async_v3(self._stream):
+            raise BackendError(f"TensorRT failed to run graph {self._graph!r}")
+        return places
 
     def close(self) -> None:
         """Frees the context and the engine; a run in flight ends first."""
         with self._lock:
+            if self._context is None:
+                return
+            self._cuda.bind()
             self._context = self._engine = self._runtime = None
             self._buffers.clear()
+            self._cuda.free_stream(self._stream)
 
     def _choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """The first profile that all shapes are in; InputError names the input that is in none."""
@@ -168,7 +182,8 @@ class TensorRtEngine:
             ]
             if not outside:
                 if index != self._profile:
-                    self._context.set_optimization_profile_async(index, self._stream)
+                    if not self._context.set_optimization_profile_async(index, self._stream):
+                        raise BackendError(f"TensorRT refuses profile {index} of {self._graph!r}")
                     self._profile = index
                 return
             found = outside
@@ -180,13 +195,13 @@ class TensorRtEngine:
         np.asarray(buffer.host)[: array.nbytes] = array.reshape(-1).view(np.uint8)
         self._cuda.copy_in(buffer.device.address, buffer.host.address, array.nbytes, self._stream)
         self._set_shape(name, array.shape)
-        self._context.set_tensor_address(name, buffer.device.address)
+        self._set_address(name, buffer.device.address)
 
     def _bind_output(self, name: str, dtype: DType) -> tuple[_Buffer, tuple[int, ...], DType]:
         """Gives an output its place; that, its shape and its dtype."""
         shape = tuple(self._context.get_tensor_shape(name))
         buffer = self._buffer(name, prod(shape) * dtype.itemsize)
-        self._context.set_tensor_address(name, buffer.device.address)
+        self._set_address(name, buffer.device.address)
         return buffer, shape, dtype
 
     def _fetch(self, buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> None:
@@ -197,6 +212,10 @@ class TensorRtEngine:
     def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if not self._context.set_input_shape(name, shape):
             raise InputError(f"graph {self._graph!r} does not take {name!r} of shape {shape}")
+
+    def _set_address(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise BackendError(f"TensorRT refuses the address of {name!r} of {self._graph!r}")
 
     def _buffer(self, name: str, nbytes: int) -> _Buffer:
         """A buffer of at least as many bytes; it grows, and stays."""
