@@ -220,8 +220,9 @@ def test_ctrl_c_and_a_reader_that_leaves(plm_package: Path) -> None:
         assert child.stdout.read(10)
         return child
 
-    interrupted, left = start(), start()
+    interrupted = start()
     interrupted.send_signal(signal.SIGINT)
+    left = start()
     left.stdout.close()
     out, err = interrupted.communicate(timeout=30)
     assert (interrupted.returncode, out[-1:]) == (130, b"\n")

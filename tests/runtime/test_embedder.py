@@ -195,8 +195,8 @@ def test_what_cannot_be_had_is_an_error(
     wrong = "sha256:" + hashlib.sha256(b"").hexdigest()
     with pytest.raises(PackageError, match="sha256:"):
         prt.load(tiny_package, expect=wrong)
-    with pytest.raises(InputError, match="unknown backend 'tensorrt'"):
-        prt.load(tiny_package, backend="tensorrt")
+    with pytest.raises(InputError, match="unknown backend 'tensorflow'"):
+        prt.load(tiny_package, backend="tensorflow")
     with pytest.raises(InputError, match="threads must be an integer from 1 to 1024"):
         prt.load(tiny_package, threads=0)
     with pytest.raises(BackendError, match="CUDAExecutionProvider is not in this ONNX Runtime"):
