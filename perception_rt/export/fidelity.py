@@ -11,15 +11,16 @@ from perception_rt.errors import ExportError
 Array = np.ndarray[Any, Any]
 
 # Least cosine of any row against eager float32, by a plan's `gate`. Of a decoder, random weights
-# keep less than trained ones: in fp8, 0.983 of two layers of PLM-1B's shape. Four bits in every
-# block are a coarse grid: rounding to it leaves 0.93 of PLM-1B's random weights, and as little as
-# 0.73 of very narrow ones. A wrong engine is near 0.
+# keep less than trained ones: in fp8, 0.98 of two layers of PLM-1B's shape and 0.92 of all 28 of
+# PLM-3B's, where PLM-Demo, which is trained, keeps 0.99998. Four bits in every block are a coarse
+# grid: rounding to it leaves 0.93 of PLM-1B's random weights, and as little as 0.73 of very narrow
+# ones. A wrong engine is near 0.
 MIN_COSINE: Mapping[str, float] = {
     "fp32": 0.99999,
     "fp16": 0.9995,
     "int8": 0.995,
     "fp8": 0.998,
-    "fp8 decoder": 0.95,
+    "fp8 decoder": 0.85,
     "int4": 0.97,
     "int4 blocks": 0.7,
 }
