@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -216,7 +217,11 @@ def test_ctrl_c_and_a_reader_that_leaves(plm_package: Path) -> None:
     command += ["--prompt", "What?", "--max-new-tokens", "7000", "--stream"]
 
     def start() -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # A shell starts what it runs in the background with interrupts ignored.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed
+        )
         assert child.stdout.read(10)
         return child
 
