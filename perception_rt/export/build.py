@@ -91,9 +91,11 @@ def export_package(
         report("comparing the package with eager")
         fidelity, latency = run_gate(stage.directory, references)
         check_gate(fidelity, plan.gate)
-        record = _record(plan, fidelity, latency, harmed, time.monotonic() - started)
+        built: dict[str, Any] = {}
         if plan.engines:
-            content, record["engines"] = _add_engines(plan, stage, content, report)
+            content, built["engines"] = _add_engines(plan, stage, content, report)
+        seconds = time.monotonic() - started
+        record = {**_record(plan, fidelity, latency, harmed, seconds), **built}
         manifest = Manifest.create(content, record=record)
         stage.seal(manifest, domains=plan.target.domains)
         stage.publish()

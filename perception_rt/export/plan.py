@@ -22,16 +22,13 @@ _SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportPlan:
-    """Architecture, target, precision and shapes.
+class _Plan:
+    """What plans of encoders and of language models have in common.
 
     Attributes:
         name: the model's name, as the package will state it.
-        config: the architecture.
         backend: a name in `targets.TARGETS`.
         precision: one of `targets.PRECISIONS`.
-        image: how images become pixels; its height and width fix the grid.
-        taps: blocks whose output `features` can return, counted from the front; None for all.
         engines: compute capabilities, as in "sm89", to build engines for; HERE for the GPU that is
             here.
         allow_unfused: whether an engine may take attention apart.
@@ -40,11 +37,8 @@ class ExportPlan:
     """
 
     name: str
-    config: PeConfig
     backend: str
     precision: str
-    image: ImageSpec
-    taps: tuple[int, ...] | None = None
     engines: tuple[str, ...] = ()
     allow_unfused: bool = False
     calibration: Path | None = None
@@ -54,22 +48,12 @@ class ExportPlan:
         _check_engines(self.target, self.engines)
         if self.calibration is not None and self.precision != "fp8":
             raise InputError("--calibration is for fp8; other scales are found when engines run")
-        if self.precision == "int4":
-            raise InputError("int4 is for language models; an encoder can be int8")
-        _ = self.grid
         _check_name(self.name)
-        for tap in self.taps or ():
-            if self.config.vision.block_index(tap) != tap:
-                raise InputError(f"tap {tap} must be counted from the front")
 
     @property
     def target(self) -> Target:
         """The backend's record."""
         return get_target(self.backend)
-
-    def gate(self, output: str) -> str:
-        """Which limit of the export gate holds for an output, "graph.output"."""
-        return self.precision
 
     @property
     def float_dtype(self) -> str:
@@ -80,6 +64,34 @@ class ExportPlan:
     def scheme(self) -> Scheme | None:
         """What linear layers are measured for."""
         return _SCHEMES.get(self.precision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPlan(_Plan):
+    """The plan of an encoder.
+
+    Attributes:
+        config: the architecture.
+        image: how images become pixels; its height and width fix the grid.
+        taps: blocks whose output `features` can return, counted from the front; None for all.
+    """
+
+    config: PeConfig
+    image: ImageSpec
+    taps: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _Plan.__post_init__(self)  # a class with slots is made anew, and `super` knows the old one
+        if self.precision == "int4":
+            raise InputError("int4 is for language models; an encoder can be int8")
+        _ = self.grid
+        for tap in self.taps or ():
+            if self.config.vision.block_index(tap) != tap:
+                raise InputError(f"tap {tap} must be counted from the front")
+
+    def gate(self, output: str) -> str:
+        """Which limit of the export gate holds for an output, "graph.output"."""
+        return self.precision
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -101,43 +113,25 @@ _BLOCK = 32  # channels of a quantised block of the embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlmPlan:
-    """Architecture, target, precision and processing of a language model.
+class PlmPlan(_Plan):
+    """The plan of a language model.
 
     Attributes:
-        name: the model's name, as the package will state it.
         config: the architecture.
-        backend: a name in `targets.TARGETS`.
-        precision: one of `targets.PRECISIONS`.
         tiles: how images and videos become tiles.
         blocks: what int4 means for the decoder's blocks: "int8" keeps prompts fast, "int4" halves
             the memory. The embedding, the head and the tower are the same in both.
         tokenizer: a tokenizer's specification and the bytes of its file, None for a package that
             takes token ids only.
-        engines: compute capabilities, as in "sm89", to build engines for; HERE for the GPU that is
-            here.
-        allow_unfused: whether an engine may take attention apart.
-        calibration: a folder of images that fp8 finds the ranges of activations on; None for
-            synthetic ones.
     """
 
-    name: str
     config: PlmConfig
-    backend: str
-    precision: str
     tiles: TileSpec
     blocks: Blocks = "int8"
     tokenizer: tuple[TokenizerSpec, bytes | None] | None = None
-    engines: tuple[str, ...] = ()
-    allow_unfused: bool = False
-    calibration: Path | None = None
 
     def __post_init__(self) -> None:
-        check_precision(self.target, self.precision)
-        _check_engines(self.target, self.engines)
-        if self.calibration is not None and self.precision != "fp8":
-            raise InputError("--calibration is for fp8; other scales are found when engines run")
-        _check_name(self.name)
+        _Plan.__post_init__(self)
         if self.tiles.tile_size != self.config.vision.image_size:
             raise InputError(
                 f"tiles of {self.tiles.tile_size} pixels are not for a tower of "
@@ -165,11 +159,6 @@ class PlmPlan:
         if self.blocks == "int4" and self.precision != "int4":
             raise InputError("blocks can be int4 in precision int4 only")
 
-    @property
-    def target(self) -> Target:
-        """The backend's record."""
-        return get_target(self.backend)
-
     def gate(self, output: str) -> str:
         """Which limit of the export gate holds for an output, "graph.output"."""
         graph = output.partition(".")[0]
@@ -185,16 +174,6 @@ class PlmPlan:
     def quantized(self) -> bool:
         """Whether linear weights are integers."""
         return self.precision in ("int8", "int4")
-
-    @property
-    def float_dtype(self) -> str:
-        """Numpy's name of the type of activations and of weights that are not quantised."""
-        return "float16" if self.precision in ("fp16", "fp8") else "float32"
-
-    @property
-    def scheme(self) -> Scheme | None:
-        """What linear layers are measured for."""
-        return _SCHEMES.get(self.precision)
 
 
 def _check_engines(target: Target, engines: tuple[str, ...]) -> None:

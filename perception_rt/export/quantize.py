@@ -14,6 +14,7 @@ Legend: O channels out, C channels in, B blocks of 32 channels.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -170,7 +171,7 @@ def _names(module: nn.Module) -> dict[int, str]:
     return {p.untyped_storage().data_ptr(): n for n, p in module.named_parameters()}
 
 
-class _Linears(TorchFunctionMode):
+class _Linears(TorchFunctionMode, ABC):
     """Sees every `F.linear` of some parameters."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
@@ -191,11 +192,11 @@ class _Linears(TorchFunctionMode):
                 return self.linear(name, result, *args)
         return result
 
+    @abstractmethod
     def linear(
         self, name: str, result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """What the layer shall return."""
-        raise NotImplementedError
 
 
 class _Measuring(_Linears):
