@@ -27,6 +27,8 @@ class Target:
             with eager there.
         fixed_slots: a decoder's cache has as many slots as its longest sequence, always.
         has_engines: besides graphs, a package may have engines of them for GPUs.
+        picks_tokens: a decoder gives the likeliest token beside its logits.
+        tile_batch: tiles of an image that are encoded in one call.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Target:
     graph_backend: str = ""
     fixed_slots: bool = False
     has_engines: bool = False
+    picks_tokens: bool = False
+    tile_batch: int = 1
 
 
 TARGETS: dict[str, Target] = {
@@ -67,6 +71,8 @@ TARGETS: dict[str, Target] = {
         graph_backend="onnxruntime",
         fixed_slots=True,
         has_engines=True,
+        picks_tokens=True,
+        tile_batch=16,
     ),
     # Predictable outputs without an engine: the test double of everything above a session.
     "reference": Target(

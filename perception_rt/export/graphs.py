@@ -134,12 +134,13 @@ class DecoderGraph(nn.Module):
         self.rope_sin = _meta(config.max_seqlen, config.head_dim // 2)
         if self.is_last:
             self.head = _meta(config.vocab_size, config.dim)
+            self.exclusion = _meta(config.vocab_size)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """hidden (N, T, C), past lengths (N,), caches (N, K, S, E) -> hidden, caches.
 
         The last part takes logit positions (N, L) in front of the caches, and returns logits
-        (N, L, V) instead of hidden.
+        (N, L, V) instead of hidden, and in the end the largest logit and its token, both (N, L).
         """
         hidden, past_lengths, *rest = inputs
         positions = rest.pop(0) if self.is_last else None
@@ -150,5 +151,8 @@ class DecoderGraph(nn.Module):
             hidden = layer(hidden, rope)
         if positions is not None:
             index = positions[..., None].expand(-1, -1, hidden.shape[-1])
-            hidden = F.linear(self.norm(torch.gather(hidden, 1, index)), self.head)
+            logits = F.linear(self.norm(torch.gather(hidden, 1, index)), self.head)
+            allowed = logits + self.exclusion
+            top = allowed.amax(dim=-1), allowed.argmax(dim=-1)
+            return (logits, *self.attention.updated, *top)
         return (hidden, *self.attention.updated)

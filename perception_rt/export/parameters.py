@@ -5,6 +5,7 @@ computed for the grid, or the positions, by the model's own functions.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,9 +49,9 @@ def embed_parameters(source: WeightSource, graph: EmbedGraph) -> dict[str, Weigh
 
 
 def decoder_parameters(
-    source: WeightSource, graph: DecoderGraph, config: DecoderConfig
+    source: WeightSource, graph: DecoderGraph, config: DecoderConfig, excluded: int
 ) -> dict[str, Weight]:
-    """A weight for each parameter of a part of a decoder."""
+    """A weight for each parameter of a part of a decoder; `excluded` is never its top token."""
     head = "tok_embeddings.weight" if config.weight_tying else "output.weight"
     tables = _rope(lambda: rope_1d(config, config.max_seqlen))
     weights = {}
@@ -58,9 +59,19 @@ def decoder_parameters(
         if name in tables:
             shape = tuple(parameter.shape)
             weights[name] = Weight(f"decoder.{name}", _FLOAT32, shape, tables[name])
+        elif name == "exclusion":
+            load = partial(_exclusion, config.vocab_size, excluded)
+            weights[name] = Weight("decoder.exclusion", _FLOAT32, (config.vocab_size,), load)
         else:
             weights[name] = _matrix(source, head if name == "head" else name, parameter)
     return weights
+
+
+def _exclusion(vocab_size: int, excluded: int) -> Array:
+    """What to add to logits, so that a token is not the largest."""
+    array = np.zeros(vocab_size, np.float32)
+    array[excluded] = np.finfo(np.float16).min
+    return array
 
 
 def _tower_parameters(

@@ -350,14 +350,17 @@ class DecoderExport:
             examples[spec.name] = torch.zeros(sizes, dtype=dtype, device="meta")
             dynamic[spec.name] = {i: s for i, s in enumerate(spec.shape) if isinstance(s, str)}
         # Equal names are equal sizes, so each name must have one size in the examples.
-        traced = trace(graph, examples, dynamic=dynamic, output_names=list(self._outputs()))
-        return traced, decoder_parameters(self.source, graph, self.config)
+        names = [*self._outputs(), *(spec.name for spec in self._picks())]
+        traced = trace(graph, examples, dynamic=dynamic, output_names=names)
+        excluded = self.plan.config.image_token_id
+        return traced, decoder_parameters(self.source, graph, self.config, excluded)
 
     def recipes(self) -> dict[str, Recipe]:
         """The one graph of this part."""
+        picks = self._picks() if self.plan.target.picks_tokens else []
         recipe = Recipe(
             sources=[(spec, as_is) for spec in self._sources()],
-            outputs=self._outputs(),
+            outputs=self._outputs() | {spec.name: spec for spec in picks},
             cached_attentions=len(self.layers),
         )
         return {self.name: recipe}
@@ -379,6 +382,16 @@ class DecoderExport:
             name = contract.updated(cache.name)
             specs.append(TensorSpec(name=name, dtype=cache.dtype, shape=cache.shape))
         return {spec.name: spec for spec in specs}
+
+    def _picks(self) -> list[TensorSpec]:
+        """The largest logit and its token."""
+        if not self.is_last:
+            return []
+        shape = (contract.BATCH, contract.POSITIONS)
+        return [
+            TensorSpec(name=contract.TOP_LOGIT, dtype="float32", shape=shape),
+            TensorSpec(name=contract.TOP_ID, dtype="int64", shape=shape),
+        ]
 
     def _caches(self) -> list[TensorSpec]:
         config = self.config

@@ -41,6 +41,9 @@ TEXT_EMBEDDING = "text_embedding"  # float32 (N, D)
 IMAGE_FEATURES = "image_features"  # float32 (N, image tokens per tile, C of the decoder)
 HIDDEN_OUT = "next_hidden"  # float32 (N, T, C)
 LOGITS = "logits"  # float32 (N, L, V)
+# Of engines on a GPU, where a row of logits is long to fetch: the likeliest token but the image's.
+TOP_LOGIT = "top_logit"  # float32 (N, L)
+TOP_ID = "top_id"  # int64 (N, L)
 
 # Names of dynamic dimensions.
 BATCH = "batch"

@@ -1,4 +1,4 @@
-"""The few calls of CUDA's driver that a backend needs: memory, copies, one stream.
+"""The few calls of CUDA's driver that a backend needs: memory, copies, streams, graphs.
 
 By `cuda-bindings` and NVIDIA's driver alone: no toolkit, no torch. Everything happens in the
 device's primary context, so that other libraries of the process see the same memory.
@@ -114,6 +114,29 @@ class Cuda:
         """Device to host, in the order of the stream."""
         self._call("cuMemcpyDtoHAsync", target, source, nbytes, stream)
 
+    def capture(self, work: Callable[[], None], stream: int) -> "Graph | None":
+        """What `work` puts on a stream, as one graph; not done yet. None if it cannot be one."""
+        # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile.
+        self._call("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode(1))
+        try:
+            work()
+        except BackendError:
+            with suppress(BackendError):
+                self._call("cuStreamEndCapture", stream)
+            return None
+        try:
+            graph = self._call("cuStreamEndCapture", stream)
+            try:
+                executable = self._call("cuGraphInstantiate", graph, 0)
+            finally:
+                self._call("cuGraphDestroy", graph)
+        except BackendError:
+            return None
+        return Graph(
+            launch=lambda stream: self._call("cuGraphLaunch", executable, stream),
+            free=lambda: self._free("cuGraphExecDestroy", executable),
+        )
+
     def wait(self, stream: int) -> None:
         """Until the stream has done everything; BackendError if any of it failed."""
         self._call("cuStreamSynchronize", stream)
@@ -122,12 +145,12 @@ class Cuda:
         """Makes the primary context this thread's; others may have set another one."""
         self._call("cuCtxSetCurrent", self._context)
 
-    def _free(self, name: str, address: int) -> None:
+    def _free(self, name: str, handle: Any) -> None:
         with suppress(BackendError):  # of a process that ends
             # A collector runs in any thread, and leaves its context as it was.
             self._call("cuCtxPushCurrent", self._context)
             try:
-                self._call(name, address)
+                self._call(name, handle)
             finally:
                 self._call("cuCtxPopCurrent")
 
@@ -140,6 +163,21 @@ class Cuda:
             size = f" for {arguments[0]} bytes" if name in _ALLOCATORS else ""
             raise CapacityError(f"the GPU has no memory{size}")
         raise BackendError(f"CUDA failed: {name} returned {status.name}")
+
+
+class Graph:
+    """Work on a stream that is launched as one, again and again; freed when nothing refers to it.
+
+    Attributes:
+        launch: puts it on a stream.
+    """
+
+    def __init__(self, *, launch: Callable[[int], object], free: Callable[[], None]) -> None:
+        self.launch = launch
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free()
 
 
 class Memory:

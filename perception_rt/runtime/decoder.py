@@ -21,6 +21,7 @@ from perception_rt.plm_config import PlmConfig
 from perception_rt.runtime.kv import SMALLEST_ROW
 from perception_rt.runtime.kv_block import CacheBlock, CacheShape
 from perception_rt.runtime.session import Session, open_session, state_allocator
+from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
 OnTile = Callable[[int, int], None]
@@ -39,6 +40,8 @@ class Decoder:
         max_length: the longest sequence, in tokens.
         vocab_size: V.
         smallest_row: slots that a row of a cache has at least: all, where their number is fixed.
+        picks_tokens: whether `pick` works.
+        tile_batch: tiles that are best encoded in one call.
     """
 
     def __init__(self, package: Package, *, backend: str, device: str, threads: int | None) -> None:
@@ -57,6 +60,11 @@ class Decoder:
         slots = _fixed_slots(package)
         _check_graphs(package, self.config, self._parts, self.cache_shape, slots)
         self.smallest_row = slots or min(SMALLEST_ROW, decoder.max_seqlen)
+        target = get_target(backend)
+        last = package.graph(contract.decoder_part(len(self._parts) - 1))
+        has_picks = any(spec.name == contract.TOP_ID for spec in last.outputs)
+        self.picks_tokens = target.picks_tokens and has_picks
+        self.tile_batch = target.tile_batch
         self.max_length = decoder.max_seqlen
         self.vocab_size = decoder.vocab_size
         self._package = package
@@ -69,7 +77,8 @@ class Decoder:
 
     def new_cache(self, rows: int, slots: int) -> CacheBlock:
         """Keys and values for `forward`; CapacityError if there is no memory for them."""
-        return CacheBlock(self.cache_shape, rows, slots, state_allocator(self._backend))
+        allocate = state_allocator(self._backend, self._device)
+        return CacheBlock(self.cache_shape, rows, slots, allocate)
 
     def embed(self, tokens: Array) -> Array:
         """Embeddings, float32 (T, C), of int64 ids (T,), T at least 1.
@@ -88,7 +97,8 @@ class Decoder:
         """Image features, float32 (n, t, C), of uint8 tiles (n, S, S, 3).
 
         Args:
-            tiles: RGB. One call of the engine takes one, so that no tile depends on another.
+            tiles: RGB. One call of the engine takes `tile_batch`; of one, on a CPU, so that no
+                tile depends on another.
             on_tile: called with the numbers of tiles done and in all; what it raises ends this.
         """
         return self._encode(contract.VISION, contract.IMAGES_U8, tiles, on_tile)
@@ -112,6 +122,31 @@ class Decoder:
         Raises:
             BackendError: the engine failed; the rows are undefined then.
         """
+        (logits,) = self._append(hidden, past, cache, rows, positions, [contract.LOGITS])
+        return logits
+
+    def pick(
+        self, hidden: Array, past: Array, cache: CacheBlock, rows: slice, positions: Array
+    ) -> Array:
+        """As `forward`, but the likeliest tokens, int64 (N, L): never the one for images.
+
+        Their logits stay on the device, where the engine finds the largest of them.
+        """
+        assert self.picks_tokens
+        names = [contract.TOP_ID, contract.TOP_LOGIT]  # the latter is seen to be finite
+        tokens, _ = self._append(hidden, past, cache, rows, positions, names)
+        return tokens
+
+    def _append(
+        self,
+        hidden: Array,
+        past: Array,
+        cache: CacheBlock,
+        rows: slice,
+        positions: Array,
+        outputs: list[str],
+    ) -> list[Array]:
+        """The last part's outputs after all parts have appended the tokens to their caches."""
         count, length, _ = hidden.shape
         assert length == 1 or count == 1 or not past.any()
         assert past.shape == (count,) and past.min() >= 0
@@ -125,10 +160,10 @@ class Decoder:
                 inputs[contract.LOGIT_POSITIONS] = positions
             state = {contract.key_cache(layer): cache.keys[layer][rows] for layer in layers}
             state |= {contract.value_cache(layer): cache.values[layer][rows] for layer in layers}
-            output = contract.LOGITS if index == last else contract.HIDDEN_OUT
-            session = self._session(contract.decoder_part(index))
-            (hidden,) = session.run(inputs, [output], state)
-        return hidden
+            names = outputs if index == last else [contract.HIDDEN_OUT]
+            results = self._session(contract.decoder_part(index)).run(inputs, names, state)
+            hidden = results[0]
+        return results
 
     def close(self) -> None:
         """Frees every engine and closes the package; a second call does nothing."""
@@ -142,12 +177,12 @@ class Decoder:
     def _encode(self, graph: str, name: str, images: Array, on_tile: OnTile | None) -> Array:
         shape = (len(images), self.config.tokens_per_tile, self.config.decoder.dim)
         features = np.empty(shape, np.float32)
-        for index in range(len(images)):
-            inputs = {name: images[index : index + 1]}
-            (rows,) = self._session(graph).run(inputs, [contract.IMAGE_FEATURES])
-            features[index] = rows[0]
+        for start in range(0, len(images), self.tile_batch):
+            stop = min(start + self.tile_batch, len(images))
+            inputs = {name: images[start:stop]}
+            (features[start:stop],) = self._session(graph).run(inputs, [contract.IMAGE_FEATURES])
             if on_tile is not None:
-                on_tile(index + 1, len(images))
+                on_tile(stop, len(images))
         return features
 
     def _session(self, graph: str) -> Session:
@@ -235,6 +270,7 @@ def _check_graphs(
     _check_graph(package, contract.PIXELS, [_float32(contract.PIXELS_F32, 3, side, side)], features)
     past = TensorSpec(name=contract.PAST_LENGTHS, dtype="int32", shape=(contract.BATCH,))
     for index, layers in enumerate(parts):
+        graph = contract.decoder_part(index)
         caches = [
             TensorSpec(
                 name=name,
@@ -256,7 +292,10 @@ def _check_graphs(
             inputs.append(TensorSpec(name=contract.LOGIT_POSITIONS, dtype="int64", shape=where))
             logits = _float32(contract.LOGITS, contract.POSITIONS, config.decoder.vocab_size)
             outputs.append(logits)
-        _check_graph(package, contract.decoder_part(index), inputs, outputs)
+            if any(spec.name == contract.TOP_ID for spec in package.graph(graph).outputs):
+                outputs.append(_float32(contract.TOP_LOGIT, contract.POSITIONS))
+                outputs.append(TensorSpec(name=contract.TOP_ID, dtype="int64", shape=where))
+        _check_graph(package, graph, inputs, outputs)
 
 
 def _float32(name: str, *sizes: int | str) -> TensorSpec:

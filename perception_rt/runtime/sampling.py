@@ -44,6 +44,11 @@ class Sampler:
         self._allowed = allowed
         self._random = np.random.default_rng(seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it takes the likeliest of the allowed tokens, always."""
+        return self._temperature == 0
+
     def choose(self, logits: Array) -> int:
         """The next token's id; of equals the lowest.
 

@@ -165,8 +165,7 @@ class Scheduler:
             job.prefill_s += start - job.started_at
         pending, encoded = job.pending_tiles, False
         while pending and not encoded:
-            encoded = self._encode_tile(job, pending[0])
-            pending.popleft()
+            encoded = self._encode_tiles(job, pending)
             job.report("vision", job.tile_count - len(pending), job.tile_count)
         job.vision_s += self.clock() - start
         if not pending:
@@ -191,22 +190,32 @@ class Scheduler:
             job.features = np.empty((len(job.image_positions), config.decoder.dim), np.float32)
         return deque(range(covered // config.tokens_per_tile, job.tile_count))
 
-    def _encode_tile(self, job: Job, index: int) -> bool:
-        """Fills in the features of a tile; False if they were in the cache."""
+    def _encode_tiles(self, job: Job, pending: deque[int]) -> bool:
+        """Fills in the features of the next tiles, at most a batch that the cache does not have.
+
+        Returns:
+            Whether the engine encoded any.
+        """
         assert job.tiles is not None and job.features is not None
-        cached = None if self._features is None else self._features.get(job.tile_keys[index])
-        tile = job.tiles[index : index + 1]
-        if cached is not None:
-            features = cached
-        elif tile.dtype == np.float32:
-            features = self._decoder.encode_pixels(tile)
-        else:
-            features = self._decoder.encode_tiles(tile)
-        count = self._decoder.config.tokens_per_tile
-        job.features[index * count : (index + 1) * count] = features[0]
-        if cached is None and self._features is not None:
-            self._features.put(job.tile_keys[index], features)
-        return cached is None
+        features = job.features.reshape(job.tile_count, -1, job.features.shape[-1])
+        new: list[int] = []
+        while pending and len(new) < self._decoder.tile_batch:
+            index = pending.popleft()
+            cached = None if self._features is None else self._features.get(job.tile_keys[index])
+            if cached is None:
+                new.append(index)
+            else:
+                features[index] = cached[0]
+        if not new:
+            return False
+        tiles = job.tiles[new]
+        is_float = tiles.dtype == np.float32
+        encode = self._decoder.encode_pixels if is_float else self._decoder.encode_tiles
+        features[new] = encode(tiles)
+        if self._features is not None:
+            for index in new:
+                self._features.put(job.tile_keys[index], features[index : index + 1])
+        return True
 
     def _prefill(self, job: Job) -> None:
         """Decodes the next part of the prompt, and after the last one chooses a token."""
@@ -216,19 +225,19 @@ class Scheduler:
         stop = min(len(job.ids), (start // self._chunk_tokens + 1) * self._chunk_tokens)
         hidden = self._hidden(job, start, stop)
         job.lease.advance(start, written=stop)  # also if it fails half-way
-        logits = self._forward([job], hidden[None], np.array([[stop - start - 1]]))[0, 0]
+        (predicted,) = self._forward([job], hidden[None], np.array([[stop - start - 1]]))
         job.lease.advance(stop)
         job.prefill_s += self.clock() - clock_start
         job.report("prefill", stop, len(job.ids))
         if stop < len(job.ids):
             return
         if job.max_new_tokens == 0:
-            job.logits = logits
+            job.logits = predicted[0]
             self._remember(job, stop)
             self._finish(job, "length")
             return
         job.enter(State.DECODE)
-        self._accept(job, job.sampler.choose(logits))
+        self._accept(job, *_choose(job, predicted))
         if not job.ended:
             self._remember(job, stop)  # after the first token, which is waited for
 
@@ -265,7 +274,7 @@ class Scheduler:
             job.lease.advance(job.lease.length, written=job.lease.length + 1)
         try:
             hidden = self._decoder.embed(tokens)[:, None]
-            logits = self._forward(jobs, hidden, np.zeros((len(jobs), 1), np.int64))
+            predicted = self._forward(jobs, hidden, np.zeros((len(jobs), 1), np.int64))
         except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
@@ -273,12 +282,12 @@ class Scheduler:
                 for job in jobs:
                     self._decode_run([job])
             return
-        for job, rows in zip(jobs, logits, strict=True):
+        for job, row in zip(jobs, predicted, strict=True):
             with self._guard(job):
                 assert job.lease is not None
                 job.steps += 1
                 job.lease.advance(job.lease.length + 1)
-                self._accept(job, job.sampler.choose(rows[0]))
+                self._accept(job, *_choose(job, row))
 
     def _drafts(self, job: Job) -> list[int]:
         if job.lookup is None:
@@ -293,21 +302,29 @@ class Scheduler:
         start, count = job.lease.length, len(tokens)
         hidden = self._decoder.embed(tokens)
         job.lease.advance(start, written=start + count)
-        logits = self._forward([job], hidden[None], np.arange(count)[None])
+        (predicted,) = self._forward([job], hidden[None], np.arange(count)[None])
         job.steps += 1
-        predicted = [job.sampler.choose(row) for row in logits[0]]
-        for token in agreed(drafts, predicted):
+        for token in agreed(drafts, _choose(job, predicted)):
             job.lease.advance(job.lease.length + 1)
             self._accept(job, token)
             if job.ended:
                 return
 
     def _forward(self, jobs: Sequence[Job], hidden: Array, positions: Array) -> Array:
-        """Logits, float32 (N, L, V), of tokens (N, T, C) appended to adjacent rows."""
+        """What follows tokens (N, T, C) that are appended to adjacent rows, for `_choose`.
+
+        Returns:
+            Logits, float32 (N, L, V), or the likeliest tokens, int64 (N, L), where the engine finds
+            them and nobody needs more.
+        """
+        greedy = all(job.sampler.greedy and job.max_new_tokens > 0 for job in jobs)
+        call = self._decoder.forward
+        if greedy and self._decoder.picks_tokens:
+            call = self._decoder.pick
         leases = [job.lease for job in jobs if job.lease is not None]
         past = np.array([lease.length for lease in leases], np.int32)
         rows = slice(leases[0].row, leases[0].row + len(jobs))
-        return self._decoder.forward(hidden, past, leases[0].block, rows, positions)
+        return call(hidden, past, leases[0].block, rows, positions)
 
     def _accept(self, job: Job, token: int) -> None:
         reason = job.accept(token, self.clock())
@@ -350,6 +367,13 @@ class Scheduler:
             if job.ended:  # a mistake of ours, and of no request
                 raise
             self._fail(job, error)
+
+
+def _choose(job: Job, predicted: Array) -> list[int]:
+    """The tokens at L positions, of what `_forward` says of one job."""
+    if predicted.ndim == 1:
+        return [int(token) for token in predicted]
+    return [job.sampler.choose(logits) for logits in predicted]
 
 
 def _extent(job: Job) -> tuple[int, int]:

@@ -38,8 +38,7 @@ class Engine(Protocol):
 class BackendModule(Protocol):
     """The functions of the module that `Target.session` names.
 
-    It may also have `allocate_state`, if states must be in memory of its own; see
-    `state_allocator`.
+    It may also have a `state_allocator(device)`, if states must be in memory of its own.
     """
 
     def check_device(self, device: str) -> None:
@@ -115,9 +114,11 @@ def open_session(
     return Session(engine, spec, graph)
 
 
-def state_allocator(backend: str) -> Callable[[int], Array] | None:
-    """What gives memory for states, uint8 (bytes,), if a backend wants them in its own."""
-    return getattr(_module(backend), "allocate_state", None)
+def state_allocator(backend: str, device: str) -> Callable[[int], Array] | None:
+    """What gives zeroed memory for states, uint8 (bytes,); None if any memory will do."""
+    allocator = getattr(_module(backend), "state_allocator", None)
+    found: Callable[[int], Array] | None = None if allocator is None else allocator(device)
+    return found
 
 
 def check_backend(package: Package, *, backend: str, device: str) -> None:

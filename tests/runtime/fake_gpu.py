@@ -5,7 +5,8 @@ and states in place are real.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from perception_rt.errors import CapacityError
 from perception_rt.export.engines import BuiltEngine
 from perception_rt.export.profiles import Profile
 from perception_rt.package.contract import GraphSpec, TensorSpec
-from perception_rt.runtime.cuda import Memory
+from perception_rt.runtime.cuda import Graph, Memory
 from perception_rt.tensorrt_library import TensorRt
 
 CAPABILITY = "sm89"
@@ -31,6 +32,9 @@ class FakeCuda:
     def __init__(self) -> None:
         self.room = 1 << 40
         self.live = 0
+        self.capturing = False
+        self.captured: list[Callable[[], None]] = []
+        self.launched = 0
 
     def allocate(self, nbytes: int) -> Memory:
         if nbytes > self.room:
@@ -63,10 +67,29 @@ class FakeCuda:
 
     copy_out = copy_in
 
+    def capture(self, work: Callable[[], None], stream: int) -> Graph | None:
+        """What `work` would do with the addresses and shapes of now, whatever those are later."""
+        self.capturing = True
+        work()
+        self.capturing = False
+        launches, self.captured = self.captured, []
+        self.live += 1
+
+        def launch(stream: int) -> None:
+            self.launched += 1
+            for one in launches:
+                one()
+
+        def free() -> None:
+            self.live -= 1
+
+        return Graph(launch=launch, free=free)
+
 
 class FakeContext:
-    def __init__(self, engine: "FakeEngine") -> None:
+    def __init__(self, engine: "FakeEngine", cuda: FakeCuda) -> None:
         self.engine = engine
+        self.cuda = cuda
         self.profile = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -96,29 +119,43 @@ class FakeContext:
         return tuple(sizes[size] if isinstance(size, str) else size for size in shape)
 
     def execute_async_v3(self, stream: int) -> bool:
-        spec = self.engine.spec
-        feeds = {s.name: self.at(s, self.shapes[s.name]).copy() for s in spec.inputs}
-        names = [s.name for s in spec.outputs]
-        for output, array in zip(spec.outputs, self.engine.session.run(names, feeds), strict=True):
-            self.at(output, array.shape)[...] = array
+        run = partial(self.execute, dict(self.shapes), dict(self.addresses))
+        if self.cuda.capturing:
+            self.cuda.captured.append(run)
+        else:
+            run()
         return True
 
-    def at(self, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray[Any, Any]:
-        dtype = np.dtype(spec.dtype)
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        data = (ctypes.c_char * nbytes).from_address(self.addresses[spec.name])
-        return np.frombuffer(data, dtype).reshape(shape)
+    def execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        spec = self.engine.spec
+        feeds = {s.name: at(s, shapes[s.name], addresses).copy() for s in spec.inputs}
+        names = [s.name for s in spec.outputs]
+        for output, array in zip(spec.outputs, self.engine.session.run(names, feeds), strict=True):
+            at(output, array.shape, addresses)[...] = array
+
+
+def at(
+    spec: TensorSpec, shape: Sequence[int], addresses: Mapping[str, int]
+) -> np.ndarray[Any, Any]:
+    """What is at a tensor's address."""
+    dtype = np.dtype(spec.dtype)
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    data = (ctypes.c_char * nbytes).from_address(addresses[spec.name])
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 class FakeEngine:
-    def __init__(self, file: Path, spec: GraphSpec, profiles: Sequence[Profile]) -> None:
+    def __init__(
+        self, file: Path, spec: GraphSpec, profiles: Sequence[Profile], cuda: FakeCuda
+    ) -> None:
+        self.cuda = cuda
         self.session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         self.spec = spec
         self.profiles = profiles
         self.num_optimization_profiles = len(profiles)
 
     def create_execution_context(self) -> FakeContext:
-        return FakeContext(self)
+        return FakeContext(self, self.cuda)
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         (spec,) = [s for s in self.spec.inputs if s.name == name]
@@ -130,7 +167,10 @@ class FakeEngine:
 
 
 class FakeTensorRt:
-    """Builds and loads engines; `folder` is where the published package will be."""
+    """Builds and loads engines; `folder` is where the published package will be.
+
+    `cuda` is the GPU that they run on.
+    """
 
     __version__ = "0"
 
@@ -148,6 +188,7 @@ class FakeTensorRt:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.cuda = FakeCuda()
         self.built: dict[bytes, tuple[GraphSpec, Sequence[Profile]]] = {}
 
     def build(
@@ -164,7 +205,7 @@ class FakeTensorRt:
         key = bytes(data)
         if key not in self.built:
             return None
-        return FakeEngine(self.folder / key.decode(), *self.built[key])
+        return FakeEngine(self.folder / key.decode(), *self.built[key], self.cuda)
 
     @property
     def library(self) -> TensorRt:

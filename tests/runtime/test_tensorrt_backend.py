@@ -1,9 +1,10 @@
 """The TensorRT backend on a GPU of paper: what it loads, what it refuses, where its memory is."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from perception_rt.demo import language_model_path
 from perception_rt.errors import BackendError, CapacityError, InputError, PackageError
 from perception_rt.export import build
 from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.package import contract
 from perception_rt.package.trust import built_file
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime.backends import tensorrt
+from perception_rt.runtime.decoder import Decoder
 from perception_rt.tensorrt_library import TensorRt
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
@@ -77,6 +80,8 @@ def bench(made: tuple[Bench, Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
     bench, state = made
     monkeypatch.setenv("XDG_STATE_HOME", str(state))
     bench.cuda = FakeCuda()
+    for trt in bench.trt.values():
+        trt.cuda = bench.cuda
     monkeypatch.setattr(tensorrt, "open_cuda", lambda: bench.cuda)
     put(monkeypatch, bench, "pe")
     return bench
@@ -112,7 +117,77 @@ def test_a_decoder_updates_its_cache_where_the_gpu_has_it(
             again = plm.generate("What is that?", images=[PICTURE], max_tiles=0, max_new_tokens=12)
             answers.append((first.tokens, again.tokens))
     assert answers[0] == answers[1]
+    assert bench.cuda.launched > 10  # steps, but for the first two
     assert bench.cuda.live == 0
+
+
+def test_calls_that_are_alike_become_one_launch(bench: Bench) -> None:
+    pictures = [np.roll(PICTURE, shift, axis=1) for shift in range(6)]
+    with prt.load(bench.pe, backend="onnxruntime") as cpu:
+        wanted = cpu.embed_images(pictures, batch_size=1)
+    with prt.load(bench.pe, device="cuda") as gpu:
+        for index, picture in enumerate(pictures[:4]):
+            found = gpu.embed_images([picture])
+            np.testing.assert_allclose(found, wanted[index : index + 1], atol=2e-3)
+            assert bench.cuda.launched == max(0, index - 1)
+        # A batch needs more memory, so what was captured does not know where things are now.
+        np.testing.assert_allclose(gpu.embed_images(pictures), wanted, atol=2e-3)
+        assert bench.cuda.launched == 2
+        for picture, row in zip(pictures[3:], wanted[3:], strict=True):
+            np.testing.assert_allclose(gpu.embed_images([picture])[0], row, atol=2e-3)
+        assert bench.cuda.launched == 3
+    assert bench.cuda.live == 0
+
+
+def test_what_cannot_be_captured_runs_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.cuda, "capture", lambda work, stream: None)
+    with prt.load(bench.pe, device="cuda") as gpu:
+        first, *others = [gpu.embed_images([PICTURE]) for _ in range(4)]
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+
+
+def test_the_likeliest_tokens_are_found_where_the_logits_are(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, bench, "plm")
+    fetched: list[str] = []
+    fetch = tensorrt.TensorRtEngine.run
+
+    def run(
+        self: tensorrt.TensorRtEngine, inputs: Any, outputs: Sequence[str], state: Any
+    ) -> list[Any]:
+        fetched.extend(outputs)
+        return fetch(self, inputs, outputs, state)
+
+    monkeypatch.setattr(tensorrt.TensorRtEngine, "run", run)
+    with prt.load(bench.plm, device="cuda") as plm:
+        greedy = plm.generate("What?", max_new_tokens=8)
+        assert contract.TOP_ID in fetched and contract.LOGITS not in fetched
+        drawn = plm.generate("What?", max_new_tokens=8, temperature=1.0, top_k=1)
+        assert contract.LOGITS in fetched
+    assert greedy.tokens == drawn.tokens
+
+
+def test_tiles_are_encoded_together(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, bench, "plm")
+    wide = np.random.default_rng(1).integers(0, 256, (40, 160, 3), np.uint8)
+    with prt.load(bench.plm, backend="onnxruntime") as cpu:
+        wanted = cpu.generate("What?", images=[wide], max_tiles=4, max_new_tokens=4)
+    sizes: list[int] = []
+    encode = Decoder.encode_tiles
+
+    def counted(self: Decoder, tiles: Any) -> Any:
+        sizes.append(len(tiles))
+        return encode(self, tiles)
+
+    monkeypatch.setattr(Decoder, "encode_tiles", counted)
+    with prt.load(bench.plm, device="cuda") as gpu:
+        found = gpu.generate("What?", images=[wide], max_tiles=4, max_new_tokens=4)
+    assert found.tokens == wanted.tokens and found.timings.image_tiles > 2
+    assert sizes == [found.timings.image_tiles]
 
 
 def test_a_batch_beyond_the_profiles_is_refused(bench: Bench) -> None:
@@ -189,7 +264,9 @@ def test_a_tampered_engine_is_not_loaded(bench: Bench) -> None:
 
 def test_memory_of_the_host_is_not_a_state(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, bench, "plm")
-    monkeypatch.setattr("perception_rt.runtime.decoder.state_allocator", lambda backend: None)
+    monkeypatch.setattr(
+        "perception_rt.runtime.decoder.state_allocator", lambda backend, device: None
+    )
     with (
         prt.load(bench.plm, device="cuda") as plm,
         pytest.raises(BackendError, match="not in memory that a GPU updates"),

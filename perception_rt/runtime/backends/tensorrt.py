@@ -1,14 +1,16 @@
 """TensorRT engines on a GPU, without torch.
 
 Inputs go through pinned memory to the device, outputs the same way back, on a stream of the
-engine's own. A decoder's caches are in memory that host and device see at one address
-(`allocate_state`), so the engine updates them in place and the host still finds them.
+engine's own. Calls that are alike in shapes and addresses, as the steps of a decoder and the tiles
+of an image, are one launch each from the third on: a CUDA graph. A decoder's caches are in memory
+that host and device see at one address (`state_allocator`), so the engine updates them in place
+and the host still finds them.
 
 Not verified on a GPU yet; docs/tensorrt.md says what is.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,11 +20,13 @@ import numpy as np
 from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, updated
 from perception_rt.package.reader import Package
-from perception_rt.runtime.cuda import Cuda, Memory, open_cuda
+from perception_rt.runtime.cuda import Cuda, Graph, Memory, open_cuda
 from perception_rt.tensorrt_library import TensorRt, find_tensorrt
 
 Array = np.ndarray[Any, Any]
 DType = np.dtype[Any]
+
+_MOST_CALLS = 64  # kinds of calls of one engine whose graphs are kept
 
 
 def check_device(device: str) -> None:
@@ -38,10 +42,9 @@ def check_device(device: str) -> None:
     open_cuda()
 
 
-def allocate_state(nbytes: int) -> Array:
-    """Zeroed bytes that an engine can update in place, uint8 (nbytes,)."""
-    memory = open_cuda().allocate_shared(nbytes)
-    return np.asarray(memory)
+def state_allocator(device: str) -> Callable[[int], Array]:
+    """Gives zeroed bytes that an engine can update in place, uint8."""
+    return lambda nbytes: np.asarray(open_cuda().allocate_shared(nbytes))
 
 
 def open_session(
@@ -97,6 +100,27 @@ class _Buffer:
     host: Memory
 
 
+@dataclass(slots=True)
+class _Call:
+    """What calls have in common that are alike in shapes and in the addresses of states.
+
+    Attributes:
+        profile: of the engine.
+        shapes: of inputs and states.
+        addresses: of all tensors, on the device.
+        places: where each output will be, but for the states; its shape and dtype.
+        warm: whether there was one.
+        graph: all that the engine does; None before it is captured, and where it cannot be.
+    """
+
+    profile: int
+    shapes: Mapping[str, tuple[int, ...]]
+    addresses: dict[str, int]
+    places: dict[str, tuple[_Buffer, tuple[int, ...], DType]]
+    warm: bool = False
+    graph: Graph | None = None
+
+
 class TensorRtEngine:
     """An engine with one execution context. Calls from several threads take turns."""
 
@@ -114,11 +138,14 @@ class TensorRtEngine:
         self._engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise BackendError(f"{library.label} cannot load the engine of graph {graph!r}")
-        self._context: Any = self._engine.create_execution_context()
+        options = _context_options(trt, self._engine)
+        self._captures = not options
+        self._context: Any = self._engine.create_execution_context(*options)
         if self._context is None:
             raise BackendError(f"the GPU has no memory to run graph {graph!r}")
         self._stream = cuda.new_stream()
         self._profile = 0
+        self._calls: dict[tuple[Any, ...], _Call] = {}  # the oldest first
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
@@ -129,7 +156,7 @@ class TensorRtEngine:
                 raise BackendError("the TensorRT engine is closed")
             self._cuda.bind()
             try:
-                places = self._start(inputs, state)
+                places = self._start(inputs, state).places
                 for name in outputs:
                     self._fetch(*places[name])
             finally:
@@ -137,27 +164,57 @@ class TensorRtEngine:
                 self._cuda.wait(self._stream)
             return [_view(*places[name]).copy() for name in outputs]
 
-    def _start(
-        self, inputs: Mapping[str, Array], state: Mapping[str, Array]
-    ) -> dict[str, tuple[_Buffer, tuple[int, ...], DType]]:
-        """Sets the engine going; where its outputs will be, but for the state."""
-        self._choose_profile({name: array.shape for name, array in {**inputs, **state}.items()})
+    def _start(self, inputs: Mapping[str, Array], state: Mapping[str, Array]) -> _Call:
+        """Sets the engine going."""
+        shapes = {name: array.shape for name, array in {**inputs, **state}.items()}
+        states = {name: _shared_address(name, array) for name, array in state.items()}
+        key = (*shapes.items(), *states.items())
+        call = self._calls.get(key)
+        if call is None:
+            call = self._prepare(shapes, states)
+            while len(self._calls) >= _MOST_CALLS:
+                del self._calls[next(iter(self._calls))]
+            self._calls[key] = call
         for name, array in inputs.items():
-            self._bind_input(name, array)
-        for name, array in state.items():
-            address = _shared_address(name, array)
-            self._set_shape(name, array.shape)
-            self._set_address(name, address)
-            self._set_address(updated(name), address)
-        bound = {updated(name) for name in state}
-        places = {
-            o.name: self._bind_output(o.name, np.dtype(o.dtype))
-            for o in self._spec.outputs
-            if o.name not in bound
-        }
+            self._stage(name, array)
+        if call.graph is not None:
+            call.graph.launch(self._stream)
+            return call
+        self._set_shapes(call.profile, shapes)
+        self._set_addresses(call.addresses)
+        self._execute()
+        if call.warm and self._captures:
+            # Now, for the next time: TensorRT prepares what it does with new shapes when it runs.
+            call.graph = self._cuda.capture(self._execute, self._stream)
+            self._captures = call.graph is not None
+        call.warm = True
+        return call
+
+    def _prepare(self, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, int]) -> _Call:
+        """A new kind of call: its profile, and memory for all of its tensors."""
+        profile = self._find_profile(shapes)
+        self._set_shapes(profile, shapes)
+        call = _Call(profile, shapes, {}, {})
+        for name, address in states.items():
+            call.addresses |= {name: address, updated(name): address}
+        for spec in self._spec.inputs:
+            if spec.name not in states:
+                nbytes = prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize
+                call.addresses[spec.name] = self._buffer(spec.name, nbytes).device.address
+        for spec in self._spec.outputs:
+            if spec.name not in call.addresses:
+                shape, dtype = (
+                    tuple(self._context.get_tensor_shape(spec.name)),
+                    np.dtype(spec.dtype),
+                )
+                buffer = self._buffer(spec.name, prod(shape) * dtype.itemsize)
+                call.addresses[spec.name] = buffer.device.address
+                call.places[spec.name] = buffer, shape, dtype
+        return call
+
+    def _execute(self) -> None:
         if not self._context.execute_async_v3(self._stream):
             raise BackendError(f"TensorRT failed to run graph {self._graph!r}")
-        return places
 
     def close(self) -> None:
         """Frees the context and the engine; a run in flight ends first."""
@@ -165,11 +222,12 @@ class TensorRtEngine:
             if self._context is None:
                 return
             self._cuda.bind()
+            self._calls.clear()
             self._context = self._engine = self._runtime = None
             self._buffers.clear()
             self._cuda.free_stream(self._stream)
 
-    def _choose_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _find_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The first profile that all shapes are in; InputError names the input that is in none."""
         found: list[str] = []
         for index in range(self._engine.num_optimization_profiles):
@@ -181,49 +239,55 @@ class TensorRtEngine:
                 if not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
             ]
             if not outside:
-                if index != self._profile:
-                    if not self._context.set_optimization_profile_async(index, self._stream):
-                        raise BackendError(f"TensorRT refuses profile {index} of {self._graph!r}")
-                    self._profile = index
-                return
+                return index
             found = outside
         raise InputError(found[0])
 
-    def _bind_input(self, name: str, array: Array) -> None:
-        array = np.ascontiguousarray(array)
-        buffer = self._buffer(name, array.nbytes)
+    def _set_shapes(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if profile != self._profile:
+            if not self._context.set_optimization_profile_async(profile, self._stream):
+                raise BackendError(f"TensorRT refuses profile {profile} of {self._graph!r}")
+            self._profile = profile
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise InputError(f"graph {self._graph!r} does not take {name!r} of shape {shape}")
+
+    def _set_addresses(self, addresses: Mapping[str, int]) -> None:
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise BackendError(f"TensorRT refuses the address of {name!r} of {self._graph!r}")
+
+    def _stage(self, name: str, array: Array) -> None:
+        """Starts an input's way to the device."""
+        array, buffer = np.ascontiguousarray(array), self._buffers[name]
         np.asarray(buffer.host)[: array.nbytes] = array.reshape(-1).view(np.uint8)
         self._cuda.copy_in(buffer.device.address, buffer.host.address, array.nbytes, self._stream)
-        self._set_shape(name, array.shape)
-        self._set_address(name, buffer.device.address)
-
-    def _bind_output(self, name: str, dtype: DType) -> tuple[_Buffer, tuple[int, ...], DType]:
-        """Gives an output its place; that, its shape and its dtype."""
-        shape = tuple(self._context.get_tensor_shape(name))
-        buffer = self._buffer(name, prod(shape) * dtype.itemsize)
-        self._set_address(name, buffer.device.address)
-        return buffer, shape, dtype
 
     def _fetch(self, buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> None:
         """Starts an output's way back to the host."""
         nbytes = prod(shape) * dtype.itemsize
         self._cuda.copy_out(buffer.host.address, buffer.device.address, nbytes, self._stream)
 
-    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if not self._context.set_input_shape(name, shape):
-            raise InputError(f"graph {self._graph!r} does not take {name!r} of shape {shape}")
-
-    def _set_address(self, name: str, address: int) -> None:
-        if not self._context.set_tensor_address(name, address):
-            raise BackendError(f"TensorRT refuses the address of {name!r} of {self._graph!r}")
-
     def _buffer(self, name: str, nbytes: int) -> _Buffer:
-        """A buffer of at least as many bytes; it grows, and stays."""
+        """A buffer of at least as many bytes. It grows; then calls that knew it are forgotten."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.device.nbytes < nbytes:
+            self._calls.clear()
             device, host = self._cuda.allocate(nbytes), self._cuda.allocate_pinned(nbytes)
             buffer = self._buffers[name] = _Buffer(device, host)
         return buffer
+
+
+def _context_options(trt: Any, engine: Any) -> tuple[Any, ...]:
+    """How TensorRT for RTX is told to capture CUDA graphs itself; nothing where it cannot.
+
+    It compiles kernels for a shape in the background, and knows when they are there.
+    """
+    if not hasattr(trt, "CudaGraphStrategy"):
+        return ()
+    config = engine.create_runtime_config()
+    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    return (config,)
 
 
 def _view(buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> Array:
@@ -233,7 +297,7 @@ def _view(buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> Array:
 
 
 def _shared_address(name: str, array: Array) -> int:
-    """Where the device finds a state; BackendError unless `allocate_state` made its memory."""
+    """Where the device finds a state; BackendError unless `state_allocator` gave its memory."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
