@@ -202,7 +202,7 @@ def _list_argument(
 def _package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="DIR", help="an engine package")
     parser.add_argument("--backend", default="auto", help="default: the package's own")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or tensorrt")
     parser.add_argument("--threads", type=int, help="default: one per physical core")
     parser.add_argument("--expect", metavar="ID", help="the package id that must be there")
 

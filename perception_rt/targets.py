@@ -49,8 +49,8 @@ TARGETS: dict[str, Target] = {
         name="onnxruntime",
         # int8 is dynamic quantization, which the CUDA provider does not have.
         precisions={
-            "fp32": ("cpu", "cuda"),
-            "fp16": ("cpu", "cuda"),
+            "fp32": ("cpu", "cuda", "tensorrt"),
+            "fp16": ("cpu", "cuda", "tensorrt"),
             "int8": ("cpu",),
             "int4": ("cpu",),
         },

@@ -252,7 +252,7 @@ def test_pages_of_weights_are_given_back_while_a_session_is_made(
         engine = backend.open_session(package, "add", device="cpu", threads=1)
         assert set(released) == {"weights.bin"}
         assert np.array_equal(engine.run({"x": np.ones(4, np.float32)}, ["y"], {})[0], [2] * 4)
-        monkeypatch.setitem(backend._PROVIDERS, "cpu", "fails")
+        monkeypatch.setitem(backend._PROVIDERS, "cpu", ("fails",))
         with pytest.raises(BackendError, match="RuntimeError"):
             backend.open_session(package, "add", device="cpu", threads=1)
     assert threading.active_count() == before

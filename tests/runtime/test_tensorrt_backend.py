@@ -24,7 +24,7 @@ from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
-from perception_rt.runtime.backends import tensorrt
+from perception_rt.runtime.backends import onnxruntime, tensorrt
 from perception_rt.runtime.decoder import Decoder
 from perception_rt.tensorrt_library import TensorRt
 
@@ -279,3 +279,23 @@ def test_without_a_gpu_or_on_the_cpu_it_says_so(made: tuple[Bench, Path]) -> Non
         prt.load(made[0].pe)
     with pytest.raises(InputError, match="unknown device 'tpu'; TensorRT knows cuda"):
         prt.load(made[0].pe, device="tpu")
+
+
+def test_onnxruntime_updates_caches_where_the_gpu_has_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "open_cuda", lambda: bench.cuda)
+    monkeypatch.setitem(onnxruntime._PROVIDERS, "cuda", ("CPUExecutionProvider",))
+    monkeypatch.setitem(onnxruntime._PLACES, "cuda", "cpu")  # where the paper is
+    monkeypatch.setattr(onnxruntime, "check_device", lambda device: None)
+    blocks: list[int] = []
+    allocate = bench.cuda.allocate_shared
+    monkeypatch.setattr(
+        bench.cuda, "allocate_shared", lambda nbytes: (blocks.append(nbytes), allocate(nbytes))[1]
+    )
+    answers = []
+    for device in ("cpu", "cuda"):
+        with prt.load(bench.plm, backend="onnxruntime", device=device) as plm:
+            answers.append(plm.generate("What is this?", max_new_tokens=12).tokens)
+    assert answers[0] == answers[1]
+    assert blocks and bench.cuda.live == 0

@@ -1,9 +1,13 @@
-"""ONNX Runtime, on CPU or CUDA. A device that cannot be had is an error, never another device."""
+"""ONNX Runtime, on CPU or CUDA. A device that cannot be had is an error, never another device.
+
+On a GPU, a decoder's caches are in memory that host and device see at one address, and are bound
+there as input and as output: nothing of them is copied from step to step. Not verified on one yet.
+"""
 
 import os
 import platform
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,12 +23,22 @@ from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.contract import updated
 from perception_rt.package.onnx_scan import scan_graph
 from perception_rt.package.reader import Package
+from perception_rt.runtime.cuda import open_cuda
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# By device, the providers that its graphs are given to, the first what must be there. TensorRT
+# takes the parts of a graph that it knows, and builds engines of them when the graph is opened.
+_CUDA = "CUDAExecutionProvider"
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": (_CUDA,),
+    "tensorrt": ("TensorrtExecutionProvider", _CUDA),
+}
+# What ONNX Runtime calls the place of a decoder's caches.
+_PLACES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 
 _RELEASE_S = 0.02  # between two releases of mapped weights: some 40 MB are read meanwhile
 
@@ -41,13 +55,30 @@ _DTYPES = {
 def devices() -> list[str]:
     """The devices that the installed ONNX Runtime was built for."""
     available = ort.get_available_providers()
-    return [device for device, provider in _PROVIDERS.items() if provider in available]
+    return [device for device, providers in _PROVIDERS.items() if providers[0] in available]
+
+
+def state_allocator(device: str) -> Callable[[int], Array] | None:
+    """Gives zeroed bytes that a GPU updates in place, uint8; a CPU does so in any memory."""
+    if device == "cpu":
+        return None
+    return lambda nbytes: np.asarray(open_cuda().allocate_shared(nbytes))
 
 
 class OnnxRuntimeEngine:
     """An inference session; ONNX Runtime allows concurrent runs on one."""
 
-    def __init__(self, session: ort.InferenceSession, weights: Mapping[str, Array]) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, weights: Mapping[str, Array], place: str = "cpu"
+    ) -> None:
+        """An engine of a session.
+
+        Args:
+            session: open.
+            weights: what it refers to.
+            place: ONNX Runtime's name of where states are.
+        """
+        self._place = place
         self._session: ort.InferenceSession | None = session
         self._weights = weights  # the session refers to those that it did not repack
 
@@ -61,7 +92,7 @@ class OnnxRuntimeEngine:
         feeds = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         try:
             if state:
-                return _run_bound(session, feeds, outputs, state)
+                return _run_bound(session, feeds, outputs, state, self._place)
             results: list[Array] = session.run(list(outputs), feeds)
         except Exception as error:  # its errors share no base class
             raise BackendError(f"ONNX Runtime failed: {type(error).__name__}") from error
@@ -78,7 +109,7 @@ def check_device(device: str) -> None:
         raise InputError(f"unknown device {device!r:.40}; known are {', '.join(_PROVIDERS)}")
     if device not in devices():
         raise BackendError(
-            f"{_PROVIDERS[device]} is not in this ONNX Runtime; it has "
+            f"{_PROVIDERS[device][0]} is not in this ONNX Runtime; it has "
             f"{', '.join(ort.get_available_providers())}"
         )
 
@@ -91,7 +122,7 @@ def open_session(
     Args:
         package: an open package for this backend.
         graph: name of the graph.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or "tensorrt" for ONNX Runtime's own use of TensorRT.
         threads: of one run; None for one per physical core.
     """
     target = get_target(package.manifest.content.target.backend)
@@ -112,18 +143,18 @@ def open_session(
             session = ort.InferenceSession(
                 model,
                 options,
-                providers=[_PROVIDERS[device]],
+                providers=list(_PROVIDERS[device]),
                 enable_fallback=0,  # its own, to the CPU, with a line on standard output
             )
     except Exception as error:
         raise BackendError(
-            f"ONNX Runtime cannot open graph {graph!r}: {type(error).__name__}"
+            f"ONNX Runtime cannot open graph {graph!r} on {device}: {type(error).__name__}"
         ) from error
-    if session.get_providers()[0] != _PROVIDERS[device]:
+    if session.get_providers()[0] != _PROVIDERS[device][0]:
         raise BackendError(
-            f"ONNX Runtime could not start {_PROVIDERS[device]}; none is used instead"
+            f"ONNX Runtime could not start {_PROVIDERS[device][0]}; none is used instead"
         )
-    return OnnxRuntimeEngine(session, weights)
+    return OnnxRuntimeEngine(session, weights, _PLACES[device])
 
 
 def _run_bound(
@@ -131,9 +162,11 @@ def _run_bound(
     feeds: Mapping[str, Array],
     outputs: Sequence[str],
     state: Mapping[str, Array],
+    place: str,
 ) -> list[Array]:
     """A run in which each state's memory is both an input and the output that updates it.
 
+    Inputs and outputs are in the host's memory; ONNX Runtime copies them where that must be.
     Values over NumPy memory are made for each call: that takes 1.5 microseconds for each, and
     nothing has to be kept that could outlive the memory.
     """
@@ -141,9 +174,9 @@ def _run_bound(
     for name, array in feeds.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
     for name, array in state.items():
-        value = ort.OrtValue.ortvalue_from_numpy(array)
-        binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output(updated(name), value)
+        where = (place, 0, array.dtype, array.shape, array.ctypes.data)
+        binding.bind_input(name, *where)
+        binding.bind_output(updated(name), *where)
     for name in outputs:
         binding.bind_output(name)
     session.run_with_iobinding(binding)
