@@ -9,7 +9,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,10 @@ def _export_parser() -> argparse.ArgumentParser:
         "there is no fused kernel"
     )  # fmt: skip
     parser.add_argument(
+        "--refittable", action="store_true", help="of tensorrt: engines without weights, which "
+        "perception-rt refit can give others"
+    )  # fmt: skip
+    parser.add_argument(
         "--calibration", metavar="DIR", help="images that fp8 finds its ranges on; default: "
         "synthetic ones"
     )  # fmt: skip
@@ -170,6 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "check every byte of a package")
     verify.add_argument("package", metavar="DIR")
     verify.add_argument("--expect", metavar="ID", help="the package id that must be there")
+
+    refit = _command(commands, "refit", _refit, "give a package the weights of another checkpoint")
+    refit.add_argument("package", metavar="DIR", help="an engine package")
+    refit.add_argument("--weights", required=True, metavar="PATH", help="a checkpoint")
+    refit.add_argument("--out", required=True, metavar="DIR", help="the package to make")
+    refit.add_argument("--force", action="store_true", help="replace an existing package")
+    refit.add_argument("--expect", metavar="ID", help="the package id that must be there")
+    refit.add_argument("--calibration", metavar="DIR", help="images that fp8 finds its ranges on")
 
     doctor = _command(commands, "doctor", _doctor, "show what can run here; lint a package")
     doctor.add_argument("package", metavar="DIR", nargs="?")
@@ -264,16 +277,43 @@ def _load_generator(options: argparse.Namespace, progress: Progress, **more: Any
 
 
 def _export(options: argparse.Namespace) -> None:
-    try:
+    with _needing_torch():
         from perception_rt.export.command import run_export
+    with Progress() as progress:
+        manifest = run_export(options, progress.step)
+    _show_made(options, manifest)
+
+
+def _refit(options: argparse.Namespace) -> None:
+    with _needing_torch():
+        from perception_rt.export.refit import refit_package
+    with Progress() as progress:
+        manifest = refit_package(
+            options.package,
+            options.weights,
+            options.out,
+            expect=options.expect,
+            calibration=options.calibration,
+            force=options.force,
+            on_progress=progress.step,
+        )
+    _show_made(options, manifest)
+
+
+@contextmanager
+def _needing_torch() -> Iterator[None]:
+    """InputError that says what to install where an import of the exporter fails."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "perception_rt":
             raise
         raise InputError(
             f"exporting needs {error.name}: pip install 'perception_rt[export]'"
         ) from None
-    with Progress() as progress:
-        manifest = run_export(options, progress.step)
+
+
+def _show_made(options: argparse.Namespace, manifest: Any) -> None:
     if options.json:
         _print_json({"package": options.out, "id": manifest.id, "record": manifest.record})
     else:

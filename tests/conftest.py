@@ -97,3 +97,18 @@ def tiny_packages(
 def tiny_package(tiny_packages: dict[str, Path]) -> Path:
     """The tiny package in fp32; tests share it, so copy to change it."""
     return tiny_packages["fp32"]
+
+
+@pytest.fixture(scope="session")
+def tuned(tiny_config: PeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of other weights for `tiny_config`, under the names of the reference."""
+    from safetensors.torch import save_file
+
+    from perception_rt.checkpoint.random import RandomWeights
+    from perception_rt.checkpoint.source import expected_tensors
+
+    source = RandomWeights(tiny_config, seed=7)
+    file = tmp_path_factory.mktemp("tuned") / "tuned.safetensors"
+    names = expected_tensors(tiny_config)
+    save_file({n.removeprefix("text."): source.load(n).contiguous() for n in names}, file)
+    return file

@@ -20,14 +20,15 @@ import numpy as np
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.errors import ExportError
-from perception_rt.export.engines import build_engine, library_for, operator_counts
+from perception_rt.export.engines import EngineBuilder, EngineMaker, engine_name
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.files import Place, write_graphs
 from perception_rt.export.gate import run_gate
+from perception_rt.export.likeness import Likeness
 from perception_rt.export.lowering import LoweredGraph, Lowering
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.export.plm_towers import PlmExport
-from perception_rt.export.profiles import has_engine, profiles
+from perception_rt.export.profiles import has_engine
 from perception_rt.export.quantize import Format, Measured
 from perception_rt.export.towers import ModelExport, PeExport, Recipe, Reference, Tower
 from perception_rt.memory import peak_rss_bytes
@@ -45,6 +46,7 @@ def export_package(
     out: str | os.PathLike[str],
     *,
     force: bool = False,
+    like: Likeness | None = None,
     on_progress: Report | None = None,
 ) -> Manifest:
     """Exports a model and publishes it as the package directory `out`.
@@ -54,6 +56,7 @@ def export_package(
         source: the weights; read a few times over, tensor by tensor.
         out: must not exist, or be an empty directory, or a package that `force` may replace.
         force: replace an existing package.
+        like: a package that it must equal in all but weights; see `refit`.
         on_progress: called with a line for each step.
 
     Raises:
@@ -79,12 +82,18 @@ def export_package(
             reference = tower.reference(plan.scheme)
             references.append(reference)
             measured = reference.measured
+            if like is not None:
+                measured.decided = like.harmed
             harmed |= {name: measured.errors[name] for name in measured.harmed()}
             chosen = tower.formats(measured)
             formats |= chosen
             report(f"{tower.name}: tracing and writing {plan.precision} graphs")
             lowered = _lower(tower, lowering, plan, chosen, measured)
-            graphs |= write_graphs(stage, f"{tower.name}.data", lowered, places)
+            written = write_graphs(stage, f"{tower.name}.data", lowered, places)
+            graphs |= written
+            if like is not None:
+                for name, spec in written.items():
+                    like.check(name, stage.path(spec.file).read_bytes())
         layers = {name: formats.get(name) for name in sorted(harmed)}
         content = _content(plan, model, stage, graphs, layers)
         stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
@@ -93,7 +102,8 @@ def export_package(
         check_gate(fidelity, plan.gate)
         built: dict[str, Any] = {}
         if plan.engines:
-            content, built["engines"] = _add_engines(plan, stage, content, report)
+            maker = like if like is not None and like.refittable else EngineBuilder(plan)
+            content, built["engines"] = _add_engines(plan, maker, stage, content, report)
         seconds = time.monotonic() - started
         record = {**_record(plan, fidelity, latency, harmed, seconds), **built}
         manifest = Manifest.create(content, record=record)
@@ -182,44 +192,31 @@ def _content(
 
 
 def _add_engines(
-    plan: ExportPlan | PlmPlan, stage: Stage, content: Content, report: Report
+    plan: ExportPlan | PlmPlan, maker: EngineMaker, stage: Stage, content: Content, report: Report
 ) -> tuple[Content, dict[str, Any]]:
-    """Stages an engine of each graph for each GPU; the content with them, and how they were built.
+    """Stages an engine of each graph for each GPU; the content with them, and how they were made.
 
     One engine at a time is in memory.
     """
-    library = library_for(plan.engines)
-    max_length = plan.config.decoder.max_seqlen if isinstance(plan, PlmPlan) else 1
     files: dict[str, dict[str, str]] = {name: {} for name in plan.engines}
-    built: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     for graph, spec in content.graphs.items():
         if not has_engine(graph):
             continue
-        operators = operator_counts(stage.path(spec.file))
-        for name in plan.engines:
-            report(f"{graph}: building an engine for {name} by {library.label}")
-            engine = build_engine(
-                library,
-                stage.path(spec.file),
-                spec,
-                operators,
-                capability=name,
-                profiles=profiles(graph, max_length),
-                allow_unfused=plan.allow_unfused,
-            )
-            file = f"{graph}.{name}.engine"
-            entry = stage.write(file, [memoryview(engine.data)])
-            files[name][graph] = file
-            built[file] = {
-                "seconds": round(engine.seconds, 2),
-                "bytes": entry.size_bytes,
-                "layers": dict(engine.layers),
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
+        for gpu in plan.engines:
+            report(f"{graph}: an engine for {gpu} by {maker.label}")
+            engine = maker.engine(graph, spec, stage.path(spec.file), gpu)
+            file = engine_name(graph, gpu)
+            stage.write(file, [engine.data])
+            files[gpu][graph] = file
+            made[file] = engine.record
             del engine  # before there is another
-    options = {**content.target.options, "engines": files, "builder": library.label}
+    options = {**content.target.options, "engines": files, "builder": maker.label}
+    for name in ("allow_unfused", "refittable"):
+        if getattr(plan, name):
+            options[name] = True
     target = replace(content.target, options=options)
-    return replace(content, target=target, files=dict(stage.entries)), built
+    return replace(content, target=target, files=dict(stage.entries)), made
 
 
 def _remember(package_id: str, report: Report) -> None:

@@ -52,7 +52,7 @@ def run_export(options: argparse.Namespace, report: Report) -> Manifest:
     # What needs no weights is checked before they are looked for, and downloaded.
     draft = _plan(options, config, None)
     if draft.engines:
-        library_for(draft.engines)
+        library_for(draft.engines, refittable=draft.refittable)
     if draft.calibration is not None:
         calibration_files(draft.calibration)
     with _parents(Path(options.out)):
@@ -107,6 +107,7 @@ def _plan(
         "precision": precision or ("fp16" if backend == "tensorrt" else "fp32"),
         "engines": _engines(options.target, get_target(backend)),
         "allow_unfused": options.allow_unfused,
+        "refittable": options.refittable,
         "calibration": None if options.calibration is None else Path(options.calibration),
     }
     if isinstance(config, PlmConfig):

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx
 
 from perception_rt.errors import BackendError, ExportError
-from perception_rt.export.plan import HERE
-from perception_rt.export.profiles import Profile
+from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
+from perception_rt.export.profiles import Profile, profiles
+from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.tensorrt_library import TensorRt, find_tensorrt
 
@@ -48,6 +49,64 @@ class BuiltEngine:
     layers: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeEngine:
+    """The engine of a graph, and what the manifest's record says of it."""
+
+    data: memoryview
+    record: dict[str, Any]
+
+
+class EngineMaker(Protocol):
+    """Where the engines of a package come from.
+
+    Attributes:
+        label: of the TensorRT that built them.
+    """
+
+    label: str
+
+    def engine(self, graph: str, spec: GraphSpec, file: Path, gpu: str) -> MadeEngine:
+        """The engine of a graph, in an ONNX file, for a compute capability or HERE."""
+
+
+class EngineBuilder:
+    """Builds the engines of a plan."""
+
+    def __init__(self, plan: ExportPlan | PlmPlan) -> None:
+        """BackendError unless the installed TensorRT can do that here."""
+        self._plan = plan
+        self._library = library_for(plan.engines, refittable=plan.refittable)
+        self._max_length = plan.config.decoder.max_seqlen if isinstance(plan, PlmPlan) else 1
+        self.label = self._library.label
+
+    def engine(self, graph: str, spec: GraphSpec, file: Path, gpu: str) -> MadeEngine:
+        """Builds one; ExportError if TensorRT does not."""
+        engine = build_engine(
+            self._library,
+            file,
+            spec,
+            operator_counts(file),
+            capability=gpu,
+            profiles=profiles(graph, self._max_length),
+            allow_unfused=self._plan.allow_unfused,
+            refittable=self._plan.refittable,
+        )
+        data = memoryview(engine.data)
+        record = {
+            "seconds": round(engine.seconds, 2),
+            "bytes": data.nbytes,
+            "layers": dict(engine.layers),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        return MadeEngine(data=data, record=record)
+
+
+def engine_name(graph: str, gpu: str) -> str:
+    """The file of an engine in its package."""
+    return f"{graph}.{gpu}.engine"
+
+
 def build_engine(
     library: TensorRt,
     file: Path,
@@ -57,6 +116,7 @@ def build_engine(
     capability: str,
     profiles: Sequence[Profile],
     allow_unfused: bool = False,
+    refittable: bool = False,
 ) -> BuiltEngine:
     """Builds one engine.
 
@@ -68,6 +128,7 @@ def build_engine(
         capability: a compute capability, as in "sm89", or HERE.
         profiles: ranges of the dynamic sizes, each an optimization profile.
         allow_unfused: attention without a fused kernel may be taken apart.
+        refittable: the engine has no weights: they are put in when it is loaded.
 
     Raises:
         ExportError: TensorRT refuses the graph, something is not fused, or the build fails.
@@ -90,6 +151,9 @@ def build_engine(
     for ranges in profiles:
         if config.add_optimization_profile(_profile(builder, spec, ranges)) < 0:
             raise ExportError(f"{library.label} refuses a profile of {file.name}: {log.words()}")
+    if refittable:
+        for flag in (trt.BuilderFlag.REFIT, trt.BuilderFlag.STRIP_PLAN):
+            config.set_flag(flag)
     if allow_unfused:
         for attention in _attentions(trt, network):
             attention.decomposable = True
@@ -102,10 +166,13 @@ def build_engine(
     return BuiltEngine(data=data, seconds=time.monotonic() - started, layers=dict(layers))
 
 
-def library_for(engines: Sequence[str]) -> TensorRt:
+def library_for(engines: Sequence[str], *, refittable: bool = False) -> TensorRt:
     """The TensorRT that builds for all of these here; BackendError if none does."""
     library = find_tensorrt(ahead=any(name != HERE for name in engines))
     check_engines(library, engines)
+    if refittable and not has_gpu():
+        # Tried with 1.7: it runs kernels on the weights then, even of a single product.
+        raise BackendError(f"{library.label} builds refittable engines only where a GPU is")
     return library
 
 

@@ -32,6 +32,7 @@ class _Plan:
         engines: compute capabilities, as in "sm89", to build engines for; HERE for the GPU that is
             here.
         allow_unfused: whether an engine may take attention apart.
+        refittable: whether engines hold no weights, and take them from the graphs' when loaded.
         calibration: a folder of images that fp8 finds the ranges of activations on; None for
             synthetic ones.
     """
@@ -41,11 +42,14 @@ class _Plan:
     precision: str
     engines: tuple[str, ...] = ()
     allow_unfused: bool = False
+    refittable: bool = False
     calibration: Path | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.target, self.precision)
         _check_engines(self.target, self.engines)
+        if self.refittable and not self.engines:
+            raise InputError("--refittable is for engines, and none are asked for")
         if self.calibration is not None and self.precision != "fp8":
             raise InputError("--calibration is for fp8; other scales are found when engines run")
         _check_name(self.name)

@@ -101,14 +101,18 @@ class Measured:
         errors: relative error of the output under a scheme, the largest that was met.
         largest: magnitude of the input, the largest that was met.
         refused: layers that a whole tower does not bear under the scheme, beside the others.
+        decided: the layers that do not take the scheme, whatever was measured; None to go by that.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    decided: frozenset[str] | None = None
 
     def harmed(self) -> list[str]:
         """The layers that should not take the scheme."""
+        if self.decided is not None:
+            return sorted(self.decided & self.errors.keys())
         return sorted(
             name
             for name, error in self.errors.items()

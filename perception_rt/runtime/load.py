@@ -43,8 +43,7 @@ def load(
         path: the package directory.
         backend: "auto" for the one that the package was exported for, or a backend's name: that of
             another that can run its graphs, as "onnxruntime" can those of "tensorrt".
-        device: "cpu", "cuda", or "tensorrt" for the TensorRT that ONNX Runtime has on a GPU; one
-            that cannot be had is an error, never another device.
+        device: "cpu", "cuda", or "tensorrt" for ONNX Runtime's own; never another than this.
         threads: of one engine call; None for one per physical core.
         expect: the package id ("sha256:...") that must be found there. Engines of TensorRT are
             code, and not loaded without it unless this user exported the package here.

@@ -230,13 +230,13 @@ def test_the_set_of_options_is_frozen() -> None:
     export = {s for a in _export_parser()._actions for s in a.option_strings}
     assert export == {
         "-h", "--help", "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
-        "--fp8", "--backend", "--target", "--allow-unfused", "--calibration", "--image-size",
-        "--center-crop", "--taps", "--blocks", "--tokenizer",
+        "--fp8", "--backend", "--target", "--allow-unfused", "--refittable", "--calibration",
+        "--image-size", "--center-crop", "--taps", "--blocks", "--tokenizer",
         "--out", "--force", "--json", "--version",
     }  # fmt: skip
     commands = next(a for a in _parser()._actions if a.choices).choices
     assert list(commands) == [
-        "embed", "classify", "features", "generate", "chat", "inspect", "verify", "doctor"
+        "embed", "classify", "features", "generate", "chat", "inspect", "verify", "refit", "doctor"
     ]  # fmt: skip
     options = {
         name: {s for a in command._actions for s in a.option_strings if s not in ("-h", "--help")}
@@ -256,3 +256,6 @@ def test_the_set_of_options_is_frozen() -> None:
     assert options["features"] == package | {"--image", "--layer", "--out", "--json"}
     assert options["inspect"] == options["doctor"] == {"--json"}
     assert options["verify"] == {"--expect", "--json"}
+    assert options["refit"] == {
+        "--weights", "--out", "--force", "--expect", "--calibration", "--json"
+    }  # fmt: skip

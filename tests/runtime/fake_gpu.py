@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
+from onnx import helper
 
 from perception_rt.errors import CapacityError
 from perception_rt.export.engines import BuiltEngine
@@ -145,11 +147,14 @@ def at(
 
 
 class FakeEngine:
+    """`file` is its graph, or None for an engine without weights."""
+
     def __init__(
-        self, file: Path, spec: GraphSpec, profiles: Sequence[Profile], cuda: FakeCuda
+        self, file: Path | None, spec: GraphSpec, profiles: Sequence[Profile], cuda: FakeCuda
     ) -> None:
         self.cuda = cuda
-        self.session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        if file is not None:
+            self.session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         self.spec = spec
         self.profiles = profiles
         self.num_optimization_profiles = len(profiles)
@@ -166,6 +171,37 @@ class FakeEngine:
         ]
 
 
+class FakeRefitter:
+    """Both of TensorRT's: the engine's own, and the one that reads ONNX."""
+
+    def __init__(self, engine: Any, logger: Any) -> None:
+        self.engine: FakeEngine = engine.engine if isinstance(engine, FakeRefitter) else engine
+        self.arrays: dict[str, Any] = {}
+
+    def load_model_proto(self, model: bytes) -> bool:
+        self.model = model
+        self.sizes = {t.name: t for t in onnx.load_model_from_string(model).graph.initializer}
+        return True
+
+    def load_initializer(self, name: str, address: int, nbytes: int) -> bool:
+        tensor = self.sizes[name]
+        data = (ctypes.c_char * nbytes).from_address(address)
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        self.arrays[name] = np.frombuffer(data, dtype).reshape(tensor.dims)
+        return True
+
+    def refit_model_proto(self) -> bool:
+        options = ort.SessionOptions()
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self.arrays.values()]
+        options.add_external_initializers(list(self.arrays), values)
+        providers = ["CPUExecutionProvider"]
+        self.engine.session = ort.InferenceSession(self.model, options, providers=providers)
+        return True
+
+    def refit_cuda_engine(self) -> bool:
+        return True
+
+
 class FakeTensorRt:
     """Builds and loads engines; `folder` is where the published package will be.
 
@@ -180,6 +216,8 @@ class FakeTensorRt:
     class ComputeCapability:
         SM89 = 1
 
+    Refitter = OnnxParserRefitter = FakeRefitter
+
     class Logger:
         ERROR = 1
 
@@ -188,13 +226,16 @@ class FakeTensorRt:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.builds = 0
         self.cuda = FakeCuda()
         self.built: dict[bytes, tuple[GraphSpec, Sequence[Profile]]] = {}
 
     def build(
         self, library: TensorRt, file: Path, spec: GraphSpec, operators: Any, **options: Any
     ) -> BuiltEngine:
-        data = file.name.encode()
+        self.builds += 1
+        data = b"" if options["refittable"] else file.name.encode()
+        data += b" " + spec.file.encode()
         self.built[data] = spec, options["profiles"]
         return BuiltEngine(data=data, seconds=0.0, layers={})
 
@@ -205,7 +246,8 @@ class FakeTensorRt:
         key = bytes(data)
         if key not in self.built:
             return None
-        return FakeEngine(self.folder / key.decode(), *self.built[key], self.cuda)
+        graph = key.partition(b" ")[0].decode()
+        return FakeEngine(self.folder / graph if graph else None, *self.built[key], self.cuda)
 
     @property
     def library(self) -> TensorRt:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import CAPABILITY, FakeCuda, FakeTensorRt
+from fake_gpu import CAPABILITY, FakeCuda, FakeRefitter, FakeTensorRt
 
 import perception_rt as prt
 from perception_rt.checkpoint.locate import find_config
@@ -16,7 +16,7 @@ from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.config import PeConfig
 from perception_rt.demo import language_model_path
 from perception_rt.errors import BackendError, CapacityError, InputError, PackageError
-from perception_rt.export import build
+from perception_rt.export import build, engines, refit
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.package import contract
 from perception_rt.package.trust import built_file
@@ -68,8 +68,8 @@ def made(
             (pe, RandomWeights(tiny_config, 0), bench.pe),
         ):
             trt = bench.trt[out.name]
-            patch.setattr(build, "library_for", lambda engines, trt=trt: trt.library)
-            patch.setattr(build, "build_engine", trt.build)
+            patch.setattr(engines, "library_for", lambda *_, trt=trt, **__: trt.library)
+            patch.setattr(engines, "build_engine", trt.build)
             build.export_package(plan, source, out)
     yield bench, state
 
@@ -299,3 +299,40 @@ def test_onnxruntime_updates_caches_where_the_gpu_has_them(
             answers.append(plm.generate("What is this?", max_new_tokens=12).tokens)
     assert answers[0] == answers[1]
     assert blocks and bench.cuda.live == 0
+
+
+@pytest.mark.parametrize("refittable", [True, False])
+def test_new_weights_without_a_new_engine(
+    bench: Bench,
+    tiny_config: PeConfig,
+    tuned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refittable: bool,
+) -> None:
+    trt = FakeTensorRt(tmp_path / "new")
+    trt.cuda = bench.cuda
+    monkeypatch.setattr(engines, "library_for", lambda *_, **__: trt.library)
+    monkeypatch.setattr(refit, "library_for", lambda *_, **__: trt.library)
+    monkeypatch.setattr(engines, "build_engine", trt.build)
+    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: trt.library)
+    plan = ExportPlan(
+        name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
+        image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=refittable,
+    )  # fmt: skip
+    build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
+    builds = trt.builds
+    refit.refit_package(tmp_path / "old", tuned, tmp_path / "new")
+    assert (trt.builds == builds) == refittable
+    with prt.load(tmp_path / "new", backend="onnxruntime") as cpu:
+        wanted = cpu.embed_images([PICTURE])
+    with prt.load(tmp_path / "new", device="cuda") as gpu:
+        np.testing.assert_allclose(gpu.embed_images([PICTURE]), wanted, atol=2e-3)
+    monkeypatch.setattr(FakeRefitter, "refit_cuda_engine", lambda self: False)
+    if refittable:
+        with (
+            prt.load(tmp_path / "new", device="cuda") as gpu,
+            pytest.raises(BackendError, match="does not take the weights of graph 'vision'"),
+        ):
+            gpu.embed_images([PICTURE])
+    assert bench.cuda.live == 0

@@ -54,7 +54,7 @@ class TensorRtLowering(Lowering):
         if key not in self.rounded:
             # In float16, where a step could become zero, activations are not that small.
             step = np.asarray(max(largest / FP8_MAX, _LEAST_STEP), self.dtype)
-            scale = constant(f"constant.step_{float(step):.8e}", step)
+            scale = constant(f"{weight.name}.step", step)
             zero = constant("constant.fp8_zero", np.zeros((), FP8))
             rounded = self.op("QuantizeLinear", [x, scale, zero])[0]
             self.rounded[key] = self.op("DequantizeLinear", [rounded, scale, zero])[0]

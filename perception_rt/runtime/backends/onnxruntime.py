@@ -19,11 +19,11 @@ import numpy as np
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
-from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.errors import BackendError, InputError
 from perception_rt.package.contract import updated
-from perception_rt.package.onnx_scan import scan_graph
 from perception_rt.package.reader import Package
 from perception_rt.runtime.cuda import open_cuda
+from perception_rt.runtime.external import FP8, FP8_BYTES, external_tensors
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -41,15 +41,6 @@ _PROVIDERS = {
 _PLACES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 
 _RELEASE_S = 0.02  # between two releases of mapped weights: some 40 MB are read meanwhile
-
-# By the values of TensorProto.DataType, for those that our graphs keep outside. NumPy has no fp8:
-# its bytes stand for it.
-_FP8 = 17
-_FP8_BYTES = np.dtype([("e4m3", np.uint8)])
-_DTYPES = {
-    kind: np.dtype(name)
-    for kind, name in ((1, "float32"), (2, "uint8"), (3, "int8"), (7, "int64"), (10, "float16"))
-} | {_FP8: _FP8_BYTES}
 
 
 def devices() -> list[str]:
@@ -136,7 +127,7 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     model = package.read_graph(graph, domains=target.domains)
-    weights = _weights(package, model)
+    weights = external_tensors(package, model)
     options.add_external_initializers(list(weights), [_value(a) for a in weights.values()])
     try:
         with _releasing(package, package.graph(graph).data):
@@ -219,21 +210,6 @@ def _saturates() -> bool:
 
 def _value(array: Array) -> ort.OrtValue:
     """An array's memory as ONNX Runtime sees it."""
-    if array.dtype == _FP8_BYTES:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), _FP8)
+    if array.dtype == FP8_BYTES:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), FP8)
     return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _weights(package: Package, model: bytes) -> dict[str, Array]:
-    """The graph's external tensors as views of verified, mapped files: no copy is made."""
-    weights: dict[str, Array] = {}
-    for tensor in scan_graph(model).externals:
-        dtype = _DTYPES.get(tensor.kind)
-        if dtype is None:
-            raise PackageError(f"tensor {tensor.name!a:.80} is of a type that is not used here")
-        data = package.map(tensor.entries["location"])
-        offset = int(tensor.entries.get("offset", "0"))
-        count = tensor.size_bytes // dtype.itemsize
-        array = np.frombuffer(data, dtype, count, offset)
-        weights[tensor.name] = array.reshape(tensor.shape)
-    return weights

@@ -21,6 +21,8 @@ from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, updated
 from perception_rt.package.reader import Package
 from perception_rt.runtime.cuda import Cuda, Graph, Memory, open_cuda
+from perception_rt.runtime.external import external_tensors
+from perception_rt.targets import get_target
 from perception_rt.tensorrt_library import TensorRt, find_tensorrt
 
 Array = np.ndarray[Any, Any]
@@ -58,7 +60,21 @@ def open_session(
     options, cuda = package.manifest.content.target.options, open_cuda()
     library = find_tensorrt(label=options.get("builder"))
     file = engine_file(options, graph, cuda.capability, library.label)
-    return TensorRtEngine(library, cuda, package.map(file), package.graph(graph), graph)
+    engine = TensorRtEngine(library, cuda, package.map(file), package.graph(graph), graph)
+    if options.get("refittable"):
+        try:
+            engine.refit(*_weights(package, graph))
+        except BaseException:
+            engine.close()
+            raise
+    return engine
+
+
+def _weights(package: Package, graph: str) -> tuple[bytes, Mapping[str, Array]]:
+    """A graph and its external tensors, verified."""
+    target = get_target(package.manifest.content.target.backend)
+    model = package.read_graph(graph, domains=target.domains)
+    return model, external_tensors(package, model)
 
 
 def engine_file(options: Mapping[str, Any], graph: str, capability: str, label: str) -> str:
@@ -127,6 +143,7 @@ class TensorRtEngine:
     def __init__(
         self, library: TensorRt, cuda: Cuda, data: memoryview, spec: GraphSpec, graph: str
     ) -> None:
+        self._library = library
         trt = library.api
         self._cuda = cuda
         self._spec = spec
@@ -146,6 +163,34 @@ class TensorRtEngine:
         self._stream = cuda.new_stream()
         self._profile = 0
         self._calls: dict[tuple[Any, ...], _Call] = {}  # the oldest first
+
+    def refit(self, model: bytes, tensors: Mapping[str, Array]) -> None:
+        """Puts in the weights of an engine that was built without.
+
+        Args:
+            model: the ONNX graph that it was built of, or one of the same structure.
+            tensors: its external tensors, by name.
+
+        Raises:
+            BackendError: TensorRT does not take them.
+        """
+        trt = self._library.api
+        logger = trt.Logger(trt.Logger.ERROR)
+        refitter = trt.Refitter(self._engine, logger)
+        parser = trt.OnnxParserRefitter(refitter, logger)
+        taken = (
+            parser.load_model_proto(model)
+            and all(
+                parser.load_initializer(name, array.ctypes.data, array.nbytes)
+                for name, array in tensors.items()
+            )
+            and parser.refit_model_proto()
+            and refitter.refit_cuda_engine()
+        )
+        if not taken:
+            raise BackendError(
+                f"{self._library.label} does not take the weights of graph {self._graph!r}"
+            )
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
