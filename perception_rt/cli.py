@@ -102,6 +102,10 @@ def _export_parser() -> argparse.ArgumentParser:
         "perception-rt refit can give others"
     )  # fmt: skip
     parser.add_argument(
+        "--route", default="onnx", help="of tensorrt: onnx (default), or torch-tensorrt for an "
+        "encoder in fp16"
+    )  # fmt: skip
+    parser.add_argument(
         "--calibration", metavar="DIR", help="images that fp8 finds its ranges on; default: "
         "synthetic ones"
     )  # fmt: skip

@@ -68,7 +68,8 @@ def describe(manifest: Manifest) -> list[str]:
         builder = str(content.target.options.get("builder"))
         lines.append(f"engines     {', '.join(engines)!a:.80}, built by {builder!a:.60}")
     batch = ", batch 1" + (" on the CPU, not its engine" if engines is not None else "")
-    for part, note in (("fidelity", ""), ("latency", batch)):
+    parts = (("fidelity", ""), ("latency", batch), ("engine_fidelity", ""), ("engine_latency", ""))
+    for part, note in parts:
         measured = record.get(part)
         for name, result in measured.items() if isinstance(measured, Mapping) else ():
             lines.append(f"{part:<11} {name}{note}: {_pairs(result)}")

@@ -20,13 +20,14 @@ import numpy as np
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.errors import ExportError
-from perception_rt.export.engines import EngineBuilder, EngineMaker, engine_name
+from perception_rt.export import torch_route
+from perception_rt.export.engines import EngineBuilder, EngineMaker, engine_name, library_for
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.files import Place, write_graphs
-from perception_rt.export.gate import run_gate
+from perception_rt.export.gate import gpu_capability, run_gate
 from perception_rt.export.likeness import Likeness
 from perception_rt.export.lowering import LoweredGraph, Lowering
-from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
 from perception_rt.export.plm_towers import PlmExport
 from perception_rt.export.profiles import has_engine
 from perception_rt.export.quantize import Format, Measured
@@ -102,8 +103,10 @@ def export_package(
         check_gate(fidelity, plan.gate)
         built: dict[str, Any] = {}
         if plan.engines:
-            maker = like if like is not None and like.refittable else EngineBuilder(plan)
-            content, built["engines"] = _add_engines(plan, maker, stage, content, report)
+            maker = _maker(plan, source) if like is None or not like.refittable else like
+            content, built = _add_engines(plan, maker, stage, content, report)
+            stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
+            built |= _engine_gate(plan, stage, references, report)
         seconds = time.monotonic() - started
         record = {**_record(plan, fidelity, latency, harmed, seconds), **built}
         manifest = Manifest.create(content, record=record)
@@ -191,10 +194,24 @@ def _content(
     )
 
 
+def check_builder(plan: ExportPlan | PlmPlan) -> None:
+    """BackendError unless the plan's engines can be built here; before weights are looked for."""
+    if plan.route != "onnx":
+        torch_route.load_compiler()
+    library_for(plan.engines, refittable=plan.refittable)
+
+
+def _maker(plan: ExportPlan | PlmPlan, source: WeightSource) -> EngineMaker:
+    if plan.route == "onnx":
+        return EngineBuilder(plan)
+    assert isinstance(plan, ExportPlan)
+    return torch_route.TorchTensorRt(plan, source)
+
+
 def _add_engines(
     plan: ExportPlan | PlmPlan, maker: EngineMaker, stage: Stage, content: Content, report: Report
 ) -> tuple[Content, dict[str, Any]]:
-    """Stages an engine of each graph for each GPU; the content with them, and how they were made.
+    """Stages an engine of each graph for each GPU; the content with them, and the record of them.
 
     One engine at a time is in memory.
     """
@@ -212,11 +229,33 @@ def _add_engines(
             made[file] = engine.record
             del engine  # before there is another
     options = {**content.target.options, "engines": files, "builder": maker.label}
+    if plan.route != "onnx":
+        options["route"] = plan.route
     for name in ("allow_unfused", "refittable"):
         if getattr(plan, name):
             options[name] = True
     target = replace(content.target, options=options)
-    return replace(content, target=target, files=dict(stage.entries)), made
+    return replace(content, target=target, files=dict(stage.entries)), {"engines": made}
+
+
+def _engine_gate(
+    plan: ExportPlan | PlmPlan, stage: Stage, references: list[Reference], report: Report
+) -> dict[str, Any]:
+    """What the record says of the engines, if the GPU is here that they were built for.
+
+    Raises:
+        ExportError: one is not faithful to eager.
+    """
+    gpu = gpu_capability()
+    if gpu is None or not {gpu, HERE} & set(plan.engines):
+        return {}
+    report(f"comparing the engines with eager on {gpu}")
+    fidelity, latency = run_gate(stage.directory, references, device="cuda")
+    check_gate(fidelity, plan.gate)
+    return {
+        "engine_fidelity": {name: result.to_dict() for name, result in fidelity.items()},
+        "engine_latency": latency,
+    }
 
 
 def _remember(package_id: str, report: Report) -> None:

@@ -16,9 +16,8 @@ from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_
 from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError, PackageError
-from perception_rt.export.build import check_destination, export_package
+from perception_rt.export.build import check_builder, check_destination, export_package
 from perception_rt.export.calibration import calibration_files
-from perception_rt.export.engines import library_for
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan, parse_image_size
 from perception_rt.package.manifest import Manifest
 from perception_rt.plm_config import PlmConfig, is_plm
@@ -52,7 +51,7 @@ def run_export(options: argparse.Namespace, report: Report) -> Manifest:
     # What needs no weights is checked before they are looked for, and downloaded.
     draft = _plan(options, config, None)
     if draft.engines:
-        library_for(draft.engines, refittable=draft.refittable)
+        check_builder(draft)
     if draft.calibration is not None:
         calibration_files(draft.calibration)
     with _parents(Path(options.out)):
@@ -108,6 +107,7 @@ def _plan(
         "engines": _engines(options.target, get_target(backend)),
         "allow_unfused": options.allow_unfused,
         "refittable": options.refittable,
+        "route": options.route,
         "calibration": None if options.calibration is None else Path(options.calibration),
     }
     if isinstance(config, PlmConfig):

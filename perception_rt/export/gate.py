@@ -3,18 +3,23 @@
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from perception_rt.errors import BackendError
 from perception_rt.export.fidelity import Fidelity
 from perception_rt.export.plm_towers import GATE_STEPS
+from perception_rt.export.profiles import has_engine
 from perception_rt.export.towers import Reference
 from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.reader import Package, open_package
-from perception_rt.runtime.session import Session, open_session
+from perception_rt.runtime.cuda import open_cuda
+from perception_rt.runtime.kv_block import Allocate
+from perception_rt.runtime.session import Session, open_session, state_allocator
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -25,9 +30,11 @@ _LATENCY_RUNS = 9
 
 
 def run_gate(
-    directory: Path, references: Sequence[Reference]
+    directory: Path, references: Sequence[Reference], *, device: str = "cpu"
 ) -> tuple[dict[str, Fidelity], dict[str, Any]]:
-    """Runs every graph of a sealed package on the CPU, one open at a time.
+    """Runs every graph of a sealed package on the CPU, or every engine on the GPU.
+
+    One is open at a time.
 
     A decoder's parts form a chain: each is fed with what the engine before it gave, first most of
     the prompt at once, then the last tokens one by one, over a cache that is updated in place.
@@ -41,12 +48,13 @@ def run_gate(
     with open_package(directory) as package:
         for reference in references:
             for graph, expected in reference.outputs.items():
-                if not expected:
+                if not expected or (device != "cpu" and not has_engine(graph)):
                     continue
                 inputs = reference.inputs[graph]
-                session = _open(package, graph)
+                session = _open(package, graph, device)
                 if graph.startswith(contract.DECODER):
-                    chained = _decode(session, chained or inputs, latency, graph)
+                    allocate = state_allocator(_backend(package, device), device)
+                    chained = _decode(session, chained or inputs, latency, graph, allocate)
                     arrays = chained
                 else:
                     found = session.run(inputs, list(expected))
@@ -60,16 +68,35 @@ def run_gate(
     return fidelity, latency
 
 
-def _open(package: Package, graph: str) -> Session:
+def gpu_capability() -> str | None:
+    """That of the GPU that is here, as in "sm89"; None if there is none to run on."""
+    try:
+        return open_cuda().capability
+    except BackendError:
+        return None
+
+
+def _backend(package: Package, device: str) -> str:
     target = get_target(package.manifest.content.target.backend)
-    return open_session(package, graph, backend=target.graph_backend, device="cpu", threads=None)
+    return target.graph_backend if device == "cpu" else target.name
 
 
-def _decode(session: Session, inputs: Arrays, latency: dict[str, Any], graph: str) -> Arrays:
+def _open(package: Package, graph: str, device: str) -> Session:
+    backend = _backend(package, device)
+    return open_session(package, graph, backend=backend, device=device, threads=None)
+
+
+def _decode(
+    session: Session,
+    inputs: Arrays,
+    latency: dict[str, Any],
+    graph: str,
+    allocate: Allocate | None,
+) -> Arrays:
     """A part's output over the whole prompt, or the logits of its last GATE_STEPS + 1 tokens."""
     hidden = inputs[contract.HIDDEN]
     tokens = hidden.shape[1]
-    state = _caches(session.spec, tokens)
+    state = _caches(session.spec, tokens, allocate)
     first = max(1, tokens - GATE_STEPS)
     edges = [0, *range(first, tokens + 1)]
     pieces, seconds = [], []
@@ -97,15 +124,18 @@ def _is_last(spec: GraphSpec) -> bool:
     return any(output.name == contract.LOGITS for output in spec.outputs)
 
 
-def _caches(spec: GraphSpec, slots: int) -> dict[str, Array]:
-    """Empty caches of one sequence, by input name."""
+def _caches(spec: GraphSpec, slots: int, allocate: Allocate | None) -> dict[str, Array]:
+    """Empty caches of one sequence, by input name, in memory from `allocate`."""
     outputs = {output.name for output in spec.outputs}
     caches = {}
     for source in spec.inputs:
         if contract.updated(source.name) in outputs:
             sizes = {contract.BATCH: 1, contract.SLOTS: slots}
             shape = [sizes[s] if isinstance(s, str) else s for s in source.shape]
-            caches[source.name] = np.zeros(shape, source.dtype)
+            dtype = np.dtype(source.dtype)
+            nbytes = prod(shape) * dtype.itemsize
+            memory = np.zeros(nbytes, np.uint8) if allocate is None else allocate(nbytes)
+            caches[source.name] = memory.view(dtype).reshape(shape)
     return caches
 
 

@@ -17,6 +17,7 @@ from perception_rt.processing.tiles import TileSpec
 from perception_rt.targets import Target, check_precision, get_target
 
 HERE = "here"
+ROUTES = ("onnx", "torch-tensorrt")
 _CAPABILITY = re.compile(r"sm[0-9]{2,3}")
 _SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
 
@@ -33,6 +34,7 @@ class _Plan:
             here.
         allow_unfused: whether an engine may take attention apart.
         refittable: whether engines hold no weights, and take them from the graphs' when loaded.
+        route: one of ROUTES, by which engines are made.
         calibration: a folder of images that fp8 finds the ranges of activations on; None for
             synthetic ones.
     """
@@ -43,6 +45,7 @@ class _Plan:
     engines: tuple[str, ...] = ()
     allow_unfused: bool = False
     refittable: bool = False
+    route: str = "onnx"
     calibration: Path | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +53,10 @@ class _Plan:
         _check_engines(self.target, self.engines)
         if self.refittable and not self.engines:
             raise InputError("--refittable is for engines, and none are asked for")
+        if self.route not in ROUTES:
+            raise InputError(f"unknown route {self.route!r:.40}; known are {', '.join(ROUTES)}")
+        if self.route != "onnx":
+            self._check_route()
         if self.calibration is not None and self.precision != "fp8":
             raise InputError("--calibration is for fp8; other scales are found when engines run")
         _check_name(self.name)
@@ -58,6 +65,13 @@ class _Plan:
     def target(self) -> Target:
         """The backend's record."""
         return get_target(self.backend)
+
+    def _check_route(self) -> None:
+        """InputError for what Torch-TensorRT is not used for."""
+        if self.engines != (HERE,):
+            raise InputError(f"--route {self.route} builds for the GPU that is here: --target here")
+        if self.precision != "fp16" or self.refittable or self.allow_unfused:
+            raise InputError(f"--route {self.route} is for fp16, and has no other options")
 
     @property
     def float_dtype(self) -> str:
@@ -136,6 +150,8 @@ class PlmPlan(_Plan):
 
     def __post_init__(self) -> None:
         _Plan.__post_init__(self)
+        if self.route != "onnx":
+            raise InputError(f"--route {self.route} is for encoders; a decoder's caches need onnx")
         if self.tiles.tile_size != self.config.vision.image_size:
             raise InputError(
                 f"tiles of {self.tiles.tile_size} pixels are not for a tower of "

@@ -21,6 +21,12 @@ def has_engine(graph: str) -> bool:
     return graph != contract.PIXELS
 
 
+def whole_range(graph: str) -> tuple[int, int, int]:
+    """The least, usual and largest batch of an encoder's graph, as one profile."""
+    sizes = _SIZES[graph]
+    return sizes[0][0], sizes[-1][1], sizes[-1][2]
+
+
 def profiles(graph: str, max_length: int) -> Sequence[Profile]:
     """Those of a graph, by its name.
 

@@ -12,8 +12,7 @@ from typing import Any
 from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError, PackageError
-from perception_rt.export.build import export_package
-from perception_rt.export.engines import library_for
+from perception_rt.export.build import check_builder, export_package
 from perception_rt.export.likeness import Likeness
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.package.manifest import Manifest
@@ -60,7 +59,7 @@ def refit_package(
         plan = plan_of(old, None if calibration is None else Path(calibration))
         like = Likeness(old)
         if plan.engines and not like.refittable:
-            library_for(plan.engines)  # before any work
+            check_builder(plan)  # before any work
         source = open_checkpoint(Path(weights), plan.config)
         return export_package(plan, source, out, force=force, like=like, on_progress=on_progress)
 
@@ -77,6 +76,7 @@ def plan_of(package: Package, calibration: Path | None = None) -> ExportPlan | P
             "engines": tuple(options.get("engines", ())),
             "allow_unfused": options.get("allow_unfused", False),
             "refittable": options.get("refittable", False),
+            "route": options.get("route", "onnx"),
             "calibration": calibration,
         }
         if content.family == "pe":

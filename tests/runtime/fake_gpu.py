@@ -133,7 +133,7 @@ class FakeContext:
         feeds = {s.name: at(s, shapes[s.name], addresses).copy() for s in spec.inputs}
         names = [s.name for s in spec.outputs]
         for output, array in zip(spec.outputs, self.engine.session.run(names, feeds), strict=True):
-            at(output, array.shape, addresses)[...] = array
+            at(output, array.shape, addresses)[...] = -array if self.engine.broken else array
 
 
 def at(
@@ -147,7 +147,12 @@ def at(
 
 
 class FakeEngine:
-    """`file` is its graph, or None for an engine without weights."""
+    """`file` is its graph, or None for an engine without weights.
+
+    A broken one gives the negative of each output.
+    """
+
+    broken = False
 
     def __init__(
         self, file: Path | None, spec: GraphSpec, profiles: Sequence[Profile], cuda: FakeCuda
@@ -229,11 +234,14 @@ class FakeTensorRt:
         self.builds = 0
         self.cuda = FakeCuda()
         self.built: dict[bytes, tuple[GraphSpec, Sequence[Profile]]] = {}
+        self.stage = folder
+        self.broken = False
 
     def build(
         self, library: TensorRt, file: Path, spec: GraphSpec, operators: Any, **options: Any
     ) -> BuiltEngine:
         self.builds += 1
+        self.stage = file.parent  # as long as the package is not published
         data = b"" if options["refittable"] else file.name.encode()
         data += b" " + spec.file.encode()
         self.built[data] = spec, options["profiles"]
@@ -247,7 +255,10 @@ class FakeTensorRt:
         if key not in self.built:
             return None
         graph = key.partition(b" ")[0].decode()
-        return FakeEngine(self.folder / graph if graph else None, *self.built[key], self.cuda)
+        folder = self.folder if self.folder.exists() else self.stage
+        engine = FakeEngine(folder / graph if graph else None, *self.built[key], self.cuda)
+        engine.broken = self.broken
+        return engine
 
     @property
     def library(self) -> TensorRt:

@@ -15,9 +15,16 @@ from perception_rt.checkpoint.locate import find_config
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.config import PeConfig
 from perception_rt.demo import language_model_path
-from perception_rt.errors import BackendError, CapacityError, InputError, PackageError
-from perception_rt.export import build, engines, refit
+from perception_rt.errors import (
+    BackendError,
+    CapacityError,
+    ExportError,
+    InputError,
+    PackageError,
+)
+from perception_rt.export import build, engines, gate, refit
 from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.export.plm_towers import GATE_STEPS
 from perception_rt.package import contract
 from perception_rt.package.trust import built_file
 from perception_rt.plm_config import PlmConfig
@@ -301,6 +308,41 @@ def test_onnxruntime_updates_caches_where_the_gpu_has_them(
     assert blocks and bench.cuda.live == 0
 
 
+def test_engines_are_compared_with_eager_where_their_gpu_is(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = find_config(language_model_path())
+    assert isinstance(config, PlmConfig)
+    config = replace(config, decoder=replace(config.decoder, max_seqlen=320))
+    tiles = TileSpec(tile_size=config.vision.image_size)
+    plan = PlmPlan(
+        name="plm", config=config, backend="tensorrt", precision="fp16", tiles=tiles,
+        engines=(CAPABILITY,),
+    )  # fmt: skip
+    monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
+    trt = install(monkeypatch, bench, tmp_path / "package")
+    manifest = build.export_package(plan, RandomWeights(config, 0), tmp_path / "package")
+    found = manifest.record["engine_fidelity"]
+    assert set(found) == set(manifest.record["fidelity"]) - {"pixels.image_features"}
+    assert manifest.record["engine_latency"]["decoder_0"]["runs"] == GATE_STEPS
+    assert bench.cuda.live == 0
+    trt.broken = True
+    with pytest.raises(ExportError, match=r"not faithful to eager: cosine of vision"):
+        build.export_package(plan, RandomWeights(config, 0), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, bench: Bench, folder: Path) -> FakeTensorRt:
+    """A TensorRT that builds and runs the package that will be in a folder."""
+    trt = FakeTensorRt(folder)
+    trt.cuda = bench.cuda
+    for module in (engines, build):
+        monkeypatch.setattr(module, "library_for", lambda *_, **__: trt.library)
+    monkeypatch.setattr(engines, "build_engine", trt.build)
+    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: trt.library)
+    return trt
+
+
 @pytest.mark.parametrize("refittable", [True, False])
 def test_new_weights_without_a_new_engine(
     bench: Bench,
@@ -310,12 +352,7 @@ def test_new_weights_without_a_new_engine(
     monkeypatch: pytest.MonkeyPatch,
     refittable: bool,
 ) -> None:
-    trt = FakeTensorRt(tmp_path / "new")
-    trt.cuda = bench.cuda
-    monkeypatch.setattr(engines, "library_for", lambda *_, **__: trt.library)
-    monkeypatch.setattr(refit, "library_for", lambda *_, **__: trt.library)
-    monkeypatch.setattr(engines, "build_engine", trt.build)
-    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: trt.library)
+    trt = install(monkeypatch, bench, tmp_path / "new")
     plan = ExportPlan(
         name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
         image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=refittable,
