@@ -27,10 +27,11 @@ from perception_rt.export.files import Place, write_graphs
 from perception_rt.export.gate import gpu_capability, run_gate
 from perception_rt.export.likeness import Likeness
 from perception_rt.export.lowering import LoweredGraph, Lowering
+from perception_rt.export.measure import Measured
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
 from perception_rt.export.plm_towers import PlmExport
 from perception_rt.export.profiles import has_engine
-from perception_rt.export.quantize import Format, Measured
+from perception_rt.export.quantize import Format
 from perception_rt.export.towers import ModelExport, PeExport, Recipe, Reference, Tower
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
@@ -75,6 +76,7 @@ def export_package(
     references: list[Reference] = []
     harmed: dict[str, float] = {}
     formats: dict[str, Format] = {}
+    balanced: set[str] = set()
     with Stage.create(out, force=force) as stage:
         for path, data in model.files().items():
             stage.write(path, [data])
@@ -84,10 +86,11 @@ def export_package(
             references.append(reference)
             measured = reference.measured
             if like is not None:
-                measured.decided = like.harmed
+                measured.decide(like.harmed, like.balanced)
             harmed |= {name: measured.errors[name] for name in measured.harmed()}
             chosen = tower.formats(measured)
             formats |= chosen
+            balanced |= measured.balanced & chosen.keys()
             report(f"{tower.name}: tracing and writing {plan.precision} graphs")
             lowered = _lower(tower, lowering, plan, chosen, measured)
             written = write_graphs(stage, f"{tower.name}.data", lowered, places)
@@ -96,7 +99,10 @@ def export_package(
                 for name, spec in written.items():
                     like.check(name, stage.path(spec.file).read_bytes())
         layers = {name: formats.get(name) for name in sorted(harmed)}
-        content = _content(plan, model, stage, graphs, layers)
+        options = model.options(layers)
+        if balanced:
+            options["balanced_layers"] = sorted(balanced)
+        content = _content(plan, model, stage, graphs, options)
         stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
         report("comparing the package with eager")
         fidelity, latency = run_gate(stage.directory, references)
@@ -140,9 +146,7 @@ def _lower(
     dtype = np.dtype(plan.float_dtype)
     graphs = {}
     for name, recipe in tower.recipes().items():
-        instance = lowering(
-            traced, parameters, dtype=dtype, formats=formats, largest=measured.largest
-        )
+        instance = lowering(traced, parameters, dtype=dtype, formats=formats, measured=measured)
         graphs[name] = instance.lower(recipe.sources, recipe.outputs)
         _check_fused(name, graphs[name], lowering, recipe)
     return graphs
@@ -171,7 +175,7 @@ def _content(
     model: ModelExport,
     stage: Stage,
     graphs: Mapping[str, GraphSpec],
-    layers: Mapping[str, Format | None],
+    options: Mapping[str, Any],
 ) -> Content:
     return Content(
         name=plan.name,
@@ -180,7 +184,7 @@ def _content(
         target=Target(
             backend=plan.backend,
             precision=plan.precision,
-            options=model.options(layers),
+            options=options,
         ),
         image=model.image(),
         text=model.text(),

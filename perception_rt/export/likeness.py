@@ -21,6 +21,7 @@ class Likeness:
         self._package = package
         self.refittable = bool(options.get("refittable", False))
         self.label = str(options.get("builder"))
+        self.balanced = frozenset(options.get("balanced_layers", ()))
         self.harmed = frozenset((*options["float_layers"], *options.get("block_layers", ())))
 
     def check(self, graph: str, data: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from perception_rt.export.measure import Measured
 from perception_rt.export.quantize import Format
 from perception_rt.export.trace import DOMAIN, OPSET, Traced
 from perception_rt.export.weights import Array, DType, Weight, constant
@@ -47,8 +48,7 @@ class Lowering(ABC):
         parameters: a `Weight` for every parameter of the traced module, by name.
         dtype: of activations and float weights: float32 or float16.
         formats: of quantised linear and embedding weights, by the checkpoint tensor's name.
-        largest: magnitudes of the inputs of linear layers, by their weights' names, for formats
-            that need to know them.
+        measured: the linear layers, for formats that need to know the range of their inputs.
     """
 
     # How many operators of which type each traced attention becomes, without and with a cache; the
@@ -64,13 +64,13 @@ class Lowering(ABC):
         *,
         dtype: DType,
         formats: Mapping[str, Format] | None = None,
-        largest: Mapping[str, float] | None = None,
+        measured: Measured | None = None,
     ) -> None:
         self.traced = traced
         self.parameters = parameters
         self.dtype = np.dtype(dtype)
         self.formats = formats or {}
-        self.largest = largest or {}
+        self.measured = measured or Measured()
         self.nodes: list[ir.Node] = []
         self.finished: set[ir.Value] = set()
         self.env: dict[ir.Value, Operand] = {}

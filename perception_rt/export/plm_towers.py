@@ -20,18 +20,14 @@ from torch import Tensor, nn
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.export.graphs import DecoderGraph, EmbedGraph, TileGraph
 from perception_rt.export.lowering import as_is
+from perception_rt.export.measure import Measured, measure_layers
 from perception_rt.export.parameters import (
     decoder_parameters,
     embed_parameters,
     tile_parameters,
 )
 from perception_rt.export.plan import PlmPlan
-from perception_rt.export.quantize import (
-    Format,
-    Measured,
-    Scheme,
-    measure_layers,
-)
+from perception_rt.export.quantize import Format, Scheme
 from perception_rt.export.towers import (
     Recipe,
     Reference,

@@ -15,15 +15,10 @@ from perception_rt.export import calibration
 from perception_rt.export.fidelity import MIN_COSINE
 from perception_rt.export.graphs import TextGraph, VisionGraph
 from perception_rt.export.lowering import Entry, as_is, uint8_images
+from perception_rt.export.measure import Measured, measure_layers, refuse_layers
 from perception_rt.export.parameters import text_parameters, vision_parameters
 from perception_rt.export.plan import ExportPlan, PlmPlan
-from perception_rt.export.quantize import (
-    Format,
-    Measured,
-    Scheme,
-    measure_layers,
-    refuse_layers,
-)
+from perception_rt.export.quantize import Format, Scheme
 from perception_rt.export.trace import Traced, trace
 from perception_rt.export.weights import Weight
 from perception_rt.models.text import TextTower
@@ -336,9 +331,7 @@ def measure_faithful(
         batches: calibration inputs; the first is what faithful is judged by.
         scheme: what layers would become.
     """
-    measured = Measured()
-    for batch in batches:
-        measured.add(measure_layers(tower, partial(call, batch), scheme)[1])
+    _, measured = measure_layers(tower, lambda: [call(batch) for batch in batches], scheme)
     if scheme == "fp8":
         refuse_layers(tower, partial(call, batches[0]), measured, MIN_COSINE[scheme] + _MARGIN)
     return measured

@@ -1,0 +1,110 @@
+"""What is measured on linear layers, and what is done about large channels."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from perception_rt.checkpoint.source import open_checkpoint
+from perception_rt.config import PeConfig
+from perception_rt.demo import config_path, weights_path
+from perception_rt.export.build import export_package
+from perception_rt.export.measure import MAX_LAYER_ERROR, measure_layers, refuse_layers
+from perception_rt.export.plan import ExportPlan
+from perception_rt.export.refit import refit_package
+from perception_rt.processing.image import ImageSpec
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    return torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+
+
+def layer() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(128, 96).requires_grad_(False)
+
+
+def test_a_layer_of_equal_channels_is_left_as_it_is(inputs: Tensor) -> None:
+    module = layer()
+    result, measured = measure_layers(module, lambda: module(inputs), "fp8")
+    torch.testing.assert_close(result, module(inputs))
+    assert 0.02 < measured.errors["weight"] < MAX_LAYER_ERROR
+    assert measured.balanced == set() and measured.balance("weight") is None
+    assert measured.range("weight") == float(inputs.abs().max())
+
+
+@pytest.mark.parametrize("use", [0.0, 1e-4])
+def test_a_large_channel_is_balanced(inputs: Tensor, use: float) -> None:
+    """Of no use, or of some: others are too small for E4M3's grid beside it."""
+    module = layer()
+    inputs[:, 5] *= 3e4
+    module.weight[:, 5] *= use
+    _, measured = measure_layers(module, lambda: module(inputs), "fp8")
+    assert measured.balanced == {"weight"} and measured.harmed() == []
+    assert measured.errors["weight"] < MAX_LAYER_ERROR
+    balance = measured.balance("weight")
+    assert balance is not None and balance.argmax() == 5
+    assert measured.range("weight") < 1e-2 * float(inputs.abs().max())
+
+
+def test_what_balancing_does_not_help_stays_in_float(inputs: Tensor) -> None:
+    module = layer()
+    # A token, all channels of which are large, and its product is nothing.
+    nothing = torch.linalg.svd(module.weight).Vh[-1]
+    inputs[0] = 1e6 * nothing
+    _, measured = measure_layers(module, lambda: module(inputs), "fp8")
+    assert measured.balanced == set() and measured.harmed() == ["weight"]
+
+
+def test_other_schemes_balance_nothing(inputs: Tensor) -> None:
+    module = layer()
+    inputs[:, 5] *= 3e4
+    module.weight[:, 5] = 0
+    _, measured = measure_layers(module, lambda: module(inputs), "int8")
+    assert measured.harmed() == ["weight"] and measured.balanced == set()
+
+
+def test_refused_layers_are_the_worst(inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(128, 128) for _ in range(8))).requires_grad_(False)
+    _, measured = measure_layers(module, lambda: module(inputs), "fp8")
+    refuse_layers(module, lambda: module(inputs), measured, 0.9995)
+    errors = [measured.errors[name] for name in measured.refused]
+    kept = [error for name, error in measured.errors.items() if name not in measured.refused]
+    assert errors and kept and min(errors) >= max(kept)
+    other = measure_layers(module, lambda: module(inputs), "fp8")[1]
+    refuse_layers(module, lambda: module(inputs), other, 2.0)  # which no cosine is
+    assert other.refused == set(other.errors)
+
+
+def test_an_engine_with_balanced_channels_is_as_faithful(tmp_path: Path) -> None:
+    large = "visual.transformer.resblocks.1.mlp.c_fc.weight"
+    checkpoint = with_large_channel(tmp_path / "large.safetensors", block=1)
+    config = PeConfig.from_dict(json.loads(config_path().read_text()))
+    plan = ExportPlan(
+        name="pe", config=config, backend="tensorrt", precision="fp8", taps=(),
+        image=ImageSpec(height=32, width=32),
+    )  # fmt: skip
+    manifest = export_package(plan, open_checkpoint(checkpoint, config), tmp_path / "package")
+    assert manifest.content.target.options["balanced_layers"] == [large]
+    assert large not in manifest.content.target.options["float_layers"]
+    assert manifest.record["fidelity"]["vision.embedding"]["cosine"] > 0.998
+    refitted = refit_package(tmp_path / "package", weights_path(), tmp_path / "refitted")
+    assert refitted.content.target == manifest.content.target
+
+
+def with_large_channel(file: Path, block: int) -> Path:
+    """PE-Demo, its channels before a product made small, but one, which is of no use, large."""
+    tensors = load_file(weights_path())
+    prefix = f"visual.transformer.resblocks.{block}"
+    for name in ("ln_2.weight", "ln_2.bias"):
+        tensors[f"{prefix}.{name}"] *= 0.01
+        tensors[f"{prefix}.{name}"][0] *= 8e5
+    tensors[f"{prefix}.mlp.c_fc.weight"] *= 100
+    tensors[f"{prefix}.mlp.c_fc.weight"][:, 0] = 0
+    save_file(tensors, file)
+    return file
