@@ -106,8 +106,12 @@ def _export_parser() -> argparse.ArgumentParser:
         "encoder in fp16"
     )  # fmt: skip
     parser.add_argument(
-        "--calibration", metavar="DIR", help="images that fp8 finds its ranges on; default: "
-        "synthetic ones"
+        "--calibration", metavar="DIR", help="images, and prompts.txt, that fp8 finds its ranges "
+        "on; default: synthetic ones"
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrator", default="max", help="of fp8: max (default), the largest magnitude; or "
+        "modelopt, where NVIDIA's is installed"
     )  # fmt: skip
     parser.add_argument("--image-size", metavar="HxW", help="default: the model's own")
     parser.add_argument("--center-crop", action="store_true", help="crop images; default: squash")

@@ -79,6 +79,9 @@ PARTS = {
     "perception_rt.export.gate": Part(
         uses=(*TORCH_SIDE, "export", "runtime"), libraries=EXPORTER
     ),
+    "perception_rt.export.modelopt": Part(
+        uses=LAYER_1, libraries=("torch",), lazy_libraries=("modelopt",)
+    ),
     "perception_rt.export.torch_route": Part(
         uses=(*TORCH_SIDE, "export"), libraries=EXPORTER, lazy_libraries=("torch_tensorrt",)
     ),

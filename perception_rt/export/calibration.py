@@ -15,11 +15,22 @@ Array = np.ndarray[Any, Any]
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _MOST, _SYNTHETIC = 32, 8  # images that ranges are found on
 
+MOST_TOKENS = 512  # of prompts, in all
+_PROMPTS_FILE, _MOST_PROMPT_BYTES = "prompts.txt", 64 * 1024
+
 TEXTS = (
     "a photo of a cat sitting on a red sofa",
     "two people riding bicycles along the river at sunset",
     "diagram of a neural network",
     "7",
+)
+
+
+PROMPTS = (
+    "Describe this image in detail.",
+    "How many people are in the picture, and what are they doing? Answer in one sentence.",
+    "What does the sign on the left say? Quote the text exactly, with its numbers: 3, 14, 2026.",
+    "Is the statement true that 17 + 25 = 42? Explain step by step.",
 )
 
 
@@ -53,6 +64,26 @@ def pictures(folder: Path | None, spec: ImageSpec) -> Array:
     if folder is None:
         return images(_SYNTHETIC, spec.height, spec.width)
     return np.stack([load_image(file, spec) for file in calibration_files(folder)])
+
+
+def prompts(folder: Path | None) -> tuple[str, ...]:
+    """The lines of `prompts.txt` in a folder; some questions on images where there is none.
+
+    Raises:
+        InputError: it has none, is not text, or is larger than 64 KiB.
+    """
+    file = None if folder is None else folder / _PROMPTS_FILE
+    if file is None or not file.exists():
+        return PROMPTS
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(_MOST_PROMPT_BYTES + 1)
+        lines = tuple(line.strip() for line in data.decode().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"--calibration: {file} cannot be read as text") from None
+    if not lines or len(data) > _MOST_PROMPT_BYTES:
+        raise InputError(f"--calibration: {file} must have 1 to {_MOST_PROMPT_BYTES} bytes of text")
+    return lines
 
 
 def calibration_files(folder: Path) -> list[Path]:

@@ -17,8 +17,9 @@ from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_builder, check_destination, export_package
-from perception_rt.export.calibration import calibration_files
+from perception_rt.export.calibration import calibration_files, prompts
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan, parse_image_size
+from perception_rt.export.towers import ranges_of
 from perception_rt.package.manifest import Manifest
 from perception_rt.plm_config import PlmConfig, is_plm
 from perception_rt.processing.image import ImageSpec, Resize
@@ -52,8 +53,10 @@ def run_export(options: argparse.Namespace, report: Report) -> Manifest:
     draft = _plan(options, config, None)
     if draft.engines:
         check_builder(draft)
+    ranges_of(draft)
     if draft.calibration is not None:
         calibration_files(draft.calibration)
+        prompts(draft.calibration)
     with _parents(Path(options.out)):
         check_destination(options.out, force=options.force)
         weights = _weights(options, report)
@@ -108,6 +111,7 @@ def _plan(
         "allow_unfused": options.allow_unfused,
         "refittable": options.refittable,
         "route": options.route,
+        "calibrator": options.calibrator,
         "calibration": None if options.calibration is None else Path(options.calibration),
     }
     if isinstance(config, PlmConfig):

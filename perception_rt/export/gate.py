@@ -11,7 +11,7 @@ import numpy as np
 
 from perception_rt.errors import BackendError
 from perception_rt.export.fidelity import Fidelity
-from perception_rt.export.plm_towers import GATE_STEPS
+from perception_rt.export.plm_decoder import GATE_STEPS
 from perception_rt.export.profiles import has_engine
 from perception_rt.export.towers import Reference
 from perception_rt.package import contract

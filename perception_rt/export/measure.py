@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ Array = np.ndarray[Any, Any]
 MAX_LAYER_ERROR = 0.05
 
 
+# Of a head in fp8: the part of the tokens of which the likeliest next one stays the same.
+LEAST_AGREEMENT = 0.99
 _WORTH = 0.9  # balanced channels are taken if they lower the error to this part of it
 _MOST_BALANCE = 1000.0  # and no channel by more, so that float16 bears it
 
@@ -42,6 +44,7 @@ class Measured:
         largest: magnitude of the input, the largest that was met.
         inputs: the same of each channel, float32 (C,); in fp8 only.
         weights: magnitude of the weight's columns, float32 (C,); in fp8 only.
+        clipped: ranges of inputs that are better than their largest magnitudes.
         refused: layers that a whole tower does not bear under the scheme, beside the others.
         balanced: layers whose channels are balanced.
         decided: the layers that do not take the scheme, whatever was measured; None to go by that.
@@ -51,6 +54,7 @@ class Measured:
     largest: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, Array] = field(default_factory=dict)
     weights: dict[str, Array] = field(default_factory=dict)
+    clipped: dict[str, float] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     balanced: set[str] = field(default_factory=set)
     decided: frozenset[str] | None = None
@@ -75,9 +79,11 @@ class Measured:
         return self._balance(name) if name in self.balanced else None
 
     def range(self, name: str) -> float:
-        """The largest magnitude of a layer's input, its channels balanced if they are."""
+        """The largest magnitude of a layer's input that is not clipped; balanced, if it is."""
         balance = self.balance(name)
-        return self.largest[name] if balance is None else float((self.inputs[name] / balance).max())
+        if balance is not None:
+            return float((self.inputs[name] / balance).max())
+        return self.clipped.get(name, self.largest[name])
 
     def add(self, found: "Measured", prefix: str = "") -> None:
         """Takes up the measurement of a part whose weights have a prefix here."""
@@ -86,6 +92,7 @@ class Measured:
             (self.largest, found.largest),
             (self.inputs, found.inputs),
             (self.weights, found.weights),
+            (self.clipped, found.clipped),
         ):
             for name, value in theirs.items():
                 assert prefix + name not in mine
@@ -108,36 +115,58 @@ def _logarithms(peaks: Array) -> Array:
     return logarithms
 
 
-def measure_layers(module: nn.Module, run: Callable[[], T], scheme: Scheme) -> tuple[T, Measured]:
+class Ranges(Protocol):
+    """Finds ranges of inputs that clip a little, as ModelOpt does."""
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Takes note of an input of a layer."""
+
+    def ranges(self) -> dict[str, float]:
+        """The largest magnitude that is not clipped, of each layer."""
+
+
+def measure_layers(
+    module: nn.Module, run: Callable[[], T], scheme: Scheme, ranges: Ranges | None = None
+) -> tuple[T, Measured]:
     """Measures each linear layer under a scheme.
 
     Args:
         module: in float32, each parameter in a storage of its own.
-        run: calls the module on calibration inputs; twice, if channels may have to be balanced.
+        run: calls the module on calibration inputs; in fp8 up to three times.
         scheme: what the layers would become.
+        ranges: for fp8, what may find other ranges than the largest magnitudes.
 
     Returns:
         What `run` returned, in float32 as without the measurement; the layers.
     """
     names = _names(module)
-    mode = _Measuring(names, scheme)
+    mode = _Measuring(names, scheme, ranges)
     with torch.inference_mode(), mode:
         result = run()
     measured = mode.measured
+    if ranges is not None:
+        measured.clipped = ranges.ranges()
+        better = _again(names, run, measured, measured.clipped)
+        measured.clipped = {name: measured.clipped[name] for name in better}
+        measured.errors |= better
     harmed = measured.harmed()
     if scheme == "fp8" and harmed:
         measured.balanced = set(harmed)
-        again = _Balanced(names, measured)
-        with torch.inference_mode(), again:
-            run()
-        better = {
-            name: error
-            for name, error in again.errors.items()
-            if error <= min(MAX_LAYER_ERROR, _WORTH * measured.errors[name])
-        }
+        better = _again(names, run, measured, harmed)
+        better = {name: error for name, error in better.items() if error <= MAX_LAYER_ERROR}
         measured.balanced = set(better)
         measured.errors |= better
     return result, measured
+
+
+def _again(
+    names: Mapping[int, str], run: Callable[[], object], measured: Measured, layers: Collection[str]
+) -> dict[str, float]:
+    """The errors of those layers in fp8 that are better than before, as `measured` has them now."""
+    again = _Again(names, measured, frozenset(layers))
+    with torch.inference_mode(), again:
+        run()
+    return {n: error for n, error in again.errors.items() if error <= _WORTH * measured.errors[n]}
 
 
 def refuse_layers(
@@ -163,6 +192,40 @@ def refuse_layers(
         keep = len(taken) * 7 // 8
         measured.refused |= set(taken[keep:])
         taken = taken[:keep]
+
+
+class MeasuredHead:
+    """What fp8 does to a head, which is read in pieces.
+
+    Its noise is on the logits themselves, so besides the error it counts how often another token
+    is the likeliest.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        """A head on tokens (1, T, C)."""
+        self._tokens = tokens
+        self._largest = tokens.abs().amax()
+        self._rounded = _as_e4m3(tokens, self._largest)
+        self._likeliest = torch.full((2, 2, tokens.shape[1]), -math.inf)  # exact, fp8: logit, id
+        self._squares = torch.zeros(2)  # of the difference, of the exact logits
+
+    def add(self, exact: Tensor, weight: Tensor, start: int) -> None:
+        """Rows of the head from an index on, (O, C), and the tokens' logits, (1, T, O)."""
+        rounded = F.linear(self._rounded, _fp8_rows(weight))
+        for row, logits in zip(self._likeliest, (exact[0], rounded[0]), strict=True):
+            values, ids = logits.max(dim=-1)
+            row[1] = torch.where(values > row[0], ids + start, row[1])
+            row[0] = torch.maximum(values, row[0])
+        difference = (rounded - exact).square().sum()
+        self._squares += torch.stack([difference, exact.square().sum()])
+
+    def put(self, measured: Measured, name: str) -> None:
+        """Adds the layer; refused, if too many tokens change."""
+        measured.errors[name] = float((self._squares[0] / self._squares[1]).sqrt())
+        measured.largest[name] = float(self._largest)
+        same = (self._likeliest[0, 1] == self._likeliest[1, 1]).float().mean()
+        if not same >= LEAST_AGREEMENT:
+            measured.refused.add(name)
 
 
 def _names(module: nn.Module) -> dict[int, str]:
@@ -201,10 +264,11 @@ class _Linears(TorchFunctionMode, ABC):
 class _Measuring(_Linears):
     """Compares every layer with its quantised twin."""
 
-    def __init__(self, names: Mapping[int, str], scheme: Scheme) -> None:
+    def __init__(self, names: Mapping[int, str], scheme: Scheme, ranges: Ranges | None) -> None:
         super().__init__(names)
         self.round_input, self.round_weight = _ROUNDING[scheme]
         self.keeps_channels = scheme == "fp8"
+        self.ranges = ranges
         self.measured = Measured()
 
     def linear(
@@ -218,22 +282,27 @@ class _Measuring(_Linears):
             for peaks, values in ((self.measured.inputs, x), (self.measured.weights, weight)):
                 found = values.flatten(0, -2).abs().amax(dim=0).numpy()
                 peaks[name] = np.maximum(peaks.get(name, found), found)
+        if self.ranges is not None:
+            self.ranges.add(name, x)
         return result
 
 
-class _Balanced(_Linears):
-    """Compares layers with their twins in fp8 whose channels are balanced."""
+class _Again(_Linears):
+    """Compares some layers with their twins in fp8, by the ranges and balances that they have."""
 
-    def __init__(self, names: Mapping[int, str], measured: Measured) -> None:
+    def __init__(
+        self, names: Mapping[int, str], measured: Measured, layers: frozenset[str]
+    ) -> None:
         super().__init__(names)
         self.measured = measured
+        self.layers = layers
         self.errors: dict[str, float] = {}
 
     def linear(
         self, name: str, result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """The exact result."""
-        if name in self.measured.balanced:
+        if name in self.layers:
             _raise(self.errors, name, _error(x, weight, *_twins(self.measured, name, x, weight)))
         return result
 

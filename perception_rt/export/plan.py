@@ -18,6 +18,7 @@ from perception_rt.targets import Target, check_precision, get_target
 
 HERE = "here"
 ROUTES = ("onnx", "torch-tensorrt")
+CALIBRATORS = ("max", "modelopt")
 _CAPABILITY = re.compile(r"sm[0-9]{2,3}")
 _SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
 
@@ -37,6 +38,7 @@ class _Plan:
         route: one of ROUTES, by which engines are made.
         calibration: a folder of images that fp8 finds the ranges of activations on; None for
             synthetic ones.
+        calibrator: one of CALIBRATORS, what finds the ranges of activations in fp8.
     """
 
     name: str
@@ -47,6 +49,7 @@ class _Plan:
     refittable: bool = False
     route: str = "onnx"
     calibration: Path | None = None
+    calibrator: str = "max"
 
     def __post_init__(self) -> None:
         check_precision(self.target, self.precision)
@@ -59,6 +62,11 @@ class _Plan:
             self._check_route()
         if self.calibration is not None and self.precision != "fp8":
             raise InputError("--calibration is for fp8; other scales are found when engines run")
+        if self.calibrator not in CALIBRATORS:
+            known = ", ".join(CALIBRATORS)
+            raise InputError(f"unknown calibrator {self.calibrator!r:.40}; known are {known}")
+        if self.calibrator != "max" and self.precision != "fp8":
+            raise InputError("--calibrator is for fp8; other scales are found when engines run")
         _check_name(self.name)
 
     @property

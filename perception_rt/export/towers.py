@@ -15,7 +15,8 @@ from perception_rt.export import calibration
 from perception_rt.export.fidelity import MIN_COSINE
 from perception_rt.export.graphs import TextGraph, VisionGraph
 from perception_rt.export.lowering import Entry, as_is, uint8_images
-from perception_rt.export.measure import Measured, measure_layers, refuse_layers
+from perception_rt.export.measure import Measured, Ranges, measure_layers, refuse_layers
+from perception_rt.export.modelopt import ModelOptRanges
 from perception_rt.export.parameters import text_parameters, vision_parameters
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.export.quantize import Format, Scheme
@@ -128,7 +129,8 @@ class VisionExport:
         batch = torch.from_numpy(pixels)
         if scheme is not None:
             batches = calibration_batches(pictures, spec, _GATE_IMAGES)
-            measured.add(measure_faithful(tower, tower, batches, scheme), "visual.")
+            found = measure_faithful(tower, tower, batches, scheme, ranges_of(self.plan))
+            measured.add(found, "visual.")
         taps = self.plan.tapped
         with torch.inference_mode():
             last = self.config.layers - 1
@@ -203,7 +205,8 @@ class TextExport:
         batch = torch.from_numpy(ids)
         measured = Measured()
         if scheme is not None:
-            measured.add(measure_faithful(tower, tower, [batch], scheme), "text.")
+            found = measure_faithful(tower, tower, [batch], scheme, ranges_of(self.plan))
+            measured.add(found, "text.")
         with torch.inference_mode():
             features = tower(batch).numpy()
         return Reference(
@@ -317,11 +320,17 @@ def calibration_batches(pictures: Array, spec: ImageSpec, size: int) -> list[Ten
     ]
 
 
+def ranges_of(plan: ExportPlan | PlmPlan) -> Ranges | None:
+    """What finds the ranges of one module's inputs, by the plan; None for what measuring does."""
+    return ModelOptRanges() if plan.calibrator == "modelopt" else None
+
+
 def measure_faithful(
     tower: nn.Module,
     call: Callable[[Tensor], Tensor],
     batches: Sequence[Tensor],
     scheme: Scheme,
+    ranges: Ranges | None = None,
 ) -> Measured:
     """The linear layers of a tower; in fp8, fewer and fewer take it until the tower is faithful.
 
@@ -330,11 +339,29 @@ def measure_faithful(
         call: runs it on a batch.
         batches: calibration inputs; the first is what faithful is judged by.
         scheme: what layers would become.
+        ranges: for fp8, what may find other ranges than the largest magnitudes.
     """
-    _, measured = measure_layers(tower, lambda: [call(batch) for batch in batches], scheme)
+    _, measured = measure_layers(tower, lambda: [call(x) for x in batches], scheme, ranges)
     if scheme == "fp8":
         refuse_layers(tower, partial(call, batches[0]), measured, MIN_COSINE[scheme] + _MARGIN)
     return measured
+
+
+def run_measured(
+    module: nn.Module,
+    run: Callable[[], Tensor],
+    scheme: Scheme | None,
+    measured: Measured,
+    prefix: str,
+    ranges: Ranges | None = None,
+) -> Tensor:
+    """What `run` returns; the module's layers, if a scheme is asked about, into `measured`."""
+    if scheme is None:
+        with torch.inference_mode():
+            return run()
+    result, found = measure_layers(module, run, scheme, ranges)
+    measured.add(found, prefix)
+    return result
 
 
 def tensor_formats(measured: Measured, scheme: Scheme | None) -> dict[str, Format]:

@@ -231,8 +231,8 @@ def test_the_set_of_options_is_frozen() -> None:
     assert export == {
         "-h", "--help", "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
         "--fp8", "--backend", "--target", "--allow-unfused", "--refittable", "--route",
-        "--calibration", "--image-size", "--center-crop", "--taps", "--blocks", "--tokenizer",
-        "--out", "--force", "--json", "--version",
+        "--calibration", "--calibrator", "--image-size", "--center-crop", "--taps", "--blocks",
+        "--tokenizer", "--out", "--force", "--json", "--version",
     }  # fmt: skip
     commands = next(a for a in _parser()._actions if a.choices).choices
     assert list(commands) == [

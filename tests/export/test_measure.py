@@ -1,7 +1,9 @@
 """What is measured on linear layers, and what is done about large channels."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +13,19 @@ from torch import Tensor, nn
 from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.demo import config_path, weights_path
+from perception_rt.errors import BackendError, InputError
+from perception_rt.export import calibration
 from perception_rt.export.build import export_package
-from perception_rt.export.measure import MAX_LAYER_ERROR, measure_layers, refuse_layers
+from perception_rt.export.measure import (
+    MAX_LAYER_ERROR,
+    Measured,
+    MeasuredHead,
+    measure_layers,
+    refuse_layers,
+)
 from perception_rt.export.plan import ExportPlan
 from perception_rt.export.refit import refit_package
+from perception_rt.export.towers import ranges_of
 from perception_rt.processing.image import ImageSpec
 
 
@@ -60,12 +71,83 @@ def test_what_balancing_does_not_help_stays_in_float(inputs: Tensor) -> None:
     assert measured.balanced == set() and measured.harmed() == ["weight"]
 
 
+class Percentile:
+    """A quantizer of ModelOpt's, as far as it is used."""
+
+    def __init__(self, attributes: SimpleNamespace) -> None:
+        assert attributes.num_bits == (4, 3)
+        self.seen: list[Tensor] = []
+
+    def disable_quant(self) -> None:
+        pass
+
+    enable_calib = disable_quant
+
+    def __call__(self, x: Tensor) -> None:
+        self.seen.append(x.abs().flatten())
+
+    def load_calib_amax(self, method: str, percentile: float, strict: bool) -> None:
+        assert method == "percentile"
+        self.amax = torch.cat(self.seen).quantile(percentile / 100)
+
+
+def test_a_range_that_clips_is_taken_where_it_is_better(
+    inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = SimpleNamespace(calibrator="modelopt")
+    for name in ("nn", "config"):
+        monkeypatch.setitem(sys.modules, f"modelopt.torch.quantization.{name}", None)
+    with pytest.raises(BackendError, match="pip install nvidia-modelopt"):
+        ranges_of(plan)  # type: ignore[arg-type]
+    library = SimpleNamespace(TensorQuantizer=Percentile, QuantizerAttributeConfig=SimpleNamespace)
+    for name in ("nn", "config"):
+        monkeypatch.setitem(sys.modules, f"modelopt.torch.quantization.{name}", library)  # type: ignore[arg-type]
+    inputs = inputs.repeat(20, 1)
+    good, module = layer(), layer()
+    _, measured = measure_layers(good, lambda: good(inputs), "fp8", ranges_of(plan))  # type: ignore[arg-type]
+    assert measured.clipped == {}  # there is nothing to be won
+    module.weight[:, 5] = 0
+    inputs[0, 5] = 1e6  # one value, of no use, drowns all others
+    _, measured = measure_layers(module, lambda: module(inputs), "fp8", ranges_of(plan))  # type: ignore[arg-type]
+    assert set(measured.clipped) == {"weight"} and measured.harmed() == []
+    assert measured.range("weight") == measured.clipped["weight"] < 10
+    assert measured.errors["weight"] < MAX_LAYER_ERROR
+
+
 def test_other_schemes_balance_nothing(inputs: Tensor) -> None:
     module = layer()
     inputs[:, 5] *= 3e4
     module.weight[:, 5] = 0
     _, measured = measure_layers(module, lambda: module(inputs), "int8")
     assert measured.harmed() == ["weight"] and measured.balanced == set()
+
+
+def test_prompts_are_lines_of_a_file(tmp_path: Path) -> None:
+    assert calibration.prompts(None) == calibration.prompts(tmp_path) == calibration.PROMPTS
+    (tmp_path / "prompts.txt").write_text("What?\n\n  Where?  \n")
+    assert calibration.prompts(tmp_path) == ("What?", "Where?")
+    for bad in (b"", b"\n \n", b"\xff\xfe", b"word " * 20_000):
+        (tmp_path / "prompts.txt").write_bytes(bad)
+        with pytest.raises(InputError, match=r"--calibration: .*prompts\.txt"):
+            calibration.prompts(tmp_path)
+
+
+def test_a_head_takes_fp8_if_the_likeliest_tokens_stay() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 200, 64, generator=generator)
+    weight = torch.randn(512, 64, generator=generator)
+    for scale, refused in ((1.0, True), (20.0, False)):
+        # Or the directions of 200 words, each far from the others, are what the tokens are.
+        head = weight.clone()
+        if scale > 1:
+            head[:200] = tokens[0] * scale
+        measured, rows = Measured(), MeasuredHead(tokens)
+        for start in (0, 256):
+            rows.add(tokens @ head[start : start + 256].T, head[start : start + 256], start)
+        rows.put(measured, "output.weight")
+        assert ("output.weight" in measured.refused) == refused
+        assert 0.01 < measured.errors["output.weight"] < MAX_LAYER_ERROR
+        assert measured.range("output.weight") == float(tokens.abs().max())
 
 
 def test_refused_layers_are_the_worst(inputs: Tensor) -> None:

@@ -13,11 +13,11 @@ from golden_data import PLM_FILES, Golden, plm_golden
 import perception_rt as prt
 from perception_rt.archs import PLM_MODELS
 from perception_rt.errors import ExportError, InputError
-from perception_rt.export import plm_towers, weights
+from perception_rt.export import plm_decoder, weights
 from perception_rt.export.build import export_package
 from perception_rt.export.emit import onnxruntime as emitter
 from perception_rt.export.plan import PlmPlan
-from perception_rt.export.plm_towers import decoder_parts
+from perception_rt.export.plm_decoder import decoder_parts
 from perception_rt.export.quantize import BLOCK, quantize_blocks
 from perception_rt.models.plm import PerceptionLM, pool_tokens
 from perception_rt.package import contract
@@ -214,7 +214,7 @@ def test_parts_chain_to_the_same_logits(
     data = plm_golden("plm_tied_ropescaled")
     with prt.load(package("plm_tied_ropescaled", precision)) as plm:
         whole = plm.prefill_logits(data.inputs["tokens"][0], data.inputs["tiles"])
-    monkeypatch.setattr(plm_towers, "PART_BYTES", 300_000)
+    monkeypatch.setattr(plm_decoder, "PART_BYTES", 300_000)
     parts = len(decoder_parts(plan_of(data, precision)))
     assert parts > 1
     export_package(plan_of(data, precision), data, tmp_path / "p")

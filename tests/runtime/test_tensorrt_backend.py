@@ -24,7 +24,7 @@ from perception_rt.errors import (
 )
 from perception_rt.export import build, engines, gate, refit
 from perception_rt.export.plan import ExportPlan, PlmPlan
-from perception_rt.export.plm_towers import GATE_STEPS
+from perception_rt.export.plm_decoder import GATE_STEPS
 from perception_rt.package import contract
 from perception_rt.package.trust import built_file
 from perception_rt.plm_config import PlmConfig
