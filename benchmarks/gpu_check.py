@@ -8,7 +8,8 @@ that bounds it. Weights are random. `--quick` is a trial run of tiny models, on 
 2. PE towers: float16, eager and compiled; images/s at batch 64, milliseconds at batch 1; cosine of
    the compiled one with eager float32.
 3. PLM decoders: float16, a static cache; first token after 512, tokens/s after that.
-4. Engines: each of our backends on this GPU, against the same graphs on the CPU.
+4. Engines: each of our backends on this GPU, against the same graphs on the CPU: the demos first,
+   and PE-Core-L14-336 and PLM-1B with random weights if there is time.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,7 +50,32 @@ PROMPT, STEPS, SLOTS = 512, 64, 2048
 _CALLS = 10
 _MOST_WORDS = 300
 
+DEMOS = ("PE-Demo", "PLM-Demo")
+# Exports of the large ones take a minute or two each; they come last.
+ENGINES = ("PE-Core-L14-336", "PLM-1B")
+_MOST_IMAGES = 37  # of one call of an engine
+_COMPARED = 8  # tokens of an answer, on the CPU too
+
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A model, exported for one of our backends."""
+
+    model: str
+    backend: str
+    precision: str
+
+    @property
+    def how(self) -> str:
+        """In a word."""
+        return f"{self.backend} {self.precision}"
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it answers, and does not embed."""
+        return self.model.startswith("PLM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,30 +259,64 @@ def decoder_rows(bench: Bench, name: str, config: DecoderConfig, peak: Row) -> I
         }
 
 
-def engine_rows(bench: Bench, backend: str, precision: str, out: Path) -> Iterator[Row]:
-    """PE-Demo's embeddings by one of our backends, against those of its graphs on the CPU."""
-    import_module(TARGETS[backend].session).check_device("cuda")
-    images = list(np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8))
+def engine_rows(bench: Bench, engine: Engine, out: Path, *, device: str = "cuda") -> Iterator[Row]:
+    """A model by one of our backends on a device, against its graphs on the CPU."""
+    import_module(TARGETS[engine.backend].session).check_device(device)
     started = time.perf_counter()
-    arguments = ["--model", "PE-Demo", "--backend", backend, "--precision", precision]
+    arguments = ["--model", engine.model, "--backend", engine.backend, "--out", str(out)]
+    arguments += ["--precision", engine.precision]
+    arguments += [] if engine.is_language_model else ["--taps", "none"]
+    arguments += [] if engine.model in DEMOS else ["--weights", "random"]
     with redirect_stdout(sys.stderr):
-        status = export_main([*arguments, "--taps", "none", "--out", str(out)])
+        status = export_main(arguments)
     if status:
         raise RuntimeError("the export failed; its words are above")
-    exported = time.perf_counter()
-    with prt.load(out, backend="onnxruntime") as cpu:
-        exact = cpu.embed_images(images)
+    row = {"model": engine.model, "how": engine.how, "export_s": time.perf_counter() - started}
+    measure = _answers if engine.is_language_model else _embeddings
+    yield row | measure(bench, out, device)
+
+
+def _embeddings(bench: Bench, package: Path, device: str) -> Row:
+    """Of random images: the least cosine, images/s in batches of 37, batch 1, and the first one."""
+    with prt.load(package, backend="onnxruntime") as cpu:
+        size = cpu.image_spec
+        shape = (_MOST_IMAGES, size.height, size.width, 3)
+        images = list(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        exact = cpu.embed_images(images[:2])
     loading = time.perf_counter()
-    with prt.load(out, device="cuda") as gpu:
-        found = gpu.embed_images(images)
+    with prt.load(package, device=device) as engine:
+        found = engine.embed_images(images[:2])
         ready = time.perf_counter()
-        one = bench.seconds(lambda: gpu.embed_images(images[:1]))
-    yield {
-        "model": "PE-Demo",
-        "how": f"{backend} {precision}",
+        one = bench.seconds(lambda: engine.embed_images(images[:1]))
+        many = bench.seconds(lambda: engine.embed_images(images, batch_size=_MOST_IMAGES), 3)
+    return {
+        "images_per_s": _MOST_IMAGES / many,
         "batch_1_ms": one * 1e3,
         "cosine": float((found * exact).sum(axis=1).min()),
-        "export_s": exported - started,
+        "load_to_first_s": ready - loading,
+    }
+
+
+def _answers(bench: Bench, package: Path, device: str) -> Row:
+    """Of a prompt in ids: whether tokens are those of the CPU, the first token, and tokens/s."""
+    prompt, steps = (16, 4) if bench.quick else (PROMPT, STEPS)
+    ids = np.random.default_rng(0).integers(0, 256, prompt)
+    with prt.load(package, backend="onnxruntime") as cpu:
+        exact = cpu.generate_tokens(ids, max_new_tokens=_COMPARED)
+    loading = time.perf_counter()
+    with prt.load(package, device=device, cache=False) as engine:
+        found = engine.generate_tokens(ids, max_new_tokens=_COMPARED)
+        ready = time.perf_counter()
+        first = bench.seconds(lambda: engine.generate_tokens(ids, max_new_tokens=1), 3)
+        counts: list[int] = []
+        whole = bench.seconds(
+            lambda: counts.append(len(engine.generate_tokens(ids, max_new_tokens=1 + steps))), 3
+        )
+    tokens = counts[-1] - 1  # fewer than asked for, if an end token came
+    return {
+        "first_token_ms": first * 1e3,
+        "tokens_per_s": tokens / (whole - first) if tokens > 0 else float("nan"),
+        "same_tokens": found == exact,
         "load_to_first_s": ready - loading,
     }
 
@@ -279,12 +339,7 @@ def attempts(
         patch_size=8, width=64, layers=2, heads=2, mlp_ratio=4.0, output_dim=32, image_size=32,
         use_cls_token=True, attn_pooler_heads=2,
     )  # fmt: skip
-    for backend, target in TARGETS.items():
-        for precision, devices in target.precisions.items():
-            if "cuda" in devices:
-                how = f"{backend} {precision}"
-                measure = partial(engine_rows, bench, backend, precision, folder / how)
-                yield {"model": "PE-Demo", "how": how}, measure
+    yield from _engines(bench, folder, DEMOS)
     for name in TOWERS[: 1 if bench.quick else None]:
         tower = tiny if bench.quick else get_config(name).vision
         yield {"model": name}, partial(tower_rows, bench, name, tower, peak)
@@ -297,6 +352,24 @@ def attempts(
                 decoder, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=128, max_seqlen=64
             )
         yield {"model": name}, partial(decoder_rows, bench, name, decoder, peak)
+    if not bench.quick:
+        yield from _engines(bench, folder, ENGINES)
+
+
+def _engines(
+    bench: Bench, folder: Path, models: Sequence[str]
+) -> Iterator[tuple[Row, Callable[[], Iterator[Row]]]]:
+    """Each of the models by each backend and precision that there is for GPUs."""
+    for model in models:
+        for backend, target in TARGETS.items():
+            for precision, devices in target.precisions.items():
+                if "cuda" in devices and (precision != "fp32" or model in DEMOS):
+                    engine = Engine(model=model, backend=backend, precision=precision)
+                    out = folder / f"{model} {engine.how}"
+                    yield (
+                        {"model": model, "how": engine.how},
+                        partial(engine_rows, bench, engine, out),
+                    )
 
 
 def run(bench: Bench) -> Mapping[str, Any]:

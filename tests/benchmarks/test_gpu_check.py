@@ -23,11 +23,30 @@ def test_a_trial_has_every_row(
     assert len(decoders) == 2 and all(row["same_tokens"] for row in decoders)
     if not torch.cuda.is_available():
         failed = {row["how"]: row["failed"] for row in rows if "failed" in row}
+        assert len([row for row in rows if "failed" in row]) == 2 * len(failed)  # of both demos
         assert "CUDAExecutionProvider is not in this ONNX Runtime" in failed["onnxruntime fp32"]
         for precision in ("fp16", "fp8"):
             assert "there is no NVIDIA driver" in failed[f"tensorrt {precision}"]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == len(rows) + 2
+
+
+def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
+    """On the CPU, which a backend of ours has too."""
+    bench = gpu_check.Bench(device=torch.device("cpu"), quick=True, deadline=0)
+    rows = [
+        row
+        for model in gpu_check.DEMOS
+        for row in gpu_check.engine_rows(
+            bench,
+            gpu_check.Engine(model=model, backend="onnxruntime", precision="fp16"),
+            tmp_path / model,
+            device="cpu",
+        )
+    ]
+    encoder, answers = rows
+    assert encoder["cosine"] > 0.999 and encoder["images_per_s"] > 0
+    assert answers["same_tokens"] and answers["load_to_first_s"] > 0
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
