@@ -13,6 +13,7 @@ that bounds it. Weights are random. `--quick` is a trial run of tiny models, on 
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -262,6 +263,10 @@ def decoder_rows(bench: Bench, name: str, config: DecoderConfig, peak: Row) -> I
 def engine_rows(bench: Bench, engine: Engine, out: Path, *, device: str = "cuda") -> Iterator[Row]:
     """A model by one of our backends on a device, against its graphs on the CPU."""
     import_module(TARGETS[engine.backend].session).check_device(device)
+    if bench.device.type == "cuda":  # what torch still holds of the models before
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
     started = time.perf_counter()
     arguments = ["--model", engine.model, "--backend", engine.backend, "--out", str(out)]
     arguments += ["--precision", engine.precision]

@@ -124,6 +124,10 @@ def _export_parser() -> argparse.ArgumentParser:
         "prompts, int4 for half the memory"
     )  # fmt: skip
     parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="of a PLM's longest sequence; of "
+        "tensorrt, every cache is that long; default: the model's"
+    )  # fmt: skip
+    parser.add_argument(
         "--tokenizer", metavar="FILE", help="of a PLM; default: tokenizer.model beside its weights"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the package to make")

@@ -19,7 +19,7 @@ import numpy as np
 
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
-from perception_rt.errors import ExportError
+from perception_rt.errors import BackendError, ExportError
 from perception_rt.export import torch_route
 from perception_rt.export.engines import EngineBuilder, EngineMaker, engine_name, library_for
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
@@ -76,7 +76,7 @@ def export_package(
     references: list[Reference] = []
     harmed: dict[str, float] = {}
     formats: dict[str, Format] = {}
-    balanced: set[str] = set()
+    special: dict[str, set[str]] = {"balanced_layers": set(), "clipped_layers": set()}
     with Stage.create(out, force=force) as stage:
         for path, data in model.files().items():
             stage.write(path, [data])
@@ -86,11 +86,12 @@ def export_package(
             references.append(reference)
             measured = reference.measured
             if like is not None:
-                measured.decide(like.harmed, like.balanced)
+                measured.decide(like.harmed, like.balanced, like.clipped)
             harmed |= {name: measured.errors[name] for name in measured.harmed()}
             chosen = tower.formats(measured)
             formats |= chosen
-            balanced |= measured.balanced & chosen.keys()
+            special["balanced_layers"] |= measured.balanced & chosen.keys()
+            special["clipped_layers"] |= measured.clipped & chosen.keys()
             report(f"{tower.name}: tracing and writing {plan.precision} graphs")
             lowered = _lower(tower, lowering, plan, chosen, measured)
             written = write_graphs(stage, f"{tower.name}.data", lowered, places)
@@ -100,8 +101,9 @@ def export_package(
                     like.check(name, stage.path(spec.file).read_bytes())
         layers = {name: formats.get(name) for name in sorted(harmed)}
         options = model.options(layers)
-        if balanced:
-            options["balanced_layers"] = sorted(balanced)
+        options |= {name: sorted(found) for name, found in special.items() if found}
+        if plan.calibrator != "max":
+            options["calibrator"] = plan.calibrator
         content = _content(plan, model, stage, graphs, options)
         stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
         report("comparing the package with eager")
@@ -112,7 +114,7 @@ def export_package(
             maker = _maker(plan, source) if like is None or not like.refittable else like
             content, built = _add_engines(plan, maker, stage, content, report)
             stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
-            built |= _engine_gate(plan, stage, references, report)
+            built |= _engine_gate(plan, stage, references, maker, report)
         seconds = time.monotonic() - started
         record = {**_record(plan, fidelity, latency, harmed, seconds), **built}
         manifest = Manifest.create(content, record=record)
@@ -243,18 +245,30 @@ def _add_engines(
 
 
 def _engine_gate(
-    plan: ExportPlan | PlmPlan, stage: Stage, references: list[Reference], report: Report
+    plan: ExportPlan | PlmPlan,
+    stage: Stage,
+    references: list[Reference],
+    maker: EngineMaker,
+    report: Report,
 ) -> dict[str, Any]:
     """What the record says of the engines, if the GPU is here that they were built for.
 
     Raises:
         ExportError: one is not faithful to eager.
+        BackendError: one that was built just now does not run.
     """
     gpu = gpu_capability()
     if gpu is None or not {gpu, HERE} & set(plan.engines):
         return {}
     report(f"comparing the engines with eager on {gpu}")
-    fidelity, latency = run_gate(stage.directory, references, device="cuda")
+    try:
+        fidelity, latency = run_gate(stage.directory, references, device="cuda")
+    except BackendError as error:
+        if not isinstance(maker, Likeness):
+            raise
+        # Engines that are kept may be for another GPU or TensorRT than those that are here.
+        report(f"the engines are not compared: {error}")
+        return {}
     check_gate(fidelity, plan.gate)
     return {
         "engine_fidelity": {name: result.to_dict() for name, result in fidelity.items()},

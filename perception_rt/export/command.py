@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _MAX_CONFIG_BYTES = 64 * 1024
 # Ids that the built-in byte tokenizer needs: one per byte, and some for control tokens.
 _MIN_BYTES_VOCABULARY = 320
 _ENCODER_ONLY = ("image_size", "center_crop", "taps")
-_LANGUAGE_ONLY = ("tokenizer", "blocks")
+_LANGUAGE_ONLY = ("tokenizer", "blocks", "max_length")
 
 Report = Callable[[str], None]
 Config = PeConfig | PlmConfig
@@ -49,6 +49,8 @@ def run_export(options: argparse.Namespace, report: Report) -> Manifest:
     """Exports as the parsed arguments of `perception-export` say."""
     config = _config(options)
     _refuse_foreign_options(options, config)
+    if isinstance(config, PlmConfig) and options.max_length is not None:
+        config = _shortened(config, options.max_length)
     # What needs no weights is checked before they are looked for, and downloaded.
     draft = _plan(options, config, None)
     if draft.engines:
@@ -131,6 +133,14 @@ def _plan(
         taps=_taps(options.taps, config.vision),
         **common,
     )
+
+
+def _shortened(config: PlmConfig, length: int) -> PlmConfig:
+    """The architecture with shorter sequences, which is the same model."""
+    most = config.decoder.max_seqlen
+    if not 1 <= length <= most:
+        raise InputError(f"--max-length {length} is not in 1 to the model's {most}")
+    return replace(config, decoder=replace(config.decoder, max_seqlen=length))
 
 
 def _tiles(config: PlmConfig, weights: Path | None) -> TileSpec:

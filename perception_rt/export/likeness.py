@@ -22,6 +22,7 @@ class Likeness:
         self.refittable = bool(options.get("refittable", False))
         self.label = str(options.get("builder"))
         self.balanced = frozenset(options.get("balanced_layers", ()))
+        self.clipped = frozenset(options.get("clipped_layers", ()))
         self.harmed = frozenset((*options["float_layers"], *options.get("block_layers", ())))
 
     def check(self, graph: str, data: bytes) -> None:

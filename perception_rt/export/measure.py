@@ -44,7 +44,8 @@ class Measured:
         largest: magnitude of the input, the largest that was met.
         inputs: the same of each channel, float32 (C,); in fp8 only.
         weights: magnitude of the weight's columns, float32 (C,); in fp8 only.
-        clipped: ranges of inputs that are better than their largest magnitudes.
+        ranges: of inputs, that clip a little; if they were asked for.
+        clipped: layers for which those are better than the largest magnitude.
         refused: layers that a whole tower does not bear under the scheme, beside the others.
         balanced: layers whose channels are balanced.
         decided: the layers that do not take the scheme, whatever was measured; None to go by that.
@@ -54,15 +55,19 @@ class Measured:
     largest: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, Array] = field(default_factory=dict)
     weights: dict[str, Array] = field(default_factory=dict)
-    clipped: dict[str, float] = field(default_factory=dict)
+    ranges: dict[str, float] = field(default_factory=dict)
+    clipped: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
     balanced: set[str] = field(default_factory=set)
     decided: frozenset[str] | None = None
 
-    def decide(self, harmed: Collection[str], balanced: Collection[str]) -> None:
+    def decide(
+        self, harmed: Collection[str], balanced: Collection[str], clipped: Collection[str]
+    ) -> None:
         """Sets what was decided for other weights of the same architecture."""
         self.decided = frozenset(harmed)
         self.balanced = set(balanced) & self.inputs.keys()
+        self.clipped = set(clipped) & self.ranges.keys()
 
     def harmed(self) -> list[str]:
         """The layers that should not take the scheme."""
@@ -83,7 +88,7 @@ class Measured:
         balance = self.balance(name)
         if balance is not None:
             return float((self.inputs[name] / balance).max())
-        return self.clipped.get(name, self.largest[name])
+        return self.ranges[name] if name in self.clipped else self.largest[name]
 
     def add(self, found: "Measured", prefix: str = "") -> None:
         """Takes up the measurement of a part whose weights have a prefix here."""
@@ -92,13 +97,14 @@ class Measured:
             (self.largest, found.largest),
             (self.inputs, found.inputs),
             (self.weights, found.weights),
-            (self.clipped, found.clipped),
+            (self.ranges, found.ranges),
         ):
             for name, value in theirs.items():
                 assert prefix + name not in mine
                 mine[prefix + name] = value  # type: ignore[assignment]
         self.refused |= {prefix + name for name in found.refused}
         self.balanced |= {prefix + name for name in found.balanced}
+        self.clipped |= {prefix + name for name in found.clipped}
 
     def _balance(self, name: str) -> Array:
         """Half of a channel's excess, as a logarithm, goes from the input to the weight."""
@@ -145,9 +151,10 @@ def measure_layers(
         result = run()
     measured = mode.measured
     if ranges is not None:
-        measured.clipped = ranges.ranges()
+        measured.ranges = ranges.ranges()
+        measured.clipped = set(measured.ranges)
         better = _again(names, run, measured, measured.clipped)
-        measured.clipped = {name: measured.clipped[name] for name in better}
+        measured.clipped = set(better)
         measured.errors |= better
     harmed = measured.harmed()
     if scheme == "fp8" and harmed:

@@ -95,15 +95,19 @@ class EmbedExport:
         """
         count = self.plan.config.tokens_per_tile
         room = min(self.config.max_seqlen, count + calibration.MOST_TOKENS)
-        if self.plan.tokenizer is None or room <= 2 * count:
+        if self.plan.tokenizer is None:
             return None
         assert self.tiles.features is not None
         tokenizer = open_tokenizer(*self.plan.tokenizer)
         text = " ".join(calibration.prompts(self.plan.calibration))
         prompt = encode_prompt(tokenizer, [Turn("user", (Tiles(1), text))], count)
-        ((start, stop),) = prompt.image_spans
-        before, after = prompt.ids[:start], prompt.ids[stop:room]
-        ids = np.concatenate([before, after])
+        while len(prompt.ids) > room:
+            text = text[: max(0, len(text) * room // len(prompt.ids) - 1)]
+            if not text:
+                return None
+            prompt = encode_prompt(tokenizer, [Turn("user", (Tiles(1), text))], count)
+        ((start, _),) = prompt.image_spans
+        ids = np.concatenate([prompt.ids[:start], prompt.ids[start + count :]])
         hidden = self._embed(ids)
         image = self.tiles.features[0]
         return ids, torch.cat([hidden[:start], image, hidden[start:]])[None]

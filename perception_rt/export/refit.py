@@ -6,6 +6,7 @@ with `--refittable` hold no weights and are taken over as they are; others are b
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_builder, export_package
 from perception_rt.export.likeness import Likeness
 from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.export.towers import ranges_of
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import Package, open_package
 from perception_rt.plm_config import PlmConfig
@@ -56,15 +58,19 @@ def refit_package(
     """
     with open_package(package, expect=expect) as old:
         old.verify()
-        plan = plan_of(old, None if calibration is None else Path(calibration))
+        plan = plan_of(old)
+        if calibration is not None:
+            plan = replace(plan, calibration=Path(calibration))
         like = Likeness(old)
+        # What is missing is said before any work.
         if plan.engines and not like.refittable:
-            check_builder(plan)  # before any work
+            check_builder(plan)
+        ranges_of(plan)
         source = open_checkpoint(Path(weights), plan.config)
         return export_package(plan, source, out, force=force, like=like, on_progress=on_progress)
 
 
-def plan_of(package: Package, calibration: Path | None = None) -> ExportPlan | PlmPlan:
+def plan_of(package: Package) -> ExportPlan | PlmPlan:
     """The plan that a package was exported by; PackageError if there can be no such plan."""
     content = package.manifest.content
     options = content.target.options
@@ -77,7 +83,7 @@ def plan_of(package: Package, calibration: Path | None = None) -> ExportPlan | P
             "allow_unfused": options.get("allow_unfused", False),
             "refittable": options.get("refittable", False),
             "route": options.get("route", "onnx"),
-            "calibration": calibration,
+            "calibrator": options.get("calibrator", "max"),
         }
         if content.family == "pe":
             return ExportPlan(

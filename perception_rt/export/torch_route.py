@@ -52,12 +52,14 @@ class TorchTensorRt:
         low, usual, high = (_shape(source, size) for size in sizes)
         kinds: Any = import_module("torch_tensorrt")
         dtype = getattr(torch, source.dtype)
+        outputs = tuple(output.name for output in spec.outputs)
         options = {
-            "arg_inputs": [
-                kinds.Input(min_shape=low, opt_shape=usual, max_shape=high, dtype=dtype)
-            ],
-            "arg_input_binding_names": [source.name],
-            "output_binding_names": [output.name for output in spec.outputs],
+            "arg_inputs": (
+                kinds.Input(min_shape=low, opt_shape=usual, max_shape=high, dtype=dtype),
+            ),
+            # In the structure of what `forward` takes and returns.
+            "arg_input_binding_names": (source.name,),
+            "output_binding_names": outputs if graph == contract.FEATURES else outputs[0],
             "require_full_compilation": True,
             "immutable_weights": True,
         }
@@ -121,7 +123,8 @@ class Pixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """As `processing.image.normalize`."""
-        planes = images.permute(0, 3, 1, 2).to(torch.float32)
+        # The cast first: TensorRT does nothing else with uint8.
+        planes = images.to(torch.float32).permute(0, 3, 1, 2)
         return ((planes / 255 - self.mean) / self.std).to(torch.float16)
 
 

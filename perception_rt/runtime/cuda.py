@@ -102,8 +102,13 @@ class Cuda:
         location.id = 0
         advice = self._driver.CUmem_advise.CU_MEM_ADVISE_SET_PREFERRED_LOCATION
         self._call("cuMemAdvise", address, nbytes, advice, location)
-        self._call("cuMemsetD8", address, 0, nbytes)
-        self._call("cuCtxSynchronize")
+        # On a stream of its own: waiting for all of the device would break captures elsewhere.
+        stream = self.new_stream()
+        try:
+            self._call("cuMemsetD8Async", address, 0, nbytes, stream)
+            self.wait(stream)
+        finally:
+            self.free_stream(stream)
         return memory
 
     def copy_in(self, target: int, source: int, nbytes: int, stream: int) -> None:
@@ -120,17 +125,19 @@ class Cuda:
         self._call("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode(1))
         try:
             work()
-        except BackendError:
-            with suppress(BackendError):
-                self._call("cuStreamEndCapture", stream)
-            return None
+        except BaseException as error:
+            with suppress(BackendError, CapacityError):  # a capture that failed has no graph
+                self._call("cuGraphDestroy", self._call("cuStreamEndCapture", stream))
+            if isinstance(error, BackendError):
+                return None
+            raise
         try:
             graph = self._call("cuStreamEndCapture", stream)
             try:
                 executable = self._call("cuGraphInstantiate", graph, 0)
             finally:
                 self._call("cuGraphDestroy", graph)
-        except BackendError:
+        except (BackendError, CapacityError):
             return None
         return Graph(
             launch=lambda stream: self._call("cuGraphLaunch", executable, stream),

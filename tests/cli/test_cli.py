@@ -232,7 +232,7 @@ def test_the_set_of_options_is_frozen() -> None:
         "-h", "--help", "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
         "--fp8", "--backend", "--target", "--allow-unfused", "--refittable", "--route",
         "--calibration", "--calibrator", "--image-size", "--center-crop", "--taps", "--blocks",
-        "--tokenizer", "--out", "--force", "--json", "--version",
+        "--max-length", "--tokenizer", "--out", "--force", "--json", "--version",
     }  # fmt: skip
     commands = next(a for a in _parser()._actions if a.choices).choices
     assert list(commands) == [

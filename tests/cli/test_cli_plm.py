@@ -11,8 +11,9 @@ from one_line import fails
 from repack import repack
 from safetensors.torch import load_file, save_file
 
+import perception_rt as prt
 from perception_rt import report
-from perception_rt.cli import main
+from perception_rt.cli import export_main, main
 from perception_rt.package import contract
 from perception_rt.package.manifest import Target
 from perception_rt.package.reader import read_manifest
@@ -224,6 +225,19 @@ def test_bad_questions_are_one_line(
         fails(capsys, arguments, message, run=main)
 
 
+def test_sequences_can_be_shorter_than_the_model_s(
+    plm_package: Path, plm_files, tmp_path: Path
+) -> None:
+    out = tmp_path / "short"
+    command = [*plm_files.arguments, "--tokenizer", str(plm_files.tokenizer), "--out", str(out)]
+    assert export_main([*command, "--max-length", "300"]) == 0
+    with prt.load(out) as short, prt.load(plm_package) as long:
+        wanted = long.generate("What is this?", max_new_tokens=8)
+        assert short.generate("What is this?", max_new_tokens=8).tokens == wanted.tokens
+        with pytest.raises(prt.PerceptionError, match="300"):
+            short.generate("What? " * 60, max_new_tokens=8)
+
+
 def test_bad_exports_are_one_line(plm_files, tmp_path: Path, capsys) -> None:
     folder, here = tmp_path / "shards", tmp_path / "out"
     folder.mkdir()
@@ -250,6 +264,8 @@ def test_bad_exports_are_one_line(plm_files, tmp_path: Path, capsys) -> None:
         ([*good, "--taps", "none"], "--taps is for an encoder"),
         ([*good, "--image-size", "56"], "--image-size is for an encoder"),
         ([*good, "--center-crop"], "--center-crop is for an encoder"),
+        ([*good, "--max-length", "8193"], "--max-length 8193 is not in 1 to the model's 8192"),
+        ([*good, "--max-length", "0"], "--max-length 0 is not in 1 to"),
     ):
         fails(capsys, arguments, message)
         assert list(here.iterdir()) == []

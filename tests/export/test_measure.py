@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perception_rt.checkpoint.locate import find_config
+from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.config import PeConfig
-from perception_rt.demo import config_path, weights_path
+from perception_rt.demo import config_path, language_model_path, weights_path
 from perception_rt.errors import BackendError, InputError
 from perception_rt.export import calibration
 from perception_rt.export.build import export_package
@@ -23,10 +26,15 @@ from perception_rt.export.measure import (
     measure_layers,
     refuse_layers,
 )
-from perception_rt.export.plan import ExportPlan
+from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.export.plm_decoder import EmbedExport
 from perception_rt.export.refit import refit_package
 from perception_rt.export.towers import ranges_of
+from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
+from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
+from perception_rt.processing.prompt import Tiles, Turn, encode_prompt
+from perception_rt.processing.tiles import TileSpec
 
 
 @pytest.fixture
@@ -105,12 +113,12 @@ def test_a_range_that_clips_is_taken_where_it_is_better(
     inputs = inputs.repeat(20, 1)
     good, module = layer(), layer()
     _, measured = measure_layers(good, lambda: good(inputs), "fp8", ranges_of(plan))  # type: ignore[arg-type]
-    assert measured.clipped == {}  # there is nothing to be won
+    assert measured.clipped == set()  # there is nothing to be won
     module.weight[:, 5] = 0
     inputs[0, 5] = 1e6  # one value, of no use, drowns all others
     _, measured = measure_layers(module, lambda: module(inputs), "fp8", ranges_of(plan))  # type: ignore[arg-type]
-    assert set(measured.clipped) == {"weight"} and measured.harmed() == []
-    assert measured.range("weight") == measured.clipped["weight"] < 10
+    assert measured.clipped == {"weight"} and measured.harmed() == []
+    assert measured.range("weight") == measured.ranges["weight"] < 10
     assert measured.errors["weight"] < MAX_LAYER_ERROR
 
 
@@ -190,3 +198,33 @@ def with_large_channel(file: Path, block: int) -> Path:
     tensors[f"{prefix}.mlp.c_fc.weight"][:, 0] = 0
     save_file(tensors, file)
     return file
+
+
+def test_a_decoder_is_measured_on_a_prompt_as_users_put_it() -> None:
+    config = find_config(language_model_path())
+    assert isinstance(config, PlmConfig)
+    spec = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=511)
+    config = replace(config, image_token_id=511)
+    plan = PlmPlan(
+        name="plm", config=config, backend="tensorrt", precision="fp8",
+        tiles=TileSpec(tile_size=config.vision.image_size), tokenizer=(spec, None),
+    )  # fmt: skip
+    source = RandomWeights(config, 0)
+    count = config.tokens_per_tile
+    tiles = SimpleNamespace(features=torch.full((1, count, config.decoder.dim), 7.0))
+    embed = EmbedExport(plan, source, tiles)
+    reference = embed.reference("fp8")
+    turn = Turn("user", (Tiles(1), " ".join(calibration.PROMPTS)))
+    prompt = encode_prompt(open_tokenizer(spec), [turn], count)
+    ((start, _),) = prompt.image_spans
+    table = source.load("tok_embeddings.weight")
+    wanted = table[torch.from_numpy(prompt.ids)]
+    wanted[start : start + count] = 7.0
+    torch.testing.assert_close(embed.prompt[0], wanted)
+    ids = reference.inputs["embed"]["tokens"][0]
+    assert (ids == prompt.ids[prompt.ids != 511]).all()
+    # Where there is no room for it, some tokens will do.
+    short = replace(plan, config=replace(config, decoder=replace(config.decoder, max_seqlen=64)))
+    embed = EmbedExport(short, source, tiles)
+    embed.reference("fp8")
+    assert embed.prompt.shape[1] <= 64

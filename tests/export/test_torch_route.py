@@ -68,7 +68,10 @@ class Library:
     def compile(self, program: Any, **options: Any) -> bytes:
         if self.error is not None:
             raise self.error
-        name = ",".join(options["output_binding_names"])
+        names = options["output_binding_names"]
+        names = (names,) if isinstance(names, str) else names
+        assert len(program.graph_signature.user_outputs) == len(names)
+        name = ",".join(names)
         self.calls[name] = program, options
         return name.encode()
 
@@ -92,11 +95,12 @@ def test_programs_are_the_towers_from_bytes_to_float32(
     found = program.module()(torch.from_numpy(PICTURES))
     assert found.dtype == torch.float32
     np.testing.assert_allclose(F.normalize(found), wanted, atol=5e-3)
-    assert options["arg_inputs"] == [
+    assert options["arg_inputs"] == (
         Range(min_shape=(1, 32, 32, 3), opt_shape=(37, 32, 32, 3), max_shape=(37, 32, 32, 3),
-              dtype=torch.uint8)
-    ]  # fmt: skip
-    assert options["arg_input_binding_names"] == ["images"]
+              dtype=torch.uint8),
+    )  # fmt: skip
+    assert options["arg_input_binding_names"] == ("images",)
+    assert options["output_binding_names"] == "embedding"
     program, options = library.calls["text_embedding"]
     ids = torch.from_numpy(ClipTokenizer(context_length=16)(TEXTS))
     np.testing.assert_allclose(F.normalize(program.module()(ids)), texts, atol=5e-3)

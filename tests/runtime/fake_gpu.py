@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,8 @@ class FakeEngine:
         self.profiles = profiles
         self.num_optimization_profiles = len(profiles)
 
-    def create_execution_context(self) -> FakeContext:
+    def create_execution_context(self, strategy: str) -> FakeContext:
+        assert strategy == "when the profile changes"
         return FakeContext(self, self.cuda)
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
@@ -222,6 +224,9 @@ class FakeTensorRt:
         SM89 = 1
 
     Refitter = OnnxParserRefitter = FakeRefitter
+    ExecutionContextAllocationStrategy = SimpleNamespace(
+        ON_PROFILE_CHANGE="when the profile changes"
+    )
 
     class Logger:
         ERROR = 1

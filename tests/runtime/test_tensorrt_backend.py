@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -26,12 +26,14 @@ from perception_rt.export import build, engines, gate, refit
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.export.plm_decoder import GATE_STEPS
 from perception_rt.package import contract
+from perception_rt.package.contract import CHUNK_TOKENS
 from perception_rt.package.trust import built_file
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime.backends import onnxruntime, tensorrt
+from perception_rt.runtime.cuda import Cuda
 from perception_rt.runtime.decoder import Decoder
 from perception_rt.tensorrt_library import TensorRt
 
@@ -315,13 +317,17 @@ def test_engines_are_compared_with_eager_where_their_gpu_is(
     assert isinstance(config, PlmConfig)
     config = replace(config, decoder=replace(config.decoder, max_seqlen=320))
     tiles = TileSpec(tile_size=config.vision.image_size)
+    tokens = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=config.image_token_id + 300)
+    config = replace(config, image_token_id=tokens.image_token_id)
     plan = PlmPlan(
-        name="plm", config=config, backend="tensorrt", precision="fp16", tiles=tiles,
-        engines=(CAPABILITY,),
+        name="plm", config=config, backend="tensorrt", precision="fp8", tiles=tiles,
+        tokenizer=(tokens, None), engines=(CAPABILITY,),
     )  # fmt: skip
     monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
     trt = install(monkeypatch, bench, tmp_path / "package")
     manifest = build.export_package(plan, RandomWeights(config, 0), tmp_path / "package")
+    # A real prompt, which is longer than an engine takes at once.
+    assert manifest.record["engine_latency"]["decoder_0"]["prompt_tokens"] > CHUNK_TOKENS
     found = manifest.record["engine_fidelity"]
     assert set(found) == set(manifest.record["fidelity"]) - {"pixels.image_features"}
     assert manifest.record["engine_latency"]["decoder_0"]["runs"] == GATE_STEPS
@@ -373,3 +379,56 @@ def test_new_weights_without_a_new_engine(
         ):
             gpu.embed_images([PICTURE])
     assert bench.cuda.live == 0
+
+
+def test_kept_engines_of_another_gpu_are_not_compared(
+    bench: Bench, tiny_config: PeConfig, tuned: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    trt = install(monkeypatch, bench, tmp_path / "new")
+    plan = ExportPlan(
+        name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
+        image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=True,
+    )  # fmt: skip
+    build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
+    monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
+    library = replace(trt.library, version="9")
+    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: library)
+    lines: list[str] = []
+    manifest = refit.refit_package(
+        tmp_path / "old", tuned, tmp_path / "new", on_progress=lines.append
+    )
+    assert "engine_fidelity" not in manifest.record
+    assert any("not compared: the engines were built by" in line for line in lines)
+
+
+def test_a_capture_without_memory_is_no_capture() -> None:
+    class Driver:
+        CUstreamCaptureMode = int
+        calls: ClassVar[list[str]] = []
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> tuple[Any, ...]:
+                self.calls.append(name)
+                return (OutOfMemory(),) if name == "cuGraphInstantiate" else (0, 7)
+
+            return call
+
+    class OutOfMemory:
+        name = "CUDA_ERROR_OUT_OF_MEMORY"
+
+        def __int__(self) -> int:
+            return 2
+
+    cuda = Cuda.__new__(Cuda)
+    cuda._driver = Driver()
+    assert cuda.capture(lambda: None, 1) is None
+    assert Driver.calls[-1] == "cuGraphDestroy"
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    Driver.calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        cuda.capture(interrupted, 1)
+    assert Driver.calls == ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphDestroy"]

@@ -1,23 +1,24 @@
 """TensorRT engines on a GPU, without torch.
 
 Inputs go through pinned memory to the device, outputs the same way back, on a stream of the
-engine's own. Calls that are alike in shapes and addresses, as the steps of a decoder and the tiles
-of an image, are one launch each from the third on: a CUDA graph. A decoder's caches are in memory
-that host and device see at one address (`state_allocator`), so the engine updates them in place
-and the host still finds them.
+engine's own. Calls that follow each other alike in shapes and addresses, as the steps of a decoder
+and the tiles of an image, are one launch each from the third on: a CUDA graph. A decoder's caches
+are in memory that host and device see at one address (`state_allocator`), so the engine updates
+them in place and the host still finds them.
 
 Not verified on a GPU yet; docs/tensorrt.md says what is.
 """
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.errors import BackendError, CapacityError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, updated
 from perception_rt.package.reader import Package
 from perception_rt.runtime.cuda import Cuda, Graph, Memory, open_cuda
@@ -27,8 +28,6 @@ from perception_rt.tensorrt_library import TensorRt, find_tensorrt
 
 Array = np.ndarray[Any, Any]
 DType = np.dtype[Any]
-
-_MOST_CALLS = 64  # kinds of calls of one engine whose graphs are kept
 
 
 def check_device(device: str) -> None:
@@ -117,28 +116,26 @@ class _Buffer:
 
 
 @dataclass(slots=True)
-class _Call:
-    """What calls have in common that are alike in shapes and in the addresses of states.
+class _Context:
+    """An execution context of one profile, as its last call left it.
 
     Attributes:
-        profile: of the engine.
-        shapes: of inputs and states.
-        addresses: of all tensors, on the device.
-        places: where each output will be, but for the states; its shape and dtype.
-        warm: whether there was one.
-        graph: all that the engine does; None before it is captured, and where it cannot be.
+        context: TensorRT's.
+        config: what it was made by, to live as long.
+        key: shapes and the addresses of states; () before the first call.
+        places: where each output is, but for the states; its shape and dtype.
+        graph: all that such a call does, captured; None before that, and where it cannot be.
     """
 
-    profile: int
-    shapes: Mapping[str, tuple[int, ...]]
-    addresses: dict[str, int]
-    places: dict[str, tuple[_Buffer, tuple[int, ...], DType]]
-    warm: bool = False
+    context: Any
+    config: Any
+    key: tuple[Any, ...] = ()
+    places: dict[str, tuple[_Buffer, tuple[int, ...], DType]] = field(default_factory=dict)
     graph: Graph | None = None
 
 
 class TensorRtEngine:
-    """An engine with one execution context. Calls from several threads take turns."""
+    """An engine, with a context for each profile in use. Calls from several threads take turns."""
 
     def __init__(
         self, library: TensorRt, cuda: Cuda, data: memoryview, spec: GraphSpec, graph: str
@@ -155,14 +152,10 @@ class TensorRtEngine:
         self._engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise BackendError(f"{library.label} cannot load the engine of graph {graph!r}")
-        options = _context_options(trt, self._engine)
-        self._captures = not options
-        self._context: Any = self._engine.create_execution_context(*options)
-        if self._context is None:
-            raise BackendError(f"the GPU has no memory to run graph {graph!r}")
         self._stream = cuda.new_stream()
-        self._profile = 0
-        self._calls: dict[tuple[Any, ...], _Call] = {}  # the oldest first
+        self._contexts: dict[int, _Context] = {}  # by profile
+        # TensorRT for RTX does it itself, once it has compiled its kernels for a shape.
+        self._captures = not hasattr(trt, "CudaGraphStrategy")
 
     def refit(self, model: bytes, tensors: Mapping[str, Array]) -> None:
         """Puts in the weights of an engine that was built without.
@@ -175,6 +168,7 @@ class TensorRtEngine:
             BackendError: TensorRT does not take them.
         """
         trt = self._library.api
+        self._cuda.bind()
         logger = trt.Logger(trt.Logger.ERROR)
         refitter = trt.Refitter(self._engine, logger)
         parser = trt.OnnxParserRefitter(refitter, logger)
@@ -197,11 +191,11 @@ class TensorRtEngine:
     ) -> list[Array]:
         """Computes the named outputs, and updates the state where it is."""
         with self._lock:
-            if self._context is None:
+            if self._engine is None:
                 raise BackendError("the TensorRT engine is closed")
             self._cuda.bind()
             try:
-                places = self._start(inputs, state).places
+                places = self._start(inputs, state)
                 for name in outputs:
                     self._fetch(*places[name])
             finally:
@@ -209,66 +203,89 @@ class TensorRtEngine:
                 self._cuda.wait(self._stream)
             return [_view(*places[name]).copy() for name in outputs]
 
-    def _start(self, inputs: Mapping[str, Array], state: Mapping[str, Array]) -> _Call:
-        """Sets the engine going."""
+    def _start(
+        self, inputs: Mapping[str, Array], state: Mapping[str, Array]
+    ) -> dict[str, tuple[_Buffer, tuple[int, ...], DType]]:
+        """Sets the engine going; where its outputs will be, but for the state."""
         shapes = {name: array.shape for name, array in {**inputs, **state}.items()}
         states = {name: _shared_address(name, array) for name, array in state.items()}
+        profile = self._find_profile(shapes)
+        context = self._contexts.get(profile) or self._new_context(profile)
         key = (*shapes.items(), *states.items())
-        call = self._calls.get(key)
-        if call is None:
-            call = self._prepare(shapes, states)
-            while len(self._calls) >= _MOST_CALLS:
-                del self._calls[next(iter(self._calls))]
-            self._calls[key] = call
+        is_same = context.key == key
+        if not is_same:
+            # A graph is void when its context changes; another call may be the same again.
+            context.key, context.graph = (), None
+            context.places = self._bind(context.context, shapes, states)
+            context.key = key
         for name, array in inputs.items():
             self._stage(name, array)
-        if call.graph is not None:
-            call.graph.launch(self._stream)
-            return call
-        self._set_shapes(call.profile, shapes)
-        self._set_addresses(call.addresses)
-        self._execute()
-        if call.warm and self._captures:
+        if context.graph is not None:
+            context.graph.launch(self._stream)
+            return context.places
+        execute = partial(self._execute, context.context)
+        execute()
+        if is_same and self._captures:
             # Now, for the next time: TensorRT prepares what it does with new shapes when it runs.
-            call.graph = self._cuda.capture(self._execute, self._stream)
-            self._captures = call.graph is not None
-        call.warm = True
-        return call
+            context.graph = self._cuda.capture(execute, self._stream)
+            self._captures = context.graph is not None
+        return context.places
 
-    def _prepare(self, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, int]) -> _Call:
-        """A new kind of call: its profile, and memory for all of its tensors."""
-        profile = self._find_profile(shapes)
-        self._set_shapes(profile, shapes)
-        call = _Call(profile, shapes, {}, {})
-        for name, address in states.items():
-            call.addresses |= {name: address, updated(name): address}
+    def _new_context(self, profile: int) -> _Context:
+        """A context with memory for one profile."""
+        trt = self._library.api
+        options: Any = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        if hasattr(trt, "CudaGraphStrategy"):
+            strategy, options = options, self._engine.create_runtime_config()
+            options.set_execution_context_allocation_strategy(strategy)
+            options.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self._engine.create_execution_context(options)
+        if context is None:
+            raise CapacityError(f"the GPU has no memory to run graph {self._graph!r}")
+        if not context.set_optimization_profile_async(profile, self._stream):
+            raise CapacityError(
+                f"TensorRT refuses profile {profile} of graph {self._graph!r}; the GPU may have no "
+                "memory for it"
+            )
+        made = self._contexts[profile] = _Context(context, options)
+        return made
+
+    def _bind(
+        self, context: Any, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, int]
+    ) -> dict[str, tuple[_Buffer, tuple[int, ...], DType]]:
+        """Tells a context shapes and addresses; where its outputs will be, but for the states."""
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise InputError(f"graph {self._graph!r} does not take {name!r} of shape {shape}")
+        addresses = dict(states) | {updated(name): place for name, place in states.items()}
+        places: dict[str, tuple[_Buffer, tuple[int, ...], DType]] = {}
         for spec in self._spec.inputs:
             if spec.name not in states:
                 nbytes = prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize
-                call.addresses[spec.name] = self._buffer(spec.name, nbytes).device.address
+                addresses[spec.name] = self._buffer(spec.name, nbytes).device.address
         for spec in self._spec.outputs:
-            if spec.name not in call.addresses:
-                shape, dtype = (
-                    tuple(self._context.get_tensor_shape(spec.name)),
-                    np.dtype(spec.dtype),
-                )
+            if spec.name not in addresses:
+                shape, dtype = tuple(context.get_tensor_shape(spec.name)), np.dtype(spec.dtype)
                 buffer = self._buffer(spec.name, prod(shape) * dtype.itemsize)
-                call.addresses[spec.name] = buffer.device.address
-                call.places[spec.name] = buffer, shape, dtype
-        return call
+                addresses[spec.name] = buffer.device.address
+                places[spec.name] = buffer, shape, dtype
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise BackendError(f"TensorRT refuses the address of {name!r} of {self._graph!r}")
+        return places
 
-    def _execute(self) -> None:
-        if not self._context.execute_async_v3(self._stream):
+    def _execute(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream):
             raise BackendError(f"TensorRT failed to run graph {self._graph!r}")
 
     def close(self) -> None:
-        """Frees the context and the engine; a run in flight ends first."""
+        """Frees the contexts and the engine; a run in flight ends first."""
         with self._lock:
-            if self._context is None:
+            if self._engine is None:
                 return
             self._cuda.bind()
-            self._calls.clear()
-            self._context = self._engine = self._runtime = None
+            self._contexts.clear()
+            self._engine = self._runtime = None
             self._buffers.clear()
             self._cuda.free_stream(self._stream)
 
@@ -288,20 +305,6 @@ class TensorRtEngine:
             found = outside
         raise InputError(found[0])
 
-    def _set_shapes(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        if profile != self._profile:
-            if not self._context.set_optimization_profile_async(profile, self._stream):
-                raise BackendError(f"TensorRT refuses profile {profile} of {self._graph!r}")
-            self._profile = profile
-        for name, shape in shapes.items():
-            if not self._context.set_input_shape(name, shape):
-                raise InputError(f"graph {self._graph!r} does not take {name!r} of shape {shape}")
-
-    def _set_addresses(self, addresses: Mapping[str, int]) -> None:
-        for name, address in addresses.items():
-            if not self._context.set_tensor_address(name, address):
-                raise BackendError(f"TensorRT refuses the address of {name!r} of {self._graph!r}")
-
     def _stage(self, name: str, array: Array) -> None:
         """Starts an input's way to the device."""
         array, buffer = np.ascontiguousarray(array), self._buffers[name]
@@ -314,25 +317,15 @@ class TensorRtEngine:
         self._cuda.copy_out(buffer.host.address, buffer.device.address, nbytes, self._stream)
 
     def _buffer(self, name: str, nbytes: int) -> _Buffer:
-        """A buffer of at least as many bytes. It grows; then calls that knew it are forgotten."""
+        """A buffer of at least as many bytes. It grows; then no context knows its addresses."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.device.nbytes < nbytes:
-            self._calls.clear()
+            for context in self._contexts.values():
+                context.key, context.graph = (), None
+                context.places = {}
             device, host = self._cuda.allocate(nbytes), self._cuda.allocate_pinned(nbytes)
             buffer = self._buffers[name] = _Buffer(device, host)
         return buffer
-
-
-def _context_options(trt: Any, engine: Any) -> tuple[Any, ...]:
-    """How TensorRT for RTX is told to capture CUDA graphs itself; nothing where it cannot.
-
-    It compiles kernels for a shape in the background, and knows when they are there.
-    """
-    if not hasattr(trt, "CudaGraphStrategy"):
-        return ()
-    config = engine.create_runtime_config()
-    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    return (config,)
 
 
 def _view(buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> Array:
