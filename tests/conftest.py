@@ -1,4 +1,6 @@
-"""For the whole suite: no network, and tiny engine packages that are exported once per session."""
+"""For the whole suite: no network, tiny engine packages that are exported once per session, and
+traces that exports share.
+"""
 
 import os
 import sys
@@ -32,6 +34,14 @@ def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if host not in _LOOPBACK:
         pytest.fail(f"a test used the network: {event} to {host!a:.80}", pytrace=True)
+
+
+def pytest_collection_finish() -> None:
+    """Exports share their traces, if any of the tests to run exports."""
+    if "perception_rt.export.trace" in sys.modules:
+        import shared_traces
+
+        shared_traces.share()
 
 
 @pytest.fixture(scope="session")

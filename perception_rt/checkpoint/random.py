@@ -1,8 +1,8 @@
 """Random weights for an architecture: the same for the same seed, whatever is asked for first.
 
 For benchmarks and tests where a trained model would teach nothing. Activations keep their size
-through any depth, and logits are about one. Nothing is kept, so that the largest model costs one
-tensor of memory, or some rows of one.
+through any depth, and logits are about one. The largest model costs one tensor of memory, or some
+rows of one: only the rows drawn last are kept, for those who read them one by one.
 """
 
 import hashlib
@@ -45,6 +45,7 @@ class RandomWeights:
         self._layer_scale = config.vision.ls_init_value
         self._seed = seed
         self._block_rows = _BLOCK_ROWS if isinstance(config, PlmConfig) else sys.maxsize
+        self._drawn: tuple[str, int, int, Tensor] | None = None
 
     @property
     def provenance(self) -> dict[str, str | int]:
@@ -66,7 +67,10 @@ class RandomWeights:
             return self.load(name)[start:stop]
         first = start // size * size
         last = min(-(-stop // size) * size, rows)
-        return self._draw(name, first, last)[start - first : stop - first]
+        if self._drawn is None or self._drawn[:3] != (name, first, last):
+            self._drawn = None  # before there are others
+            self._drawn = (name, first, last, self._draw(name, first, last))
+        return self._drawn[3][start - first : stop - first].clone()
 
     def _shape(self, name: str) -> torch.Size:
         if name not in self._shapes:

@@ -9,7 +9,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -70,53 +70,23 @@ def export_package(
     model: ModelExport = (
         PlmExport(plan, source) if isinstance(plan, PlmPlan) else PeExport(plan, source)
     )
-    lowering = _lowering(plan)
-    graphs: dict[str, GraphSpec] = {}
-    places: dict[str, Place] = {}
-    references: list[Reference] = []
-    harmed: dict[str, float] = {}
-    formats: dict[str, Format] = {}
-    special: dict[str, set[str]] = {"balanced_layers": set(), "clipped_layers": set()}
     with Stage.create(out, force=force) as stage:
         for path, data in model.files().items():
             stage.write(path, [data])
-        for tower in model.towers():
-            report(f"{tower.name}: running eager")
-            reference = tower.reference(plan.scheme)
-            references.append(reference)
-            measured = reference.measured
-            if like is not None:
-                measured.decide(like.harmed, like.balanced, like.clipped)
-            harmed |= {name: measured.errors[name] for name in measured.harmed()}
-            chosen = tower.formats(measured)
-            formats |= chosen
-            special["balanced_layers"] |= measured.balanced & chosen.keys()
-            special["clipped_layers"] |= measured.clipped & chosen.keys()
-            report(f"{tower.name}: tracing and writing {plan.precision} graphs")
-            lowered = _lower(tower, lowering, plan, chosen, measured)
-            written = write_graphs(stage, f"{tower.name}.data", lowered, places)
-            graphs |= written
-            if like is not None:
-                for name, spec in written.items():
-                    like.check(name, stage.path(spec.file).read_bytes())
-        layers = {name: formats.get(name) for name in sorted(harmed)}
-        options = model.options(layers)
-        options |= {name: sorted(found) for name, found in special.items() if found}
-        if plan.calibrator != "max":
-            options["calibrator"] = plan.calibrator
-        content = _content(plan, model, stage, graphs, options)
+        towers = _write_towers(plan, model, stage, like, report)
+        content = _content(plan, model, stage, towers)
         stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
         report("comparing the package with eager")
-        fidelity, latency = run_gate(stage.directory, references)
+        fidelity, latency = run_gate(stage.directory, towers.references)
         check_gate(fidelity, plan.gate)
         built: dict[str, Any] = {}
         if plan.engines:
             maker = _maker(plan, source) if like is None or not like.refittable else like
             content, built = _add_engines(plan, maker, stage, content, report)
             stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
-            built |= _engine_gate(plan, stage, references, maker, report)
+            built |= _engine_gate(plan, stage, towers.references, maker, report)
         seconds = time.monotonic() - started
-        record = {**_record(plan, fidelity, latency, harmed, seconds), **built}
+        record = {**_record(plan, fidelity, latency, towers.harmed, seconds), **built}
         manifest = Manifest.create(content, record=record)
         stage.seal(manifest, domains=plan.target.domains)
         stage.publish()
@@ -124,6 +94,61 @@ def export_package(
         _remember(manifest.id, report)
     report(f"published {Path(out).name}, {manifest.id}")
     return manifest
+
+
+@dataclass
+class _Towers:
+    """What was written of a model's towers, and what their linear layers were measured to need."""
+
+    graphs: dict[str, GraphSpec] = field(default_factory=dict)
+    references: list[Reference] = field(default_factory=list)
+    harmed: dict[str, float] = field(default_factory=dict)
+    formats: dict[str, Format] = field(default_factory=dict)
+    balanced: set[str] = field(default_factory=set)
+    clipped: set[str] = field(default_factory=set)
+
+    def options(self, plan: ExportPlan | PlmPlan, model: ModelExport) -> dict[str, Any]:
+        """The target's options: what a reader of the graphs could not know."""
+        options = model.options({name: self.formats.get(name) for name in sorted(self.harmed)})
+        if self.balanced:
+            options["balanced_layers"] = sorted(self.balanced)
+        if self.clipped:
+            options["clipped_layers"] = sorted(self.clipped)
+        if plan.calibrator != "max":
+            options["calibrator"] = plan.calibrator
+        return options
+
+
+def _write_towers(
+    plan: ExportPlan | PlmPlan,
+    model: ModelExport,
+    stage: Stage,
+    like: Likeness | None,
+    report: Report,
+) -> _Towers:
+    lowering = _lowering(plan)
+    done = _Towers()
+    places: dict[str, Place] = {}
+    for tower in model.towers():
+        report(f"{tower.name}: running eager")
+        reference = tower.reference(plan.scheme)
+        done.references.append(reference)
+        measured = reference.measured
+        if like is not None:
+            measured.decide(like.harmed, like.balanced, like.clipped)
+        done.harmed |= {name: measured.errors[name] for name in measured.harmed()}
+        formats = tower.formats(measured)
+        done.formats |= formats
+        done.balanced |= measured.balanced & formats.keys()
+        done.clipped |= measured.clipped & formats.keys()
+        report(f"{tower.name}: tracing and writing {plan.precision} graphs")
+        lowered = _lower(tower, lowering, plan, formats, measured)
+        written = write_graphs(stage, f"{tower.name}.data", lowered, places)
+        done.graphs |= written
+        if like is not None:
+            for name, spec in written.items():
+                like.check(name, stage.path(spec.file).read_bytes())
+    return done
 
 
 def check_destination(out: str | os.PathLike[str], *, force: bool) -> None:
@@ -176,8 +201,7 @@ def _content(
     plan: ExportPlan | PlmPlan,
     model: ModelExport,
     stage: Stage,
-    graphs: Mapping[str, GraphSpec],
-    options: Mapping[str, Any],
+    towers: _Towers,
 ) -> Content:
     return Content(
         name=plan.name,
@@ -186,11 +210,11 @@ def _content(
         target=Target(
             backend=plan.backend,
             precision=plan.precision,
-            options=options,
+            options=towers.options(plan, model),
         ),
         image=model.image(),
         text=model.text(),
-        graphs=dict(graphs),
+        graphs=towers.graphs,
         files=dict(stage.entries),
         weights=dict(model.source.provenance),
         versions={

@@ -19,9 +19,9 @@ sys.exit(export_main(sys.argv[1:]))
 _FP32_BYTES = {"PE-Core-L14-336": 671_137_793 * 4}
 # The -Tiling checkpoints differ in their weights alone.
 _DISTINCT = [name for name in PE_MODELS if not name.endswith("-Tiling")]
-# A minute each and more.
-_LARGE = [name for name in _DISTINCT if "14-" in name]
-_OTHERS = [name for name in _DISTINCT if "14-" not in name]
+# Fifteen seconds to minutes each, of shapes like the others'.
+_OTHERS = ["PE-Core-T16-384", "PE-Core-B16-224", "PE-Spatial-T16-512"]
+_LARGE = [name for name in _DISTINCT if name not in _OTHERS]
 
 
 def _export(name: str, precision: str, out: Path) -> dict:

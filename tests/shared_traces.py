@@ -1,0 +1,63 @@
+"""Traces modules that are alike once for the whole run: tracing is most of what a small export
+takes, and the same for every precision. Lowerings only read what was traced.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from perception_rt.export import plm_decoder, towers, trace
+
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+
+
+def _value(value: Any) -> Any:
+    """Something equal for what is equal; other objects are told apart by their addresses."""
+    if isinstance(value, Tensor):
+        data = None if value.is_meta else value.detach().contiguous().numpy().tobytes()
+        return value.dtype, tuple(value.shape), data
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, Mapping):
+        return tuple((key, _value(item)) for key, item in value.items())
+    if isinstance(value, tuple | list):
+        return tuple(_value(item) for item in value)
+    return repr(value)
+
+
+def _structure(module: nn.Module) -> Any:
+    own = [
+        (name, type(part), _value({k: v for k, v in vars(part).items() if k not in _EVERY_MODULES}))
+        for name, part in module.named_modules()
+    ]
+    return tuple(own), _value(dict(module.named_parameters())), _value(dict(module.named_buffers()))
+
+
+# Modules are kept, so that no other object ever has the address of one of theirs.
+_done: dict[Any, tuple[nn.Module, trace.Traced]] = {}
+
+
+def _shared(
+    module: nn.Module,
+    examples: Mapping[str, Tensor],
+    *,
+    dynamic: Mapping[str, Mapping[int, str]],
+    output_names: Sequence[str],
+) -> trace.Traced:
+    key = (_structure(module), _value(examples), _value(dynamic), tuple(output_names))
+    if key not in _done:
+        traced = trace.trace(module, examples, dynamic=dynamic, output_names=output_names)
+        _done[key] = (module, traced)
+    return _done[key][1]
+
+
+def share() -> None:
+    """Has towers share traces, for the rest of the process."""
+    plm_decoder.trace = towers.trace = _shared
+
+
+def forget() -> None:
+    """For a test of tracing itself."""
+    _done.clear()
