@@ -177,19 +177,18 @@ def _again(
 
 
 def refuse_layers(
-    module: nn.Module, run: Callable[[], Tensor], measured: Measured, least: float
+    module: nn.Module, run: Callable[[], Tensor], exact: Tensor, measured: Measured, least: float
 ) -> None:
     """Adds layers to `measured.refused`, the worst first, until the others are faithful in fp8.
 
     Args:
         module: whose layers were measured, as for `measure_layers`.
         run: calls the module; its result has rows of features, (..., D).
+        exact: that result in float32.
         measured: what `measure_layers` found for fp8.
         least: cosine that each row must have with float32.
     """
     names = _names(module)
-    with torch.inference_mode():
-        exact = run()
     taken = sorted(set(measured.errors) - set(measured.harmed()), key=measured.errors.__getitem__)
     while taken:
         with torch.inference_mode(), _Simulating(names, measured, taken):
@@ -254,16 +253,15 @@ class _Linears(TorchFunctionMode, ABC):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         if func is F.linear:
             name = self.names.get(args[1].untyped_storage().data_ptr())
             if name is not None:
-                return self.linear(name, result, *args)
-        return result
+                return self.linear(name, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
     @abstractmethod
     def linear(
-        self, name: str, result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+        self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """What the layer shall return."""
 
@@ -279,18 +277,19 @@ class _Measuring(_Linears):
         self.measured = Measured()
 
     def linear(
-        self, name: str, result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+        self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """The exact result; |quantised product - product| / |product| without the bias is noted."""
-        error = _error(x, weight, self.round_input(x), self.round_weight(weight))
+        """The exact result."""
+        result = F.linear(input, weight, bias)
+        error = _error(result, self.round_input(input), self.round_weight(weight), bias)
         _raise(self.measured.errors, name, error)
-        _raise(self.measured.largest, name, float(x.abs().amax()))
+        _raise(self.measured.largest, name, float(input.abs().amax()))
         if self.keeps_channels:
-            for peaks, values in ((self.measured.inputs, x), (self.measured.weights, weight)):
+            for peaks, values in ((self.measured.inputs, input), (self.measured.weights, weight)):
                 found = values.flatten(0, -2).abs().amax(dim=0).numpy()
                 peaks[name] = np.maximum(peaks.get(name, found), found)
         if self.ranges is not None:
-            self.ranges.add(name, x)
+            self.ranges.add(name, input)
         return result
 
 
@@ -306,11 +305,13 @@ class _Again(_Linears):
         self.errors: dict[str, float] = {}
 
     def linear(
-        self, name: str, result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+        self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """The exact result."""
+        result = F.linear(input, weight, bias)
         if name in self.layers:
-            _raise(self.errors, name, _error(x, weight, *_twins(self.measured, name, x, weight)))
+            twins = _twins(self.measured, name, input, weight)
+            _raise(self.errors, name, _error(result, *twins, bias))
         return result
 
 
@@ -325,12 +326,12 @@ class _Simulating(_Linears):
         self.taken = frozenset(taken)
 
     def linear(
-        self, name: str, result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+        self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """The result in fp8 of a layer that takes it."""
-        if name not in self.taken:
-            return result
-        return F.linear(*_twins(self.measured, name, x, weight), bias)
+        if name in self.taken:
+            input, weight = _twins(self.measured, name, input, weight)
+        return F.linear(input, weight, bias)
 
 
 def _twins(measured: Measured, name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,11 +343,11 @@ def _twins(measured: Measured, name: str, x: Tensor, weight: Tensor) -> tuple[Te
     return _as_e4m3(x, torch.tensor(measured.range(name))), _fp8_rows(weight)
 
 
-def _error(x: Tensor, weight: Tensor, rounded_x: Tensor, rounded_weight: Tensor) -> float:
-    """|rounded product - product| / |product|."""
-    exact = F.linear(x, weight)
-    rounded = F.linear(rounded_x, rounded_weight)
-    return float(rounded.sub_(exact).norm() / exact.norm().clamp(min=1e-30))
+def _error(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """|rounded product - product| / |product|, of a layer's result and its rounded operands."""
+    difference = F.linear(x, weight, bias).sub_(result)
+    product = result if bias is None else result - bias
+    return float(difference.norm() / product.norm().clamp(min=1e-30))
 
 
 def _raise(values: dict[str, float], name: str, value: float) -> None:

@@ -341,9 +341,10 @@ def measure_faithful(
         scheme: what layers would become.
         ranges: for fp8, what may find other ranges than the largest magnitudes.
     """
-    _, measured = measure_layers(tower, lambda: [call(x) for x in batches], scheme, ranges)
+    exact, measured = measure_layers(tower, lambda: [call(x) for x in batches], scheme, ranges)
     if scheme == "fp8":
-        refuse_layers(tower, partial(call, batches[0]), measured, MIN_COSINE[scheme] + _MARGIN)
+        least = MIN_COSINE[scheme] + _MARGIN
+        refuse_layers(tower, partial(call, batches[0]), exact[0], measured, least)
     return measured
 
 

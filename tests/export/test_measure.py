@@ -161,13 +161,13 @@ def test_a_head_takes_fp8_if_the_likeliest_tokens_stay() -> None:
 def test_refused_layers_are_the_worst(inputs: Tensor) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(*(nn.Linear(128, 128) for _ in range(8))).requires_grad_(False)
-    _, measured = measure_layers(module, lambda: module(inputs), "fp8")
-    refuse_layers(module, lambda: module(inputs), measured, 0.9995)
+    exact, measured = measure_layers(module, lambda: module(inputs), "fp8")
+    refuse_layers(module, lambda: module(inputs), exact, measured, 0.9995)
     errors = [measured.errors[name] for name in measured.refused]
     kept = [error for name, error in measured.errors.items() if name not in measured.refused]
     assert errors and kept and min(errors) >= max(kept)
     other = measure_layers(module, lambda: module(inputs), "fp8")[1]
-    refuse_layers(module, lambda: module(inputs), other, 2.0)  # which no cosine is
+    refuse_layers(module, lambda: module(inputs), exact, other, 2.0)  # which no cosine is
     assert other.refused == set(other.errors)
 
 

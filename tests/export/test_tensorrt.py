@@ -80,10 +80,8 @@ def check_fusion(manifest: Manifest, graph: str, layers: Counter[str]) -> None:
         assert record["bytes"] > 1000 and record["seconds"] > 0 and record["peak_rss_bytes"] > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [("PE-Core-B16-224", "fp16"), ("PE-Core-L14-336", "fp8"), ("PE-Core-G14-448", "fp16")],
-)
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+@pytest.mark.parametrize("name", ["PE-Core-B16-224", "PE-Core-L14-336", "PE-Core-G14-448"])
 def test_encoders_of_released_shapes_build(export: Export, name: str, precision: str) -> None:
     config = shallow(name)
     manifest = export(config, precision)
