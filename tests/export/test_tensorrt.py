@@ -115,9 +115,10 @@ def test_whole_encoders_build(export: Export, name: str, precision: str) -> None
 
 
 @pytest.mark.slow
-def test_a_whole_language_model_builds(export: Export) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_a_whole_language_model_builds(export: Export, precision: str) -> None:
     config = get_config("PLM-1B")
-    manifest = export(config, "fp8", ("sm89",))
+    manifest = export(config, precision, ("sm89",))
     assert isinstance(config, PlmConfig)
     depth = config.decoder.n_layers
     parts = [n for n in manifest.content.graphs if n.startswith("decoder")]
