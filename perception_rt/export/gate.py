@@ -3,7 +3,6 @@
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.reader import Package, open_package
 from perception_rt.runtime.cuda import open_cuda
-from perception_rt.runtime.kv_block import Allocate
-from perception_rt.runtime.session import Session, open_session, state_allocator
+from perception_rt.runtime.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.session import MakeBlock, Session, State, block_maker, open_session
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -53,8 +52,8 @@ def run_gate(
                 inputs = reference.inputs[graph]
                 session = _open(package, graph, device)
                 if graph.startswith(contract.DECODER):
-                    allocate = state_allocator(_backend(package, device), device)
-                    chained = _decode(session, chained or inputs, latency, graph, allocate)
+                    make = block_maker(_backend(package, device), device) or CacheBlock
+                    chained = _decode(session, chained or inputs, latency, graph, make)
                     arrays = chained
                 else:
                     found = session.run(inputs, list(expected))
@@ -91,12 +90,12 @@ def _decode(
     inputs: Arrays,
     latency: dict[str, Any],
     graph: str,
-    allocate: Allocate | None,
+    make_block: MakeBlock,
 ) -> Arrays:
     """A part's output over the whole prompt, or the logits of its last GATE_STEPS + 1 tokens."""
     hidden = inputs[contract.HIDDEN]
     tokens = hidden.shape[1]
-    state = _caches(session.spec, tokens, allocate)
+    state = _caches(session.spec, tokens, make_block)
     first = max(1, tokens - GATE_STEPS)
     # The prompt in pieces, as the scheduler has it: an engine's profiles are made for them.
     edges = [*range(0, first, contract.CHUNK_TOKENS), *range(first, tokens + 1)]
@@ -127,19 +126,17 @@ def _is_last(spec: GraphSpec) -> bool:
     return any(output.name == contract.LOGITS for output in spec.outputs)
 
 
-def _caches(spec: GraphSpec, slots: int, allocate: Allocate | None) -> dict[str, Array]:
-    """Empty caches of one sequence, by input name, in memory from `allocate`."""
-    outputs = {output.name for output in spec.outputs}
-    caches = {}
-    for source in spec.inputs:
-        if contract.updated(source.name) in outputs:
-            sizes = {contract.BATCH: 1, contract.SLOTS: slots}
-            shape = [sizes[s] if isinstance(s, str) else s for s in source.shape]
-            dtype = np.dtype(source.dtype)
-            nbytes = prod(shape) * dtype.itemsize
-            memory = np.zeros(nbytes, np.uint8) if allocate is None else allocate(nbytes)
-            caches[source.name] = memory.view(dtype).reshape(shape)
-    return caches
+def _caches(spec: GraphSpec, slots: int, make_block: MakeBlock) -> dict[str, State]:
+    """Empty caches of one sequence, by input name."""
+    names = [source.name for source in spec.inputs if contract.is_cache(source.name)]
+    first = next(source for source in spec.inputs if source.name in names)
+    _, kv_heads, fixed, head_dim = first.shape
+    assert isinstance(kv_heads, int) and isinstance(head_dim, int)
+    shape = CacheShape(
+        layers=len(names) // 2, kv_heads=kv_heads, head_dim=head_dim, dtype=first.dtype
+    )
+    block = make_block(shape, 1, fixed if isinstance(fixed, int) else slots)
+    return dict(zip(names, [*block.keys, *block.values], strict=True))
 
 
 def _latency(session: Session, inputs: Arrays, outputs: Sequence[str]) -> dict[str, float | int]:

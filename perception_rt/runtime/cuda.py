@@ -6,7 +6,9 @@ device's primary context, so that other libraries of the process see the same me
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,12 @@ import numpy as np
 from perception_rt.errors import BackendError, CapacityError
 
 Array = np.ndarray[Any, Any]
+DType = np.dtype[Any]
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
-_ALLOCATORS = ("cuMemAlloc", "cuMemHostAlloc", "cuMemAllocManaged")
+_ALLOCATORS = ("cuMemAlloc", "cuMemHostAlloc")
+# The calling thread's own: to wait for the whole device would break captures in other threads.
+_THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
 
 
 class Cuda:
@@ -44,19 +49,16 @@ class Cuda:
             raise BackendError("there is no GPU")
         self._device = self._call("cuDeviceGet", 0)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        major, minor, shares = (
+        major, minor = (
             self._call(
                 "cuDeviceGetAttribute",
-                getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"),
+                getattr(
+                    driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{name}"
+                ),
                 self._device,
             )
-            for name in (
-                "COMPUTE_CAPABILITY_MAJOR",
-                "COMPUTE_CAPABILITY_MINOR",
-                "CONCURRENT_MANAGED_ACCESS",
-            )
+            for name in ("MAJOR", "MINOR")
         )
-        self._shares_memory = bool(shares)
         self.capability = f"sm{major}{minor}"
         name = self._call("cuDeviceGetName", 128, self._device)
         self.name = name.split(b"\0")[0].decode(errors="replace")
@@ -76,40 +78,35 @@ class Cuda:
         address = int(self._call("cuMemAlloc", nbytes))
         return Memory(address, nbytes, lambda: self._free("cuMemFree", address))
 
-    def allocate_pinned(self, nbytes: int) -> "Memory":
+    def allocate_pinned(self, nbytes: int) -> "HostMemory":
         """Memory of the host that the device copies from and to."""
         self.bind()
         address = int(self._call("cuMemHostAlloc", nbytes, 0))
-        return Memory(address, nbytes, lambda: self._free("cuMemFreeHost", address))
+        return HostMemory(address, nbytes, lambda: self._free("cuMemFreeHost", address))
 
-    def allocate_shared(self, nbytes: int) -> "Memory":
-        """Memory that both see at one address, preferably the device's own; zeroed.
-
-        Raises:
-            CapacityError: the device has not as much to spare.
-            BackendError: the system lets only one of both see it at a time, as on Windows.
-        """
+    def clear(self, box: "Box") -> None:
+        """Zeros over bytes of the device; returns when they are there."""
         self.bind()
-        if not self._shares_memory:
-            raise BackendError(f"{self.name} and the host cannot share memory on this system")
-        free, _ = self._call("cuMemGetInfo")
-        if nbytes > free:  # else the driver would take the host's memory instead
-            raise CapacityError(f"the GPU has no memory for {nbytes} bytes, {free} are free")
-        address = int(self._call("cuMemAllocManaged", nbytes, 1))  # CU_MEM_ATTACH_GLOBAL
-        memory = Memory(address, nbytes, lambda: self._free("cuMemFree", address))
-        location = self._driver.CUmemLocation()
-        location.type = self._driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        location.id = 0
-        advice = self._driver.CUmem_advise.CU_MEM_ADVISE_SET_PREFERRED_LOCATION
-        self._call("cuMemAdvise", address, nbytes, advice, location)
-        # On a stream of its own: waiting for all of the device would break captures elsewhere.
-        stream = self.new_stream()
-        try:
-            self._call("cuMemsetD8Async", address, 0, nbytes, stream)
-            self.wait(stream)
-        finally:
-            self.free_stream(stream)
-        return memory
+        for plane in range(box.depth):
+            address = box.address + plane * box.plane
+            sizes = box.pitch, 0, box.width, box.height
+            self._call("cuMemsetD2D8Async", address, *sizes, _THREAD_STREAM)
+        self.wait(_THREAD_STREAM)
+
+    def copy(self, source: "Box", target: "Box") -> None:
+        """Copies bytes of the device or the host to either; returns when they are there."""
+        assert source.sizes == target.sizes
+        self.bind()
+        kinds, job = self._driver.CUmemorytype, self._driver.CUDA_MEMCPY3D()
+        job.WidthInBytes, job.Height, job.Depth = source.sizes
+        for side, box in (("src", source), ("dst", target)):
+            kind = "HOST" if box.on_host else "DEVICE"
+            setattr(job, f"{side}MemoryType", getattr(kinds, f"CU_MEMORYTYPE_{kind}"))
+            setattr(job, f"{side}{kind.capitalize()}", box.address)
+            setattr(job, f"{side}Pitch", box.pitch)
+            setattr(job, f"{side}Height", box.plane // box.pitch)
+        self._call("cuMemcpy3DAsync", job, _THREAD_STREAM)
+        self.wait(_THREAD_STREAM)
 
     def copy_in(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Host to device, in the order of the stream."""
@@ -194,13 +191,75 @@ class Memory:
         self.address = address
         self.nbytes = nbytes
         self._free = free
-        # Of memory that the host sees, NumPy's views keep this object alive.
-        self.__array_interface__ = {
-            "data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3,
-        }  # fmt: skip
 
     def __del__(self) -> None:
         self._free()
+
+
+class HostMemory(Memory):
+    """Bytes that NumPy sees, uint8 (nbytes,): its views keep this object alive."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {
+            "data": (self.address, False), "shape": (self.nbytes,), "typestr": "|u1", "version": 3,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """Bytes in planes of lines.
+
+    Attributes:
+        address: of the first.
+        width: bytes of a line.
+        height: lines of a plane.
+        depth: planes.
+        pitch: bytes from one line to the next.
+        plane: bytes from one plane to the next, a multiple of `pitch`.
+        on_host: or on the device.
+    """
+
+    address: int
+    width: int
+    height: int
+    depth: int
+    pitch: int
+    plane: int
+    on_host: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Width, height and depth."""
+        return self.width, self.height, self.depth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceArray:
+    """A C-contiguous array in the device's memory, for an engine to read and write.
+
+    Attributes:
+        memory: kept as long as the array.
+        address: of its first element.
+        shape: sizes.
+        dtype: of its elements.
+    """
+
+    memory: Memory
+    address: int
+    shape: tuple[int, ...]
+    dtype: DType
+
+    def __getitem__(self, rows: slice) -> "DeviceArray":
+        """Some rows that follow each other, in the same memory."""
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1 and start < stop
+        shape = (stop - start, *self.shape[1:])
+        row = prod(shape[1:]) * self.dtype.itemsize
+        return replace(self, address=self.address + start * row, shape=shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 @cache

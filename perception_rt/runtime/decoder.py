@@ -20,7 +20,7 @@ from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.runtime.kv import SMALLEST_ROW
 from perception_rt.runtime.kv_block import CacheBlock, CacheShape
-from perception_rt.runtime.session import Session, open_session, state_allocator
+from perception_rt.runtime.session import Session, block_maker, open_session
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -39,7 +39,8 @@ class Decoder:
         cache_shape: what `forward` keeps of one token.
         max_length: the longest sequence, in tokens.
         vocab_size: V.
-        smallest_row: slots that a row of a cache has at least: all, where their number is fixed.
+        smallest_row: slots that a row of a cache has at least: all, where their number is fixed or
+            memory is spent on them at once, as on a GPU.
         picks_tokens: whether `pick` works.
         tile_batch: tiles that are best encoded in one call.
     """
@@ -50,6 +51,7 @@ class Decoder:
         except InputError as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
         decoder = self.config.decoder
+        self.max_length = decoder.max_seqlen
         self._parts = _decoder_parts(package, decoder.n_layers)
         self.cache_shape = CacheShape(
             layers=decoder.n_layers,
@@ -59,13 +61,16 @@ class Decoder:
         )
         slots = _fixed_slots(package)
         _check_graphs(package, self.config, self._parts, self.cache_shape, slots)
-        self.smallest_row = slots or min(SMALLEST_ROW, decoder.max_seqlen)
+        self._make_block = block_maker(backend, device)
+        is_whole = slots is not None or self._make_block is not None
+        self.smallest_row = (
+            decoder.max_seqlen if is_whole else min(SMALLEST_ROW, decoder.max_seqlen)
+        )
         target = get_target(backend)
         last = package.graph(contract.decoder_part(len(self._parts) - 1))
         has_picks = any(spec.name == contract.TOP_ID for spec in last.outputs)
         self.picks_tokens = target.picks_tokens and has_picks
         self.tile_batch = target.tile_batch
-        self.max_length = decoder.max_seqlen
         self.vocab_size = decoder.vocab_size
         self._package = package
         self._backend = backend
@@ -77,8 +82,7 @@ class Decoder:
 
     def new_cache(self, rows: int, slots: int) -> CacheBlock:
         """Keys and values for `forward`; CapacityError if there is no memory for them."""
-        allocate = state_allocator(self._backend, self._device)
-        return CacheBlock(self.cache_shape, rows, slots, allocate)
+        return (self._make_block or CacheBlock)(self.cache_shape, rows, slots)
 
     def embed(self, tokens: Array) -> Array:
         """Embeddings, float32 (T, C), of int64 ids (T,), T at least 1.

@@ -7,7 +7,6 @@ Legend: R rows, S slots, K key and value heads, E channels per head, T tokens.
 """
 
 import mmap
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ import numpy as np
 from perception_rt.errors import CapacityError
 
 Array = np.ndarray[Any, Any]
-Allocate = Callable[[int], Array]  # bytes to uint8 (bytes,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +41,7 @@ class CacheShape:
 
 
 class CacheBlock:
-    """Keys and values of R sequences of at most S tokens; all zero at first.
+    """Keys and values of R sequences of at most S tokens; all zero at first. On the host.
 
     Memory is spent page by page as tokens are written, and returned when the block and all that
     refers to its arrays are gone. Not safe to use from several threads at once.
@@ -52,31 +50,35 @@ class CacheBlock:
         shape: of one token.
         rows: R.
         slots: S.
-        keys: one array per layer, (R, K, S, E).
+        keys: one array per layer, (R, K, S, E), as the backend updates it.
         values: the same.
     """
 
-    def __init__(
-        self, shape: CacheShape, rows: int, slots: int, allocate: Allocate | None = None
-    ) -> None:
+    keys: list[Any]
+    values: list[Any]
+
+    def __init__(self, shape: CacheShape, rows: int, slots: int) -> None:
         """A block of zeros.
 
         Args:
             shape: of one token.
             rows: R.
             slots: S.
-            allocate: gives that many zeroed bytes where an engine wants them; None for pages of
-                the host.
+
+        Raises:
+            CapacityError: there is no memory for it.
         """
         assert rows >= 1 and slots >= 1
         self.shape = shape
         self.rows = rows
         self.slots = slots
-        dtype = np.dtype(shape.dtype)
-        memory = (allocate or _pages)(self.nbytes).view(dtype)
-        self._memory: Array = memory.reshape(
-            shape.layers, 2, rows, shape.kv_heads, slots, shape.head_dim
-        )
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Sets `keys` and `values`."""
+        memory = _pages(self.nbytes).view(self.shape.dtype)
+        sizes = (self.shape.layers, 2, self.rows, self.shape.kv_heads, self.slots)
+        self._memory: Array = memory.reshape(*sizes, self.shape.head_dim)
         self.keys = list(self._memory[:, 0])
         self.values = list(self._memory[:, 1])
 
@@ -101,10 +103,6 @@ class CacheBlock:
     def clear(self, row: int, length: int) -> None:
         """Zeros over the first `length` tokens of a row that another sequence may get."""
         self._tokens(row, length)[...] = 0
-
-    def poison(self, row: int) -> None:
-        """NaN over a whole row: what reads it shows."""
-        self._tokens(row, self.slots)[...] = np.nan
 
     def _tokens(self, row: int, length: int) -> Array:
         """View of the first tokens of a row, (layers, 2, K, T, E)."""

@@ -2,7 +2,8 @@
 
 A backend returns an `Engine`; `Session` checks what goes in and what comes out against the
 graph's spec, so that no backend sees a wrong shape and no caller sees a NaN. State, such as a
-decoder's keys and values, stays in the caller's memory, where the backend updates it.
+decoder's keys and values, stays in its own memory, where the backend updates it: the host's, or a
+device's if the backend wants it there (`block_maker`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +15,20 @@ import numpy as np
 from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, TensorSpec, updated
 from perception_rt.package.reader import Package
+from perception_rt.runtime.cuda import DeviceArray
+from perception_rt.runtime.kv_block import CacheBlock, CacheShape
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
+State = Array | DeviceArray
+MakeBlock = Callable[[CacheShape, int, int], CacheBlock]  # of rows and slots
 
 
 class Engine(Protocol):
     """What a backend implements. Must allow `run` from several threads at once."""
 
     def run(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
         """Computes the named outputs, and updates each array of `state` in its own memory.
 
@@ -38,7 +43,7 @@ class Engine(Protocol):
 class BackendModule(Protocol):
     """The functions of the module that `Target.session` names.
 
-    It may also have a `state_allocator(device)`, if states must be in memory of its own.
+    It may also have a `block_maker(device)`, if caches must be in memory of its own.
     """
 
     def check_device(self, device: str) -> None:
@@ -62,7 +67,7 @@ class Session:
         self,
         inputs: Mapping[str, Array],
         outputs: Sequence[str],
-        state: Mapping[str, Array] | None = None,
+        state: Mapping[str, State] | None = None,
     ) -> list[Array]:
         """Runs the graph.
 
@@ -114,10 +119,10 @@ def open_session(
     return Session(engine, spec, graph)
 
 
-def state_allocator(backend: str, device: str) -> Callable[[int], Array] | None:
-    """What gives zeroed memory for states, uint8 (bytes,); None if any memory will do."""
-    allocator = getattr(_module(backend), "state_allocator", None)
-    found: Callable[[int], Array] | None = None if allocator is None else allocator(device)
+def block_maker(backend: str, device: str) -> MakeBlock | None:
+    """What makes cache blocks in a device's memory; None if they are on the host."""
+    maker = getattr(_module(backend), "block_maker", None)
+    found: MakeBlock | None = None if maker is None else maker(device)
     return found
 
 
@@ -144,7 +149,7 @@ def _module(backend: str) -> BackendModule:
     return cast(BackendModule, module)
 
 
-def _check_array(spec: TensorSpec, array: Array) -> None:
+def _check_array(spec: TensorSpec, array: State) -> None:
     if array.dtype != np.dtype(spec.dtype):
         raise InputError(f"input {spec.name!r} must be {spec.dtype}, not {array.dtype}")
     fits = len(array.shape) == len(spec.shape) and all(
@@ -156,7 +161,7 @@ def _check_array(spec: TensorSpec, array: Array) -> None:
         raise InputError(f"input {spec.name!r} must have shape {wanted}, not {array.shape}")
 
 
-def _check_state(spec: TensorSpec, array: Array) -> None:
+def _check_state(spec: TensorSpec, array: State) -> None:
     _check_array(spec, array)
-    if not (array.flags.c_contiguous and array.flags.writeable):
+    if isinstance(array, np.ndarray) and not (array.flags.c_contiguous and array.flags.writeable):
         raise InputError(f"input {spec.name!r} must be C-contiguous and writeable to be updated")

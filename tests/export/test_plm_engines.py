@@ -157,8 +157,8 @@ def test_a_sequence_does_not_depend_on_its_neighbours(precision: str, package: P
     lengths = [5, 17, 11]
     with decoder_of(package("plm_tied_ropescaled", precision)) as decoder:
         cache = CacheBlock(decoder.cache_shape, 3, 32)
-        for row in range(3):
-            cache.poison(row)
+        for array in cache.keys + cache.values:
+            array[...] = np.nan
         alone, step = [], []
         for row, length in enumerate(lengths):
             hidden = decoder.embed(rng.integers(0, 300, length + 1))

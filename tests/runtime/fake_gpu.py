@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -20,10 +20,11 @@ from perception_rt.errors import CapacityError
 from perception_rt.export.engines import BuiltEngine
 from perception_rt.export.profiles import Profile
 from perception_rt.package.contract import GraphSpec, TensorSpec
-from perception_rt.runtime.cuda import Graph, Memory
+from perception_rt.runtime.cuda import Box, Graph, HostMemory, Memory
 from perception_rt.tensorrt_library import TensorRt
 
 CAPABILITY = "sm89"
+M = TypeVar("M", bound=Memory)
 
 
 class FakeCuda:
@@ -40,17 +41,28 @@ class FakeCuda:
         self.launched = 0
 
     def allocate(self, nbytes: int) -> Memory:
+        return self._allocate(Memory, nbytes)
+
+    def allocate_pinned(self, nbytes: int) -> HostMemory:
+        return self._allocate(HostMemory, nbytes)
+
+    def _allocate(self, kind: type[M], nbytes: int) -> M:
         if nbytes > self.room:
             raise CapacityError(f"the GPU has no memory for {nbytes} bytes")
-        data = ctypes.create_string_buffer(max(nbytes, 1))
+        data = ctypes.create_string_buffer(b"\xff" * max(nbytes, 1))  # NaN
         self.live += 1
 
         def free(data: Any = data) -> None:
             self.live -= 1
 
-        return Memory(ctypes.addressof(data), nbytes, free)
+        return kind(ctypes.addressof(data), nbytes, free)
 
-    allocate_pinned = allocate_shared = allocate
+    def clear(self, box: Box) -> None:
+        assert not box.on_host
+        lines(box)[...] = 0
+
+    def copy(self, source: Box, target: Box) -> None:
+        lines(target)[...] = lines(source)
 
     def new_stream(self) -> int:
         self.live += 1
@@ -87,6 +99,15 @@ class FakeCuda:
             self.live -= 1
 
         return Graph(launch=launch, free=free)
+
+
+def lines(box: Box) -> np.ndarray[Any, Any]:
+    """Its bytes, uint8 (depth, height, width), where they are."""
+    depth, height, width = box.depth, box.height, box.width
+    nbytes = (depth - 1) * box.plane + (height - 1) * box.pitch + width
+    data = np.frombuffer((ctypes.c_char * nbytes).from_address(box.address), np.uint8)
+    strides = box.plane, box.pitch, 1
+    return np.lib.stride_tricks.as_strided(data, (depth, height, width), strides)
 
 
 class FakeContext:

@@ -37,6 +37,10 @@ class PoisonedBlock(CacheBlock):
     def clear(self, row: int, length: int) -> None:
         self.poison(row)
 
+    def poison(self, row: int) -> None:
+        for array in self.keys + self.values:
+            array[row] = np.nan
+
 
 class FakeClock:
     """Seconds that pass when they are told to, and a little at each look."""

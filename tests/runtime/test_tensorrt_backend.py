@@ -273,9 +273,7 @@ def test_a_tampered_engine_is_not_loaded(bench: Bench) -> None:
 
 def test_memory_of_the_host_is_not_a_state(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, bench, "plm")
-    monkeypatch.setattr(
-        "perception_rt.runtime.decoder.state_allocator", lambda backend, device: None
-    )
+    monkeypatch.setattr("perception_rt.runtime.decoder.block_maker", lambda backend, device: None)
     with (
         prt.load(bench.plm, device="cuda") as plm,
         pytest.raises(BackendError, match="not in memory that a GPU updates"),
@@ -298,9 +296,9 @@ def test_onnxruntime_updates_caches_where_the_gpu_has_them(
     monkeypatch.setitem(onnxruntime._PLACES, "cuda", "cpu")  # where the paper is
     monkeypatch.setattr(onnxruntime, "check_device", lambda device: None)
     blocks: list[int] = []
-    allocate = bench.cuda.allocate_shared
+    allocate = bench.cuda.allocate
     monkeypatch.setattr(
-        bench.cuda, "allocate_shared", lambda nbytes: (blocks.append(nbytes), allocate(nbytes))[1]
+        bench.cuda, "allocate", lambda nbytes: (blocks.append(nbytes), allocate(nbytes))[1]
     )
     answers = []
     for device in ("cpu", "cuda"):

@@ -1,7 +1,7 @@
 """ONNX Runtime, on CPU or CUDA. A device that cannot be had is an error, never another device.
 
-On a GPU, a decoder's caches are in memory that host and device see at one address, and are bound
-there as input and as output: nothing of them is copied from step to step. Not verified on one yet.
+On a GPU, a decoder's caches are in the device's memory, and are bound there as input and as output:
+nothing of them is copied from step to step. Not verified on one yet.
 """
 
 import os
@@ -9,7 +9,7 @@ import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from perception_rt.errors import BackendError, InputError
 from perception_rt.package.contract import updated
 from perception_rt.package.reader import Package
 from perception_rt.runtime.cuda import open_cuda
+from perception_rt.runtime.device_block import DeviceBlock
 from perception_rt.runtime.external import FP8, FP8_BYTES, external_tensors
+from perception_rt.runtime.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.session import State
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -49,11 +52,9 @@ def devices() -> list[str]:
     return [device for device, providers in _PROVIDERS.items() if providers[0] in available]
 
 
-def state_allocator(device: str) -> Callable[[int], Array] | None:
-    """Gives zeroed bytes that a GPU updates in place, uint8; a CPU does so in any memory."""
-    if device == "cpu":
-        return None
-    return lambda nbytes: np.asarray(open_cuda().allocate_shared(nbytes))
+def block_maker(device: str) -> Callable[[CacheShape, int, int], CacheBlock] | None:
+    """Makes cache blocks in a GPU's memory, of a shape, rows and slots; None for a CPU."""
+    return None if device == "cpu" else partial(DeviceBlock, open_cuda())
 
 
 class OnnxRuntimeEngine:
@@ -74,7 +75,7 @@ class OnnxRuntimeEngine:
         self._weights = weights  # the session refers to those that it did not repack
 
     def run(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
         """Computes the named outputs, and updates the state where it is."""
         session = self._session
@@ -122,6 +123,9 @@ def open_session(
     if _saturates():
         # Integer products in another way, exact, slower and in twice the memory.
         options.add_session_config_entry("session.x64quantprecision", "1")
+    # Q/DQ pairs stay where they are: versions before 1.32 move fp8 ones across a Slice, which does
+    # not take them there. No kernel of a CPU would fuse them.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Sequential runs of a graph that is a chain; threads work inside an operator.
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if threads is not None:
@@ -152,7 +156,7 @@ def _run_bound(
     session: ort.InferenceSession,
     feeds: Mapping[str, Array],
     outputs: Sequence[str],
-    state: Mapping[str, Array],
+    state: Mapping[str, State],
     place: str,
 ) -> list[Array]:
     """A run in which each state's memory is both an input and the output that updates it.
@@ -164,8 +168,9 @@ def _run_bound(
     binding = session.io_binding()
     for name, array in feeds.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-    for name, array in state.items():
-        where = (place, 0, array.dtype, array.shape, array.ctypes.data)
+    for name, held in state.items():
+        address = held.ctypes.data if isinstance(held, np.ndarray) else held.address
+        where = (place, 0, held.dtype, held.shape, address)
         binding.bind_input(name, *where)
         binding.bind_output(updated(name), *where)
     for name in outputs:

@@ -21,7 +21,7 @@ import numpy as np
 from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.package.reader import Package
-from perception_rt.runtime.session import Engine
+from perception_rt.runtime.session import Engine, State
 
 Array = np.ndarray[Any, Any]
 
@@ -38,7 +38,7 @@ class ReferenceEngine:
         self._spec = spec
 
     def run(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
         """float32 in (-1, 1), of the spec's shapes."""
         (source,) = inputs.values()
@@ -56,7 +56,7 @@ class ReferenceEmbedding:
         (self._output,) = spec.outputs
 
     def run(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
         """float32 (N, T, C) of ids (N, T), or (N, t, C) of tiles."""
         ((name, source),) = inputs.items()
@@ -80,7 +80,7 @@ class ReferenceDecoder:
         self._spec = spec
 
     def run(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
         """Hidden state, float32 (N, T, C), or logits in [-1, 1), float32 (N, L, V)."""
         hidden = inputs[contract.HIDDEN]
@@ -127,7 +127,7 @@ def _tile_values(tile: Array, tokens: int) -> Array:
     return np.frombuffer(stream, "<u2") % _FEATURE_VALUES
 
 
-def _append(hidden: Array, past: Array, caches: Sequence[Array]) -> Array:
+def _append(hidden: Array, past: Array, caches: Sequence[Any]) -> Array:
     """Writes (N, T, C) into each cache, (N, K, S, E); returns hashes, uint64 (N, T).
 
     That of a token depends on what its row of each cache holds up to it, in the first channel.

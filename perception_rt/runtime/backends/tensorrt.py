@@ -3,8 +3,8 @@
 Inputs go through pinned memory to the device, outputs the same way back, on a stream of the
 engine's own. Calls that follow each other alike in shapes and addresses, as the steps of a decoder
 and the tiles of an image, are one launch each from the third on: a CUDA graph. A decoder's caches
-are in memory that host and device see at one address (`state_allocator`), so the engine updates
-them in place and the host still finds them.
+are in the device's memory (`block_maker`), bound as inputs and as outputs, so that the engine
+updates them in place.
 
 Not verified on a GPU yet; docs/tensorrt.md says what is.
 """
@@ -21,8 +21,11 @@ import numpy as np
 from perception_rt.errors import BackendError, CapacityError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, updated
 from perception_rt.package.reader import Package
-from perception_rt.runtime.cuda import Cuda, Graph, Memory, open_cuda
+from perception_rt.runtime.cuda import Cuda, DeviceArray, Graph, HostMemory, Memory, open_cuda
+from perception_rt.runtime.device_block import DeviceBlock
 from perception_rt.runtime.external import external_tensors
+from perception_rt.runtime.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.session import State
 from perception_rt.targets import get_target
 from perception_rt.tensorrt_library import TensorRt, find_tensorrt
 
@@ -43,9 +46,9 @@ def check_device(device: str) -> None:
     open_cuda()
 
 
-def state_allocator(device: str) -> Callable[[int], Array]:
-    """Gives zeroed bytes that an engine can update in place, uint8."""
-    return lambda nbytes: np.asarray(open_cuda().allocate_shared(nbytes))
+def block_maker(device: str) -> Callable[[CacheShape, int, int], CacheBlock]:
+    """Makes cache blocks in the GPU's memory, of a shape, rows and slots."""
+    return partial(DeviceBlock, open_cuda())
 
 
 def open_session(
@@ -112,7 +115,7 @@ class _Buffer:
     """A tensor's place on the device, and its staging on the host."""
 
     device: Memory
-    host: Memory
+    host: HostMemory
 
 
 @dataclass(slots=True)
@@ -187,7 +190,7 @@ class TensorRtEngine:
             )
 
     def run(
-        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, Array]
+        self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
         """Computes the named outputs, and updates the state where it is."""
         with self._lock:
@@ -204,11 +207,11 @@ class TensorRtEngine:
             return [_view(*places[name]).copy() for name in outputs]
 
     def _start(
-        self, inputs: Mapping[str, Array], state: Mapping[str, Array]
+        self, inputs: Mapping[str, Array], state: Mapping[str, State]
     ) -> dict[str, tuple[_Buffer, tuple[int, ...], DType]]:
         """Sets the engine going; where its outputs will be, but for the state."""
         shapes = {name: array.shape for name, array in {**inputs, **state}.items()}
-        states = {name: _shared_address(name, array) for name, array in state.items()}
+        states = {name: _address(name, array) for name, array in state.items()}
         profile = self._find_profile(shapes)
         context = self._contexts.get(profile) or self._new_context(profile)
         key = (*shapes.items(), *states.items())
@@ -334,11 +337,8 @@ def _view(buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> Array:
     return array.view(dtype).reshape(shape)
 
 
-def _shared_address(name: str, array: Array) -> int:
-    """Where the device finds a state; BackendError unless `state_allocator` gave its memory."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if not isinstance(base, Memory):
+def _address(name: str, state: State) -> int:
+    """Where the device finds a state; BackendError unless it is in the device's memory."""
+    if not isinstance(state, DeviceArray):
         raise BackendError(f"state {name!r} is not in memory that a GPU updates in place")
-    return int(array.ctypes.data)
+    return state.address
