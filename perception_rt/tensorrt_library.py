@@ -1,10 +1,11 @@
 """Which TensorRT is installed, and what it can do: found out, never assumed from a version.
 
-`tensorrt` (10.15 and later) builds for the GPU that is there. `tensorrt_rtx` also builds ahead of
-time for compute capabilities, on a machine without any GPU. Both have the same Python interface.
+`tensorrt` (10.13 and later; of language models, 10.15) builds for the GPU that is there.
+`tensorrt_rtx` also builds ahead of time for compute capabilities, on a machine without any GPU.
+Both have the same Python interface.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -12,8 +13,14 @@ from typing import Any
 
 from perception_rt.errors import BackendError
 
-# Of tensorrt, which learned of rotation and of caches then; tensorrt_rtx counts anew.
-_OLDEST = (10, 15)
+_OLDEST = (10, 13)  # of tensorrt; tensorrt_rtx counts anew
+# What a network has for each operator that is one layer: attention since tensorrt 10.14, rotation
+# and the update of a cache since 10.15.
+_LAYERS = {
+    "Attention": "add_attention",
+    "RotaryEmbedding": "add_rotary_embedding",
+    "TensorScatter": "add_kv_cache_update",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,13 @@ class TensorRt:
             return ()
         names = (name for name in dir(self.api.ComputeCapability) if name.startswith("SM"))
         return tuple(sorted((name.lower() for name in names), key=lambda name: int(name[2:])))
+
+    def lacks(self, operators: Iterable[str]) -> list[str]:
+        """Those of the ONNX operators that its networks have no layer for."""
+        network = self.api.INetworkDefinition
+        return sorted(
+            name for name in operators if name in _LAYERS and not hasattr(network, _LAYERS[name])
+        )
 
 
 def find_tensorrt(*, ahead: bool = False, label: object = None) -> TensorRt:

@@ -1,7 +1,8 @@
 """Builds TensorRT engines of the graphs of a stage, and counts what was fused.
 
 Attention, rotation and the update of a cache are layers of their own in TensorRT's network. Those
-layers are not decomposable: where there is no fused kernel for one, the build fails.
+layers are not decomposable: where there is no fused kernel for one, the build fails. With
+`--allow-unfused` it does not, and what an older TensorRT has no layer for is spelled out for it.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import onnx
+import onnx.inliner
 
 from perception_rt.errors import BackendError, ExportError
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
@@ -31,6 +33,7 @@ _LAYERS = {
     "QuantizeLinear": "QUANTIZE",
     "DequantizeLinear": "DEQUANTIZE",
 }
+_SPELLED = ("Attention", "RotaryEmbedding")  # ONNX defines these by others
 _MOST_WORDS = 600  # of TensorRT's own, in an error
 
 
@@ -127,7 +130,8 @@ def build_engine(
         operators: how many of each type the graph has.
         capability: a compute capability, as in "sm89", or HERE.
         profiles: ranges of the dynamic sizes, each an optimization profile.
-        allow_unfused: attention without a fused kernel may be taken apart.
+        allow_unfused: attention without a fused kernel may be taken apart, and attention and
+            rotation that the library has no layer for.
         refittable: the engine has no weights: they are put in when it is loaded.
 
     Raises:
@@ -138,7 +142,13 @@ def build_engine(
     builder = trt.Builder(log.logger)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log.logger)
-    if not parser.parse_from_file(str(file)):
+    missing = library.lacks(operators)
+    if missing:
+        _check_missing(library, file.name, missing, allow_unfused)
+        parsed = parser.parse(_spelled_out(file, missing), str(file))
+    else:
+        parsed = parser.parse_from_file(str(file))
+    if not parsed:
         raise ExportError(f"{library.label} cannot read {file.name}: {log.words()}")
     layers = _census(network)
     if not allow_unfused:
@@ -262,6 +272,27 @@ def _check_census(name: str, layers: Mapping[str, int], operators: Mapping[str, 
         raise ExportError(
             f"{name} became a network of {', '.join(wrong)}; --allow-unfused builds it all the same"
         )
+
+
+def _check_missing(
+    library: TensorRt, name: str, missing: Sequence[str], allow_unfused: bool
+) -> None:
+    """ExportError for operators without a layer, unless they may be spelled out."""
+    fixed = [operator for operator in missing if operator not in _SPELLED]
+    if fixed or not allow_unfused:
+        advice = "it is too old for this model" if fixed else "--allow-unfused spells them out"
+        raise ExportError(
+            f"{library.label} has no layers for {', '.join(fixed or missing)} of {name}; {advice}"
+        )
+
+
+def _spelled_out(file: Path, operators: Sequence[str]) -> bytes:
+    """A graph in which these operators are what ONNX defines them to be, in simpler ones."""
+    model = onnx.load(str(file), load_external_data=False)
+    simple = onnx.inliner.inline_selected_functions(
+        model, [("", operator) for operator in operators], inline_schema_functions=True
+    )
+    return simple.SerializeToString()
 
 
 def _attentions(trt: Any, network: Any) -> Iterator[Any]:

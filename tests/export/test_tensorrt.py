@@ -4,20 +4,25 @@ The depth is cut and all widths, grids and head sizes are the released models' o
 (`-m slow`): whole models.
 """
 
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
 from perception_rt import tensorrt_library
 from perception_rt.archs import get_config
 from perception_rt.checkpoint.random import RandomWeights
+from perception_rt.cli import export_main
 from perception_rt.config import PeConfig
 from perception_rt.errors import BackendError, ExportError, InputError
 from perception_rt.export import engines
@@ -27,6 +32,7 @@ from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
 from perception_rt.export.profiles import profiles
 from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.package.manifest import Manifest
+from perception_rt.package.reader import open_package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.tiles import TileSpec
@@ -153,6 +159,64 @@ def test_attention_without_a_fused_kernel_is_refused(tmp_path: Path) -> None:
     assert built.data.nbytes > 0
 
 
+def older(*lost: str) -> TensorRt:
+    """A TensorRT whose networks have no such layers."""
+    library = find_tensorrt()
+    api = library.api
+
+    kept = {name: None for name in dir(api.INetworkDefinition) if name not in lost}
+
+    class Api:
+        INetworkDefinition = SimpleNamespace(**kept)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(api, name)
+
+    return replace(library, api=Api(), version="10.13")
+
+
+def test_what_an_older_tensorrt_has_no_layer_for_is_spelled_out(tmp_path: Path) -> None:
+    out = tmp_path / "package"
+    plan = ["--model", "PE-Demo", "--backend", "tensorrt", "--target", "none", "--taps", "none"]
+    assert export_main([*plan, "--out", str(out)]) == 0
+    with open_package(out) as package:
+        spec = package.graph("vision")
+    file = out / "vision.onnx"
+    arguments: dict[str, Any] = {"capability": "sm89", "profiles": profiles("vision", 1)[:1]}
+    operators = operator_counts(file)
+    library = older("add_attention", "add_rotary_embedding")
+    message = (
+        r"10\.13 has no layers for Attention, RotaryEmbedding of vision\.onnx; --allow-unfused"
+    )
+    with pytest.raises(ExportError, match=message):
+        build_engine(library, file, spec, operators, **arguments)
+    built = build_engine(library, file, spec, operators, **arguments, allow_unfused=True)
+    assert built.layers["SOFTMAX"] == operators["Attention"]
+    assert "ATTENTION_OUTPUT" not in built.layers and "ROTARY_EMBEDDING" not in built.layers
+    # And it computes what the graph does.
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    copy.chmod(0o700)
+    (copy / "simple.onnx").write_bytes(engines._spelled_out(file, list(engines._SPELLED)))
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    mine, theirs = (
+        ort.InferenceSession(str(copy / name)).run(None, {"images": images})[0]
+        for name in ("simple.onnx", "vision.onnx")
+    )
+    np.testing.assert_allclose(mine, theirs, atol=5e-3)
+
+
+def test_a_tensorrt_without_caches_builds_no_decoder(tmp_path: Path) -> None:
+    file, spec = attention_graph(tmp_path, TensorProto.FLOAT16)
+    message = r"10\.13 has no layers for TensorScatter of attention\.onnx; it is too old"
+    with pytest.raises(ExportError, match=message):
+        build_engine(
+            older("add_kv_cache_update", "add_rotary_embedding"), file, spec,
+            {"Attention": 1, "TensorScatter": 2, "RotaryEmbedding": 2}, capability="sm89",
+            profiles=profiles("vision", 1), allow_unfused=True,
+        )  # fmt: skip
+
+
 def test_a_layer_that_is_missing_is_named(tmp_path: Path) -> None:
     file, spec = attention_graph(tmp_path, TensorProto.FLOAT16)
     with pytest.raises(ExportError, match=r"1 ATTENTION_OUTPUT layers, not 2; --allow-unfused"):
@@ -200,6 +264,24 @@ def test_without_tensorrt_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(sys.modules, name, None)
     try:
         with pytest.raises(BackendError, match=r"pip install 'perception_rt\[tensorrt\]'"):
+            find_tensorrt()
+    finally:
+        tensorrt_library._installed.cache_clear()
+
+
+def test_a_tensorrt_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise ImportError
+
+    monkeypatch.setitem(
+        tensorrt_library._LOADERS, "tensorrt", lambda: SimpleNamespace(__version__="10.12.0.36")
+    )
+    monkeypatch.setitem(tensorrt_library._LOADERS, "tensorrt_rtx", missing)
+    tensorrt_library._installed.cache_clear()
+    try:
+        with pytest.raises(
+            BackendError, match=r"tensorrt 10\.12\.0\.36 is too old, at least 10\.13"
+        ):
             find_tensorrt()
     finally:
         tensorrt_library._installed.cache_clear()
