@@ -29,6 +29,7 @@ class Cuda:
 
     Attributes:
         capability: as in "sm89".
+        driver_version: of CUDA, as in 13000.
         name: of the GPU.
     """
 
@@ -60,6 +61,7 @@ class Cuda:
             for name in ("MAJOR", "MINOR")
         )
         self.capability = f"sm{major}{minor}"
+        self.driver_version = int(self._call("cuDriverGetVersion"))
         name = self._call("cuDeviceGetName", 128, self._device)
         self.name = name.split(b"\0")[0].decode(errors="replace")
 

@@ -7,20 +7,20 @@ Legend: N sequences, T tokens, C channels of the decoder, L logit positions, V v
 n tiles, S tile side in pixels, t image tokens per tile.
 """
 
-import threading
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from perception_rt.errors import BackendError, InputError, PackageError
+from perception_rt.errors import InputError, PackageError
 from perception_rt.package import contract
 from perception_rt.package.contract import TensorSpec
 from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.runtime.kv import SMALLEST_ROW
 from perception_rt.runtime.kv_block import CacheBlock, CacheShape
-from perception_rt.runtime.session import Session, block_maker, open_session
+from perception_rt.runtime.session import Sessions, block_maker
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +45,15 @@ class Decoder:
         tile_batch: tiles that are best encoded in one call.
     """
 
-    def __init__(self, package: Package, *, backend: str, device: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        package: Package,
+        *,
+        backend: str,
+        device: str,
+        threads: int | None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
         try:
             self.config = PlmConfig.from_dict(package.manifest.content.architecture)
         except InputError as error:
@@ -72,13 +80,9 @@ class Decoder:
         self.picks_tokens = target.picks_tokens and has_picks
         self.tile_batch = target.tile_batch
         self.vocab_size = decoder.vocab_size
-        self._package = package
-        self._backend = backend
-        self._device = device
-        self._threads = threads
-        self._lock = threading.Lock()
-        self._sessions: dict[str, Session] = {}
-        self._closed = False
+        self._sessions = Sessions(
+            package, backend=backend, device=device, threads=threads, cache_dir=cache_dir
+        )
 
     def new_cache(self, rows: int, slots: int) -> CacheBlock:
         """Keys and values for `forward`; CapacityError if there is no memory for them."""
@@ -93,7 +97,7 @@ class Decoder:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise InputError(f"a token id is not in 0 to {self.vocab_size - 1}")
         inputs = {contract.TOKENS: tokens[None]}
-        (hidden,) = self._session(contract.EMBED).run(inputs, [contract.HIDDEN])
+        (hidden,) = self._sessions[contract.EMBED].run(inputs, [contract.HIDDEN])
         rows: Array = hidden[0]
         return rows
 
@@ -165,18 +169,13 @@ class Decoder:
             state = {contract.key_cache(layer): cache.keys[layer][rows] for layer in layers}
             state |= {contract.value_cache(layer): cache.values[layer][rows] for layer in layers}
             names = outputs if index == last else [contract.HIDDEN_OUT]
-            results = self._session(contract.decoder_part(index)).run(inputs, names, state)
+            results = self._sessions[contract.decoder_part(index)].run(inputs, names, state)
             hidden = results[0]
         return results
 
     def close(self) -> None:
         """Frees every engine and closes the package; a second call does nothing."""
-        with self._lock:
-            self._closed = True
-            sessions, self._sessions = self._sessions, {}
-            self._package.close()
-        for session in sessions.values():
-            session.close()
+        self._sessions.close()
 
     def _encode(self, graph: str, name: str, images: Array, on_tile: OnTile | None) -> Array:
         shape = (len(images), self.config.tokens_per_tile, self.config.decoder.dim)
@@ -184,24 +183,10 @@ class Decoder:
         for start in range(0, len(images), self.tile_batch):
             stop = min(start + self.tile_batch, len(images))
             inputs = {name: images[start:stop]}
-            (features[start:stop],) = self._session(graph).run(inputs, [contract.IMAGE_FEATURES])
+            (features[start:stop],) = self._sessions[graph].run(inputs, [contract.IMAGE_FEATURES])
             if on_tile is not None:
                 on_tile(stop, len(images))
         return features
-
-    def _session(self, graph: str) -> Session:
-        with self._lock:
-            if self._closed:
-                raise BackendError(f"package {self._package.name!r} is closed")
-            if graph not in self._sessions:
-                self._sessions[graph] = open_session(
-                    self._package,
-                    graph,
-                    backend=self._backend,
-                    device=self._device,
-                    threads=self._threads,
-                )
-            return self._sessions[graph]
 
 
 def _decoder_parts(package: Package, n_layers: int) -> list[range]:

@@ -25,7 +25,7 @@ from perception_rt.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
-_DTYPES = ("uint64", "float16", "float32")
+_DTYPES = ("uint8", "uint64", "float16", "float32")
 _MAX_HEADER = 4096
 _DIGEST_BYTES = 32
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -92,7 +92,7 @@ class DiskCache:
 
         Args:
             name: 64 lower-case hex digits.
-            arrays: C-contiguous and not empty, of uint64, float16 or float32.
+            arrays: C-contiguous and not empty, of uint8, uint64, float16 or float32.
         """
         header = self._header(name, arrays)
         size = len(header) + sum(array.nbytes for array in arrays) + _DIGEST_BYTES

@@ -7,7 +7,6 @@ Legend: N items, D embedding channels, L labels, h w grid, C width.
 """
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec, load_image
 from perception_rt.processing.video import VideoSource, load_video
-from perception_rt.runtime.session import Session, open_session
+from perception_rt.runtime.session import Sessions
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]
@@ -53,6 +52,7 @@ class Embedder:
         backend: str,
         device: str,
         threads: int | None,
+        cache_dir: str | os.PathLike[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.manifest: Manifest = package.manifest
@@ -66,12 +66,10 @@ class Embedder:
             raise PackageError(f"package {package.name!r}: {error}") from None
         self.batch_size = 1 if content.target.precision == "int8" else 8
         self._package = package
-        self._backend = backend
-        self._device = device
-        self._threads = threads
+        self._sessions = Sessions(
+            package, backend=backend, device=device, threads=threads, cache_dir=cache_dir
+        )
         self._limits = limits
-        self._lock = threading.Lock()
-        self._sessions: dict[str, Session] = {}
         self._tokenizer: ClipTokenizer | None = None
         if self._text is not None and self._text.tokenizer is not None:
             context = self._text.context_length
@@ -278,11 +276,7 @@ class Embedder:
 
     def close(self) -> None:
         """Frees every engine and closes the package; a second call does nothing."""
-        with self._lock:
-            sessions, self._sessions = self._sessions, {}
-            self._package.close()
-        for session in sessions.values():
-            session.close()
+        self._sessions.close()
 
     def __enter__(self) -> "Embedder":
         return self
@@ -290,20 +284,8 @@ class Embedder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _session(self, graph: str) -> Session:
-        with self._lock:
-            if graph not in self._sessions:
-                self._sessions[graph] = open_session(
-                    self._package,
-                    graph,
-                    backend=self._backend,
-                    device=self._device,
-                    threads=self._threads,
-                )
-            return self._sessions[graph]
-
     def _run(self, graph: str, source: str, array: Array, output: str) -> Array:
-        (result,) = self._session(graph).run({source: array}, [output])
+        (result,) = self._sessions[graph].run({source: array}, [output])
         return result
 
     def _images(

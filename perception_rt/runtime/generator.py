@@ -70,7 +70,11 @@ class Generator:
     ) -> None:
         clock = time.monotonic
         self.manifest: Manifest = package.manifest
-        self._decoder = Decoder(package, backend=backend, device=device, threads=threads)
+        if backend != self.manifest.content.target.backend:
+            cache_dir = None  # a test double's numbers must not reach the engine that is meant
+        self._decoder = Decoder(
+            package, backend=backend, device=device, threads=threads, cache_dir=cache_dir
+        )
         self.max_length = self._decoder.max_length
         self._intake = Intake(
             package,
@@ -81,8 +85,6 @@ class Generator:
         )
         self.tile_spec: TileSpec = self._intake.tiles
         shape, package_id = self._decoder.cache_shape, package.manifest.id
-        if backend != self.manifest.content.target.backend:
-            cache_dir = None  # a test double's numbers must not reach the engine that is meant
         self._pool = KvPool(
             shape.bytes_per_token,
             max_length=self.max_length,

@@ -37,7 +37,8 @@ def load(
 ) -> Any:
     """Loads an engine package and verifies all its bytes; engines open when first needed.
 
-    The last six arguments are for language models and mean nothing to an encoder.
+    The arguments from `kv_bytes` to `prefix_cache_bytes` are for language models and mean nothing
+    to an encoder.
 
     Args:
         path: the package directory.
@@ -56,7 +57,8 @@ def load(
             requests that begin with the same.
         feature_cache_bytes: bound on the first; 0 for none.
         prefix_cache_bytes: bound on the second; 0 for none.
-        cache_dir: a private directory where both are kept too, each within its bound again.
+        cache_dir: a private directory where both are kept too, each within its bound again; and
+            what TensorRT for RTX compiles for this GPU, so that the next process starts faster.
 
     Returns:
         An `Embedder` for a Perception Encoder, a `Generator` for a Perception Language Model.
@@ -69,37 +71,48 @@ def load(
     _check_path("path", path)
     if threads is not None:
         check_integer("threads", threads, 1, MAX_THREADS)
-    check_integer("kv_bytes", 1 if kv_bytes is None else kv_bytes, 1)
-    check_integer("max_batch", max_batch, 1, MAX_BATCH)
-    check_integer("feature_cache_bytes", feature_cache_bytes, 0)
-    check_integer("prefix_cache_bytes", prefix_cache_bytes, 0)
-    if type(cache) is not bool:
-        raise InputError(f"cache must be True or False, not a {type(cache).__name__}")
     if cache_dir is not None:
         _check_path("cache_dir", cache_dir)
+    _check_memory(kv_bytes, max_batch, cache, feature_cache_bytes, prefix_cache_bytes)
     package = open_package(path, expect=expect, limits=limits)
     try:
         name = _backend(package, backend, device, pinned=expect is not None)
         if get_target(name).has_engines:
             check_integer("max_batch", max_batch, 1, ENGINE_SEQUENCES)
         package.verify()
+        common: dict[str, Any] = {
+            "backend": name, "device": device, "threads": threads, "limits": limits,
+            "cache_dir": cache_dir,
+        }  # fmt: skip
         if package.manifest.content.family == "pe":
-            return Embedder(package, backend=name, device=device, threads=threads, limits=limits)
+            return Embedder(package, **common)
         return Generator(
             package,
-            backend=name,
-            device=device,
-            threads=threads,
-            limits=limits,
             kv_bytes=kv_bytes,
             max_batch=max_batch,
             feature_cache_bytes=feature_cache_bytes if cache else 0,
             prefix_cache_bytes=prefix_cache_bytes if cache else 0,
-            cache_dir=cache_dir,
+            **common,
         )
     except BaseException:
         package.close()
         raise
+
+
+def _check_memory(
+    kv_bytes: int | None,
+    max_batch: int,
+    cache: bool,
+    feature_cache_bytes: int,
+    prefix_cache_bytes: int,
+) -> None:
+    """InputError unless the arguments of language models are usable."""
+    check_integer("kv_bytes", 1 if kv_bytes is None else kv_bytes, 1)
+    check_integer("max_batch", max_batch, 1, MAX_BATCH)
+    check_integer("feature_cache_bytes", feature_cache_bytes, 0)
+    check_integer("prefix_cache_bytes", prefix_cache_bytes, 0)
+    if type(cache) is not bool:
+        raise InputError(f"cache must be True or False, not a {type(cache).__name__}")
 
 
 def _backend(package: Package, backend: str, device: str, *, pinned: bool) -> str:

@@ -6,8 +6,11 @@ decoder's keys and values, stays in its own memory, where the backend updates it
 device's if the backend wants it there (`block_maker`).
 """
 
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -50,9 +53,18 @@ class BackendModule(Protocol):
         """BackendError unless the device can be had; InputError if there is none of that name."""
 
     def open_session(
-        self, package: Package, graph: str, *, device: str, threads: int | None
+        self,
+        package: Package,
+        graph: str,
+        *,
+        device: str,
+        threads: int | None,
+        cache_dir: Path | None,
     ) -> Engine:
-        """Opens a graph of a package; BackendError if it cannot run here."""
+        """Opens a graph of a package; BackendError if it cannot run here.
+
+        What it compiles first may be kept below `cache_dir`, a private directory.
+        """
 
 
 class Session:
@@ -108,14 +120,75 @@ class Session:
             engine.close()
 
 
+class Sessions:
+    """The graphs of a package on a backend, each opened when it is first needed.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        *,
+        backend: str,
+        device: str,
+        threads: int | None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._package = package
+        self._backend = backend
+        self._device = device
+        self._threads = threads
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._lock = threading.Lock()
+        self._opened: dict[str, Session] | None = {}
+
+    def __getitem__(self, graph: str) -> Session:
+        """An open graph.
+
+        Raises:
+            BackendError: all were closed, or it cannot run here.
+            PackageError: the package has no such graph.
+        """
+        with self._lock:
+            if self._opened is None:
+                raise BackendError(f"package {self._package.name!r} is closed")
+            if graph not in self._opened:
+                self._opened[graph] = open_session(
+                    self._package,
+                    graph,
+                    backend=self._backend,
+                    device=self._device,
+                    threads=self._threads,
+                    cache_dir=self._cache_dir,
+                )
+            return self._opened[graph]
+
+    def close(self) -> None:
+        """Frees every engine and closes the package; a second call does nothing."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+            self._package.close()
+        for session in (opened or {}).values():
+            session.close()
+
+
 def open_session(
-    package: Package, graph: str, *, backend: str, device: str, threads: int | None
+    package: Package,
+    graph: str,
+    *,
+    backend: str,
+    device: str,
+    threads: int | None,
+    cache_dir: Path | None = None,
 ) -> Session:
     """Opens a graph of a package; BackendError names what is missing."""
     spec = package.manifest.content.graphs.get(graph)
     if spec is None:
         raise PackageError(f"package {package.name!r} has no graph {graph!r}")
-    engine = _module(backend).open_session(package, graph, device=device, threads=threads)
+    engine = _module(backend).open_session(
+        package, graph, device=device, threads=threads, cache_dir=cache_dir
+    )
     return Session(engine, spec, graph)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -31,6 +31,7 @@ class FakeCuda:
     """Host memory in the place of a GPU's. `room` is what may still be allocated."""
 
     capability = CAPABILITY
+    driver_version = 13000
     name = "a GPU of paper"
 
     def __init__(self) -> None:
@@ -186,8 +187,15 @@ class FakeEngine:
         self.profiles = profiles
         self.num_optimization_profiles = len(profiles)
 
-    def create_execution_context(self, strategy: str) -> FakeContext:
-        assert strategy == "when the profile changes"
+    def create_runtime_config(self) -> "FakeConfig":
+        return FakeConfig(f"kernels of {self.spec.file}".encode())
+
+    def create_execution_context(self, options: "str | FakeConfig") -> FakeContext:
+        if isinstance(options, FakeConfig):
+            assert options.cuda_graph_strategy == "whole graphs"
+            options.compile()
+            options = options.strategy
+        assert options == "when the profile changes"
         return FakeContext(self, self.cuda)
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
@@ -197,6 +205,50 @@ class FakeEngine:
             tuple(ranges[s][which] if isinstance(s, str) else s for s in spec.shape)
             for which in range(3)
         ]
+
+
+class FakeCache:
+    """Of compiled kernels, by an engine's graph."""
+
+    def __init__(self) -> None:
+        self.kernels = b""
+
+    def deserialize(self, data: bytes) -> bool:
+        self.kernels = data
+        return data.startswith(b"kernels")
+
+    def reset(self) -> bool:
+        self.kernels = b""
+        return True
+
+    def serialize(self) -> memoryview:
+        return memoryview(self.kernels)
+
+
+class FakeConfig:
+    """Of TensorRT for RTX, how an engine is run; `compiled` counts what it had to compile."""
+
+    compiled: ClassVar[list[bytes]] = []
+
+    def __init__(self, kernels: bytes) -> None:
+        self.kernels = kernels
+        self.cache: FakeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> FakeCache:
+        return FakeCache()
+
+    def set_runtime_cache(self, cache: FakeCache) -> None:
+        self.cache = cache
+
+    def compile(self) -> None:
+        """What the cache does not have."""
+        if self.cache is None or self.cache.kernels != self.kernels:
+            self.compiled.append(self.kernels)
+        if self.cache is not None:
+            self.cache.kernels = self.kernels
 
 
 class FakeRefitter:
@@ -289,3 +341,16 @@ class FakeTensorRt:
     @property
     def library(self) -> TensorRt:
         return TensorRt(self, "tensorrt_rtx", self.__version__)
+
+
+class FakeRtx:
+    """What TensorRT for RTX has beside that: it captures graphs itself, and keeps kernels."""
+
+    IRuntimeCache = FakeCache
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graphs")
+
+    def __init__(self, trt: FakeTensorRt) -> None:
+        self._trt = trt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trt, name)

@@ -56,6 +56,7 @@ def test_the_driver_is_called_as_it_wants_to_be(what: str, driver: Path) -> None
 def streams_and_memory() -> None:
     cuda = open_cuda()
     assert (cuda.capability, cuda.name) == ("sm89", "GPU of paper")
+    assert cuda.driver_version == 13000
     stream, device, host = cuda.new_stream(), cuda.allocate(1000), cuda.allocate_pinned(1000)
     seen = np.asarray(host)
     seen[:] = np.arange(1000) % 251

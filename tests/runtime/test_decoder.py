@@ -456,7 +456,7 @@ def test_graphs_are_opened_once_and_by_any_thread(
         time.sleep(0.01)
         return real(package, graph, **options)
 
-    monkeypatch.setattr("perception_rt.runtime.decoder.open_session", slow)
+    monkeypatch.setattr("perception_rt.runtime.session.open_session", slow)
     decoder = open_decoder(directory)
     assert opened == []
     block = CacheBlock(decoder.cache_shape, 8, 32)

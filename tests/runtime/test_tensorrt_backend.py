@@ -8,7 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from fake_gpu import CAPABILITY, FakeCuda, FakeRefitter, FakeTensorRt
+from fake_gpu import (
+    CAPABILITY,
+    FakeCache,
+    FakeConfig,
+    FakeCuda,
+    FakeRefitter,
+    FakeRtx,
+    FakeTensorRt,
+)
 
 import perception_rt as prt
 from perception_rt.checkpoint.locate import find_config
@@ -145,6 +153,47 @@ def test_calls_that_are_alike_become_one_launch(bench: Bench) -> None:
         for picture, row in zip(pictures[3:], wanted[3:], strict=True):
             np.testing.assert_allclose(gpu.embed_images([picture])[0], row, atol=2e-3)
         assert bench.cuda.launched == 3
+    assert bench.cuda.live == 0
+
+
+def test_what_rtx_compiles_is_kept_for_the_next_process(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtx = FakeRtx(bench.trt["pe"])
+    library = replace(bench.trt["pe"].library, api=rtx)
+    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: library)
+    compiled: list[bytes] = []
+    monkeypatch.setattr(FakeConfig, "compiled", compiled)
+
+    def embed(cache_dir: Path | None) -> int:
+        """How often the two calls, of two profiles, had something compiled."""
+        compiled.clear()
+        with prt.load(bench.pe, device="cuda", cache_dir=cache_dir) as gpu:
+            gpu.embed_images([PICTURE])
+            gpu.embed_images([PICTURE] * 2)
+        return len(compiled)
+
+    cache = tmp_path / "cache"
+    assert [embed(None), embed(None)] == [2, 2]
+    assert [embed(cache), embed(cache)] == [1, 0]
+    assert bench.cuda.launched == 0  # its own graphs, not ours
+    # Kernels of another driver are not looked for; and what is damaged is compiled again.
+    bench.cuda.driver_version += 10
+    assert [embed(cache), embed(cache)] == [1, 0]
+    files = list(cache.rglob("*.kernels"))
+    assert len(files) == 2
+    for file in files:
+        data = file.read_bytes()
+        file.write_bytes(data[:-33] + b"?" + data[-32:])
+    assert [embed(cache), embed(cache)] == [1, 0]
+    monkeypatch.setattr(FakeCache, "deserialize", lambda self, data: False)
+    assert embed(cache) == 1
+    (file.parent).chmod(0o777)
+    with (
+        prt.load(bench.pe, device="cuda", cache_dir=cache) as gpu,
+        pytest.raises(InputError, match="can be written to by others"),
+    ):
+        gpu.embed_images([PICTURE])
     assert bench.cuda.live == 0
 
 

@@ -107,7 +107,12 @@ def check_device(device: str) -> None:
 
 
 def open_session(
-    package: Package, graph: str, *, device: str, threads: int | None
+    package: Package,
+    graph: str,
+    *,
+    device: str,
+    threads: int | None,
+    cache_dir: Path | None = None,
 ) -> OnnxRuntimeEngine:
     """Opens a graph from verified bytes: ONNX Runtime itself opens no file.
 
@@ -116,6 +121,7 @@ def open_session(
         graph: name of the graph.
         device: "cpu", "cuda", or "tensorrt" for ONNX Runtime's own use of TensorRT.
         threads: of one run; None for one per physical core.
+        cache_dir: nothing is kept there.
     """
     target = get_target(package.manifest.content.target.backend)
     options = ort.SessionOptions()

@@ -103,8 +103,8 @@ def check_device(device: str) -> None:
     """Every device will do: none is used."""
 
 
-def open_session(package: Package, graph: str, *, device: str, threads: int | None) -> Engine:
-    """Opens any package; `device` and `threads` are accepted and mean nothing."""
+def open_session(package: Package, graph: str, **_: object) -> Engine:
+    """Opens any package; the other arguments of a backend are accepted and mean nothing."""
     content = package.manifest.content
     spec = content.graphs[graph]
     if content.family == "pe":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from perception_rt.package.reader import Package
 from perception_rt.runtime.cuda import Cuda, DeviceArray, Graph, HostMemory, Memory, open_cuda
 from perception_rt.runtime.device_block import DeviceBlock
 from perception_rt.runtime.external import external_tensors
+from perception_rt.runtime.kernel_store import KernelStore
 from perception_rt.runtime.kv_block import CacheBlock, CacheShape
 from perception_rt.runtime.session import State
 from perception_rt.targets import get_target
@@ -52,17 +54,34 @@ def block_maker(device: str) -> Callable[[CacheShape, int, int], CacheBlock]:
 
 
 def open_session(
-    package: Package, graph: str, *, device: str, threads: int | None
+    package: Package,
+    graph: str,
+    *,
+    device: str,
+    threads: int | None,
+    cache_dir: Path | None = None,
 ) -> "TensorRtEngine":
     """Opens the engine of a graph that was built for this GPU.
 
+    Args:
+        package: an open package for this backend.
+        graph: name of the graph.
+        device: "cuda".
+        threads: means nothing here.
+        cache_dir: where kernels are kept that TensorRT for RTX compiles when an engine first runs.
+
     Raises:
+        InputError: `cache_dir` cannot be used.
         BackendError: there is none, or it was built by another TensorRT, or it does not load.
     """
     options, cuda = package.manifest.content.target.options, open_cuda()
     library = find_tensorrt(label=options.get("builder"))
     file = engine_file(options, graph, cuda.capability, library.label)
-    engine = TensorRtEngine(library, cuda, package.map(file), package.graph(graph), graph)
+    kernels = None
+    if cache_dir is not None and hasattr(library.api, "IRuntimeCache"):
+        made_by = f"{library.label} {cuda.capability} {cuda.driver_version} {file}"
+        kernels = KernelStore(cache_dir, package_id=package.manifest.id, made_by=made_by)
+    engine = TensorRtEngine(library, cuda, package.map(file), package.graph(graph), graph, kernels)
     if options.get("refittable"):
         try:
             engine.refit(*_weights(package, graph))
@@ -141,8 +160,27 @@ class TensorRtEngine:
     """An engine, with a context for each profile in use. Calls from several threads take turns."""
 
     def __init__(
-        self, library: TensorRt, cuda: Cuda, data: memoryview, spec: GraphSpec, graph: str
+        self,
+        library: TensorRt,
+        cuda: Cuda,
+        data: memoryview,
+        spec: GraphSpec,
+        graph: str,
+        kernels: KernelStore | None = None,
     ) -> None:
+        """Loads an engine.
+
+        Args:
+            library: that built it.
+            cuda: the GPU.
+            data: the engine.
+            spec: of its graph.
+            graph: its name.
+            kernels: where those are kept that the library compiles; None for nowhere.
+
+        Raises:
+            BackendError: it does not load.
+        """
         self._library = library
         trt = library.api
         self._cuda = cuda
@@ -157,6 +195,8 @@ class TensorRtEngine:
             raise BackendError(f"{library.label} cannot load the engine of graph {graph!r}")
         self._stream = cuda.new_stream()
         self._contexts: dict[int, _Context] = {}  # by profile
+        self._kernels = kernels
+        self._compiled: Any = None  # TensorRT's own cache of kernels
         # TensorRT for RTX does it itself, once it has compiled its kernels for a shape.
         self._captures = not hasattr(trt, "CudaGraphStrategy")
 
@@ -242,6 +282,7 @@ class TensorRtEngine:
             strategy, options = options, self._engine.create_runtime_config()
             options.set_execution_context_allocation_strategy(strategy)
             options.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self._attach_kernels(options)
         context = self._engine.create_execution_context(options)
         if context is None:
             raise CapacityError(f"the GPU has no memory to run graph {self._graph!r}")
@@ -252,6 +293,17 @@ class TensorRtEngine:
             )
         made = self._contexts[profile] = _Context(context, options)
         return made
+
+    def _attach_kernels(self, config: Any) -> None:
+        """One cache of compiled kernels for all contexts, with those of earlier processes."""
+        if self._kernels is None:
+            return
+        if self._compiled is None:
+            self._compiled = config.create_runtime_cache()
+            kept = self._kernels.read()
+            if kept is not None and not self._compiled.deserialize(kept):
+                self._compiled.reset()
+        config.set_runtime_cache(self._compiled)
 
     def _bind(
         self, context: Any, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, int]
@@ -287,8 +339,11 @@ class TensorRtEngine:
             if self._engine is None:
                 return
             self._cuda.bind()
+            compiled = None if self._compiled is None else self._compiled.serialize()
+            if self._kernels is not None and compiled is not None:
+                self._kernels.write(compiled)
             self._contexts.clear()
-            self._engine = self._runtime = None
+            self._compiled = self._engine = self._runtime = None
             self._buffers.clear()
             self._cuda.free_stream(self._stream)
 
