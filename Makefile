@@ -1,6 +1,7 @@
 # make demo   export the demo model, classify with it, draw its features (about a minute)
 # make test   lint, types and tests, as CI does
 # make lint   only the first two
+# make engines   TensorRT engines of whole encoders, as CI builds them too (a quarter of an hour)
 #
 # Each installs what it needs into .venv first, and again only when pyproject.toml has changed.
 # Needs Python 3.11 or newer: `make PYTHON=python3.12 test` names another than python3.
@@ -13,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 SOURCES := perception_rt training benchmarks examples tests
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint engines clean
 .NOTPARALLEL:
 
 help:
@@ -24,6 +25,9 @@ demo: $(VENV)/.installed-demo
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+engines: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m slow tests/export/test_tensorrt.py -k whole_encoders
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check $(SOURCES)

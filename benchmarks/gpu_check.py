@@ -2,7 +2,8 @@
 
 One command, at most eight minutes; what is not installed, or fails, is in the table in its own
 words. The limits of the GPU are measured first, and every figure is given as a share of the one
-that bounds it. Weights are random. `--quick` is a trial run of tiny models, on a CPU too.
+that bounds it, with the clock that it was measured at. Weights are random. `--quick` is a trial run
+of tiny models, on a CPU too.
 
 1. Limits: copy bandwidth, and the peak of float16 products.
 2. PE towers: float16, eager and compiled; images/s at batch 64, milliseconds at batch 1; cosine of
@@ -37,10 +38,12 @@ from benchmarks.flops import vision_flops
 from benchmarks.generate_flops import decoder_weights
 from perception_rt.archs import get_config
 from perception_rt.cli import export_main
-from perception_rt.config import VisionConfig
+from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.models.decoder import Decoder, rope_1d
 from perception_rt.models.layers import Rope, merge_heads, rotated_heads
 from perception_rt.models.vision import VisionTower
+from perception_rt.package.contract import DECODER
+from perception_rt.package.manifest import Content
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 from perception_rt.targets import TARGETS
 
@@ -118,6 +121,13 @@ class Bench:
     def forget_memory(self) -> None:
         """What came before is not in the next `memory_gib`."""
         self.memory_gib()
+
+    def used_gib(self) -> float:
+        """Memory of the device that is not free, whoever has it."""
+        if self.device.type != "cuda":
+            return 0.0
+        free, total = torch.cuda.mem_get_info()
+        return round((total - free) / 2**30, 2)
 
     def memory_gib(self) -> float:
         """Peak memory of the device since the last call."""
@@ -260,7 +270,9 @@ def decoder_rows(bench: Bench, name: str, config: DecoderConfig, peak: Row) -> I
         }
 
 
-def engine_rows(bench: Bench, engine: Engine, out: Path, *, device: str = "cuda") -> Iterator[Row]:
+def engine_rows(
+    bench: Bench, engine: Engine, out: Path, peak: Row, *, device: str = "cuda"
+) -> Iterator[Row]:
     """A model by one of our backends on a device, against its graphs on the CPU."""
     import_module(TARGETS[engine.backend].session).check_device(device)
     if bench.device.type == "cuda":  # what torch still holds of the models before
@@ -278,10 +290,10 @@ def engine_rows(bench: Bench, engine: Engine, out: Path, *, device: str = "cuda"
         raise RuntimeError("the export failed; its words are above")
     row = {"model": engine.model, "how": engine.how, "export_s": time.perf_counter() - started}
     measure = _answers if engine.is_language_model else _embeddings
-    yield row | measure(bench, out, device)
+    yield row | measure(bench, out, device, peak)
 
 
-def _embeddings(bench: Bench, package: Path, device: str) -> Row:
+def _embeddings(bench: Bench, package: Path, device: str, peak: Row) -> Row:
     """Of random images: the least cosine, images/s in batches of 37, batch 1, and the first one."""
     with prt.load(package, backend="onnxruntime") as cpu:
         size = cpu.image_spec
@@ -294,15 +306,19 @@ def _embeddings(bench: Bench, package: Path, device: str) -> Row:
         ready = time.perf_counter()
         one = bench.seconds(lambda: engine.embed_images(images[:1]))
         many = bench.seconds(lambda: engine.embed_images(images, batch_size=_MOST_IMAGES), 3)
+        memory = bench.used_gib()
+        config = PeConfig.from_dict(engine.manifest.content.architecture).vision
     return {
         "images_per_s": _MOST_IMAGES / many,
         "batch_1_ms": one * 1e3,
         "cosine": float((found * exact).sum(axis=1).min()),
+        "share_of_peak": _MOST_IMAGES * vision_flops(config) / many / peak["flops"],
         "load_to_first_s": ready - loading,
+        "memory_gib": memory,
     }
 
 
-def _answers(bench: Bench, package: Path, device: str) -> Row:
+def _answers(bench: Bench, package: Path, device: str, peak: Row) -> Row:
     """Of a prompt in ids: whether tokens are those of the CPU, the first token, and tokens/s."""
     prompt, steps = (16, 4) if bench.quick else (PROMPT, STEPS)
     ids = np.random.default_rng(0).integers(0, 256, prompt)
@@ -317,23 +333,48 @@ def _answers(bench: Bench, package: Path, device: str) -> Row:
         whole = bench.seconds(
             lambda: counts.append(len(engine.generate_tokens(ids, max_new_tokens=1 + steps))), 3
         )
+        memory = bench.used_gib()
+        weights = _decoder_bytes(engine.manifest.content)
     tokens = counts[-1] - 1  # fewer than asked for, if an end token came
-    return {
+    row = {
         "first_token_ms": first * 1e3,
-        "tokens_per_s": tokens / (whole - first) if tokens > 0 else float("nan"),
         "same_tokens": found == exact,
         "load_to_first_s": ready - loading,
+        "memory_gib": memory,
     }
+    if tokens > 0:
+        per_s = tokens / (whole - first)
+        row["tokens_per_s"] = per_s
+        row["share_of_bandwidth"] = per_s * weights / peak["bytes_per_s"]
+    return row
+
+
+def _decoder_bytes(content: Content) -> int:
+    """What a token reads: the weights of all parts of the decoder, in whatever format."""
+    graphs = [graph for name, graph in content.graphs.items() if name.startswith(DECODER)]
+    return sum(content.files[file].size_bytes for graph in graphs for file in graph.data)
 
 
 def gpu_state() -> str:
     """Name, driver, clocks and memory of the GPU, as `nvidia-smi` states them."""
     query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,memory.total,power.limit"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]  # no shell
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return _smi(query)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"nvidia-smi: {error}"
+
+
+def sm_clock() -> int | None:
+    """MHz of the multiprocessors just now; None where that is not known."""
+    try:
+        return int(_smi("clocks.sm").split()[0])
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None
+
+
+def _smi(query: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]  # no shell
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def attempts(
@@ -344,7 +385,7 @@ def attempts(
         patch_size=8, width=64, layers=2, heads=2, mlp_ratio=4.0, output_dim=32, image_size=32,
         use_cls_token=True, attn_pooler_heads=2,
     )  # fmt: skip
-    yield from _engines(bench, folder, DEMOS)
+    yield from _engines(bench, folder, peak, DEMOS)
     for name in TOWERS[: 1 if bench.quick else None]:
         tower = tiny if bench.quick else get_config(name).vision
         yield {"model": name}, partial(tower_rows, bench, name, tower, peak)
@@ -358,11 +399,11 @@ def attempts(
             )
         yield {"model": name}, partial(decoder_rows, bench, name, decoder, peak)
     if not bench.quick:
-        yield from _engines(bench, folder, ENGINES)
+        yield from _engines(bench, folder, peak, ENGINES)
 
 
 def _engines(
-    bench: Bench, folder: Path, models: Sequence[str]
+    bench: Bench, folder: Path, peak: Row, models: Sequence[str]
 ) -> Iterator[tuple[Row, Callable[[], Iterator[Row]]]]:
     """Each of the models by each backend and precision that there is for GPUs."""
     for model in models:
@@ -373,7 +414,7 @@ def _engines(
                     out = folder / f"{model} {engine.how}"
                     yield (
                         {"model": model, "how": engine.how},
-                        partial(engine_rows, bench, engine, out),
+                        partial(engine_rows, bench, engine, out, peak),
                     )
 
 
@@ -389,7 +430,8 @@ def run(bench: Bench) -> Mapping[str, Any]:
                 rows.append({**name, "failed": "not begun: the time was up"})
                 continue
             try:
-                for row in measure():
+                for figures in measure():
+                    row = {**figures, "sm_mhz": sm_clock()}  # while the clock still is as it was
                     rows.append(row)
                     print(json.dumps(row), file=sys.stderr, flush=True)  # if all else is lost
             except Exception as error:  # whatever it is, the other rows are wanted

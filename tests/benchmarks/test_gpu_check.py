@@ -41,12 +41,34 @@ def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
             bench,
             gpu_check.Engine(model=model, backend="onnxruntime", precision="fp16"),
             tmp_path / model,
+            {"flops": 1e12, "bytes_per_s": 1e10},
             device="cpu",
         )
     ]
     encoder, answers = rows
     assert encoder["cosine"] > 0.999 and encoder["images_per_s"] > 0
     assert answers["same_tokens"] and answers["load_to_first_s"] > 0
+    assert 0 < encoder["share_of_peak"] < 1
+    # PLM-Demo's decoder in float16: its products and head.
+    package = gpu_check.prt.load(tmp_path / "PLM-Demo")
+    read = gpu_check._decoder_bytes(package.manifest.content)
+    config = package._decoder.config.decoder
+    package.close()
+    assert read == pytest.approx(2 * gpu_check.decoder_weights(config), rel=0.05)
+
+
+def test_the_clock_is_read_after_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "_smi", lambda query: "1980 MHz")
+    assert gpu_check.sm_clock() == 1980
+    monkeypatch.setattr(gpu_check, "_smi", lambda query: "[N/A]")
+    assert gpu_check.sm_clock() is None
+    monkeypatch.setattr(gpu_check, "limits", lambda bench: {"flops": 1, "bytes_per_s": 1})
+    monkeypatch.setattr(
+        gpu_check, "attempts", lambda *_: [({"model": "m"}, lambda: iter([{"model": "m"}]))]
+    )
+    bench = gpu_check.Bench(device=torch.device("cpu"), quick=True, deadline=float("inf"))
+    monkeypatch.setattr(gpu_check, "_smi", lambda query: "1410 MHz")
+    assert gpu_check.run(bench)["rows"] == [{"model": "m", "sm_mhz": 1410}]
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
