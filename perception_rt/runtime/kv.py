@@ -6,8 +6,9 @@ it never runs out of memory half way. Knows rows, lengths and owners, and not wh
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from perception_rt.errors import BackendError
 from perception_rt.runtime.kv_block import CacheBlock
 
 Allocate = Callable[[int, int], CacheBlock]  # of rows and slots
@@ -34,6 +35,7 @@ class _Bucket:
         promised: rows that admitted requests have here or may still move to.
         touched: rows that were used since the block was made, which is the memory that it costs.
         block: None while no row is taken.
+        dirty: free rows that could not be cleared, and are before they are taken.
     """
 
     slots: int
@@ -42,6 +44,7 @@ class _Bucket:
     promised: int = 0
     touched: int = 0
     block: CacheBlock | None = None
+    dirty: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -195,6 +198,7 @@ class KvPool:
             assert bucket.promised == sum(bucket in lease.promises for lease in self._leases)
             assert len(used) <= bucket.promised <= len(bucket.owners)
             assert max(used, default=-1) < max(bucket.touched, 1) <= max(len(bucket.owners), 1)
+            assert bucket.dirty.isdisjoint(used) and (used or not bucket.dirty)
             assert (bucket.block is not None) == (bucket.touched > 0) == bool(used)
         assert self.accounted_bytes <= self.max_bytes
 
@@ -222,6 +226,9 @@ class KvPool:
         if bucket.block is None:
             bucket.block = self._allocate(len(bucket.owners), bucket.slots)
         row = bucket.owners.index(None)
+        if row in bucket.dirty:
+            bucket.block.clear(row, bucket.slots)
+            bucket.dirty.remove(row)
         bucket.owners[row] = lease
         bucket.takes[row] += 1
         bucket.touched = max(bucket.touched, row + 1)
@@ -239,7 +246,11 @@ def _vacate(bucket: _Bucket, row: int, written: int) -> None:
     assert bucket.block is not None
     bucket.owners[row] = None
     if any(owner is not None for owner in bucket.owners):
-        bucket.block.clear(row, written)
+        try:
+            bucket.block.clear(row, written)
+        except BackendError:  # of a device; whoever is next is told, not who leaves
+            bucket.dirty.add(row)
     else:
         bucket.block = None
         bucket.touched = 0
+        bucket.dirty.clear()

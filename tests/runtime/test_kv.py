@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perception_rt.errors import CapacityError
+from perception_rt.errors import BackendError, CapacityError
 from perception_rt.runtime.kv import KvPool, Lease, bucket_sizes
 from perception_rt.runtime.kv_block import CacheBlock, CacheShape
 
@@ -220,3 +220,29 @@ def test_one_longest_row_is_enough_for_every_request() -> None:
     )
     for start in range(1, 11265, 64):
         assert pool.cost(start, start + 256) <= pool.max_bytes, start
+
+
+def test_a_row_that_cannot_be_cleared_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that fails. Who leaves is let go, and the next one gets a clear row or none."""
+    pool = make_pool()
+    other, lease = pool.admit(1, 16), pool.admit(1, 16)
+    write(lease, 7.0, 9)
+    block = lease.block
+
+    def fails(self: CacheBlock, row: int, length: int) -> None:
+        raise BackendError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheBlock, "clear", fails)
+        pool.release(lease)
+        pool.invariants()
+        assert lease.closed and pool.used_rows == 1
+        with pytest.raises(BackendError, match="gone"):
+            pool.admit(1, 16)
+        pool.invariants()
+    assert block.read(1, 16).any()
+    again = pool.admit(1, 16)
+    assert again.row == 1 and not again.block.read(1, 16).any()
+    pool.release(again)
+    pool.release(other)
+    pool.invariants()

@@ -1,7 +1,8 @@
 """The TensorRT backend on a GPU of paper: what it loads, what it refuses, where its memory is."""
 
+import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -318,6 +319,36 @@ def test_a_tampered_engine_is_not_loaded(bench: Bench) -> None:
             prt.load(bench.pe, device="cuda")
     finally:
         file.write_bytes(data)
+
+
+def test_a_gpu_that_fails_leaves_nobody_waiting(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an illegal access: from then on every call of the driver returns an error."""
+    put(monkeypatch, bench, "plm")
+    questions = [prt.Request("What is this?", max_new_tokens=n) for n in (40, 50, 60)]
+    with prt.load(bench.plm, device="cuda", cache=False) as plm:
+        wanted = [plm.generate("What is this?", max_new_tokens=n).tokens for n in (40, 50, 60)]
+        calls = iter(range(10**6))
+
+        def fails() -> None:
+            if next(calls) > 40:
+                raise BackendError("CUDA failed: cuMemcpyHtoDAsync returned LAUNCH_FAILED")
+
+        def failing(call: Callable[..., None]) -> Callable[..., None]:
+            return lambda *arguments: (fails(), call(*arguments))[1]
+
+        with monkeypatch.context() as patch:
+            for name in ("copy_in", "clear"):
+                patch.setattr(bench.cuda, name, failing(getattr(bench.cuda, name)))
+            handles = [plm.submit(question) for question in questions]
+            for handle in handles:
+                with pytest.raises(BackendError, match="LAUNCH_FAILED"):
+                    handle.result()
+        assert [r.tokens for r in plm.generate_batch(questions)] == wanted
+    del handle, handles  # whose errors refer to frames, and those to memory
+    gc.collect()
+    assert bench.cuda.live == 0
 
 
 def test_memory_of_the_host_is_not_a_state(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
