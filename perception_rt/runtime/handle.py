@@ -18,6 +18,8 @@ from perception_rt.runtime.job import Job
 from perception_rt.runtime.request import Result
 from perception_rt.runtime.scheduler import Scheduler
 
+_LOOK_S = 0.2  # between two looks of a waiting thread at signals
+
 # The thread must not be inside of an engine when the interpreter goes.
 _open: "weakref.WeakSet[Turns]" = weakref.WeakSet()
 
@@ -84,7 +86,10 @@ class Turns:
                 if ready():
                     return
                 self._waiting.append((ready, bell))
-            bell.acquire()
+            # Not for ever: of a signal that comes while Python is on its way into the wait, the
+            # main thread learns when it is out again.
+            while not bell.acquire(timeout=_LOOK_S):
+                pass
 
     def close(self, *, wake: bool = True) -> None:
         """Fails every job, after the step that is under way; a second call does nothing.
