@@ -17,8 +17,8 @@ from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.reader import Package, open_package
 from perception_rt.runtime.cuda import open_cuda
-from perception_rt.runtime.kv_block import CacheBlock, CacheShape
-from perception_rt.runtime.session import MakeBlock, Session, State, block_maker, open_session
+from perception_rt.runtime.kv_block import CacheBlock, CacheShape, States
+from perception_rt.runtime.session import MakeBlock, Session, block_maker, open_session
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -126,7 +126,7 @@ def _is_last(spec: GraphSpec) -> bool:
     return any(output.name == contract.LOGITS for output in spec.outputs)
 
 
-def _caches(spec: GraphSpec, slots: int, make_block: MakeBlock) -> dict[str, State]:
+def _caches(spec: GraphSpec, slots: int, make_block: MakeBlock) -> States:
     """Empty caches of one sequence, by input name."""
     names = [source.name for source in spec.inputs if contract.is_cache(source.name)]
     first = next(source for source in spec.inputs if source.name in names)
@@ -136,7 +136,7 @@ def _caches(spec: GraphSpec, slots: int, make_block: MakeBlock) -> dict[str, Sta
         layers=len(names) // 2, kv_heads=kv_heads, head_dim=head_dim, dtype=first.dtype
     )
     block = make_block(shape, 1, fixed if isinstance(fixed, int) else slots)
-    return dict(zip(names, [*block.keys, *block.values], strict=True))
+    return States(zip(names, [*block.keys, *block.values], strict=True))
 
 
 def _latency(session: Session, inputs: Arrays, outputs: Sequence[str]) -> dict[str, float | int]:

@@ -159,15 +159,15 @@ class Decoder:
         assert length == 1 or count == 1 or not past.any()
         assert past.shape == (count,) and past.min() >= 0
         assert past.max() + length <= min(cache.slots, self.max_length)
-        assert cache.shape == self.cache_shape and len(cache.keys[0][rows]) == count
+        assert cache.shape == self.cache_shape and rows.stop - rows.start == count
+        assert 0 <= rows.start < rows.stop <= cache.rows
         assert len(positions) == count and 0 <= positions.min() <= positions.max() < length
         last = len(self._parts) - 1
         for index, layers in enumerate(self._parts):
             inputs = {contract.HIDDEN: hidden, contract.PAST_LENGTHS: past}
             if index == last:
                 inputs[contract.LOGIT_POSITIONS] = positions
-            state = {contract.key_cache(layer): cache.keys[layer][rows] for layer in layers}
-            state |= {contract.value_cache(layer): cache.values[layer][rows] for layer in layers}
+            state = cache.states(layers, rows)
             names = outputs if index == last else [contract.HIDDEN_OUT]
             results = self._sessions[contract.decoder_part(index)].run(inputs, names, state)
             hidden = results[0]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from perception_rt.errors import CapacityError
+from perception_rt.package import contract
 
 Array = np.ndarray[Any, Any]
 
@@ -38,6 +39,19 @@ class CacheShape:
     def bytes_per_token(self) -> int:
         """Keys and values of all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
+
+
+class States(dict[str, Any]):
+    """What an engine updates, by the names of its inputs. It never changes.
+
+    So an engine that is given the same object again need not look at it: a decoder's step has up to
+    72 caches. (A dict itself cannot be referred to weakly.)
+    """
+
+    __slots__ = ("__weakref__",)
+
+
+NO_STATES = States()
 
 
 class CacheBlock:
@@ -72,6 +86,7 @@ class CacheBlock:
         self.shape = shape
         self.rows = rows
         self.slots = slots
+        self._states: dict[tuple[int, int, int, int], States] = {}
         self._allocate()
 
     def _allocate(self) -> None:
@@ -86,6 +101,15 @@ class CacheBlock:
     def nbytes(self) -> int:
         """Bytes of all rows, touched or not."""
         return self.rows * self.slots * self.shape.bytes_per_token
+
+    def states(self, layers: range, rows: slice) -> States:
+        """Some layers' keys and values of adjacent rows, by name; the same object every time."""
+        asked = layers.start, layers.stop, rows.start, rows.stop
+        if asked not in self._states:
+            keys = {contract.key_cache(layer): self.keys[layer][rows] for layer in layers}
+            values = {contract.value_cache(layer): self.values[layer][rows] for layer in layers}
+            self._states[asked] = States(keys | values)
+        return self._states[asked]
 
     def copy_row(self, src_row: int, dst_block: "CacheBlock", dst_row: int, length: int) -> None:
         """Copies the first `length` tokens of a row to a row of this or another block."""

@@ -8,6 +8,7 @@ device's if the backend wants it there (`block_maker`).
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,7 @@ from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, TensorSpec, updated
 from perception_rt.package.reader import Package
 from perception_rt.runtime.cuda import DeviceArray
-from perception_rt.runtime.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.kv_block import NO_STATES, CacheBlock, CacheShape, States
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -74,6 +75,8 @@ class Session:
         self.spec = spec
         self._name = name
         self._engine: Engine | None = engine
+        # The states that were checked last, and the inputs that are not among them.
+        self._checked: tuple[Callable[[], object], list[TensorSpec]] = (lambda: None, [])
 
     def run(
         self,
@@ -96,15 +99,11 @@ class Session:
         engine = self._engine
         if engine is None:
             raise BackendError(f"graph {self._name!r} is closed")
-        state = {} if state is None else state
-        for spec in self.spec.inputs:
-            if spec.name in state:
-                _check_state(spec, state[spec.name])
-                self.spec.output(updated(spec.name))
-            elif spec.name in inputs:
-                _check_array(spec, inputs[spec.name])
-            else:
+        state = NO_STATES if state is None else state
+        for spec in self._others(state):
+            if spec.name not in inputs:
                 raise InputError(f"input {spec.name!r} is missing")
+            _check_array(spec, inputs[spec.name])
         for output in outputs:
             self.spec.output(output)
         arrays = engine.run(inputs, outputs, state)
@@ -112,6 +111,19 @@ class Session:
             if not np.isfinite(array).all():
                 raise BackendError(f"output {output!r} of graph {self._name!r} is not finite")
         return arrays
+
+    def _others(self, state: Mapping[str, State]) -> list[TensorSpec]:
+        """The inputs that are not states; the states are checked, once for the same `States`."""
+        same, others = self._checked
+        if same() is not state:
+            others = [spec for spec in self.spec.inputs if spec.name not in state]
+            for spec in self.spec.inputs:
+                if spec.name in state:
+                    _check_state(spec, state[spec.name])
+                    self.spec.output(updated(spec.name))
+            if isinstance(state, States):
+                self._checked = weakref.ref(state), others
+        return others
 
     def close(self) -> None:
         """Frees the engine; a second call does nothing."""
@@ -163,6 +175,11 @@ class Sessions:
                     cache_dir=self._cache_dir,
                 )
             return self._opened[graph]
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._opened is None
 
     def close(self) -> None:
         """Frees every engine and closes the package; a second call does nothing."""

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_rt.errors import BackendError, CapacityError
-from perception_rt.runtime.cuda import open_cuda
+from perception_rt.runtime.cuda import Cuda, open_cuda
 from perception_rt.runtime.device_block import DeviceBlock
 from perception_rt.runtime.kv_block import CacheBlock, CacheShape
 
@@ -145,6 +145,38 @@ def test_any_part_of_a_row_is_kept(
     assert not any(block.read(other, slots).any() for other in range(rows) if other != row)
     block.clear(row, length)
     assert not block.read(row, slots).any()
+
+
+def test_a_capture_without_memory_is_no_capture() -> None:
+    class Driver:
+        CUstreamCaptureMode = int
+        calls: ClassVar[list[str]] = []
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> tuple[Any, ...]:
+                self.calls.append(name)
+                return (OutOfMemory(),) if name == "cuGraphInstantiate" else (0, 7)
+
+            return call
+
+    class OutOfMemory:
+        name = "CUDA_ERROR_OUT_OF_MEMORY"
+
+        def __int__(self) -> int:
+            return 2
+
+    cuda = Cuda.__new__(Cuda)
+    cuda._driver = Driver()
+    assert cuda.capture(lambda: None, 1) is None
+    assert Driver.calls[-1] == "cuGraphDestroy"
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    Driver.calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        cuda.capture(interrupted, 1)
+    assert Driver.calls == ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphDestroy"]
 
 
 if __name__ == "__main__":

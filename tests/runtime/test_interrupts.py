@@ -69,7 +69,7 @@ for use in [*uses, close]:
         plm._scheduler.invariants()
         assert plm._pool.used_rows == 0, plm._pool.used_rows
 plm.close()  # again: it was interrupted
-assert plm._decoder._closed and plm._pool.used_rows == 0 and other.done
+assert plm._decoder._sessions.closed and plm._pool.used_rows == 0 and other.done
 print("done", flush=True)
 """
 

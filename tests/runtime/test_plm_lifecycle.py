@@ -236,12 +236,12 @@ def test_closing_does_not_pull_memory_from_under_a_run(
         assert at_work.wait(10)
         closing = pool.submit(plm.close)
         time.sleep(0.05)
-        assert not closing.done() and not plm._decoder._closed
+        assert not closing.done() and not plm._decoder._sessions.closed
         go_on.set()
         closing.result(10)
         with pytest.raises(BackendError, match="was closed"):
             run.result(10)
-    assert plm._decoder._closed
+    assert plm._decoder._sessions.closed
     assert_idle(plm)
 
 

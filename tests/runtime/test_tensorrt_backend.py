@@ -2,10 +2,10 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,102 +13,21 @@ from fake_gpu import (
     CAPABILITY,
     FakeCache,
     FakeConfig,
-    FakeCuda,
-    FakeRefitter,
     FakeRtx,
-    FakeTensorRt,
 )
+from gpu_bench import PICTURE, Bench, put
 
 import perception_rt as prt
-from perception_rt.checkpoint.locate import find_config
-from perception_rt.checkpoint.random import RandomWeights
-from perception_rt.config import PeConfig
-from perception_rt.demo import language_model_path
 from perception_rt.errors import (
     BackendError,
     CapacityError,
-    ExportError,
     InputError,
     PackageError,
 )
-from perception_rt.export import build, engines, gate, refit
-from perception_rt.export.plan import ExportPlan, PlmPlan
-from perception_rt.export.plm_decoder import GATE_STEPS
 from perception_rt.package import contract
-from perception_rt.package.contract import CHUNK_TOKENS
 from perception_rt.package.trust import built_file
-from perception_rt.plm_config import PlmConfig
-from perception_rt.processing.image import ImageSpec
-from perception_rt.processing.llm_tokenizer import TokenizerSpec
-from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime.backends import onnxruntime, tensorrt
-from perception_rt.runtime.cuda import Cuda
 from perception_rt.runtime.decoder import Decoder
-from perception_rt.tensorrt_library import TensorRt
-
-PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-
-
-class Bench:
-    """A TensorRT, a GPU, and the packages that were exported with them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.plm, self.pe = folder / "plm", folder / "pe"
-        self.trt = {name: FakeTensorRt(folder / name) for name in ("plm", "pe")}
-        self.cuda = FakeCuda()
-
-
-@pytest.fixture(scope="module")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, tiny_config: PeConfig
-) -> Iterator[tuple[Bench, Path]]:
-    """Packages of a tiny encoder and of a golden language model, and where exports are noted."""
-    bench = Bench(tmp_path_factory.mktemp("tensorrt"))
-    state = tmp_path_factory.mktemp("state")
-    config = find_config(language_model_path())
-    assert isinstance(config, PlmConfig)
-    config = replace(config, decoder=replace(config.decoder, max_seqlen=320))
-    tokens = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=config.image_token_id + 300)
-    config = replace(config, image_token_id=tokens.image_token_id)
-    tiles = TileSpec(tile_size=config.vision.image_size)
-    plm = PlmPlan(
-        name="plm", config=config, backend="tensorrt", precision="fp16",
-        tiles=tiles, tokenizer=(tokens, None), engines=(CAPABILITY,),
-    )  # fmt: skip
-    pe = ExportPlan(
-        name="pe", config=tiny_config, backend="tensorrt", precision="fp16",
-        image=ImageSpec(height=32, width=32, resize="squash"), engines=(CAPABILITY,),
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(state))
-        for plan, source, out in (
-            (plm, RandomWeights(config, 0), bench.plm),
-            (pe, RandomWeights(tiny_config, 0), bench.pe),
-        ):
-            trt = bench.trt[out.name]
-            patch.setattr(engines, "library_for", lambda *_, trt=trt, **__: trt.library)
-            patch.setattr(engines, "build_engine", trt.build)
-            build.export_package(plan, source, out)
-    yield bench, state
-
-
-@pytest.fixture
-def bench(made: tuple[Bench, Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """The packages, on a machine with the GPU."""
-    bench, state = made
-    monkeypatch.setenv("XDG_STATE_HOME", str(state))
-    bench.cuda = FakeCuda()
-    for trt in bench.trt.values():
-        trt.cuda = bench.cuda
-    monkeypatch.setattr(tensorrt, "open_cuda", lambda: bench.cuda)
-    put(monkeypatch, bench, "pe")
-    return bench
-
-
-def put(monkeypatch: pytest.MonkeyPatch, bench: Bench, name: str, **changes: str) -> None:
-    """Installs the TensorRT that built a package, or another one."""
-    library: TensorRt = replace(bench.trt[name].library, **changes)
-    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: library)
 
 
 def test_embeddings_are_those_of_the_graphs(bench: Bench) -> None:
@@ -386,127 +305,3 @@ def test_onnxruntime_updates_caches_where_the_gpu_has_them(
             answers.append(plm.generate("What is this?", max_new_tokens=12).tokens)
     assert answers[0] == answers[1]
     assert blocks and bench.cuda.live == 0
-
-
-def test_engines_are_compared_with_eager_where_their_gpu_is(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = find_config(language_model_path())
-    assert isinstance(config, PlmConfig)
-    config = replace(config, decoder=replace(config.decoder, max_seqlen=320))
-    tiles = TileSpec(tile_size=config.vision.image_size)
-    tokens = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=config.image_token_id + 300)
-    config = replace(config, image_token_id=tokens.image_token_id)
-    plan = PlmPlan(
-        name="plm", config=config, backend="tensorrt", precision="fp8", tiles=tiles,
-        tokenizer=(tokens, None), engines=(CAPABILITY,),
-    )  # fmt: skip
-    monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
-    trt = install(monkeypatch, bench, tmp_path / "package")
-    manifest = build.export_package(plan, RandomWeights(config, 0), tmp_path / "package")
-    # A real prompt, which is longer than an engine takes at once.
-    assert manifest.record["engine_latency"]["decoder_0"]["prompt_tokens"] > CHUNK_TOKENS
-    found = manifest.record["engine_fidelity"]
-    assert set(found) == set(manifest.record["fidelity"]) - {"pixels.image_features"}
-    assert manifest.record["engine_latency"]["decoder_0"]["runs"] == GATE_STEPS
-    assert bench.cuda.live == 0
-    trt.broken = True
-    with pytest.raises(ExportError, match=r"not faithful to eager: cosine of vision"):
-        build.export_package(plan, RandomWeights(config, 0), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
-def install(monkeypatch: pytest.MonkeyPatch, bench: Bench, folder: Path) -> FakeTensorRt:
-    """A TensorRT that builds and runs the package that will be in a folder."""
-    trt = FakeTensorRt(folder)
-    trt.cuda = bench.cuda
-    for module in (engines, build):
-        monkeypatch.setattr(module, "library_for", lambda *_, **__: trt.library)
-    monkeypatch.setattr(engines, "build_engine", trt.build)
-    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: trt.library)
-    return trt
-
-
-@pytest.mark.parametrize("refittable", [True, False])
-def test_new_weights_without_a_new_engine(
-    bench: Bench,
-    tiny_config: PeConfig,
-    tuned: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    refittable: bool,
-) -> None:
-    trt = install(monkeypatch, bench, tmp_path / "new")
-    plan = ExportPlan(
-        name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
-        image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=refittable,
-    )  # fmt: skip
-    build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
-    builds = trt.builds
-    refit.refit_package(tmp_path / "old", tuned, tmp_path / "new")
-    assert (trt.builds == builds) == refittable
-    with prt.load(tmp_path / "new", backend="onnxruntime") as cpu:
-        wanted = cpu.embed_images([PICTURE])
-    with prt.load(tmp_path / "new", device="cuda") as gpu:
-        np.testing.assert_allclose(gpu.embed_images([PICTURE]), wanted, atol=2e-3)
-    monkeypatch.setattr(FakeRefitter, "refit_cuda_engine", lambda self: False)
-    if refittable:
-        with (
-            prt.load(tmp_path / "new", device="cuda") as gpu,
-            pytest.raises(BackendError, match="does not take the weights of graph 'vision'"),
-        ):
-            gpu.embed_images([PICTURE])
-    assert bench.cuda.live == 0
-
-
-def test_kept_engines_of_another_gpu_are_not_compared(
-    bench: Bench, tiny_config: PeConfig, tuned: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    trt = install(monkeypatch, bench, tmp_path / "new")
-    plan = ExportPlan(
-        name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
-        image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=True,
-    )  # fmt: skip
-    build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
-    monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
-    library = replace(trt.library, version="9")
-    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: library)
-    lines: list[str] = []
-    manifest = refit.refit_package(
-        tmp_path / "old", tuned, tmp_path / "new", on_progress=lines.append
-    )
-    assert "engine_fidelity" not in manifest.record
-    assert any("not compared: the engines were built by" in line for line in lines)
-
-
-def test_a_capture_without_memory_is_no_capture() -> None:
-    class Driver:
-        CUstreamCaptureMode = int
-        calls: ClassVar[list[str]] = []
-
-        def __getattr__(self, name: str) -> Any:
-            def call(*arguments: Any) -> tuple[Any, ...]:
-                self.calls.append(name)
-                return (OutOfMemory(),) if name == "cuGraphInstantiate" else (0, 7)
-
-            return call
-
-    class OutOfMemory:
-        name = "CUDA_ERROR_OUT_OF_MEMORY"
-
-        def __int__(self) -> int:
-            return 2
-
-    cuda = Cuda.__new__(Cuda)
-    cuda._driver = Driver()
-    assert cuda.capture(lambda: None, 1) is None
-    assert Driver.calls[-1] == "cuGraphDestroy"
-
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    Driver.calls.clear()
-    with pytest.raises(KeyboardInterrupt):
-        cuda.capture(interrupted, 1)
-    assert Driver.calls == ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphDestroy"]

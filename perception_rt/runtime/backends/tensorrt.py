@@ -10,6 +10,7 @@ Not verified on a GPU yet; docs/tensorrt.md says what is.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from perception_rt.runtime.cuda import Cuda, DeviceArray, Graph, HostMemory, Mem
 from perception_rt.runtime.device_block import DeviceBlock
 from perception_rt.runtime.external import external_tensors
 from perception_rt.runtime.kernel_store import KernelStore
-from perception_rt.runtime.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.kv_block import CacheBlock, CacheShape, States
 from perception_rt.runtime.session import State
 from perception_rt.targets import get_target
 from perception_rt.tensorrt_library import TensorRt, find_tensorrt
@@ -144,14 +145,16 @@ class _Context:
     Attributes:
         context: TensorRT's.
         config: what it was made by, to live as long.
-        key: shapes and the addresses of states; () before the first call.
+        asked: shapes of the inputs but for the states; None before the first call.
+        state: gives the states, while they are there and were `States`.
         places: where each output is, but for the states; its shape and dtype.
         graph: all that such a call does, captured; None before that, and where it cannot be.
     """
 
     context: Any
     config: Any
-    key: tuple[Any, ...] = ()
+    asked: dict[str, tuple[int, ...]] | None = None
+    state: Callable[[], object] = lambda: None
     places: dict[str, tuple[_Buffer, tuple[int, ...], DType]] = field(default_factory=dict)
     graph: Graph | None = None
 
@@ -250,17 +253,10 @@ class TensorRtEngine:
         self, inputs: Mapping[str, Array], state: Mapping[str, State]
     ) -> dict[str, tuple[_Buffer, tuple[int, ...], DType]]:
         """Sets the engine going; where its outputs will be, but for the state."""
-        shapes = {name: array.shape for name, array in {**inputs, **state}.items()}
-        states = {name: _address(name, array) for name, array in state.items()}
-        profile = self._find_profile(shapes)
-        context = self._contexts.get(profile) or self._new_context(profile)
-        key = (*shapes.items(), *states.items())
-        is_same = context.key == key
-        if not is_same:
-            # A graph is void when its context changes; another call may be the same again.
-            context.key, context.graph = (), None
-            context.places = self._bind(context.context, shapes, states)
-            context.key = key
+        asked = {name: array.shape for name, array in inputs.items()}
+        known = self._contexts.values()
+        same = [one for one in known if one.asked == asked and one.state() is state]
+        context = same[0] if same else self._prepare(asked, state)
         for name, array in inputs.items():
             self._stage(name, array)
         if context.graph is not None:
@@ -268,11 +264,24 @@ class TensorRtEngine:
             return context.places
         execute = partial(self._execute, context.context)
         execute()
-        if is_same and self._captures:
+        if same and self._captures:
             # Now, for the next time: TensorRT prepares what it does with new shapes when it runs.
             context.graph = self._cuda.capture(execute, self._stream)
             self._captures = context.graph is not None
         return context.places
+
+    def _prepare(self, asked: dict[str, tuple[int, ...]], state: Mapping[str, State]) -> _Context:
+        """The context for such a call, which is told its shapes and addresses."""
+        shapes = asked | {name: array.shape for name, array in state.items()}
+        states = {name: _address(name, array) for name, array in state.items()}
+        profile = self._find_profile(shapes)
+        context = self._contexts.get(profile) or self._new_context(profile)
+        # A graph is void when its context changes.
+        context.asked, context.graph = None, None
+        context.places = self._bind(context.context, shapes, states)
+        context.asked = asked
+        context.state = weakref.ref(state) if isinstance(state, States) else lambda: None
+        return context
 
     def _new_context(self, profile: int) -> _Context:
         """A context with memory for one profile."""
@@ -379,7 +388,7 @@ class TensorRtEngine:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.device.nbytes < nbytes:
             for context in self._contexts.values():
-                context.key, context.graph = (), None
+                context.asked, context.graph = None, None
                 context.places = {}
             device, host = self._cuda.allocate(nbytes), self._cuda.allocate_pinned(nbytes)
             buffer = self._buffers[name] = _Buffer(device, host)

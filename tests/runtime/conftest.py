@@ -1,0 +1,22 @@
+"""For tests of the runtime: packages with engines, on a GPU of paper."""
+
+from pathlib import Path
+
+import pytest
+from gpu_bench import Bench, make_bench, use_bench
+
+from perception_rt.config import PeConfig
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_config: PeConfig) -> tuple[Bench, Path]:
+    """The packages, and where their exports are noted."""
+    state = tmp_path_factory.mktemp("state")
+    return make_bench(tmp_path_factory.mktemp("tensorrt"), state, tiny_config), state
+
+
+@pytest.fixture
+def bench(made: tuple[Bench, Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """The packages, on a machine with the GPU."""
+    use_bench(*made, monkeypatch)
+    return made[0]

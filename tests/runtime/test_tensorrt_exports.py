@@ -1,0 +1,112 @@
+"""Exports on a GPU of paper: their engines compared with eager, and new weights for old ones."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_gpu import (
+    CAPABILITY,
+    FakeRefitter,
+)
+from gpu_bench import PICTURE, Bench, install
+
+import perception_rt as prt
+from perception_rt.checkpoint.locate import find_config
+from perception_rt.checkpoint.random import RandomWeights
+from perception_rt.config import PeConfig
+from perception_rt.demo import language_model_path
+from perception_rt.errors import (
+    BackendError,
+    ExportError,
+)
+from perception_rt.export import build, gate, refit
+from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.export.plm_decoder import GATE_STEPS
+from perception_rt.package.contract import CHUNK_TOKENS
+from perception_rt.plm_config import PlmConfig
+from perception_rt.processing.image import ImageSpec
+from perception_rt.processing.llm_tokenizer import TokenizerSpec
+from perception_rt.processing.tiles import TileSpec
+from perception_rt.runtime.backends import tensorrt
+
+
+def test_engines_are_compared_with_eager_where_their_gpu_is(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = find_config(language_model_path())
+    assert isinstance(config, PlmConfig)
+    config = replace(config, decoder=replace(config.decoder, max_seqlen=320))
+    tiles = TileSpec(tile_size=config.vision.image_size)
+    tokens = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=config.image_token_id + 300)
+    config = replace(config, image_token_id=tokens.image_token_id)
+    plan = PlmPlan(
+        name="plm", config=config, backend="tensorrt", precision="fp8", tiles=tiles,
+        tokenizer=(tokens, None), engines=(CAPABILITY,),
+    )  # fmt: skip
+    monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
+    trt = install(monkeypatch, bench, tmp_path / "package")
+    manifest = build.export_package(plan, RandomWeights(config, 0), tmp_path / "package")
+    # A real prompt, which is longer than an engine takes at once.
+    assert manifest.record["engine_latency"]["decoder_0"]["prompt_tokens"] > CHUNK_TOKENS
+    found = manifest.record["engine_fidelity"]
+    assert set(found) == set(manifest.record["fidelity"]) - {"pixels.image_features"}
+    assert manifest.record["engine_latency"]["decoder_0"]["runs"] == GATE_STEPS
+    assert bench.cuda.live == 0
+    trt.broken = True
+    with pytest.raises(ExportError, match=r"not faithful to eager: cosine of vision"):
+        build.export_package(plan, RandomWeights(config, 0), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("refittable", [True, False])
+def test_new_weights_without_a_new_engine(
+    bench: Bench,
+    tiny_config: PeConfig,
+    tuned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refittable: bool,
+) -> None:
+    trt = install(monkeypatch, bench, tmp_path / "new")
+    plan = ExportPlan(
+        name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
+        image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=refittable,
+    )  # fmt: skip
+    build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
+    builds = trt.builds
+    refit.refit_package(tmp_path / "old", tuned, tmp_path / "new")
+    assert (trt.builds == builds) == refittable
+    with prt.load(tmp_path / "new", backend="onnxruntime") as cpu:
+        wanted = cpu.embed_images([PICTURE])
+    with prt.load(tmp_path / "new", device="cuda") as gpu:
+        np.testing.assert_allclose(gpu.embed_images([PICTURE]), wanted, atol=2e-3)
+    monkeypatch.setattr(FakeRefitter, "refit_cuda_engine", lambda self: False)
+    if refittable:
+        with (
+            prt.load(tmp_path / "new", device="cuda") as gpu,
+            pytest.raises(BackendError, match="does not take the weights of graph 'vision'"),
+        ):
+            gpu.embed_images([PICTURE])
+    assert bench.cuda.live == 0
+
+
+def test_kept_engines_of_another_gpu_are_not_compared(
+    bench: Bench, tiny_config: PeConfig, tuned: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    trt = install(monkeypatch, bench, tmp_path / "new")
+    plan = ExportPlan(
+        name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
+        image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=True,
+    )  # fmt: skip
+    build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
+    monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
+    library = replace(trt.library, version="9")
+    monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: library)
+    lines: list[str] = []
+    manifest = refit.refit_package(
+        tmp_path / "old", tuned, tmp_path / "new", on_progress=lines.append
+    )
+    assert "engine_fidelity" not in manifest.record
+    assert any("not compared: the engines were built by" in line for line in lines)
