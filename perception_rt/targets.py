@@ -5,7 +5,7 @@ Adding a backend is a record here, an emitter in `export/emit/`, and a session i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from perception_rt.errors import InputError
 
@@ -19,6 +19,7 @@ class Target:
     Attributes:
         name: as in `--backend`.
         precisions: those it can express, each with the devices that run it.
+        decoder_devices: the devices of language models, for precisions where they are fewer.
         domains: operator domains of its ONNX graphs; a graph with any other is refused.
         emitter: "module:class" of the lowering, imported on export; empty if it has none.
         session: module with `open_session` and `check_device`, imported at run time.
@@ -38,10 +39,16 @@ class Target:
     session: str
     install: str
     graph_backend: str = ""
+    decoder_devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fixed_slots: bool = False
     has_engines: bool = False
     picks_tokens: bool = False
     tile_batch: int = 1
+
+    def devices(self, precision: str, family: str) -> tuple[str, ...] | None:
+        """The devices that run a precision of a model family; None for any."""
+        devices = self.precisions.get(precision)
+        return self.decoder_devices.get(precision, devices) if family == "plm" else devices
 
 
 TARGETS: dict[str, Target] = {
@@ -54,6 +61,8 @@ TARGETS: dict[str, Target] = {
             "int8": ("cpu",),
             "int4": ("cpu",),
         },
+        # Attention over a cache has no kernel for float32 there, and would be run on the CPU.
+        decoder_devices={"fp32": ("cpu",)},
         domains=frozenset({"", "com.microsoft"}),
         emitter="perception_rt.export.emit.onnxruntime:OnnxRuntimeLowering",
         session="perception_rt.runtime.backends.onnxruntime",

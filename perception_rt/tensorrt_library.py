@@ -5,6 +5,8 @@
 Both have the same Python interface.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +15,7 @@ from typing import Any
 
 from perception_rt.errors import BackendError
 
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _OLDEST = (10, 13)  # of tensorrt; tensorrt_rtx counts anew
 # What a network has for each operator that is one layer: attention since tensorrt 10.14, rotation
 # and the update of a cache since 10.15.
@@ -61,6 +64,24 @@ class TensorRt:
         return sorted(
             name for name in operators if name in _LAYERS and not hasattr(network, _LAYERS[name])
         )
+
+
+def gpu_capability() -> str | None:
+    """Of the first GPU that CUDA's driver finds here, as in "sm89"; None if there is none."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    device, count, major, minor = (ctypes.c_int() for _ in range(4))
+    is_here = (
+        driver.cuInit(0) == 0
+        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+        and count.value > 0
+        and driver.cuDeviceGet(ctypes.byref(device), 0) == 0
+        and driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device) == 0
+        and driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device) == 0
+    )
+    return f"sm{major.value}{minor.value}" if is_here else None
 
 
 def find_tensorrt(*, ahead: bool = False, label: object = None) -> TensorRt:

@@ -19,12 +19,12 @@ import numpy as np
 
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
-from perception_rt.errors import BackendError, ExportError
+from perception_rt.errors import BackendError, CapacityError, ExportError
 from perception_rt.export import torch_route
 from perception_rt.export.engines import EngineBuilder, EngineMaker, engine_name, library_for
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.files import Place, write_graphs
-from perception_rt.export.gate import gpu_capability, run_gate
+from perception_rt.export.gate import check_gpu, run_gate
 from perception_rt.export.likeness import Likeness
 from perception_rt.export.lowering import LoweredGraph, Lowering
 from perception_rt.export.measure import Measured
@@ -38,6 +38,7 @@ from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
 from perception_rt.package.store import Stage
 from perception_rt.package.trust import remember
+from perception_rt.tensorrt_library import gpu_capability
 
 Report = Callable[[str], None]
 
@@ -229,6 +230,14 @@ def check_builder(plan: ExportPlan | PlmPlan) -> None:
     if plan.route != "onnx":
         torch_route.load_compiler()
     library_for(plan.engines, refittable=plan.refittable)
+    if _is_here(plan):
+        check_gpu()
+
+
+def _is_here(plan: ExportPlan | PlmPlan) -> bool:
+    """Whether the GPU is here that engines are built for, and so can be compared."""
+    gpu = gpu_capability()
+    return gpu is not None and not {gpu, HERE}.isdisjoint(plan.engines)
 
 
 def _maker(plan: ExportPlan | PlmPlan, source: WeightSource) -> EngineMaker:
@@ -279,15 +288,14 @@ def _engine_gate(
 
     Raises:
         ExportError: one is not faithful to eager.
-        BackendError: one that was built just now does not run.
+        BackendError, CapacityError: one that was built just now does not run.
     """
-    gpu = gpu_capability()
-    if gpu is None or not {gpu, HERE} & set(plan.engines):
+    if not _is_here(plan):
         return {}
-    report(f"comparing the engines with eager on {gpu}")
+    report("comparing the engines with eager on the GPU")
     try:
         fidelity, latency = run_gate(stage.directory, references, device="cuda")
-    except BackendError as error:
+    except (BackendError, CapacityError) as error:
         if not isinstance(maker, Likeness):
             raise
         # Engines that are kept may be for another GPU or TensorRT than those that are here.

@@ -5,8 +5,6 @@ layers are not decomposable: where there is no fused kernel for one, the build f
 `--allow-unfused` it does not, and what an older TensorRT has no layer for is spelled out for it.
 """
 
-import ctypes
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
 from perception_rt.export.profiles import Profile, profiles
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
-from perception_rt.tensorrt_library import TensorRt, find_tensorrt
+from perception_rt.tensorrt_library import TensorRt, find_tensorrt, gpu_capability
 
 # The layer that each operator must be in TensorRT's network.
 _LAYERS = {
@@ -154,9 +152,10 @@ def build_engine(
     if not allow_unfused:
         _check_census(file.name, layers, operators)
     config = builder.create_builder_config()
-    if capability != HERE:
+    if library.builds_ahead:
         config.num_compute_capabilities = 1
-        if not config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper()), 0):
+        name = "CURRENT" if capability == HERE else capability.upper()
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
             raise ExportError(f"{library.label} refuses {capability}: {log.words()}")
     for ranges in profiles:
         if config.add_optimization_profile(_profile(builder, spec, ranges)) < 0:
@@ -180,7 +179,7 @@ def library_for(engines: Sequence[str], *, refittable: bool = False) -> TensorRt
     """The TensorRT that builds for all of these here; BackendError if none does."""
     library = find_tensorrt(ahead=any(name != HERE for name in engines))
     check_engines(library, engines)
-    if refittable and not has_gpu():
+    if refittable and gpu_capability() is None:
         # Tried with 1.7: it runs kernels on the weights then, even of a single product.
         raise BackendError(f"{library.label} builds refittable engines only where a GPU is")
     return library
@@ -196,10 +195,16 @@ def check_engines(library: TensorRt, engines: Sequence[str]) -> None:
     """BackendError unless the library can build for all of these here."""
     for name in engines:
         if name == HERE:
-            if not has_gpu():
+            gpu = gpu_capability()
+            if gpu is None:
                 raise BackendError(
                     f"there is no GPU to build for; name compute capabilities by --target, "
                     f"{_known(library)}"
+                )
+            if library.builds_ahead and gpu not in library.capabilities:
+                raise BackendError(
+                    f"{library.label} does not build for the GPU that is here, {gpu}, "
+                    f"{_known(library)}; NVIDIA's tensorrt may"
                 )
         elif name not in library.capabilities:
             raise BackendError(f"{library.label} does not build for {name}, {_known(library)}")
@@ -211,31 +216,21 @@ def _known(library: TensorRt) -> str:
     return f"out of {', '.join(library.capabilities)}"
 
 
-def has_gpu() -> bool:
-    """Whether CUDA's driver is there and finds a GPU."""
-    count = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-    return found and count.value > 0
-
-
 class _Log:
     """Collects what TensorRT says of errors instead of printing it."""
 
     def __init__(self, trt: Any) -> None:
         self.lines: list[str] = []
         lines, errors = self.lines, (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+        has_gpu = gpu_capability() is not None
 
         class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                # Of a machine without a GPU, which a build ahead of time does not need.
-                if severity in errors and "Cuda Runtime" not in message:
+                # A machine without a GPU says so too, which a build ahead of time does not need.
+                if severity in errors and (has_gpu or "Cuda Runtime" not in message):
                     lines.append(message)
 
         self.logger = Logger()

@@ -3,15 +3,16 @@
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from perception_rt.errors import BackendError, CapacityError
+from perception_rt.errors import ExportError
 from perception_rt.export.fidelity import Fidelity
 from perception_rt.export.plm_decoder import GATE_STEPS
-from perception_rt.export.profiles import has_engine
+from perception_rt.export.profiles import has_engine, usual_sizes
 from perception_rt.export.towers import Reference
 from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec
@@ -33,7 +34,7 @@ def run_gate(
 ) -> tuple[dict[str, Fidelity], dict[str, Any]]:
     """Runs every graph of a sealed package on the CPU, or every engine on the GPU.
 
-    One is open at a time.
+    One is open at a time. Of an engine, each profile has kernels of its own, and is compared.
 
     A decoder's parts form a chain: each is fed with what the engine before it gave, first most of
     the prompt at once, then the last tokens one by one, over a cache that is updated in place.
@@ -50,29 +51,43 @@ def run_gate(
                 if not expected or (device != "cpu" and not has_engine(graph)):
                     continue
                 inputs = reference.inputs[graph]
-                session = _open(package, graph, device)
-                if graph.startswith(contract.DECODER):
-                    make = block_maker(_backend(package, device), device) or CacheBlock
-                    chained = _decode(session, chained or inputs, latency, graph, make)
-                    arrays = chained
-                else:
-                    found = session.run(inputs, list(expected))
-                    arrays = dict(zip(expected, found, strict=True))
-                    latency[graph] = _latency(session, inputs, list(expected))
-                session.close()
-                for name, eager in expected.items():
-                    fidelity[f"{graph}.{name}"] = Fidelity.compare(arrays[name], eager)
-                if contract.HIDDEN_OUT in arrays:
-                    chained = {contract.HIDDEN: arrays[contract.HIDDEN_OUT]}
+                with closing(_open(package, graph, device)) as session:
+                    if graph.startswith(contract.DECODER):
+                        make = block_maker(_backend(package, device), device) or CacheBlock
+                        chained = _decode(session, chained or inputs, latency, graph, make)
+                        found = {n: Fidelity.compare(chained[n], expected[n]) for n in expected}
+                    else:
+                        sizes = () if device == "cpu" else usual_sizes(graph)
+                        found = _compare(session, inputs, expected, sizes)
+                        latency[graph] = _latency(session, inputs, list(expected))
+                fidelity |= {f"{graph}.{name}": result for name, result in found.items()}
+                if contract.HIDDEN_OUT in chained:
+                    chained = {contract.HIDDEN: chained[contract.HIDDEN_OUT]}
     return fidelity, latency
 
 
-def gpu_capability() -> str | None:
-    """That of the GPU that is here, as in "sm89"; None if there is none to run on."""
-    try:
-        return open_cuda().capability
-    except (BackendError, CapacityError):
-        return None
+def _compare(
+    session: Session, inputs: Arrays, expected: Arrays, sizes: Sequence[int]
+) -> dict[str, Fidelity]:
+    """The worst of each output over batches of these sizes, made of the reference's rows."""
+    worst: dict[str, Fidelity] = {}
+    for size in sizes or [len(next(iter(inputs.values())))]:
+        feed = {name: _repeated(array, size) for name, array in inputs.items()}
+        for name, array in zip(expected, session.run(feed, list(expected)), strict=True):
+            found = Fidelity.compare(array, _repeated(expected[name], size))
+            if name not in worst or not found.cosine >= worst[name].cosine:
+                worst[name] = found
+    return worst
+
+
+def _repeated(rows: Array, size: int) -> Array:
+    """So many rows, from the first on and again from the first."""
+    return rows[np.arange(size) % len(rows)]
+
+
+def check_gpu() -> None:
+    """BackendError or CapacityError unless engines can be run on the GPU that is here."""
+    open_cuda()
 
 
 def _backend(package: Package, device: str) -> str:
@@ -100,6 +115,8 @@ def _decode(
     # The prompt in pieces, as the scheduler has it: an engine's profiles are made for them.
     edges = [*range(0, first, contract.CHUNK_TOKENS), *range(first, tokens + 1)]
     pieces, seconds = [], []
+    given = {spec.name for spec in session.spec.outputs}
+    picks = [name for name in (contract.TOP_LOGIT, contract.TOP_ID) if name in given]
     for start, stop in itertools.pairwise(edges):
         feed = {
             contract.HIDDEN: np.ascontiguousarray(hidden[:, start:stop]),
@@ -109,8 +126,11 @@ def _decode(
             feed[contract.LOGIT_POSITIONS] = np.asarray([[stop - start - 1]], np.int64)
         output = contract.LOGITS if _is_last(session.spec) else contract.HIDDEN_OUT
         began = time.perf_counter()
-        pieces.append(session.run(feed, [output], state)[0])
+        piece, *picked = session.run(feed, [output, *picks], state)
         seconds.append(time.perf_counter() - began)
+        pieces.append(piece)
+        if picked:
+            _check_picks(piece, *picked)
     steps = tokens - first
     latency[graph] = {
         "prompt_tokens": first,
@@ -120,6 +140,17 @@ def _decode(
     }
     kept = pieces[-(steps + 1) :] if _is_last(session.spec) else pieces
     return {output: np.concatenate(kept, axis=1)}
+
+
+def _check_picks(logits: Array, top: Array, ids: Array) -> None:
+    """ExportError unless an engine's likeliest tokens are those of its logits (1, L, V)."""
+    theirs = np.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    # One is not looked at: the image's token.
+    above = (logits > top[..., None]).sum(axis=-1)
+    if not (np.array_equal(theirs, top) and above.max() <= 1):
+        raise ExportError(
+            f"the engine's likeliest tokens {ids.ravel()[:4].tolist()} are not those of its logits"
+        )
 
 
 def _is_last(spec: GraphSpec) -> bool:

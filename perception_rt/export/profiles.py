@@ -27,6 +27,11 @@ def whole_range(graph: str) -> tuple[int, int, int]:
     return sizes[0][0], sizes[-1][1], sizes[-1][2]
 
 
+def usual_sizes(graph: str) -> Sequence[int]:
+    """The usual batch of each profile of an encoder's graph; () for another one."""
+    return tuple(usual for _, usual, _ in _SIZES.get(graph, ()))
+
+
 def profiles(graph: str, max_length: int) -> Sequence[Profile]:
     """Those of a graph, by its name.
 
@@ -42,13 +47,17 @@ def profiles(graph: str, max_length: int) -> Sequence[Profile]:
             contract.POSITIONS: (1, 1, 1),
         }
         prompt = {
-            contract.BATCH: (1, 1, contract.ENGINE_SEQUENCES),
+            contract.BATCH: (1, 1, 1),
             contract.LENGTH: (1, tokens, tokens),
-            contract.POSITIONS: (1, 1, tokens),
+            contract.POSITIONS: (1, 1, min(contract.ENGINE_POSITIONS, tokens)),
         }
         return (step, prompt)
-    if graph == contract.EMBED:
+    if graph == contract.EMBED:  # the sequences of a step are one row of it
+        one, steps = (1, 1, 1), min(contract.ENGINE_SEQUENCES, max_length)
         lengths = (1, min(contract.CHUNK_TOKENS, max_length), max_length)
-        return ({contract.BATCH: (1, 1, contract.ENGINE_SEQUENCES), contract.LENGTH: lengths},)
+        return (
+            {contract.BATCH: one, contract.LENGTH: (1, 1, steps)},
+            {contract.BATCH: one, contract.LENGTH: lengths},
+        )
     sizes = _SIZES[graph]
     return tuple({contract.BATCH: size} for size in sizes)

@@ -53,7 +53,8 @@ POSITIONS = "positions"  # L
 
 # What a decoder is given at most of a prompt at once; engines are built for it.
 CHUNK_TOKENS = 128
-ENGINE_SEQUENCES = 8  # and for as many sequences in one call
+ENGINE_SEQUENCES = 8  # for as many sequences that have one token each in a call
+ENGINE_POSITIONS = 9  # and to predict from as many tokens of one: what was guessed, and one more
 
 DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
 

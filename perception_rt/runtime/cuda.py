@@ -91,8 +91,11 @@ class Cuda:
         self.bind()
         for plane in range(box.depth):
             address = box.address + plane * box.plane
-            sizes = box.pitch, 0, box.width, box.height
-            self._call("cuMemsetD2D8Async", address, *sizes, _THREAD_STREAM)
+            if box.height == 1:  # whose pitch would have a limit
+                self._call("cuMemsetD8Async", address, 0, box.width, _THREAD_STREAM)
+            else:
+                sizes = box.pitch, 0, box.width, box.height
+                self._call("cuMemsetD2D8Async", address, *sizes, _THREAD_STREAM)
         self.wait(_THREAD_STREAM)
 
     def copy(self, source: "Box", target: "Box") -> None:
@@ -120,8 +123,9 @@ class Cuda:
 
     def capture(self, work: Callable[[], None], stream: int) -> "Graph | None":
         """What `work` puts on a stream, as one graph; not done yet. None if it cannot be one."""
-        # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile.
-        self._call("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode(1))
+        # CU_STREAM_CAPTURE_MODE_RELAXED: other threads may allocate meanwhile, and this one's
+        # collector may free, which in another mode would end the capture.
+        self._call("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode(2))
         try:
             work()
         except BaseException as error:

@@ -18,7 +18,12 @@ Array = np.ndarray[Any, Any]
 
 
 class DeviceBlock(CacheBlock):
-    """A `CacheBlock` on a GPU: its memory is spent at once, and zeroed by the device."""
+    """A `CacheBlock` on a GPU: its memory is spent at once, and zeroed by the device.
+
+    It stays: with another one, whatever was captured for its addresses would be void.
+    """
+
+    stays = True
 
     def __init__(self, cuda: Cuda, shape: CacheShape, rows: int, slots: int) -> None:
         """A block of zeros; see `CacheBlock`."""
@@ -38,8 +43,8 @@ class DeviceBlock(CacheBlock):
         self.keys, self.values = arrays[::2], arrays[1::2]
         self._cuda.clear(
             Box(
-                address=memory.address, width=self._layer, height=2 * shape.layers, depth=1,
-                pitch=self._layer, plane=self.nbytes,
+                address=memory.address, width=self.nbytes, height=1, depth=1, pitch=self.nbytes,
+                plane=self.nbytes,
             )
         )  # fmt: skip
 

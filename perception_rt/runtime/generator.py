@@ -263,6 +263,7 @@ class Generator:
     def close(self) -> None:
         """Fails what has not ended, frees every engine, closes the package; once is enough."""
         self._turns.close()
+        self._pool.close()
         self._decoder.close()
 
     def __enter__(self) -> "Generator":

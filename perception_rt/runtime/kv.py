@@ -34,7 +34,7 @@ class _Bucket:
         takes: how often each row was taken, so that an owner from before is not taken for this one.
         promised: rows that admitted requests have here or may still move to.
         touched: rows that were used since the block was made, which is the memory that it costs.
-        block: None while no row is taken.
+        block: None while no row is taken, unless it stays.
         dirty: free rows that could not be cleared, and are before they are taken.
     """
 
@@ -178,6 +178,12 @@ class KvPool:
             bucket.promised -= 1
         _vacate(lease.bucket, lease.row, lease.written)
 
+    def close(self) -> None:
+        """Gives the memory back of blocks that stayed; no request has a row any more."""
+        assert not self._leases
+        for bucket in self._buckets:
+            bucket.block, bucket.touched, bucket.dirty = None, 0, set()
+
     def invariants(self) -> None:
         """AssertionError if two requests have one row, rows were lost, or there are too many."""
         owned = [
@@ -198,8 +204,10 @@ class KvPool:
             assert bucket.promised == sum(bucket in lease.promises for lease in self._leases)
             assert len(used) <= bucket.promised <= len(bucket.owners)
             assert max(used, default=-1) < max(bucket.touched, 1) <= max(len(bucket.owners), 1)
-            assert bucket.dirty.isdisjoint(used) and (used or not bucket.dirty)
-            assert (bucket.block is not None) == (bucket.touched > 0) == bool(used)
+            assert bucket.dirty.isdisjoint(used)
+            stays = bucket.block is not None and bucket.block.stays
+            assert (bucket.block is not None) == (bucket.touched > 0) == (stays or bool(used))
+            assert bucket.block is not None or not bucket.dirty
         assert self.accounted_bytes <= self.max_bytes
 
     def _needed(self, start: int, total: int) -> list[_Bucket]:
@@ -245,7 +253,7 @@ def _vacate(bucket: _Bucket, row: int, written: int) -> None:
     """Frees a row; the block goes with the last one."""
     assert bucket.block is not None
     bucket.owners[row] = None
-    if any(owner is not None for owner in bucket.owners):
+    if bucket.block.stays or any(owner is not None for owner in bucket.owners):
         try:
             bucket.block.clear(row, written)
         except BackendError:  # of a device; whoever is next is told, not who leaves

@@ -66,8 +66,10 @@ class CacheBlock:
         slots: S.
         keys: one array per layer, (R, K, S, E), as the backend updates it.
         values: the same.
+        stays: whether it is worth keeping while no row is in use, since to make it takes long.
     """
 
+    stays = False
     keys: list[Any]
     values: list[Any]
 

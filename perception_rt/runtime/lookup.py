@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from perception_rt.package.contract import ENGINE_POSITIONS
+
 Array = np.ndarray[Any, Any]
 
-MAX_DRAFTS = 8
+MAX_DRAFTS = ENGINE_POSITIONS - 1
 _MIN_MATCH, _MAX_MATCH = 2, 8  # tokens that must, and that need at most, be the same
 
 

@@ -219,11 +219,12 @@ def block_maker(backend: str, device: str) -> MakeBlock | None:
 def check_backend(package: Package, *, backend: str, device: str) -> None:
     """BackendError unless the backend is installed and runs the package on the device."""
     _module(backend).check_device(device)
-    target = package.manifest.content.target
-    devices = get_target(backend).precisions.get(target.precision)
+    content = package.manifest.content
+    precision = content.target.precision
+    devices = get_target(backend).devices(precision, content.family)
     if devices is not None and device not in devices:
         raise BackendError(
-            f"a {target.precision} package for {backend} does not run on {device}; "
+            f"a {precision} package for {backend} does not run on {device}; "
             f"it runs on {', '.join(devices)}"
         )
 

@@ -12,7 +12,7 @@ from golden_data import PLM_FILES, Golden, plm_golden
 
 import perception_rt as prt
 from perception_rt.archs import PLM_MODELS
-from perception_rt.errors import ExportError, InputError
+from perception_rt.errors import BackendError, ExportError, InputError
 from perception_rt.export import plm_decoder, weights
 from perception_rt.export.build import export_package
 from perception_rt.export.emit import onnxruntime as emitter
@@ -353,3 +353,11 @@ def test_plan_refuses(options: dict[str, object], message: str) -> None:
     plan = plan_of(plm_golden("plm_tied_ropescaled"))
     with pytest.raises(InputError, match=message):
         replace(plan, **options)
+
+
+def test_float32_is_not_for_a_gpu_that_has_no_kernel_for_it(
+    package: Packages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perception_rt.runtime.backends.onnxruntime.check_device", lambda d: None)
+    with pytest.raises(BackendError, match="fp32 package for onnxruntime does not run on cuda; it"):
+        prt.load(package("plm_tied_ropescaled", "fp32"), device="cuda")

@@ -13,12 +13,13 @@ from perception_rt.cli import export_main, main
 from perception_rt.config import PeConfig
 from perception_rt.demo import language_model_path, weights_path
 from perception_rt.errors import BackendError, ExportError, InputError, PackageError
-from perception_rt.export.engines import has_gpu, library_for
+from perception_rt.export.engines import library_for
 from perception_rt.export.likeness import structure
 from perception_rt.export.plan import ExportPlan
 from perception_rt.export.refit import plan_of, refit_package
 from perception_rt.package.reader import open_package, read_manifest
 from perception_rt.processing.image import ImageSpec
+from perception_rt.tensorrt_library import gpu_capability
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
@@ -130,6 +131,6 @@ def test_refittable_engines_need_a_gpu_to_be_built(tiny_config: PeConfig) -> Non
     with pytest.raises(InputError, match="--refittable is for engines"):
         ExportPlan(backend="tensorrt", precision="fp16", refittable=True, **common)  # type: ignore[arg-type]
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT has wheels for x86-64 only")
-    if not has_gpu():
+    if gpu_capability() is None:
         with pytest.raises(BackendError, match="builds refittable engines only where a GPU is"):
             library_for(["sm89"], refittable=True)

@@ -241,9 +241,15 @@ def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyP
     check_engines(library, BOTH)
     with pytest.raises(BackendError, match=r"does not build for sm90, out of sm75, .*sm121"):
         check_engines(library, ("sm89", "sm90"))
-    monkeypatch.setattr(engines, "has_gpu", lambda: False)
+    monkeypatch.setattr(engines, "gpu_capability", lambda: None)
     with pytest.raises(BackendError, match=r"no GPU to build for; name .* --target, out of sm75"):
         check_engines(library, (HERE,))
+    # A GPU that this library has no kernels for; NVIDIA's other one is for the one that is here.
+    monkeypatch.setattr(engines, "gpu_capability", lambda: "sm90")
+    with pytest.raises(BackendError, match=r"not build for the GPU that is here, sm90, out of .*"):
+        check_engines(library, (HERE,))
+    monkeypatch.setattr(engines, "gpu_capability", lambda: "sm89")
+    check_engines(library, (HERE,))
     for plan, message in (
         ({"engines": ("89",)}, "a compute capability is like sm89, not '89'"),
         ({"engines": ("sm89", "sm89")}, "occurs twice"),

@@ -61,7 +61,7 @@ class Library:
         monkeypatch.setitem(sys.modules, "torch_tensorrt", root)
         monkeypatch.setitem(sys.modules, "torch_tensorrt.dynamo", dynamo)
         monkeypatch.setattr(torch_route, "DEVICE", "cpu")
-        monkeypatch.setattr(engines, "has_gpu", lambda: True)
+        monkeypatch.setattr(engines, "gpu_capability", lambda: "sm90")
         library = TensorRt(SimpleNamespace(IBuilderConfig=None), "tensorrt", "11.1")
         monkeypatch.setattr(torch_route, "find_tensorrt", lambda: library)
 
@@ -133,7 +133,7 @@ def test_what_is_missing_is_named(
     assert export_main([*command, "--route", "torch-tensorrt"]) == 2
     assert "pip install torch-tensorrt" in capsys.readouterr().err
     Library(monkeypatch)
-    monkeypatch.setattr(engines, "has_gpu", lambda: False)
+    monkeypatch.setattr(engines, "gpu_capability", lambda: None)
     with pytest.raises(BackendError, match="no GPU to build for"):
         torch_route.TorchTensorRt(plan(tiny_config), RandomWeights(tiny_config, 0))
 

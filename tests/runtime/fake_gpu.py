@@ -5,6 +5,7 @@ and states in place are real.
 """
 
 import ctypes
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -156,7 +157,8 @@ class FakeContext:
         feeds = {s.name: at(s, shapes[s.name], addresses).copy() for s in spec.inputs}
         names = [s.name for s in spec.outputs]
         for output, array in zip(spec.outputs, self.engine.session.run(names, feeds), strict=True):
-            at(output, array.shape, addresses)[...] = -array if self.engine.broken else array
+            wrong = len(array) >= self.engine.broken_from
+            at(output, array.shape, addresses)[...] = -array if wrong else array
 
 
 def at(
@@ -172,10 +174,10 @@ def at(
 class FakeEngine:
     """`file` is its graph, or None for an engine without weights.
 
-    A broken one gives the negative of each output.
+    From a batch on that is `broken_from`, it gives the negative of each output.
     """
 
-    broken = False
+    broken_from = sys.maxsize
 
     def __init__(
         self, file: Path | None, spec: GraphSpec, profiles: Sequence[Profile], cuda: FakeCuda
@@ -313,7 +315,7 @@ class FakeTensorRt:
         self.cuda = FakeCuda()
         self.built: dict[bytes, tuple[GraphSpec, Sequence[Profile]]] = {}
         self.stage = folder
-        self.broken = False
+        self.broken_from = sys.maxsize
 
     def build(
         self, library: TensorRt, file: Path, spec: GraphSpec, operators: Any, **options: Any
@@ -335,7 +337,7 @@ class FakeTensorRt:
         graph = key.partition(b" ")[0].decode()
         folder = self.folder if self.folder.exists() else self.stage
         engine = FakeEngine(folder / graph if graph else None, *self.built[key], self.cuda)
-        engine.broken = self.broken
+        engine.broken_from = self.broken_from
         return engine
 
     @property

@@ -80,6 +80,9 @@ int cuMemcpyHtoDAsync(Place to, const void *from, size_t size, void *stream) {
 int cuMemcpyDtoHAsync(void *to, Place from, size_t size, void *stream) {
   return memcpy(to, (void *)from, size), OK;
 }
+int cuMemsetD8Async(Place place, unsigned char value, size_t size, void *stream) {
+  return memset((void *)place, value, size), stream ? OK : NOT_FOUND;
+}
 int cuMemsetD2D8Async(
     Place place, size_t pitch, unsigned char value, size_t width, size_t height, void *stream) {
   if (pitch < width || !stream) return NOT_FOUND;
@@ -100,7 +103,7 @@ int cuMemcpy3DAsync(const Copy *copy, void *stream) {
   return OK;
 }
 
-int cuStreamBeginCapture(void *stream, int mode) { return mode == 1 ? OK : NOT_FOUND; }
+int cuStreamBeginCapture(void *stream, int mode) { return mode == 2 ? OK : NOT_FOUND; }
 int cuStreamEndCapture(void *stream, void **graph) { return *graph = make(1), OK; }
 int cuGraphInstantiate(void **made, void *graph, unsigned long long flags) {
   return *made = make(1), flags ? NOT_FOUND : OK;
@@ -119,7 +122,7 @@ static const struct {
     ENTRY(cuCtxPushCurrent), ENTRY(cuCtxPopCurrent), ENTRY(cuStreamCreate),
     ENTRY(cuStreamDestroy), ENTRY(cuStreamSynchronize), ENTRY(cuMemAlloc), ENTRY(cuMemFree),
     ENTRY(cuMemHostAlloc), ENTRY(cuMemFreeHost), ENTRY(cuMemcpyHtoDAsync),
-    ENTRY(cuMemcpyDtoHAsync), ENTRY(cuMemsetD2D8Async), ENTRY(cuMemcpy3DAsync),
+    ENTRY(cuMemcpyDtoHAsync), ENTRY(cuMemsetD8Async), ENTRY(cuMemsetD2D8Async), ENTRY(cuMemcpy3DAsync),
     ENTRY(cuStreamBeginCapture), ENTRY(cuStreamEndCapture), ENTRY(cuGraphInstantiate),
     ENTRY(cuGraphLaunch), ENTRY(cuGraphDestroy), ENTRY(cuGraphExecDestroy),
     {"cuGraphInstantiateWithFlags", (void *)cuGraphInstantiate},

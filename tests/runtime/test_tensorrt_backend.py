@@ -13,6 +13,7 @@ from fake_gpu import (
     CAPABILITY,
     FakeCache,
     FakeConfig,
+    FakeContext,
     FakeRtx,
 )
 from gpu_bench import PICTURE, Bench, put
@@ -55,6 +56,29 @@ def test_a_decoder_updates_its_cache_where_the_gpu_has_it(
             answers.append((first.tokens, again.tokens))
     assert answers[0] == answers[1]
     assert bench.cuda.launched > 10  # steps, but for the first two
+    assert bench.cuda.live == 0
+
+
+def test_what_was_captured_is_there_for_the_next_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, bench, "plm")
+    enqueued: list[str] = []
+    execute = FakeContext.execute_async_v3
+
+    def counted(self: FakeContext, stream: int) -> bool:
+        enqueued.append(self.engine.spec.file)
+        return execute(self, stream)
+
+    monkeypatch.setattr(FakeContext, "execute_async_v3", counted)
+    with prt.load(bench.plm, device="cuda", cache=False) as plm:
+        answers = []
+        for _ in range(3):
+            enqueued.clear()
+            answers.append(plm.generate_tokens(range(10, 40), max_new_tokens=12))
+        assert not enqueued  # in the third: launches alone
+        assert answers[0] == answers[1] == answers[2]
+        assert plm._pool.used_rows == 0 and bench.cuda.live > 0
     assert bench.cuda.live == 0
 
 

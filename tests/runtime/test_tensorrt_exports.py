@@ -44,7 +44,7 @@ def test_engines_are_compared_with_eager_where_their_gpu_is(
         name="plm", config=config, backend="tensorrt", precision="fp8", tiles=tiles,
         tokenizer=(tokens, None), engines=(CAPABILITY,),
     )  # fmt: skip
-    monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
+    monkeypatch.setattr(build, "gpu_capability", lambda: CAPABILITY)
     trt = install(monkeypatch, bench, tmp_path / "package")
     manifest = build.export_package(plan, RandomWeights(config, 0), tmp_path / "package")
     # A real prompt, which is longer than an engine takes at once.
@@ -53,10 +53,21 @@ def test_engines_are_compared_with_eager_where_their_gpu_is(
     assert set(found) == set(manifest.record["fidelity"]) - {"pixels.image_features"}
     assert manifest.record["engine_latency"]["decoder_0"]["runs"] == GATE_STEPS
     assert bench.cuda.live == 0
-    trt.broken = True
+    # One profile of six is wrong, which the reference's two images are not in.
+    trt.broken_from = 17
     with pytest.raises(ExportError, match=r"not faithful to eager: cosine of vision"):
         build.export_package(plan, RandomWeights(config, 0), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_an_engine_that_picks_another_token_than_its_logits_is_refused() -> None:
+    logits = np.array([[[0.5, 3.0, 2.0, 1.0], [4.0, 1.0, 2.0, 3.0]]], np.float32)
+    image = np.array([[2.0, 3.0]], np.float32), np.array([[2, 3]])  # where the largest is not asked
+    gate._check_picks(logits, *image)
+    gate._check_picks(logits, np.array([[3.0, 4.0]], np.float32), np.array([[1, 0]]))
+    for top, ids in (([[1.0, 4.0]], [[3, 0]]), ([[3.0, 4.0]], [[2, 0]])):
+        with pytest.raises(ExportError, match=r"likeliest tokens .* are not those of its logits"):
+            gate._check_picks(logits, np.array(top, np.float32), np.array(ids))
 
 
 @pytest.mark.parametrize("refittable", [True, False])
@@ -101,7 +112,7 @@ def test_kept_engines_of_another_gpu_are_not_compared(
         image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=True,
     )  # fmt: skip
     build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
-    monkeypatch.setattr(gate, "open_cuda", lambda: bench.cuda)
+    monkeypatch.setattr(build, "gpu_capability", lambda: CAPABILITY)
     library = replace(trt.library, version="9")
     monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: library)
     lines: list[str] = []

@@ -35,6 +35,8 @@ _CPU_INFO = Path("/proc/cpuinfo")
 # By device, the providers that its graphs are given to, the first what must be there. TensorRT
 # takes the parts of a graph that it knows, and builds engines of them when the graph is opened.
 _CUDA = "CUDAExecutionProvider"
+# Products of float32 in float32: its default rounds them to TF32, which has 10 bits.
+_OPTIONS = {_CUDA: {"use_tf32": "0"}}
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": (_CUDA,),
@@ -144,7 +146,7 @@ def open_session(
             session = ort.InferenceSession(
                 model,
                 options,
-                providers=list(_PROVIDERS[device]),
+                providers=[(name, _OPTIONS.get(name, {})) for name in _PROVIDERS[device]],
                 enable_fallback=0,  # its own, to the CPU, with a line on standard output
             )
     except Exception as error:

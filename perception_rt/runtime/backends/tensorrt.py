@@ -34,6 +34,7 @@ from perception_rt.tensorrt_library import TensorRt, find_tensorrt
 
 Array = np.ndarray[Any, Any]
 DType = np.dtype[Any]
+Shape = tuple[int, ...]
 
 
 def check_device(device: str) -> None:
@@ -153,9 +154,9 @@ class _Context:
 
     context: Any
     config: Any
-    asked: dict[str, tuple[int, ...]] | None = None
+    asked: dict[str, Shape] | None = None
     state: Callable[[], object] = lambda: None
-    places: dict[str, tuple[_Buffer, tuple[int, ...], DType]] = field(default_factory=dict)
+    places: dict[str, tuple[_Buffer, Shape, DType]] = field(default_factory=dict)
     graph: Graph | None = None
 
 
@@ -196,6 +197,7 @@ class TensorRtEngine:
         self._engine: Any = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise BackendError(f"{library.label} cannot load the engine of graph {graph!r}")
+        self._profiles = _profiles(self._engine, spec)
         self._stream = cuda.new_stream()
         self._contexts: dict[int, _Context] = {}  # by profile
         self._kernels = kernels
@@ -251,7 +253,7 @@ class TensorRtEngine:
 
     def _start(
         self, inputs: Mapping[str, Array], state: Mapping[str, State]
-    ) -> dict[str, tuple[_Buffer, tuple[int, ...], DType]]:
+    ) -> dict[str, tuple[_Buffer, Shape, DType]]:
         """Sets the engine going; where its outputs will be, but for the state."""
         asked = {name: array.shape for name, array in inputs.items()}
         known = self._contexts.values()
@@ -270,7 +272,7 @@ class TensorRtEngine:
             self._captures = context.graph is not None
         return context.places
 
-    def _prepare(self, asked: dict[str, tuple[int, ...]], state: Mapping[str, State]) -> _Context:
+    def _prepare(self, asked: dict[str, Shape], state: Mapping[str, State]) -> _Context:
         """The context for such a call, which is told its shapes and addresses."""
         shapes = asked | {name: array.shape for name, array in state.items()}
         states = {name: _address(name, array) for name, array in state.items()}
@@ -315,14 +317,14 @@ class TensorRtEngine:
         config.set_runtime_cache(self._compiled)
 
     def _bind(
-        self, context: Any, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, int]
-    ) -> dict[str, tuple[_Buffer, tuple[int, ...], DType]]:
+        self, context: Any, shapes: Mapping[str, Shape], states: Mapping[str, int]
+    ) -> dict[str, tuple[_Buffer, Shape, DType]]:
         """Tells a context shapes and addresses; where its outputs will be, but for the states."""
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise InputError(f"graph {self._graph!r} does not take {name!r} of shape {shape}")
         addresses = dict(states) | {updated(name): place for name, place in states.items()}
-        places: dict[str, tuple[_Buffer, tuple[int, ...], DType]] = {}
+        places: dict[str, tuple[_Buffer, Shape, DType]] = {}
         for spec in self._spec.inputs:
             if spec.name not in states:
                 nbytes = prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize
@@ -348,23 +350,25 @@ class TensorRtEngine:
             if self._engine is None:
                 return
             self._cuda.bind()
-            compiled = None if self._compiled is None else self._compiled.serialize()
-            if self._kernels is not None and compiled is not None:
-                self._kernels.write(compiled)
-            self._contexts.clear()
-            self._compiled = self._engine = self._runtime = None
-            self._buffers.clear()
-            self._cuda.free_stream(self._stream)
+            try:
+                compiled = None if self._compiled is None else self._compiled.serialize()
+                if self._kernels is not None and compiled is not None:
+                    self._kernels.write(compiled)
+            finally:
+                self._contexts.clear()
+                self._compiled = self._engine = self._runtime = None
+                self._buffers.clear()
+                self._cuda.free_stream(self._stream)
 
-    def _find_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def _find_profile(self, shapes: Mapping[str, Shape]) -> int:
         """The first profile that all shapes are in; InputError names the input that is in none."""
         found: list[str] = []
-        for index in range(self._engine.num_optimization_profiles):
+        for index, ranges in enumerate(self._profiles):
             outside = [
                 f"input {name!r} has shape {shape}, and the engine of graph {self._graph!r} takes "
-                f"{tuple(low)} to {tuple(high)}"
+                f"{low} to {high}"
                 for name, shape in shapes.items()
-                for low, _, high in [self._engine.get_tensor_profile_shape(name, index)]
+                for low, high in [ranges[name]]
                 if not all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
             ]
             if not outside:
@@ -378,7 +382,7 @@ class TensorRtEngine:
         np.asarray(buffer.host)[: array.nbytes] = array.reshape(-1).view(np.uint8)
         self._cuda.copy_in(buffer.device.address, buffer.host.address, array.nbytes, self._stream)
 
-    def _fetch(self, buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> None:
+    def _fetch(self, buffer: _Buffer, shape: Shape, dtype: DType) -> None:
         """Starts an output's way back to the host."""
         nbytes = prod(shape) * dtype.itemsize
         self._cuda.copy_out(buffer.host.address, buffer.device.address, nbytes, self._stream)
@@ -395,7 +399,19 @@ class TensorRtEngine:
         return buffer
 
 
-def _view(buffer: _Buffer, shape: tuple[int, ...], dtype: DType) -> Array:
+def _profiles(engine: Any, spec: GraphSpec) -> list[dict[str, tuple[Shape, Shape]]]:
+    """The least and the largest shape of each input, by profile."""
+    profiles = []
+    for index in range(engine.num_optimization_profiles):
+        ranges = {}
+        for source in spec.inputs:
+            low, _, high = engine.get_tensor_profile_shape(source.name, index)
+            ranges[source.name] = tuple(low), tuple(high)
+        profiles.append(ranges)
+    return profiles
+
+
+def _view(buffer: _Buffer, shape: Shape, dtype: DType) -> Array:
     """What a buffer holds on the host."""
     array: Array = np.asarray(buffer.host)[: prod(shape) * dtype.itemsize]
     return array.view(dtype).reshape(shape)
