@@ -1,12 +1,18 @@
 """The GPU check runs anywhere as a trial: what it cannot do is a row with the reason."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_check
+import perception_rt as prt
+from benchmarks import gpu_check, gpu_engines, gpu_timing
+from benchmarks.generate_flops import decoder_weights
+from perception_rt.errors import ExportError
 
 
 def test_a_trial_has_every_row(
@@ -23,7 +29,8 @@ def test_a_trial_has_every_row(
     assert len(decoders) == 2 and all(row["same_tokens"] for row in decoders)
     if not torch.cuda.is_available():
         failed = {row["how"]: row["failed"] for row in rows if "failed" in row}
-        assert len([row for row in rows if "failed" in row]) == 2 * len(failed)  # of both demos
+        # Of both demos, but for the language model in fp32.
+        assert len([row for row in rows if "failed" in row]) == 2 * len(failed) - 1 == 7
         assert "CUDAExecutionProvider is not in this ONNX Runtime" in failed["onnxruntime fp32"]
         for precision in ("fp16", "fp8"):
             assert "there is no NVIDIA driver" in failed[f"tensorrt {precision}"]
@@ -33,13 +40,13 @@ def test_a_trial_has_every_row(
 
 def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
     """On the CPU, which a backend of ours has too."""
-    bench = gpu_check.Bench(device=torch.device("cpu"), quick=True, deadline=0)
+    bench = gpu_timing.Bench(device=torch.device("cpu"), quick=True, deadline=0)
     rows = [
         row
         for model in gpu_check.DEMOS
-        for row in gpu_check.engine_rows(
+        for row in gpu_engines.engine_rows(
             bench,
-            gpu_check.Engine(model=model, backend="onnxruntime", precision="fp16"),
+            gpu_engines.Engine(model=model, backend="onnxruntime", precision="fp16"),
             tmp_path / model,
             {"flops": 1e12, "bytes_per_s": 1e10},
             device="cpu",
@@ -47,28 +54,52 @@ def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
     ]
     encoder, answers = rows
     assert encoder["cosine"] > 0.999 and encoder["images_per_s"] > 0
-    assert answers["same_tokens"] and answers["load_to_first_s"] > 0
+    assert answers["same_tokens"] == answers["of_tokens"] > 0 and answers["load_to_first_s"] > 0
     assert 0 < encoder["share_of_peak"] < 1
     # PLM-Demo's decoder in float16: its products and head.
-    package = gpu_check.prt.load(tmp_path / "PLM-Demo")
-    read = gpu_check._decoder_bytes(package.manifest.content)
+    package = prt.load(tmp_path / "PLM-Demo")
+    read = gpu_engines._decoder_bytes(package.manifest.content)
     config = package._decoder.config.decoder
     package.close()
-    assert read == pytest.approx(2 * gpu_check.decoder_weights(config), rel=0.05)
+    assert read == pytest.approx(2 * decoder_weights(config), rel=0.05)
 
 
 def test_the_clock_is_read_after_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "_smi", lambda query: "1980 MHz")
-    assert gpu_check.sm_clock() == 1980
-    monkeypatch.setattr(gpu_check, "_smi", lambda query: "[N/A]")
-    assert gpu_check.sm_clock() is None
+    monkeypatch.setattr(gpu_timing, "_smi", lambda query: "1980 MHz")
+    assert gpu_timing.sm_clock() == 1980
+    monkeypatch.setattr(gpu_timing, "_smi", lambda query: "[N/A]")
+    assert gpu_timing.sm_clock() is None
     monkeypatch.setattr(gpu_check, "limits", lambda bench: {"flops": 1, "bytes_per_s": 1})
     monkeypatch.setattr(
         gpu_check, "attempts", lambda *_: [({"model": "m"}, lambda: iter([{"model": "m"}]))]
     )
-    bench = gpu_check.Bench(device=torch.device("cpu"), quick=True, deadline=float("inf"))
-    monkeypatch.setattr(gpu_check, "_smi", lambda query: "1410 MHz")
-    assert gpu_check.run(bench)["rows"] == [{"model": "m", "sm_mhz": 1410}]
+    bench = gpu_timing.Bench(device=torch.device("cpu"), quick=True, deadline=float("inf"))
+    monkeypatch.setattr(gpu_timing, "_smi", lambda query: "1410 MHz")
+    saved: list[Any] = []
+    rows = gpu_check.run(bench, lambda result: saved.append(len(result["rows"])))["rows"]
+    assert rows == [{"model": "m", "sm_mhz": 1410}] and saved == [1]
+
+
+def test_an_export_that_fails_says_why_and_is_tried_unfused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[list[str]] = []
+
+    def export(arguments: list[str]) -> int:
+        tried.append(arguments)
+        print("a line", file=sys.stderr)
+        print("perception-export: no fused kernel", file=sys.stderr)
+        return 2
+
+    monkeypatch.setattr(gpu_engines, "export_main", export)
+    monkeypatch.setattr(gpu_engines, "import_module", lambda name: SimpleNamespace(check_device=id))
+    bench = gpu_timing.Bench(device=torch.device("cpu"), quick=True, deadline=0)
+    for backend, times in (("tensorrt", 2), ("onnxruntime", 1)):
+        tried.clear()
+        engine = gpu_engines.Engine(model="PE-Demo", backend=backend, precision="fp16")
+        with pytest.raises(ExportError, match=r"^perception-export: no fused kernel$"):
+            next(gpu_engines.engine_rows(bench, engine, tmp_path, {}))
+        assert ["--allow-unfused" in arguments for arguments in tried] == [False, True][:times]
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
