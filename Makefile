@@ -1,7 +1,7 @@
 # make demo   export the demo model, classify with it, draw its features (about a minute)
 # make test   lint, types and tests, as CI does
 # make lint   only the first two
-# make engines   TensorRT engines of whole encoders, as CI builds them too (a quarter of an hour)
+# make engines   TensorRT engines of whole encoders, as CI builds them too (20 minutes)
 #
 # Each installs what it needs into .venv first, and again only when pyproject.toml has changed.
 # Needs Python 3.11 or newer: `make PYTHON=python3.12 test` names another than python3.
@@ -27,7 +27,7 @@ test: lint
 	$(VENV)/bin/python -m pytest
 
 engines: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m slow tests/export/test_tensorrt.py -k whole_encoders
+	$(VENV)/bin/python -m pytest -m slow tests/export/test_tensorrt.py -k encoders
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check $(SOURCES)

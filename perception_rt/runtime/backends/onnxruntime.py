@@ -4,11 +4,12 @@ On a GPU, a decoder's caches are in the device's memory, and are bound there as 
 nothing of them is copied from step to step. Not verified on one yet.
 """
 
+import io
 import os
 import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,20 @@ def check_device(device: str) -> None:
     """BackendError unless the installed ONNX Runtime has the device; InputError if none has."""
     if device not in _PROVIDERS:
         raise InputError(f"unknown device {device!r:.40}; known are {', '.join(_PROVIDERS)}")
+    if device != "cpu":
+        _load_cuda()
     if device not in devices():
         raise BackendError(
             f"{_PROVIDERS[device][0]} is not in this ONNX Runtime; it has "
             f"{', '.join(ort.get_available_providers())}"
         )
+
+
+@cache
+def _load_cuda() -> None:
+    """Loads CUDA's libraries where pip put them, if it did: no search path leads there."""
+    with redirect_stdout(io.StringIO()):  # of what it does not find; others may be on the path
+        ort.preload_dlls(directory="")
 
 
 def open_session(
@@ -146,7 +156,10 @@ def open_session(
             session = ort.InferenceSession(
                 model,
                 options,
-                providers=[(name, _OPTIONS.get(name, {})) for name in _PROVIDERS[device]],
+                providers=[
+                    (name, _OPTIONS[name]) if name in _OPTIONS else name
+                    for name in _PROVIDERS[device]
+                ],
                 enable_fallback=0,  # its own, to the CPU, with a line on standard output
             )
     except Exception as error:
