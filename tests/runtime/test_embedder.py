@@ -16,6 +16,7 @@ from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import read_manifest
 from perception_rt.package.store import Stage
+from perception_rt.runtime.backends import onnxruntime
 
 
 def _images(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -206,6 +207,26 @@ def test_what_cannot_be_had_is_an_error(
     monkeypatch.setattr("perception_rt.runtime.backends.onnxruntime.check_device", lambda d: None)
     with pytest.raises(BackendError, match="int8 package for onnxruntime does not run on cuda"):
         prt.load(tiny_packages["int8"], device="cuda")
+
+
+def test_libraries_of_cuda_are_loaded_for_a_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From where pip put them; what ONNX Runtime prints of others is no news."""
+    looked: list[str] = []
+
+    def preload(*, directory: str) -> None:
+        looked.append(directory)
+        print("Failed to load libcudnn")
+
+    monkeypatch.setattr(onnxruntime.ort, "preload_dlls", preload)
+    onnxruntime._load_cuda.cache_clear()
+    onnxruntime.check_device("cpu")
+    assert not looked
+    for device in ("cuda", "tensorrt"):
+        with pytest.raises(BackendError, match="is not in this ONNX Runtime"):
+            onnxruntime.check_device(device)
+    assert looked == [""] and capsys.readouterr().out == ""
 
 
 def test_iterables_and_stacked_arrays_are_lists(engine) -> None:
