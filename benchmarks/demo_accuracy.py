@@ -1,7 +1,7 @@
 """`python benchmarks/demo_accuracy.py [--count N]`: how often PLM-Demo's engines are right.
 
 Exports the model in each precision, asks each about held-out scenes, and prints a table in
-Markdown. The digits are by writers that the model has not seen; see `training/questions.py`.
+Markdown. The digits are by writers that the model has not seen; see `training/demo/questions.py`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import perception_rt as prt
 from perception_rt.cli import export_main
-from training.questions import LEARNED, Record, held_out_record, is_right
+from training.demo.questions import LEARNED, Record, held_out_record, is_right
 
 # Of TensorRT the graphs, which its engines are built of, on the CPU.
 GRAPHS = ("--backend", "tensorrt", "--target", "none")

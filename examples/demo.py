@@ -17,9 +17,9 @@ from sklearn.datasets import load_sample_image
 import perception_rt
 from perception_rt.processing.pca import side_by_side
 from perception_rt.progress import Progress
-from training.digits import Bytes, Labels, held_out_digits
-from training.questions import LEARNED, Record, held_out_record, is_right
-from training.scenes import WORDS
+from training.demo.digits import Bytes, Labels, held_out_digits
+from training.demo.questions import LEARNED, Record, held_out_record, is_right
+from training.demo.scenes import WORDS
 
 OUT = Path("out/demo")
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -201,7 +201,7 @@ def test_imports_only_go_down() -> None:
         ("perception_rt.report", "perception_rt.cli.main", True),
         ("perception_rt.cli", "perception_rt.runtime.load.load", False),
         ("perception_rt", "perception_rt.runtime.load.load", False),
-        ("perception_rt.cli", "training.digits.held_out", True),
+        ("perception_rt.cli", "training.demo.digits.held_out", True),
         ("training.trainer", "perception_rt.export.build.export_package", True),
     ],
 )

@@ -113,8 +113,8 @@ print(json.dumps([
 def test_an_engine_classifies_and_embeds_without_torch(
     installed: Path, demo_package: Path, tmp_path: Path
 ) -> None:
-    from training.digits import held_out_digits
-    from training.scenes import WORDS
+    from training.demo.digits import held_out_digits
+    from training.demo.scenes import WORDS
 
     digits, labels = held_out_digits(32)
     names = [f"{i}.png" for i in range(20)]

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from perception_rt.errors import InputError, PerceptionError
-from training.checkpoint_files import find_checkpoint, read_recipe_of, saved_tensors, verify
-from training.config import InitConfig
+from training.checkpoint.files import find_checkpoint, read_recipe_of, saved_tensors, verify
 from training.distributed import process_group
-from training.tasks import make_task
+from training.recipe.schema import InitConfig
+from training.tasks.registry import make_task
 
 
 def consolidate(path: Path, out: Path) -> Path:

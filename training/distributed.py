@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from perception_rt.errors import InputError
-from training.config import ParallelConfig
+from training.recipe.schema import ParallelConfig
 
 _TIMEOUT = timedelta(minutes=10)  # of a message: the other ranks may be saving or reading
 

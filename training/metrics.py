@@ -19,11 +19,11 @@ from torch import nn
 
 from perception_rt.errors import InputError
 from perception_rt.models.plm import PerceptionLM
-from training.config import TrainConfig
 from training.distributed import Group
-from training.flops import Work, step_flops
-from training.state import write_text
-from training.task import Micro
+from training.model.export import write_text
+from training.planning.flops import Work, step_flops
+from training.recipe.schema import TrainConfig
+from training.tasks.task import Micro
 
 CLOCK = frozenset({"mfu", "memory_gib", "elapsed_s", "remaining_s"})
 _DURATIONS = ("elapsed_s", "remaining_s")

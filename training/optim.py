@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from perception_rt.errors import InputError
-from training.config import OptimConfig, ScheduleConfig
+from training.recipe.schema import OptimConfig, ScheduleConfig
 
 
 def build_optimizer(

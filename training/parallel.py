@@ -36,9 +36,9 @@ from torch.utils.checkpoint import (
 from perception_rt.errors import InputError
 from perception_rt.models.decoder import Decoder, DecoderLayer
 from perception_rt.models.layers import Block
-from training.config import ParallelConfig, TrainConfig
 from training.distributed import Group, average_gradients, build_mesh
-from training.task import Learner
+from training.recipe.schema import ParallelConfig, TrainConfig
+from training.tasks.task import Learner
 
 _PRODUCTS = frozenset(
     {

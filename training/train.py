@@ -12,10 +12,10 @@ from typing import NoReturn
 
 try:
     from perception_rt.errors import InputError, PerceptionError
-    from training.config import load_config
     from training.distributed import process_group
-    from training.plan import report
-    from training.tasks import make_task
+    from training.planning.memory import report
+    from training.recipe.schema import load_config
+    from training.tasks.registry import make_task
     from training.trainer import Trainer
 except ModuleNotFoundError as error:
     print(f'error: no module {error.name}; run `pip install -e ".[train]"` first', file=sys.stderr)

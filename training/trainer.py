@@ -20,14 +20,15 @@ import torch.distributed as dist
 from torch import nn
 
 from perception_rt.errors import PerceptionError
-from training import parallel, state
-from training.checkpoints import Checkpoints, full_weights
-from training.config import TrainConfig
+from training import parallel
+from training.checkpoint.store import Checkpoints, full_weights
 from training.distributed import Group, total
 from training.metrics import Meter, MetricsLog
+from training.model import export as state
 from training.optim import build_optimizer, learning_rate, set_learning_rate
+from training.recipe.schema import TrainConfig
 from training.signals import StopRequest, stop_requests
-from training.task import Micro, Task
+from training.tasks.task import Micro, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

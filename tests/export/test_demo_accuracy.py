@@ -7,8 +7,8 @@ import pytest
 
 import perception_rt as prt
 from perception_rt.cli import export_main
-from training.digits import held_out, held_out_digits
-from training.scenes import WORDS, draw_all
+from training.demo.digits import held_out, held_out_digits
+from training.demo.scenes import WORDS, draw_all
 
 TEMPLATES = ["a photo of the handwritten digit {}", "a handwritten {}"]
 # Of TensorRT the graphs, which its engines are built of, on the CPU.

@@ -11,7 +11,7 @@ from benchmarks.demo_accuracy import PRECISIONS, request
 from perception_rt.cli import export_main
 from perception_rt.demo import language_model_path
 from perception_rt.plm_config import PlmConfig
-from training.questions import LEARNED, held_out_record, is_right
+from training.demo.questions import LEARNED, held_out_record, is_right
 
 COUNT = 40
 ROUNDED = ("int8", "int4", "fp8")

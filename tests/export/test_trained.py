@@ -13,10 +13,10 @@ from perception_rt.models.plm import PerceptionLM
 from perception_rt.processing.image import normalize
 from perception_rt.processing.prompt import Tiles, Turn, encode_prompt
 from perception_rt.processing.tiles import TileSpec, load_tiles
-from training.config import load_config
+from training.demo.questions import record
 from training.distributed import process_group
-from training.language import LanguageTask
-from training.questions import record
+from training.recipe.schema import load_config
+from training.tasks.language import LanguageTask
 from training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[2] / "training" / "configs" / "plm_demo_stage2.yaml"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from jobs import EXACT, finish
 
-from training.config import TrainConfig, load_config
+from training.recipe.schema import TrainConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "training" / "configs" / "pe_tiny.yaml"

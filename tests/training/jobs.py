@@ -17,11 +17,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from training import checkpoint_files
-from training.checkpoint_files import LAST, step_name
-from training.config import TrainConfig
+from training.checkpoint import files
+from training.checkpoint.files import LAST, step_name
 from training.distributed import process_group
-from training.tasks import make_task
+from training.recipe.schema import TrainConfig
+from training.tasks.registry import make_task
 from training.train import main
 from training.trainer import Trainer
 
@@ -172,14 +172,14 @@ def _watch_checkpoints(faults: Faults) -> None:
     name = step_name(faults.kill_step)
 
     def kill(moment: str, function: str, when: Callable[..., bool]) -> None:
-        original = getattr(checkpoint_files, function)
+        original = getattr(files, function)
 
         def watched(*arguments: Any) -> Any:
             if faults.kill_at == moment and when(*arguments):
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments)
 
-        setattr(checkpoint_files, function, watched)
+        setattr(files, function, watched)
 
     kill("shard", "entry_of", lambda path: name in path.parent.name)
     kill("rename", "_sync", lambda path: path.name == f".{name}.tmp")

@@ -10,13 +10,13 @@ from jobs import EXACT, GO_ON, checkpoints, finish, run_here
 from safetensors.torch import load_file
 
 from perception_rt.errors import CheckpointError, InputError
-from training import checkpoint_files
-from training.checkpoint_files import names_of
-from training.config import TrainConfig
+from training.checkpoint import files
+from training.checkpoint.files import names_of
 from training.consolidate import main as consolidate
 from training.distributed import process_group
-from training.state import load_weights
-from training.tasks import make_task
+from training.model.export import load_weights
+from training.recipe.schema import TrainConfig
+from training.tasks.registry import make_task
 from training.train import main
 from training.trainer import Trainer
 
@@ -108,7 +108,7 @@ def test_trn_03_without_a_whole_checkpoint_nothing_starts(tiny: Tiny) -> None:
         run_here(config)
     assert len(names_of(checkpoints(config))) == 2
     for name in names_of(checkpoints(config)):
-        checkpoint_files.discard(checkpoints(config) / name)
+        files.discard(checkpoints(config) / name)
     with pytest.raises(CheckpointError, match="had checkpoints and has none"):
         run_here(config)
 
@@ -186,7 +186,7 @@ def test_what_cannot_be_consolidated_is_named(
     assert consolidate([run, str(tmp_path / "out")]) == 1
     assert "bytes, not" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    checkpoint_files.discard(folder)
+    files.discard(folder)
     assert consolidate([run, str(tmp_path / "out")]) == 2
     assert "names 'step_0000000002', which is not there" in capsys.readouterr().err
 

@@ -18,9 +18,9 @@ from jobs import EXACT, GO_ON, SAVE, Faults, checkpoints, finish, names, run_her
 from safetensors.torch import load_file
 
 from perception_rt.errors import CheckpointError
-from training import checkpoint_files
-from training.checkpoint_files import names_of
-from training.config import TrainConfig
+from training.checkpoint import files
+from training.checkpoint.files import names_of
+from training.recipe.schema import TrainConfig
 from training.signals import stop_requests
 from training.trainer import Trainer
 
@@ -117,13 +117,13 @@ def test_a_save_leaves_the_training_thread_alone(
     going_on = threading.Event()
     threads = []
 
-    def entry_of(path: Path) -> checkpoint_files.FileEntry:
+    def entry_of(path: Path) -> files.FileEntry:
         threads.append(threading.current_thread())
         assert going_on.wait(30)  # until a step after the save is done
         return original(path)
 
-    original = checkpoint_files.entry_of
-    monkeypatch.setattr(checkpoint_files, "entry_of", entry_of)
+    original = files.entry_of
+    monkeypatch.setattr(files, "entry_of", entry_of)
     config = tiny("schedule.steps=4", "run.save_every=3")
     step = Trainer.step
 
@@ -207,7 +207,7 @@ def test_trn_04_a_signal_saves_and_a_second_one_ends_at_once(tmp_path: Path, who
     assert job.wait(10) == [0]
     assert time.monotonic() - began < 10
     done = max(steps(out_dir))
-    assert names_of(out_dir / "checkpoints") == [checkpoint_files.step_name(done)]
+    assert names_of(out_dir / "checkpoints") == [files.step_name(done)]
     assert 3 <= done < 20
     assert not (out_dir / "model.safetensors").exists()
     job = start(out_dir, GO_ON, faults=[Faults(pause=5)])
@@ -297,8 +297,8 @@ def test_trn_05_a_full_disk_at_the_manifest_is_one_clear_error(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, text)
 
-    original = checkpoint_files.write_text
-    monkeypatch.setattr(checkpoint_files, "write_text", full)
+    original = files.write_text
+    monkeypatch.setattr(files, "write_text", full)
     config = tiny("schedule.steps=9", "run.save_every=1")
     with pytest.raises(CheckpointError) as caught:
         run_here(config)

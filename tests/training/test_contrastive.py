@@ -17,11 +17,11 @@ from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.errors import InputError
 from perception_rt.models.pe import PerceptionEncoder
 from training import parallel
-from training.config import ContrastiveConfig, load_config
-from training.contrastive import ContrastiveLearner, ContrastiveTask, SigmoidEncoder
-from training.data import Pair, collate_pairs, pool_frames
+from training.data.pair_batch import Pair, collate_pairs, pool_frames
 from training.distributed import Group, process_group
-from training.losses import contrastive_loss, sigmoid_loss
+from training.recipe.schema import ContrastiveConfig, load_config
+from training.tasks.contrastive import ContrastiveLearner, ContrastiveTask, SigmoidEncoder
+from training.tasks.losses import contrastive_loss, sigmoid_loss
 from training.trainer import Trainer
 
 TINY = Path(__file__).parents[2] / "training" / "configs" / "pe_tiny.yaml"

@@ -12,12 +12,12 @@ from perception_rt.errors import InputError, PerceptionError
 from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
 from perception_rt.processing.prompt import Tiles, Turn, encode_prompt, place_media
 from perception_rt.processing.tiles import TileSpec, load_tiles
-from training.config import DatasetConfig, LanguageDataConfig
-from training.conversations import ConversationSource
+from training.data.conversations import ConversationSource
+from training.data.loader import LaneStream
+from training.data.packing import IGNORED
+from training.data.records import SampleError, read_record
 from training.distributed import process_group
-from training.packing import IGNORED
-from training.records import SampleError, read_record
-from training.stream import LaneStream
+from training.recipe.schema import DatasetConfig, LanguageDataConfig
 
 TOKENIZER = open_tokenizer(TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=400))
 PER_TILE = 4

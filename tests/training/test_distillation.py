@@ -13,12 +13,12 @@ from perception_rt.checkpoint.write import save_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError, InputError
 from perception_rt.models.pe import PerceptionEncoder
-from training.config import DistillationConfig, load_config
-from training.data import Pair, collate_pairs
-from training.distillation import DistillationTask, cosines, load_teacher, see
+from training.data.pair_batch import Pair, collate_pairs
 from training.distributed import Group, process_group
+from training.model.init import draw
+from training.recipe.schema import DistillationConfig, load_config
+from training.tasks.distillation import DistillationTask, cosines, load_teacher, see
 from training.trainer import Trainer
-from training.weights import draw
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 Build = Callable[..., DistillationConfig]

@@ -10,11 +10,11 @@ from perception_rt.errors import InputError
 from perception_rt.models.plm import PerceptionLM
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 from training import parallel
-from training.config import LoraConfig, ParallelConfig
 from training.distributed import process_group
-from training.lora import add_updates, is_update, merged
-from training.task import Learner
-from training.weights import draw
+from training.model.init import draw
+from training.model.lora import add_updates, is_update, merged
+from training.recipe.schema import LoraConfig, ParallelConfig
+from training.tasks.task import Learner
 
 ALL = (
     "wq", "wk", "wv", "wo", "w1", "w2", "w3", "projector.0", "projector.2",

@@ -6,9 +6,9 @@ import pytest
 
 import perception_rt as prt
 from perception_rt.cli import export_main
-from training.questions import held_out_record, is_right
+from training.demo.questions import held_out_record, is_right
+from training.demo.write_questions import write
 from training.train import main
-from training.write_questions import write
 
 ROOT = Path(__file__).parents[2]
 ASKED = 450

@@ -9,10 +9,10 @@ from torch import nn
 
 from perception_rt.archs import PLM_MODELS
 from perception_rt.models.plm import PerceptionLM
-from training.config import RunConfig, ScheduleConfig, TrainConfig
 from training.distributed import Group
-from training.flops import Work, step_flops
 from training.metrics import CLOCK, Meter
+from training.planning.flops import Work, step_flops
+from training.recipe.schema import RunConfig, ScheduleConfig, TrainConfig
 
 
 @dataclass(frozen=True)

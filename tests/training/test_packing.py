@@ -8,9 +8,9 @@ import torch
 
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.tiles import TileSpec
-from training.config import DatasetConfig, LanguageConfig, LanguageDataConfig, RunConfig
-from training.language import LanguageLearner
-from training.packing import IGNORED, PADDING, Sample, collate
+from training.data.packing import IGNORED, PADDING, Sample, collate
+from training.recipe.schema import DatasetConfig, LanguageConfig, LanguageDataConfig, RunConfig
+from training.tasks.language import LanguageLearner
 
 IMAGE, VOCAB, PER_TILE, SIDE = 60, 64, 4, 8
 MODEL = PlmConfig.from_dict(

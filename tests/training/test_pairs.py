@@ -16,11 +16,11 @@ from perception_rt.config import PeConfig
 from perception_rt.errors import InputError, PerceptionError
 from perception_rt.processing.clip_bpe import ClipTokenizer
 from perception_rt.processing.image import ImageSpec, load_image
-from training.config import load_config
-from training.config_pairs import PairDataConfig
-from training.data import Pair, collate_pairs
+from training.data.pair_batch import Pair, collate_pairs
+from training.data.pairs import Index, PairSource, Tar, crop_box, expand, pair_stream
 from training.distributed import Group
-from training.pairs import Index, PairSource, Tar, crop_box, expand, pair_stream
+from training.recipe.pairs import PairDataConfig
+from training.recipe.schema import load_config
 
 TINY = Path(__file__).parents[2] / "training" / "configs" / "pe_tiny.yaml"
 SIZE = 16

@@ -26,17 +26,18 @@ from torch.nn.attention.flex_attention import flex_attention
 from perception_rt.errors import InputError
 from perception_rt.models.layers import sdpa_attention
 from perception_rt.processing.tiles import TileSpec
-from training import kernels, parallel
-from training.config import LanguageConfig, load_config
-from training.config_tree import build
+from training import parallel
+from training.data.loader import LaneStream, Read
+from training.data.packing import IGNORED, LanguageBatch, Sample, collate
 from training.distributed import Group, average_gradients, build_mesh, process_group
-from training.language import LanguageLearner
-from training.packing import IGNORED, LanguageBatch, Sample, collate
-from training.stream import LaneStream, Read
-from training.task import Learner, Task
-from training.tasks import make_task
+from training.model import attention
+from training.model.init import draw
+from training.recipe.schema import LanguageConfig, load_config
+from training.recipe.tree import build
+from training.tasks.language import LanguageLearner
+from training.tasks.registry import make_task
+from training.tasks.task import Learner, Task
 from training.trainer import Trainer
-from training.weights import draw
 
 ROOT = Path(__file__).parents[2]
 LANES, LENGTH, IMAGE_TOKEN, TILE = 8, 40, 300, 16
@@ -415,15 +416,15 @@ def attention_inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expected_attention() -> Tensor:
-    mask = kernels.sdpa_document_mask(DOCUMENTS)
+    mask = attention.sdpa_document_mask(DOCUMENTS)
     return sdpa_attention(*attention_inputs(), heads=4, kv_heads=2, causal=True, mask=mask)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_keeps_documents_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_compiled_flex", lambda: flex_attention)
-    mask = kernels.flex_document_mask(DOCUMENTS)
-    found = kernels.flex_document_attention(
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    mask = attention.flex_document_mask(DOCUMENTS)
+    found = attention.flex_document_attention(
         *attention_inputs(), heads=4, kv_heads=2, causal=True, mask=mask
     )
     torch.testing.assert_close(found, expected_attention())
@@ -447,9 +448,9 @@ def test_xformers_is_given_documents_in_one_sequence(monkeypatch: pytest.MonkeyP
     bias.BlockDiagonalCausalMask = SimpleNamespace(from_seqlens=list)  # type: ignore[attr-defined]
     for module in (ModuleType("xformers"), ops, ModuleType("xformers.ops.fmha"), bias):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    mask = kernels.xformers_document_mask(DOCUMENTS)
+    mask = attention.xformers_document_mask(DOCUMENTS)
     assert mask == [3, 2, 1, 2, 2, 6]
-    found = kernels.xformers_document_attention(
+    found = attention.xformers_document_attention(
         *attention_inputs(), heads=4, kv_heads=2, causal=True, mask=mask
     )
     torch.testing.assert_close(found, expected_attention())
@@ -458,12 +459,12 @@ def test_xformers_is_given_documents_in_one_sequence(monkeypatch: pytest.MonkeyP
 def test_kernels_of_the_gpu_are_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("flex", "xformers"):
         with pytest.raises(InputError, match=f"{name} trains on a GPU only"):
-            kernels.get_kernel(name, "cpu")
+            attention.get_kernel(name, "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install xformers"):
-        kernels.get_kernel("xformers", "auto")
-    assert kernels.get_kernel("flex", "auto").attention is kernels.flex_document_attention
+        attention.get_kernel("xformers", "auto")
+    assert attention.get_kernel("flex", "auto").attention is attention.flex_document_attention
 
 
 @pytest.mark.slow

@@ -25,7 +25,19 @@ from perception_rt.models.layers import (
 from perception_rt.models.plm import PerceptionLM
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 from training import parallel
-from training.config import (
+from training.distributed import process_group
+from training.model.lora import add_updates
+from training.planning.flops import Work, step_flops
+from training.planning.memory import (
+    GIB,
+    Planner,
+    full_rows,
+    kept_bytes,
+    make_plan,
+    planned_model,
+    report,
+)
+from training.recipe.schema import (
     DatasetConfig,
     LanguageConfig,
     LanguageDataConfig,
@@ -34,11 +46,7 @@ from training.config import (
     RunConfig,
     load_config,
 )
-from training.distributed import process_group
-from training.flops import Work, step_flops
-from training.lora import add_updates
-from training.plan import GIB, Planner, full_rows, kept_bytes, make_plan, planned_model, report
-from training.task import Learner
+from training.tasks.task import Learner
 from training.train import main
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -200,11 +208,11 @@ def test_a_step_is_cut_into_as_few_parts_as_fit(monkeypatch: pytest.MonkeyPatch)
     planner = Planner(recipe())
     assert make_plan(planner, 2).accumulation == 1
     two_rows = planner.memory(2, 4, 2).total
-    monkeypatch.setattr("training.plan.MEMORY", two_rows / 0.9 + 1)
+    monkeypatch.setattr("training.planning.memory.MEMORY", two_rows / 0.9 + 1)
     plan = make_plan(planner, 2)
     assert (plan.accumulation, plan.rows, plan.fits) == (4, 2, True)
     assert plan.memory.total == two_rows
-    monkeypatch.setattr("training.plan.MEMORY", 1)
+    monkeypatch.setattr("training.planning.memory.MEMORY", 1)
     plan = make_plan(planner, 2)
     assert (plan.accumulation, plan.rows, plan.fits) == (8, 1, False)
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from perception_rt.errors import InputError
 from training.metrics import MetricsLog
+from training.model.export import METRICS_FILE
 from training.plot import main, read_curves
-from training.state import METRICS_FILE
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's first two lines
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from training import questions
-from training.digits import training_digits
-from training.questions import LEARNED, held_out_record, is_right, record
+from training.demo import questions
+from training.demo.digits import training_digits
+from training.demo.questions import LEARNED, held_out_record, is_right, record
 
 
 def exchanges(found: questions.Record) -> list[tuple[str, str]]:

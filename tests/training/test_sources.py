@@ -17,8 +17,8 @@ from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.models.plm import PerceptionLM
 from perception_rt.models.vision import resize_positions
 from perception_rt.plm_config import DecoderConfig, PlmConfig
-from training.config import InitConfig
-from training.sources import Sources
+from training.model.pretrained import Sources
+from training.recipe.schema import InitConfig
 
 ENCODER = PeConfig(
     vision=VisionConfig(

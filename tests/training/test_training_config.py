@@ -7,7 +7,7 @@ import pytest
 
 from perception_rt.archs import PLM_MODELS
 from perception_rt.errors import InputError
-from training.config import load_config
+from training.recipe.schema import load_config
 from training.train import main
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from perception_rt.config import PeConfig
 from perception_rt.demo import config_path, weights_path
 from perception_rt.models.pe import PerceptionEncoder
-from training.digits import held_out
-from training.evaluation import evaluate
-from training.state import load_weights
+from training.demo.digits import held_out
+from training.demo.zero_shot import evaluate
+from training.model.export import load_weights
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from training import digits, scenes
-from training.config import ContrastiveConfig
-from training.data import DigitSource, validation_digits
+from training.data.pair_batch import DigitSource, validation_digits
+from training.demo import digits, scenes
+from training.recipe.schema import ContrastiveConfig
 
 
 def rows_of(part: digits.Digits) -> set[bytes]:

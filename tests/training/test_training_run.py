@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from perception_rt.errors import InputError, PerceptionError
-from training.config import TrainConfig, load_config
-from training.contrastive import ContrastiveLearner
-from training.data import PairBatch
-from training.digits import training_digits
+from training.data.pair_batch import PairBatch
+from training.demo.digits import training_digits
+from training.demo.zero_shot import evaluate
 from training.distributed import Group, process_group
-from training.evaluation import evaluate
-from training.losses import contrastive_loss
 from training.metrics import CLOCK, MetricsLog
+from training.model.export import load_weights
 from training.optim import build_optimizer, decays, learning_rate, set_learning_rate
-from training.state import load_weights
-from training.tasks import make_task
+from training.recipe.schema import TrainConfig, load_config
+from training.tasks.contrastive import ContrastiveLearner
+from training.tasks.losses import contrastive_loss
+from training.tasks.registry import make_task
 from training.train import main
 from training.trainer import Trainer
 

@@ -1,11 +1,16 @@
 """Which task a recipe means."""
 
 from perception_rt.errors import InputError
-from training.config import ContrastiveConfig, DistillationConfig, LanguageConfig, TrainConfig
-from training.contrastive import ContrastiveTask
-from training.distillation import DistillationTask
-from training.language import LanguageTask
-from training.task import Task
+from training.recipe.schema import (
+    ContrastiveConfig,
+    DistillationConfig,
+    LanguageConfig,
+    TrainConfig,
+)
+from training.tasks.contrastive import ContrastiveTask
+from training.tasks.distillation import DistillationTask
+from training.tasks.language import LanguageTask
+from training.tasks.task import Task
 
 
 def make_task(config: TrainConfig) -> Task:

@@ -14,18 +14,18 @@ from torch import Tensor
 from perception_rt.models.plm import PerceptionLM
 from perception_rt.processing.llm_tokenizer import detect_tokenizer, open_tokenizer
 from perception_rt.processing.tiles import TileSpec
-from training import lora
-from training.config import LanguageConfig
-from training.conversations import ConversationSource, collator
+from training.data.conversations import ConversationSource, collator
+from training.data.loader import LaneStream
+from training.data.packing import IGNORED, LanguageBatch
+from training.demo.zero_shot import assistant_loss
 from training.distributed import Group
-from training.evaluation import assistant_loss
-from training.kernels import get_kernel
-from training.packing import IGNORED, LanguageBatch
-from training.sources import Sources
-from training.state import export_language_model
-from training.stream import LaneStream
-from training.task import Learner, Task
-from training.weights import draw
+from training.model import lora
+from training.model.attention import get_kernel
+from training.model.export import export_language_model
+from training.model.init import draw
+from training.model.pretrained import Sources
+from training.recipe.schema import LanguageConfig
+from training.tasks.task import Learner, Task
 
 HEAD_ROWS = 2048  # labelled tokens that go through the head at once; see docs/training-plan.md
 

@@ -1,4 +1,4 @@
-"""`python training/write_questions.py SET COUNT FOLDER`: questions about scenes as a jsonl dataset.
+"""`python training/demo/write_questions.py SET COUNT FOLDER`: questions about scenes as a jsonl dataset.
 
 `FOLDER/SET.jsonl` and images as PNG files beside it, in the schema that `data.datasets` reads: what
 a user's own data looks like.
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from perception_rt.errors import PerceptionError
-from training.questions import record
+from training.demo.questions import record
 
 _SEED = 11
 

@@ -1,10 +1,10 @@
-"""Sections of the recipes of Perception Encoders: `training/config.py` has the whole trees."""
+"""Sections of the recipes of Perception Encoders: `training/recipe/schema.py` has the whole trees."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from perception_rt.config import PeConfig
-from training.config_tree import require
+from training.recipe.tree import require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +13,7 @@ class PairDataConfig:
 
     Attributes:
         dataset: `digits` are handwritten digits in synthetic scenes, made as they are needed;
-            `jsonl` and `webdataset` are files (`training/pairs.py`).
+            `jsonl` and `webdataset` are files (`training/data/pairs.py`).
         path: of the files, or a pattern such as `shards-{000..007}.tar` or `part-*.jsonl`.
         root: the folder that paths in jsonl files start from.
         batch_size: samples per step over all ranks; every rank takes an equal share.

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from perception_rt.errors import CheckpointError, InputError
-from training.checkpoint_files import (
+from training.checkpoint.files import (
     FOLDER,
     LAST,
     FileEntry,
@@ -40,11 +40,11 @@ from training.checkpoint_files import (
     temporary_of,
     verify,
 )
-from training.config import TrainConfig
-from training.config_tree import leaves
+from training.data.loader import LaneStream
 from training.distributed import Group
-from training.stream import LaneStream
-from training.task import Learner
+from training.recipe.schema import TrainConfig
+from training.recipe.tree import leaves
+from training.tasks.task import Learner
 
 # What changes no result, or its rounding only.
 _FREE = ("run.", "parallel.", "optim.accumulation", "optim.stop_above")

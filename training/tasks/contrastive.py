@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from perception_rt.checkpoint.source import WeightSource, open_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.models.pe import PerceptionEncoder
-from training.config import ContrastiveConfig
-from training.data import Pair, PairBatch, pool_frames, validation_digits
+from training.data.loader import LaneStream
+from training.data.pair_batch import Pair, PairBatch, pool_frames, validation_digits
+from training.data.pairs import pair_stream
+from training.demo.zero_shot import evaluate
 from training.distributed import Group
-from training.evaluation import evaluate
-from training.losses import contrastive_loss, sigmoid_loss
-from training.pairs import pair_stream
-from training.state import export_encoder
-from training.stream import LaneStream
-from training.task import Learner, Task
-from training.weights import draw
+from training.model.export import export_encoder
+from training.model.init import draw
+from training.recipe.schema import ContrastiveConfig
+from training.tasks.losses import contrastive_loss, sigmoid_loss
+from training.tasks.task import Learner, Task
 
 MAX_LOGIT_SCALE = math.log(100.0)
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)

@@ -17,7 +17,7 @@ from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
-from training.config import LanguageConfig
+from training.recipe.schema import LanguageConfig
 
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"

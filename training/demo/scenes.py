@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.digits import Bytes, Digits, Floats, Labels, Placement, ink_mask
+from training.demo.digits import Bytes, Digits, Floats, Labels, Placement, ink_mask
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
 from perception_rt.errors import CheckpointError, InputError
-from training.config import load_config
-from training.state import RECIPE_FILE, write_text
+from training.model.export import RECIPE_FILE, write_text
+from training.recipe.schema import load_config
 
 FOLDER = "checkpoints"  # of a run's folder
 LAST = "LAST"  # the file beside checkpoints that names the newest

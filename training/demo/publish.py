@@ -1,4 +1,4 @@
-"""`python training/publish_demo.py RUN_DIR`: makes a run's weights the demo model of its kind.
+"""`python training/demo/publish.py RUN_DIR`: makes a run's weights the demo model of its kind.
 
 Rounds the weights to float16 and writes them into `perception_rt/demo`. An encoder is read back and
 measured on the held-out digits, as CARD.md reports; a language model is measured through its
@@ -21,10 +21,10 @@ from perception_rt.demo import language_model_path, weights_path
 from perception_rt.errors import PerceptionError
 from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.processing.clip_bpe import ClipTokenizer
-from training.digits import held_out, held_out_digits
-from training.evaluation import classify, confusion, evaluate
-from training.scenes import digit_prompts
-from training.state import WEIGHTS_FILE, export_encoder, load_weights
+from training.demo.digits import held_out, held_out_digits
+from training.demo.scenes import digit_prompts
+from training.demo.zero_shot import classify, confusion, evaluate
+from training.model.export import WEIGHTS_FILE, export_encoder, load_weights
 
 
 def report(model: PerceptionEncoder) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python training/demo_tokenizer.py FILE`: trains the PLM demo's SentencePiece model.
+"""`python training/demo/tokenizer.py FILE`: trains the PLM demo's SentencePiece model.
 
 The text is that of the demo's own questions and answers. Digits are pieces of their own, and bytes
 stand for whatever else a user may type. Reproducible: the text depends on a fixed seed.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from perception_rt.processing.llm_vocabulary import CONTROLS
 from perception_rt.processing.prompt import SYSTEM
-from training.questions import LEARNED, record
+from training.demo.questions import LEARNED, record
 
 VOCAB_SIZE = 512
 _SAMPLES = 400  # of each set

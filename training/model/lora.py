@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perception_rt.errors import InputError
 from perception_rt.models.layers import Rope, SelfAttention
-from training.config import LoraConfig
+from training.recipe.schema import LoraConfig
 
 _A, _B = "lora_a", "lora_b"
 _PACKED = "in_proj"  # a `SelfAttention`'s own matrix, among names of layers

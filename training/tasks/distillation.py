@@ -19,15 +19,15 @@ from perception_rt.checkpoint.source import WeightSource, open_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.models.vision import VisionTower
-from training.config import DistillationConfig
-from training.config_pairs import DistillationLossConfig, TeacherConfig
-from training.data import Pair, PairBatch, pool_frames
+from training.data.loader import LaneStream
+from training.data.pair_batch import Pair, PairBatch, pool_frames
+from training.data.pairs import pair_stream
 from training.distributed import Group
-from training.pairs import pair_stream
-from training.state import export_encoder
-from training.stream import LaneStream
-from training.task import Learner, Task
-from training.weights import draw
+from training.model.export import export_encoder
+from training.model.init import draw
+from training.recipe.pairs import DistillationLossConfig, TeacherConfig
+from training.recipe.schema import DistillationConfig
+from training.tasks.task import Learner, Task
 
 _HEADS = ("embedding_head.", "token_head.")
 _POOL = ("visual.attn_pool.", "visual.proj")

@@ -14,13 +14,13 @@ import yaml
 from perception_rt.config import PeConfig
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.tiles import TileMode
-from training.config_pairs import (
+from training.recipe.pairs import (
     DistillationLossConfig,
     PairDataConfig,
     ResolutionConfig,
     TeacherConfig,
 )
-from training.config_tree import build, read_recipe, require
+from training.recipe.tree import build, read_recipe, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +224,7 @@ class DatasetConfig:
 
     Attributes:
         annotation: a jsonl file, a directory of `*.jsonl`, or `scenes:NAME` for a set of questions
-            about synthetic scenes, made as they are needed (`training/questions.py`).
+            about synthetic scenes, made as they are needed (`training/demo/questions.py`).
         root: the folder that paths of images and videos start from.
     """
 

@@ -22,7 +22,7 @@ from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.models.vision import resize_positions
 from perception_rt.plm_config import PlmConfig
-from training.config import InitConfig
+from training.recipe.schema import InitConfig
 
 _TOWER = "vision_model."
 _PROJECTOR = "vision_projector."

@@ -18,12 +18,12 @@ from perception_rt.processing.llm_tokenizer import Tokenizer
 from perception_rt.processing.llm_vocabulary import IMAGE
 from perception_rt.processing.prompt import encode_transcript
 from perception_rt.processing.tiles import TileSpec
-from training.config import DatasetConfig, LanguageDataConfig
-from training.jsonl import JsonLines
-from training.mix import Mix, parse_mix, shuffled
-from training.packing import IGNORED, LanguageBatch, Sample, collate
-from training.records import SampleError, read_record
-from training.stream import Read
+from training.data.jsonl import JsonLines
+from training.data.loader import Read
+from training.data.mixture import Mix, parse_mix, shuffled
+from training.data.packing import IGNORED, LanguageBatch, Sample, collate
+from training.data.records import SampleError, read_record
+from training.recipe.schema import DatasetConfig, LanguageDataConfig
 
 _SCENES = "scenes:"
 _MOST_BAD = 1000  # samples one after the other, without a usable one
@@ -215,7 +215,7 @@ class _Scenes:
 
     def __init__(self, name: str, scenes: str, seed: int, *, validation: bool) -> None:
         # Here, because they need scikit-learn, and jsonl datasets do not.
-        from training import questions
+        from training.demo import questions
 
         self.name = name
         self._record = lambda rank: questions.record(scenes, seed, rank, validation=validation)

@@ -12,8 +12,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from training.data.loader import LaneStream
 from training.distributed import Group
-from training.stream import LaneStream
 
 
 class Micro(Protocol):

@@ -38,10 +38,10 @@ from perception_rt.models.layers import (
     sdpa_attention,
 )
 from perception_rt.models.plm import PerceptionLM
-from training import lora
-from training.config import LanguageConfig, TrainConfig
-from training.flops import Flops, Work, step_flops
-from training.language import HEAD_ROWS, is_trained
+from training.model import lora
+from training.planning.flops import Flops, Work, step_flops
+from training.recipe.schema import LanguageConfig, TrainConfig
+from training.tasks.language import HEAD_ROWS, is_trained
 
 GIB = 2**30
 MEMORY = 80 * GIB  # of an H100

@@ -14,8 +14,8 @@ import numpy as np
 
 from perception_rt.errors import InputError
 from perception_rt.processing.boxes import Box, format_box, parse_boxes
-from training.digits import Bytes, Digits, Placement, held_out, ink_mask, training_digits
-from training.scenes import COLORS
+from training.demo.digits import Bytes, Digits, Placement, held_out, ink_mask, training_digits
+from training.demo.scenes import COLORS
 
 IMAGE_SIZE = 64
 MOST_DIGITS = 6

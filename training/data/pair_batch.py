@@ -19,10 +19,10 @@ from torch import Tensor
 from perception_rt.config import PeConfig
 from perception_rt.processing.clip_bpe import ClipTokenizer
 from perception_rt.processing.image import ImageSpec, normalize, resize_image
-from training.config_pairs import PairDataConfig
-from training.digits import Bytes, Digits, training_digits
-from training.scenes import caption, draw_page, draw_scene
-from training.stream import Read
+from training.data.loader import Read
+from training.demo.digits import Bytes, Digits, training_digits
+from training.demo.scenes import caption, draw_page, draw_scene
+from training.recipe.pairs import PairDataConfig
 
 Sizes = Callable[[int], tuple[int, ...]]
 """From a step to the sides in pixels that its images are wanted in: the model's, then others'."""

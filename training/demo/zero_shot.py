@@ -13,15 +13,15 @@ from torch import Tensor
 
 from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.processing.clip_bpe import ClipTokenizer
-from training.config import LanguageDataConfig
-from training.data import to_pixels
-from training.digits import Bytes, Digits, Labels, plain_image
-from training.packing import collate
-from training.scenes import digit_prompts, draw_all, ink_prompts
+from training.data.packing import collate
+from training.data.pair_batch import to_pixels
+from training.demo.digits import Bytes, Digits, Labels, plain_image
+from training.demo.scenes import digit_prompts, draw_all, ink_prompts
+from training.recipe.schema import LanguageDataConfig
 
 if TYPE_CHECKING:
-    from training.conversations import ConversationSource
-    from training.language import LanguageLearner
+    from training.data.conversations import ConversationSource
+    from training.tasks.language import LanguageLearner
 
 _CHUNK = 256
 _SCENE_SEED = 20_000_003  # of evaluation scenes; they are the same in every run

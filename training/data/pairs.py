@@ -35,9 +35,8 @@ from perception_rt.errors import InputError, PerceptionError
 from perception_rt.limits import DEFAULT_LIMITS
 from perception_rt.processing.image import decode_image, resize_image
 from perception_rt.processing.video import load_video
-from training.config import RunConfig
-from training.config_pairs import PairDataConfig
-from training.data import (
+from training.data.loader import LaneStream, Read
+from training.data.pair_batch import (
     Captions,
     DigitSource,
     Pair,
@@ -47,7 +46,8 @@ from training.data import (
     square,
 )
 from training.distributed import Group
-from training.stream import LaneStream, Read
+from training.recipe.pairs import PairDataConfig
+from training.recipe.schema import RunConfig
 
 Index = NDArray[np.int64]
 

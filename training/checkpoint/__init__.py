@@ -1,0 +1,1 @@
+"""Checkpoints of a training run: written whole, found, read back."""

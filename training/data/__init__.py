@@ -1,0 +1,1 @@
+"""Training data: reading, packing and mixing samples by lane and position."""

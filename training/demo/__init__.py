@@ -1,0 +1,1 @@
+"""The demo models: their data, tokenizer, evaluation and publishing."""

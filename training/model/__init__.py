@@ -1,0 +1,1 @@
+"""The model under training: attention kernels, LoRA, initial weights, export of weights."""

@@ -1,0 +1,1 @@
+"""Memory, operations and time of a run, estimated before it starts."""
