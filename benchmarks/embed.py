@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 try:
+    from benchmarks.encoder.report import markdown, summarize
+    from benchmarks.encoder.runners import rows_for
+    from benchmarks.encoder.worker import run_task
     from benchmarks.flops import vision_macs
     from benchmarks.machine import environment
-    from benchmarks.report import markdown, summarize
-    from benchmarks.rows import rows_for
-    from benchmarks.worker import run_task
     from perception_rt.archs import get_config
     from perception_rt.errors import InputError, PerceptionError
     from perception_rt.targets import check_precision, get_target

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 try:
-    from benchmarks.generate_decoders import PEERS, Row, engine_row
-    from benchmarks.generate_prepare import PACKAGE_DIRECTORY, photo_path
-    from benchmarks.generate_report import (
+    from benchmarks.encoder.worker import run_task as run_limits
+    from benchmarks.generation.prepare import PACKAGE_DIRECTORY, photo_path
+    from benchmarks.generation.report import (
         again_record,
         decoder_records,
         guess_records,
@@ -32,9 +32,9 @@ try:
         ratio_records,
         together_records,
     )
-    from benchmarks.generate_worker import run_task
+    from benchmarks.generation.runners import PEERS, Row, engine_row
+    from benchmarks.generation.worker import run_task
     from benchmarks.machine import environment
-    from benchmarks.worker import run_task as run_limits
     from perception_rt.archs import get_config
     from perception_rt.errors import BackendError, InputError, PerceptionError
     from perception_rt.package.manifest import Content

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_engines import DEMOS, Engine, engine_rows
-from benchmarks.gpu_timing import Bench, Row, gpu_state, limits, sm_clock
-from benchmarks.gpu_torch import decoder_rows, tower_rows
+from benchmarks.gpu.eager import decoder_rows, tower_rows
+from benchmarks.gpu.engines import DEMOS, Engine, engine_rows
+from benchmarks.gpu.timing import Bench, Row, gpu_state, limits, sm_clock
 from perception_rt.archs import get_config
 from perception_rt.config import VisionConfig
 from perception_rt.plm_config import PlmConfig

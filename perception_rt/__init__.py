@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from perception_rt.processing.boxes import Box, draw_box, format_box
     from perception_rt.processing.image import ImageSpec
     from perception_rt.runtime.embedder import Embedder
+    from perception_rt.runtime.generation.worker import Handle
     from perception_rt.runtime.generator import Generator
-    from perception_rt.runtime.handle import Handle
     from perception_rt.runtime.load import load
     from perception_rt.runtime.request import (
         Exchange,
@@ -39,7 +39,7 @@ _LAZY = {
     "Exchange": "perception_rt.runtime.request",
     "GenerationProgress": "perception_rt.runtime.request",
     "Generator": "perception_rt.runtime.generator",
-    "Handle": "perception_rt.runtime.handle",
+    "Handle": "perception_rt.runtime.generation.worker",
     "ImageSpec": "perception_rt.processing.image",
     "Request": "perception_rt.runtime.request",
     "Result": "perception_rt.runtime.request",

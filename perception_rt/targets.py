@@ -64,7 +64,7 @@ TARGETS: dict[str, Target] = {
         # Attention over a cache has no kernel for float32 there, and would be run on the CPU.
         decoder_devices={"fp32": ("cpu",)},
         domains=frozenset({"", "com.microsoft"}),
-        emitter="perception_rt.export.emit.onnxruntime:OnnxRuntimeLowering",
+        emitter="perception_rt.export.backends.onnxruntime:OnnxRuntimeLowering",
         session="perception_rt.runtime.backends.onnxruntime",
         install="perception_rt",
         graph_backend="onnxruntime",
@@ -74,7 +74,7 @@ TARGETS: dict[str, Target] = {
         name="tensorrt",
         precisions={"fp16": ("cuda",), "fp8": ("cuda",)},
         domains=frozenset({""}),
-        emitter="perception_rt.export.emit.tensorrt:TensorRtLowering",
+        emitter="perception_rt.export.backends.tensorrt:TensorRtLowering",
         session="perception_rt.runtime.backends.tensorrt",
         install="perception_rt[tensorrt]",
         graph_backend="onnxruntime",

@@ -38,7 +38,7 @@ def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
 
 def pytest_collection_finish() -> None:
     """Exports share their traces, if any of the tests to run exports."""
-    if "perception_rt.export.trace" in sys.modules:
+    if "perception_rt.export.graph.trace" in sys.modules:
         import shared_traces
 
         shared_traces.share()

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from perception_rt.export import plm_decoder, towers, trace
+from perception_rt.export.components import pe, plm_decoder
+from perception_rt.export.graph import trace
 
 _EVERY_MODULES = frozenset(vars(nn.Module()))
 
@@ -55,7 +56,7 @@ def _shared(
 
 def share() -> None:
     """Has towers share traces, for the rest of the process."""
-    plm_decoder.trace = towers.trace = _shared
+    plm_decoder.trace = pe.trace = _shared
 
 
 def forget() -> None:

@@ -79,21 +79,20 @@ PARTS = {
     "perception_rt.export.gate": Part(
         uses=(*TORCH_SIDE, "export", "runtime"), libraries=EXPORTER
     ),
-    "perception_rt.export.modelopt": Part(
+    "perception_rt.export.quantization.modelopt": Part(
         uses=LAYER_1, libraries=("torch",), lazy_libraries=("modelopt",)
     ),
-    "perception_rt.export.torch_route": Part(
+    "perception_rt.export.backends.torch_tensorrt": Part(
         uses=(*TORCH_SIDE, "export"), libraries=EXPORTER, lazy_libraries=("torch_tensorrt",)
     ),
-    "perception_rt.report": Part(
+    "perception_rt.cli.report": Part(
         uses=(*LAYER_1, "package"), lazy=("runtime",), lazy_libraries=("onnxruntime",)
     ),
     "perception_rt.cli": Part(
         uses=LAYER_1,
-        lazy=("cli_generate", "export", "package", "processing", "report", "runtime"),
+        lazy=("cli", "export", "package", "processing", "runtime"),
         lazy_libraries=("numpy",),
     ),
-    "perception_rt.cli_generate": Part(uses=LAYER_1, lazy=("processing", "runtime")),
     "perception_rt.__main__": Part(uses=("cli",)),
     "training": Part(
         uses=TORCH_SIDE,
@@ -197,11 +196,11 @@ def test_imports_only_go_down() -> None:
         ("perception_rt.package.store", "numpy", False),
         ("perception_rt.export.build", "perception_rt.runtime.load.load", False),
         ("perception_rt.limits", "perception_rt.package.manifest.Manifest", False),
-        ("perception_rt.models.pe", "perception_rt.export.trace.trace", False),
-        ("perception_rt.report", "perception_rt.cli.main", True),
+        ("perception_rt.models.pe", "perception_rt.export.graph.trace.trace", False),
+        ("perception_rt.runtime.load", "perception_rt.cli.main", True),
         ("perception_rt.cli", "perception_rt.runtime.load.load", False),
         ("perception_rt", "perception_rt.runtime.load.load", False),
-        ("perception_rt.cli", "training.demo.digits.held_out", True),
+        ("perception_rt.cli", "training.demo.digits.held_out_digits", True),
         ("training.trainer", "perception_rt.export.build.export_package", True),
     ],
 )
@@ -212,7 +211,7 @@ def test_the_table_refuses(module: str, target: str, lazy: bool) -> None:
 def test_names_that_are_imported_from_tables_go_down() -> None:
     for target in TARGETS.values():
         assert target.session.startswith("perception_rt.runtime.backends.")
-        assert not target.emitter or target.emitter.startswith("perception_rt.export.emit.")
+        assert not target.emitter or target.emitter.startswith("perception_rt.export.backends.")
     lazy = [f"perception_rt.{name}" for name in PARTS["perception_rt"].lazy]
     assert all(name.startswith(tuple(lazy)) for name in _LAZY.values())
     dynamic = {

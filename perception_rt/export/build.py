@@ -20,19 +20,24 @@ import numpy as np
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.errors import BackendError, CapacityError, ExportError
-from perception_rt.export import torch_route
-from perception_rt.export.engines import EngineBuilder, EngineMaker, engine_name, library_for
+from perception_rt.export.backends import torch_tensorrt
+from perception_rt.export.backends.tensorrt_engines import (
+    EngineBuilder,
+    EngineMaker,
+    engine_name,
+    library_for,
+)
+from perception_rt.export.backends.tensorrt_profiles import has_engine
+from perception_rt.export.components.pe import ModelExport, PeExport, Recipe, Reference, Tower
+from perception_rt.export.components.plm import PlmExport
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
-from perception_rt.export.files import Place, write_graphs
 from perception_rt.export.gate import check_gpu, run_gate
-from perception_rt.export.likeness import Likeness
-from perception_rt.export.lowering import LoweredGraph, Lowering
-from perception_rt.export.measure import Measured
+from perception_rt.export.graph.lowering import LoweredGraph, Lowering
+from perception_rt.export.graph.onnx_writer import Place, write_graphs
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
-from perception_rt.export.plm_towers import PlmExport
-from perception_rt.export.profiles import has_engine
-from perception_rt.export.quantize import Format
-from perception_rt.export.towers import ModelExport, PeExport, Recipe, Reference, Tower
+from perception_rt.export.quantization.formats import Format
+from perception_rt.export.quantization.sensitivity import Measured
+from perception_rt.export.refit_source import Likeness
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
@@ -228,7 +233,7 @@ def _content(
 def check_builder(plan: ExportPlan | PlmPlan) -> None:
     """BackendError unless the plan's engines can be built here; before weights are looked for."""
     if plan.route != "onnx":
-        torch_route.load_compiler()
+        torch_tensorrt.load_compiler()
     library_for(plan.engines, refittable=plan.refittable)
     if _is_here(plan):
         check_gpu()
@@ -244,7 +249,7 @@ def _maker(plan: ExportPlan | PlmPlan, source: WeightSource) -> EngineMaker:
     if plan.route == "onnx":
         return EngineBuilder(plan)
     assert isinstance(plan, ExportPlan)
-    return torch_route.TorchTensorRt(plan, source)
+    return torch_tensorrt.TorchTensorRt(plan, source)
 
 
 def _add_engines(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError
-from perception_rt.export.quantize import Scheme
+from perception_rt.export.quantization.formats import Scheme
 from perception_rt.package.contract import DECODER, EMBED, PIXELS, VISION
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec

@@ -14,9 +14,9 @@ from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_builder, export_package
-from perception_rt.export.likeness import Likeness
+from perception_rt.export.components.pe import ranges_of
 from perception_rt.export.plan import ExportPlan, PlmPlan
-from perception_rt.export.towers import ranges_of
+from perception_rt.export.refit_source import Likeness
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import Package, open_package
 from perception_rt.plm_config import PlmConfig

@@ -20,13 +20,14 @@ from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSource
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.processing.video import VideoSource
-from perception_rt.runtime.decoder import Decoder
-from perception_rt.runtime.feature_cache import FeatureCache
-from perception_rt.runtime.handle import Handle, Turns
-from perception_rt.runtime.intake import Intake
-from perception_rt.runtime.job import Job
-from perception_rt.runtime.kv import KvPool
-from perception_rt.runtime.prefix_cache import PrefixCache
+from perception_rt.runtime.cache.feature_cache import FeatureCache
+from perception_rt.runtime.cache.kv_pool import KvPool
+from perception_rt.runtime.cache.prefix_cache import PrefixCache
+from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.preprocess import Intake
+from perception_rt.runtime.generation.request_state import Job
+from perception_rt.runtime.generation.scheduler import Scheduler
+from perception_rt.runtime.generation.worker import Handle, Turns
 from perception_rt.runtime.request import (
     Exchange,
     OnProgress,
@@ -35,7 +36,6 @@ from perception_rt.runtime.request import (
     check_integer,
     check_list,
 )
-from perception_rt.runtime.scheduler import Scheduler
 
 Array = np.ndarray[Any, Any]
 

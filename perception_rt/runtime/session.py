@@ -19,8 +19,8 @@ import numpy as np
 from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, TensorSpec, updated
 from perception_rt.package.reader import Package
+from perception_rt.runtime.cache.kv_block import NO_STATES, CacheBlock, CacheShape, States
 from perception_rt.runtime.cuda import DeviceArray
-from perception_rt.runtime.kv_block import NO_STATES, CacheBlock, CacheShape, States
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks import embed
+from benchmarks.encoder.report import summarize
+from benchmarks.encoder.runners import BASELINE, Row, rows_for
+from benchmarks.encoder.worker import perform, run_task
 from benchmarks.flops import vision_flops, vision_macs
-from benchmarks.report import summarize
-from benchmarks.rows import BASELINE, Row, rows_for
 from benchmarks.timing import least_cosine, measure
-from benchmarks.worker import perform, run_task
 from perception_rt import archs
 from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.errors import BackendError
@@ -49,7 +49,7 @@ GMACS = {
 WITHOUT_TORCH = """
 import json, sys
 sys.modules["torch"] = None
-from benchmarks.worker import perform
+from benchmarks.encoder.worker import perform
 print(json.dumps(perform(json.loads(sys.argv[1]))))
 """
 

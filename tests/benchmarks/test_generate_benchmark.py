@@ -15,10 +15,9 @@ import pytest
 
 from benchmarks import generate
 from benchmarks.flops import vision_flops
-from benchmarks.generate_decoders import BASELINE, PEERS, engine_bytes, engine_row
 from benchmarks.generate_flops import decoder_weights, prefill_macs
-from benchmarks.generate_prepare import QUESTION, prepare, small_tokenizer
-from benchmarks.generate_report import (
+from benchmarks.generation.prepare import QUESTION, prepare, small_tokenizer
+from benchmarks.generation.report import (
     again_record,
     decoder_records,
     guess_records,
@@ -26,7 +25,8 @@ from benchmarks.generate_report import (
     ratio_records,
     together_records,
 )
-from benchmarks.generate_worker import measure_decoder, perform, run_task
+from benchmarks.generation.runners import BASELINE, PEERS, engine_bytes, engine_row
+from benchmarks.generation.worker import measure_decoder, perform, run_task
 from perception_rt import archs
 from perception_rt.archs import PLM_MODELS
 from perception_rt.config import VisionConfig
@@ -64,7 +64,7 @@ WEIGHTS = {
 WITHOUT_TORCH = """
 import json, sys
 sys.modules["torch"] = None
-from benchmarks.generate_worker import perform
+from benchmarks.generation.worker import perform
 print(json.dumps(perform(json.loads(sys.argv[1]))))
 """
 

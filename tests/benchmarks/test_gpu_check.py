@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import perception_rt as prt
-from benchmarks import gpu_check, gpu_engines, gpu_timing
+from benchmarks import gpu_check
 from benchmarks.generate_flops import decoder_weights
+from benchmarks.gpu import engines, timing
 from perception_rt.errors import ExportError
 
 
@@ -40,13 +41,13 @@ def test_a_trial_has_every_row(
 
 def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
     """On the CPU, which a backend of ours has too."""
-    bench = gpu_timing.Bench(device=torch.device("cpu"), quick=True, deadline=0)
+    bench = timing.Bench(device=torch.device("cpu"), quick=True, deadline=0)
     rows = [
         row
         for model in gpu_check.DEMOS
-        for row in gpu_engines.engine_rows(
+        for row in engines.engine_rows(
             bench,
-            gpu_engines.Engine(model=model, backend="onnxruntime", precision="fp16"),
+            engines.Engine(model=model, backend="onnxruntime", precision="fp16"),
             tmp_path / model,
             {"flops": 1e12, "bytes_per_s": 1e10},
             device="cpu",
@@ -58,23 +59,23 @@ def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
     assert 0 < encoder["share_of_peak"] < 1
     # PLM-Demo's decoder in float16: its products and head.
     package = prt.load(tmp_path / "PLM-Demo")
-    read = gpu_engines._decoder_bytes(package.manifest.content)
+    read = engines._decoder_bytes(package.manifest.content)
     config = package._decoder.config.decoder
     package.close()
     assert read == pytest.approx(2 * decoder_weights(config), rel=0.05)
 
 
 def test_the_clock_is_read_after_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_timing, "_smi", lambda query: "1980 MHz")
-    assert gpu_timing.sm_clock() == 1980
-    monkeypatch.setattr(gpu_timing, "_smi", lambda query: "[N/A]")
-    assert gpu_timing.sm_clock() is None
+    monkeypatch.setattr(timing, "_smi", lambda query: "1980 MHz")
+    assert timing.sm_clock() == 1980
+    monkeypatch.setattr(timing, "_smi", lambda query: "[N/A]")
+    assert timing.sm_clock() is None
     monkeypatch.setattr(gpu_check, "limits", lambda bench: {"flops": 1, "bytes_per_s": 1})
     monkeypatch.setattr(
         gpu_check, "attempts", lambda *_: [({"model": "m"}, lambda: iter([{"model": "m"}]))]
     )
-    bench = gpu_timing.Bench(device=torch.device("cpu"), quick=True, deadline=float("inf"))
-    monkeypatch.setattr(gpu_timing, "_smi", lambda query: "1410 MHz")
+    bench = timing.Bench(device=torch.device("cpu"), quick=True, deadline=float("inf"))
+    monkeypatch.setattr(timing, "_smi", lambda query: "1410 MHz")
     saved: list[Any] = []
     rows = gpu_check.run(bench, lambda result: saved.append(len(result["rows"])))["rows"]
     assert rows == [{"model": "m", "sm_mhz": 1410}] and saved == [1]
@@ -91,14 +92,14 @@ def test_an_export_that_fails_says_why_and_is_tried_unfused(
         print("perception-export: no fused kernel", file=sys.stderr)
         return 2
 
-    monkeypatch.setattr(gpu_engines, "export_main", export)
-    monkeypatch.setattr(gpu_engines, "import_module", lambda name: SimpleNamespace(check_device=id))
-    bench = gpu_timing.Bench(device=torch.device("cpu"), quick=True, deadline=0)
+    monkeypatch.setattr(engines, "export_main", export)
+    monkeypatch.setattr(engines, "import_module", lambda name: SimpleNamespace(check_device=id))
+    bench = timing.Bench(device=torch.device("cpu"), quick=True, deadline=0)
     for backend, times in (("tensorrt", 2), ("onnxruntime", 1)):
         tried.clear()
-        engine = gpu_engines.Engine(model="PE-Demo", backend=backend, precision="fp16")
+        engine = engines.Engine(model="PE-Demo", backend=backend, precision="fp16")
         with pytest.raises(ExportError, match=r"^perception-export: no fused kernel$"):
-            next(gpu_engines.engine_rows(bench, engine, tmp_path, {}))
+            next(engines.engine_rows(bench, engine, tmp_path, {}))
         assert ["--allow-unfused" in arguments for arguments in tried] == [False, True][:times]
 
 

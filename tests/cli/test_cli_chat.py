@@ -9,9 +9,9 @@ import pytest
 from one_line import fails
 
 from perception_rt.cli import main
-from perception_rt.runtime.decoder import Decoder
+from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.worker import Handle
 from perception_rt.runtime.generator import Generator
-from perception_rt.runtime.handle import Handle
 from perception_rt.runtime.load import load
 from perception_rt.runtime.request import Exchange, Request
 
@@ -166,7 +166,7 @@ def test_a_terminal_is_prompted_and_a_pipe_is_not(chat, plm: Generator) -> None:
 def test_an_interrupt_ends_an_answer_on_a_terminal_and_all_in_a_pipe(
     chat, plm: Generator, monkeypatch
 ) -> None:
-    from perception_rt import cli_generate
+    from perception_rt.cli import generate
 
     whole = plm.generate("Hello", max_new_tokens=SIZE).text
 
@@ -176,7 +176,7 @@ def test_an_interrupt_ends_an_answer_on_a_terminal_and_all_in_a_pipe(
             raise KeyboardInterrupt
         return ""
 
-    monkeypatch.setattr(cli_generate, "_line", interrupt)
+    monkeypatch.setattr(generate, "_line", interrupt)
     asked: list = []
     out, errors = chat(["Hello", "Hello"], status=130)
     assert errors == ["perception-rt: interrupted"]

@@ -14,7 +14,7 @@ import pytest
 
 from perception_rt import progress
 from perception_rt.cli import main
-from perception_rt.cli_generate import _Answer
+from perception_rt.cli.generate import _Answer
 from perception_rt.progress import Progress
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.load import load
@@ -183,14 +183,14 @@ def test_stopped_progress_is_silent(monkeypatch) -> None:
 
 def interrupt_at(monkeypatch, tokens: int) -> None:
     """As if the user did when so many tokens are there."""
-    from perception_rt import cli_generate
+    from perception_rt.cli import generate
 
     def line(moved: GenerationProgress) -> str:
         if moved.phase == "decode" and moved.done == tokens:
             raise KeyboardInterrupt
         return ""
 
-    monkeypatch.setattr(cli_generate, "_line", line)
+    monkeypatch.setattr(generate, "_line", line)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--stream"], ["--lookup"]])
@@ -238,7 +238,7 @@ def test_ctrl_c_and_a_reader_that_leaves(plm_package: Path) -> None:
 
 def test_an_error_after_some_text_begins_a_line(ask, monkeypatch) -> None:
     from perception_rt.errors import BackendError
-    from perception_rt.runtime.decoder import Decoder
+    from perception_rt.runtime.generation.plm_engine import Decoder
 
     calls, original = [], Decoder.embed
 

@@ -12,8 +12,7 @@ from repack import repack
 from safetensors.torch import load_file, save_file
 
 import perception_rt as prt
-from perception_rt import report
-from perception_rt.cli import export_main, main
+from perception_rt.cli import export_main, main, report
 from perception_rt.package import contract
 from perception_rt.package.manifest import Target
 from perception_rt.package.reader import read_manifest

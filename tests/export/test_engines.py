@@ -13,7 +13,7 @@ from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.config import PeConfig
 from perception_rt.errors import ExportError, InputError
 from perception_rt.export import build
-from perception_rt.export.emit.onnxruntime import OnnxRuntimeLowering
+from perception_rt.export.backends.onnxruntime import OnnxRuntimeLowering
 from perception_rt.export.plan import ExportPlan, parse_image_size
 from perception_rt.processing.image import ImageSpec, normalize
 

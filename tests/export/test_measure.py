@@ -17,19 +17,19 @@ from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.demo import config_path, language_model_path, weights_path
 from perception_rt.errors import BackendError, InputError
-from perception_rt.export import calibration
 from perception_rt.export.build import export_package
-from perception_rt.export.measure import (
+from perception_rt.export.components.pe import ranges_of
+from perception_rt.export.components.plm_decoder import EmbedExport
+from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.export.quantization import calibration
+from perception_rt.export.quantization.sensitivity import (
     MAX_LAYER_ERROR,
     Measured,
     MeasuredHead,
     measure_layers,
     refuse_layers,
 )
-from perception_rt.export.plan import ExportPlan, PlmPlan
-from perception_rt.export.plm_decoder import EmbedExport
 from perception_rt.export.refit import refit_package
-from perception_rt.export.towers import ranges_of
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer

@@ -13,20 +13,21 @@ from golden_data import PLM_FILES, Golden, plm_golden
 import perception_rt as prt
 from perception_rt.archs import PLM_MODELS
 from perception_rt.errors import BackendError, ExportError, InputError
-from perception_rt.export import plm_decoder, weights
+from perception_rt.export.backends import onnxruntime as emitter
 from perception_rt.export.build import export_package
-from perception_rt.export.emit import onnxruntime as emitter
+from perception_rt.export.components import plm_decoder
+from perception_rt.export.components.plm_decoder import decoder_parts
+from perception_rt.export.graph import lazy_weights
 from perception_rt.export.plan import PlmPlan
-from perception_rt.export.plm_decoder import decoder_parts
-from perception_rt.export.quantize import BLOCK, quantize_blocks
+from perception_rt.export.quantization.formats import BLOCK, quantize_blocks
 from perception_rt.models.plm import PerceptionLM, pool_tokens
 from perception_rt.package import contract
 from perception_rt.package.onnx_scan import scan_graph
 from perception_rt.package.reader import open_package
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
-from perception_rt.runtime.decoder import Decoder
-from perception_rt.runtime.kv_block import CacheBlock
+from perception_rt.runtime.cache.kv_block import CacheBlock
+from perception_rt.runtime.generation.plm_engine import Decoder
 
 MAX_LOGIT_ERROR = 1e-3
 # Between two orders of the same sums. Rounding to integers makes a step of a difference in the last
@@ -316,7 +317,7 @@ def test_a_table_goes_through_memory_in_pieces(
     package: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = plm_golden("plm_tied_ropescaled")
-    monkeypatch.setattr(weights, "_PIECE_BYTES", 7 * 4 * data.config.decoder.dim)
+    monkeypatch.setattr(lazy_weights, "_PIECE_BYTES", 7 * 4 * data.config.decoder.dim)
     export_package(plan_of(data, "int4"), data, tmp_path / "p")
     with (
         open_package(package("plm_tied_ropescaled", "int4")) as whole,

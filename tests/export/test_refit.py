@@ -13,10 +13,10 @@ from perception_rt.cli import export_main, main
 from perception_rt.config import PeConfig
 from perception_rt.demo import language_model_path, weights_path
 from perception_rt.errors import BackendError, ExportError, InputError, PackageError
-from perception_rt.export.engines import library_for
-from perception_rt.export.likeness import structure
+from perception_rt.export.backends.tensorrt_engines import library_for
 from perception_rt.export.plan import ExportPlan
 from perception_rt.export.refit import plan_of, refit_package
+from perception_rt.export.refit_source import structure
 from perception_rt.package.reader import open_package, read_manifest
 from perception_rt.processing.image import ImageSpec
 from perception_rt.tensorrt_library import gpu_capability
@@ -95,7 +95,7 @@ def test_other_architectures_and_structures_are_refused(
     with pytest.raises(PackageError, match="sha256:"):
         refit_package(tiny_package, tuned, out, expect=f"sha256:{'0' * 64}")
     # As if this version traced graphs otherwise than the one that made the package.
-    monkeypatch.setattr("perception_rt.export.lowering.IR_VERSION", 9)
+    monkeypatch.setattr("perception_rt.export.graph.lowering.IR_VERSION", 9)
     with pytest.raises(ExportError, match=r"graph 'vision'.*structure [0-9a-f]{12}.*export anew"):
         refit_package(tiny_package, tuned, out)
     assert not out.exists()

@@ -25,11 +25,15 @@ from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.cli import export_main
 from perception_rt.config import PeConfig
 from perception_rt.errors import BackendError, ExportError, InputError
-from perception_rt.export import engines
+from perception_rt.export.backends import tensorrt_engines
+from perception_rt.export.backends.tensorrt_engines import (
+    build_engine,
+    check_engines,
+    operator_counts,
+)
+from perception_rt.export.backends.tensorrt_profiles import profiles
 from perception_rt.export.build import export_package
-from perception_rt.export.engines import build_engine, check_engines, operator_counts
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
-from perception_rt.export.profiles import profiles
 from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import open_package
@@ -200,7 +204,9 @@ def test_what_an_older_tensorrt_has_no_layer_for_is_spelled_out(tmp_path: Path) 
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     copy.chmod(0o700)
-    (copy / "simple.onnx").write_bytes(engines._spelled_out(file, list(engines._SPELLED)))
+    (copy / "simple.onnx").write_bytes(
+        tensorrt_engines._spelled_out(file, list(tensorrt_engines._SPELLED))
+    )
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     mine, theirs = (
         ort.InferenceSession(str(copy / name)).run(None, {"images": images})[0]
@@ -244,14 +250,14 @@ def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyP
     check_engines(library, BOTH)
     with pytest.raises(BackendError, match=r"does not build for sm90, out of sm75, .*sm121"):
         check_engines(library, ("sm89", "sm90"))
-    monkeypatch.setattr(engines, "gpu_capability", lambda: None)
+    monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: None)
     with pytest.raises(BackendError, match=r"no GPU to build for; name .* --target, out of sm75"):
         check_engines(library, (HERE,))
     # A GPU that this library has no kernels for; NVIDIA's other one is for the one that is here.
-    monkeypatch.setattr(engines, "gpu_capability", lambda: "sm90")
+    monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: "sm90")
     with pytest.raises(BackendError, match=r"not build for the GPU that is here, sm90, out of .*"):
         check_engines(library, (HERE,))
-    monkeypatch.setattr(engines, "gpu_capability", lambda: "sm89")
+    monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: "sm89")
     check_engines(library, (HERE,))
     for plan, message in (
         ({"engines": ("89",)}, "a compute capability is like sm89, not '89'"),
@@ -307,9 +313,11 @@ def test_the_interface_of_tensorrt_is_found_out() -> None:
             STRONGLY_TYPED = 1
 
     assert TensorRt(Old, "tensorrt", "11.0").capabilities == ()
-    assert engines._strongly_typed(Old) == 2
+    assert tensorrt_engines._strongly_typed(Old) == 2
     flags = find_tensorrt().api.NetworkDefinitionCreationFlag
     typed = getattr(flags, "STRONGLY_TYPED", None)
-    assert engines._strongly_typed(find_tensorrt().api) == (1 << int(typed) if typed else 1)
+    assert tensorrt_engines._strongly_typed(find_tensorrt().api) == (
+        1 << int(typed) if typed else 1
+    )
     with pytest.raises(BackendError, match="only tensorrt_rtx builds ahead of time"):
         check_engines(TensorRt(Old, "tensorrt", "11.0"), ("sm89",))

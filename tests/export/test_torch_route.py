@@ -17,7 +17,7 @@ from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.cli import export_main
 from perception_rt.config import PeConfig
 from perception_rt.errors import BackendError, ExportError, InputError
-from perception_rt.export import engines, torch_route
+from perception_rt.export.backends import tensorrt_engines, torch_tensorrt
 from perception_rt.export.build import export_package
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
 from perception_rt.package.reader import open_package
@@ -60,10 +60,10 @@ class Library:
         vars(dynamo)["convert_exported_program_to_serialized_trt_engine"] = self.compile
         monkeypatch.setitem(sys.modules, "torch_tensorrt", root)
         monkeypatch.setitem(sys.modules, "torch_tensorrt.dynamo", dynamo)
-        monkeypatch.setattr(torch_route, "DEVICE", "cpu")
-        monkeypatch.setattr(engines, "gpu_capability", lambda: "sm90")
+        monkeypatch.setattr(torch_tensorrt, "DEVICE", "cpu")
+        monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: "sm90")
         library = TensorRt(SimpleNamespace(IBuilderConfig=None), "tensorrt", "11.1")
-        monkeypatch.setattr(torch_route, "find_tensorrt", lambda: library)
+        monkeypatch.setattr(torch_tensorrt, "find_tensorrt", lambda: library)
 
     def compile(self, program: Any, **options: Any) -> bytes:
         if self.error is not None:
@@ -133,9 +133,9 @@ def test_what_is_missing_is_named(
     assert export_main([*command, "--route", "torch-tensorrt"]) == 2
     assert "pip install torch-tensorrt" in capsys.readouterr().err
     Library(monkeypatch)
-    monkeypatch.setattr(engines, "gpu_capability", lambda: None)
+    monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: None)
     with pytest.raises(BackendError, match="no GPU to build for"):
-        torch_route.TorchTensorRt(plan(tiny_config), RandomWeights(tiny_config, 0))
+        torch_tensorrt.TorchTensorRt(plan(tiny_config), RandomWeights(tiny_config, 0))
 
 
 def test_plans_that_it_is_not_for(tiny_config: PeConfig) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from perception_rt.export.weights import Weight
+from perception_rt.export.graph.lazy_weights import Weight
 
 Array = np.ndarray[Any, Any]
 FLOAT32 = np.dtype(np.float32)

@@ -18,8 +18,8 @@ import onnxruntime as ort
 from onnx import helper
 
 from perception_rt.errors import CapacityError
-from perception_rt.export.engines import BuiltEngine
-from perception_rt.export.profiles import Profile
+from perception_rt.export.backends.tensorrt_engines import BuiltEngine
+from perception_rt.export.backends.tensorrt_profiles import Profile
 from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.runtime.cuda import Box, Graph, HostMemory, Memory
 from perception_rt.tensorrt_library import TensorRt

@@ -15,7 +15,8 @@ from perception_rt.checkpoint.locate import find_config
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.config import PeConfig
 from perception_rt.demo import language_model_path
-from perception_rt.export import build, engines
+from perception_rt.export import build
+from perception_rt.export.backends import tensorrt_engines
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
@@ -60,8 +61,8 @@ def make_bench(folder: Path, state: Path, tiny_config: PeConfig) -> Bench:
             (pe, RandomWeights(tiny_config, 0), bench.pe),
         ):
             trt = bench.trt[out.name]
-            patch.setattr(engines, "library_for", lambda *_, trt=trt, **__: trt.library)
-            patch.setattr(engines, "build_engine", trt.build)
+            patch.setattr(tensorrt_engines, "library_for", lambda *_, trt=trt, **__: trt.library)
+            patch.setattr(tensorrt_engines, "build_engine", trt.build)
             build.export_package(plan, source, out)
     return bench
 
@@ -86,8 +87,8 @@ def install(monkeypatch: pytest.MonkeyPatch, bench: Bench, folder: Path) -> Fake
     """A TensorRT that builds and runs the package that will be in a folder."""
     trt = FakeTensorRt(folder)
     trt.cuda = bench.cuda
-    for module in (engines, build):
+    for module in (tensorrt_engines, build):
         monkeypatch.setattr(module, "library_for", lambda *_, **__: trt.library)
-    monkeypatch.setattr(engines, "build_engine", trt.build)
+    monkeypatch.setattr(tensorrt_engines, "build_engine", trt.build)
     monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: trt.library)
     return trt

@@ -11,15 +11,15 @@ from fake_plm import CONFIG, write_plm
 
 from perception_rt.package import contract
 from perception_rt.package.reader import open_package
-from perception_rt.runtime.decoder import Decoder
-from perception_rt.runtime.feature_cache import FeatureCache, feature_key
-from perception_rt.runtime.job import Job
-from perception_rt.runtime.kv import KvPool
-from perception_rt.runtime.kv_block import CacheBlock
-from perception_rt.runtime.lookup import PromptLookup
-from perception_rt.runtime.prefix_cache import PrefixCache
-from perception_rt.runtime.sampling import Sampler
-from perception_rt.runtime.scheduler import Scheduler
+from perception_rt.runtime.cache.feature_cache import FeatureCache, feature_key
+from perception_rt.runtime.cache.kv_block import CacheBlock
+from perception_rt.runtime.cache.kv_pool import KvPool
+from perception_rt.runtime.cache.prefix_cache import PrefixCache
+from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.prompt_lookup import PromptLookup
+from perception_rt.runtime.generation.request_state import Job
+from perception_rt.runtime.generation.sampling import Sampler
+from perception_rt.runtime.generation.scheduler import Scheduler
 
 PER_TILE = 4
 PLM = replace(CONFIG, pooling_ratio=1)  # four tokens per tile instead of one

@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 import perception_rt as prt
+from perception_rt.runtime.cache.kv_pool import Lease
+from perception_rt.runtime.generation.prompt_lookup import MAX_DRAFTS
+from perception_rt.runtime.generation.request_state import Job
 from perception_rt.runtime.generator import Generator
-from perception_rt.runtime.job import Job
-from perception_rt.runtime.kv import Lease
-from perception_rt.runtime.lookup import MAX_DRAFTS
 from perception_rt.runtime.request import Exchange, Request, Result
 
 _LETTERS = list(string.ascii_letters + "  .,\u00e9\u4e16\U0001f600")

@@ -16,7 +16,7 @@ from plm_jobs import PoisonedBlock
 from soak import Case, Watch, assert_idle, golden_package, make_cases, run_threads
 
 import perception_rt as prt
-from perception_rt.runtime import decoder
+from perception_rt.runtime.generation import plm_engine
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import GenerationProgress, Result
 
@@ -63,7 +63,7 @@ def test_an_answer_does_not_depend_on_company(
     setting: str, package: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if setting == "poisoned":
-        monkeypatch.setattr(decoder, "CacheBlock", PoisonedBlock)
+        monkeypatch.setattr(plm_engine, "CacheBlock", PoisonedBlock)
     rng = np.random.default_rng(list(SETTINGS).index(setting))
     with prt.load(package, threads=1, **SETTINGS[setting]) as plm:
         watch = Watch(plm)

@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_rt.errors import BackendError, CapacityError
+from perception_rt.runtime.cache.cuda_block import DeviceBlock
+from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape
 from perception_rt.runtime.cuda import Cuda, open_cuda
-from perception_rt.runtime.device_block import DeviceBlock
-from perception_rt.runtime.kv_block import CacheBlock, CacheShape
 
 SHAPE = CacheShape(layers=3, kv_heads=2, head_dim=4, dtype="float16")
 DRIVER = "libcuda.so.1"

@@ -17,7 +17,7 @@ from soak import assert_idle, eventually, threads
 
 import perception_rt as prt
 from perception_rt.errors import BackendError
-from perception_rt.runtime import handle as handles
+from perception_rt.runtime.generation import worker as handles
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Request
 

@@ -6,8 +6,8 @@ import pytest
 from plm_jobs import make_job
 
 from perception_rt.errors import BackendError
-from perception_rt.runtime.job import TRANSITIONS, Job, State
-from perception_rt.runtime.text_stream import TextStream
+from perception_rt.runtime.generation.detokenizer import TextStream
+from perception_rt.runtime.generation.request_state import TRANSITIONS, Job, State
 
 LEGAL = [(old, new) for old, allowed in TRANSITIONS.items() for new in allowed]
 ILLEGAL = [(old, new) for old in State for new in State if (old, new) not in LEGAL]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perception_rt.errors import BackendError, CapacityError
-from perception_rt.runtime.kv import KvPool, Lease, bucket_sizes
-from perception_rt.runtime.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.cache.kv_pool import KvPool, Lease, bucket_sizes
 
 SHAPE = CacheShape(layers=2, kv_heads=1, head_dim=2, dtype="float32")
 TOKEN = SHAPE.bytes_per_token

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_rt.runtime.lookup import PromptLookup, agreed
+from perception_rt.runtime.generation.prompt_lookup import PromptLookup, agreed
 
 
 def drafts(tokens: list[int], limit: int = 8, *, prompt: int | None = None) -> list[int]:

@@ -34,8 +34,8 @@ from perception_rt.errors import BackendError, PackageError
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import read_manifest
 from perception_rt.package.store import Stage
+from perception_rt.runtime.generation.worker import Handle
 from perception_rt.runtime.generator import Generator
-from perception_rt.runtime.handle import Handle
 from perception_rt.runtime.request import Request
 
 MIB = 2**20

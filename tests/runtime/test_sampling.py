@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perception_rt.errors import BackendError
-from perception_rt.runtime.sampling import Sampler
+from perception_rt.runtime.generation.sampling import Sampler
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))
 

@@ -14,11 +14,11 @@ from plm_jobs import (
 )
 
 from perception_rt.errors import BackendError, CapacityError
-from perception_rt.runtime.decoder import Decoder
-from perception_rt.runtime.job import Job, State
-from perception_rt.runtime.kv_block import CacheBlock
-from perception_rt.runtime.prefix_cache import PrefixCache
-from perception_rt.runtime.scheduler import Scheduler
+from perception_rt.runtime.cache.kv_block import CacheBlock
+from perception_rt.runtime.cache.prefix_cache import PrefixCache
+from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.request_state import Job, State
+from perception_rt.runtime.generation.scheduler import Scheduler
 
 
 @pytest.fixture(scope="module")

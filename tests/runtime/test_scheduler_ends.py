@@ -4,8 +4,8 @@ import pytest
 from plm_jobs import make_job, make_scheduler, open_decoder, run
 
 from perception_rt.errors import BackendError
-from perception_rt.runtime.decoder import Decoder
-from perception_rt.runtime.job import Job, State
+from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.request_state import Job, State
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ from soak import (
 
 import perception_rt as prt
 from perception_rt.errors import InputError
+from perception_rt.runtime.generation.worker import Handle
 from perception_rt.runtime.generator import Generator
-from perception_rt.runtime.handle import Handle
 from perception_rt.runtime.request import GenerationProgress, Request
 
 CLIENTS = 8

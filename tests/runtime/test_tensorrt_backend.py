@@ -28,7 +28,7 @@ from perception_rt.errors import (
 from perception_rt.package import contract
 from perception_rt.package.trust import built_file
 from perception_rt.runtime.backends import onnxruntime, tensorrt
-from perception_rt.runtime.decoder import Decoder
+from perception_rt.runtime.generation.plm_engine import Decoder
 
 
 def test_embeddings_are_those_of_the_graphs(bench: Bench) -> None:
@@ -296,7 +296,9 @@ def test_a_gpu_that_fails_leaves_nobody_waiting(
 
 def test_memory_of_the_host_is_not_a_state(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, bench, "plm")
-    monkeypatch.setattr("perception_rt.runtime.decoder.block_maker", lambda backend, device: None)
+    monkeypatch.setattr(
+        "perception_rt.runtime.generation.plm_engine.block_maker", lambda backend, device: None
+    )
     with (
         prt.load(bench.plm, device="cuda") as plm,
         pytest.raises(BackendError, match="not in memory that a GPU updates"),

@@ -21,8 +21,8 @@ from perception_rt.errors import (
     ExportError,
 )
 from perception_rt.export import build, gate, refit
+from perception_rt.export.components.plm_decoder import GATE_STEPS
 from perception_rt.export.plan import ExportPlan, PlmPlan
-from perception_rt.export.plm_decoder import GATE_STEPS
 from perception_rt.package.contract import CHUNK_TOKENS
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec

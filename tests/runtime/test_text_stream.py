@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perception_rt.runtime.text_stream import TextStream
+from perception_rt.runtime.generation.detokenizer import TextStream
 
 
 def parts(data: bytes, cuts: list[int]) -> list[bytes]:

@@ -1,7 +1,6 @@
-"""`python training/demo/write_questions.py SET COUNT FOLDER`: questions about scenes as a jsonl dataset.
+"""`python training/demo/write_questions.py SET COUNT FOLDER`: questions about scenes as jsonl.
 
-`FOLDER/SET.jsonl` and images as PNG files beside it, in the schema that `data.datasets` reads: what
-a user's own data looks like.
+`FOLDER/SET.jsonl` and PNG images beside it, in the format that `training.data.conversations` reads.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Sections of the recipes of Perception Encoders: `training/recipe/schema.py` has the whole trees."""
+"""Recipe sections of Perception Encoders; `training/recipe/schema.py` has the whole recipes."""
 
 from dataclasses import dataclass
 from typing import Literal

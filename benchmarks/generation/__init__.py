@@ -1,0 +1,1 @@
+"""The runners of `generate.py`: transformers, onnxruntime-genai and engines."""

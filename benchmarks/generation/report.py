@@ -1,0 +1,318 @@
+"""Figures of a finished generation benchmark, from raw samples, and the Markdown that shows them.
+
+Times of several rounds are pooled; a figure without a percentile is a median.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks.flops import vision_flops
+from benchmarks.generate_flops import prefill_macs
+from benchmarks.generation.runners import BASELINE, Row
+from benchmarks.timing import percentile
+from perception_rt.plm_config import PlmConfig
+
+Samples = Sequence[Mapping[str, Any]]  # of one task, one for each round
+Limits = Mapping[str, float]
+Record = dict[str, Any]
+
+# What the project wants against transformers in bf16, on the same machine in the same run.
+MAX_TOKEN_RATIO = 0.40
+MIN_PREFILL_RATIO = 0.6
+
+_GIGA = 1e9
+_MIB = 1024 * 1024
+
+
+def photo_record(config: PlmConfig, limit: float, samples: Samples) -> Record:
+    """A question about the photograph, of a generator without caches.
+
+    Args:
+        config: the architecture, for its arithmetic.
+        limit: peak of the tower's type, in operations/s.
+        samples: of `generate_requests.ask_about_photo`.
+    """
+    warm = [sample["records"]["warm"] for sample in samples]
+    parts = ("ttft_ms", "preprocess_ms", "vision_ms", "prefill_ms")
+    record: Record = {part: median(r[part] for r in warm) for part in parts}
+    operations = warm[0]["image_tiles"] * vision_flops(config.vision)
+    return {
+        "image_tiles": warm[0]["image_tiles"],
+        "prompt_tokens": warm[0]["prompt_tokens"],
+        "load_ms": median(sample["load_ms"] for sample in samples),
+        "first_ttft_ms": median(sample["records"]["first"]["ttft_ms"] for sample in samples),
+        **record,
+        "vision_share": operations * 1e3 / record["vision_ms"] / limit,
+        **_token_figures(r["token_ms"] for r in warm),
+        "peak_rss_bytes": _peak(samples),
+    }
+
+
+def again_record(samples: Samples) -> Record:
+    """A second question about the same picture; samples of `generate_requests.ask_again`."""
+    first, second = (
+        median(sample["records"][name]["ttft_ms"] for sample in samples)
+        for name in ("first", "second")
+    )
+    asked = samples[0]["records"]["second"]
+    return {
+        "image_tiles": asked["image_tiles"],
+        "prompt_tokens": asked["prompt_tokens"],
+        "cached_tokens": asked["cached_tokens"],
+        "first_ttft_ms": first,
+        "second_ttft_ms": second,
+        "ratio": second / first,
+        "peak_rss_bytes": _peak(samples),
+    }
+
+
+def guess_records(samples: Samples) -> list[Record]:
+    """Guesses against none, by where they come from; samples of `generate_requests.guess`."""
+    plain = median(_decode_ms(sample["records"]["plain"]) for sample in samples)
+    records = []
+    for name in ("prompt", "answer"):
+        runs = [sample["records"][name] for sample in samples]
+        took = median(map(_decode_ms, runs))
+        count, steps = len(runs[0]["token_ms"]), runs[0]["steps"]
+        records.append(
+            {
+                "guesses": name,
+                "tokens": count,
+                "steps": steps,
+                "accepted": count - steps,
+                "identical": all(run["identical"] for run in runs),
+                "plain_ms_per_token": plain / len(samples[0]["records"]["plain"]["token_ms"]),
+                "ms_per_token": took / count,
+                "speed_up": plain / took,
+            }
+        )
+    return records
+
+
+def together_records(samples: Samples) -> list[Record]:
+    """Requests at once; samples of `generate_requests.ask_together`."""
+    records: list[Record] = []
+    for batch in samples[0]["records"]:
+        runs = [sample["records"][batch] for sample in samples]
+        per_second = sum(r["tokens"] for r in runs) * 1e3 / sum(r["ms"] for r in runs)
+        records.append(
+            {
+                "requests": int(batch),
+                "tokens_per_s": per_second,
+                "ms_per_step": int(batch) * 1e3 / per_second,
+                "gain": per_second / records[0]["tokens_per_s"] if records else 1.0,
+            }
+        )
+    return records
+
+
+def decoder_records(config: PlmConfig, row: Row, limits: Limits, samples: Samples) -> list[Record]:
+    """One record per prompt length; samples of a row that `generate_worker` ran."""
+    records = []
+    for length in samples[0]["lengths"]:
+        parts = [sample["lengths"][length] for sample in samples]
+        prefill = median(ms for part in parts for ms in part["prefill_ms"])
+        tokens = _token_figures(part["token_ms"] for part in parts)
+        operations = 2 * prefill_macs(config.decoder, int(length))
+        read = samples[0]["read_bytes"]
+        records.append(
+            {
+                "row": row.name,
+                "prompt_tokens": int(length),
+                "prefill_ms": prefill,
+                "prefill_tokens_per_s": int(length) * 1e3 / prefill,
+                "limit": row.limit,
+                "prefill_share": operations * 1e3 / prefill / limits[row.limit],
+                **tokens,
+                "read_bytes": read,
+                "read_share": read * 1e3 / tokens["token_p50_ms"] / limits["read"],
+                "peak_rss_bytes": _peak(samples),
+            }
+        )
+    return records
+
+
+def ratio_records(records: Sequence[Record], engine: str) -> list[Record]:
+    """The engine against each peer, by prompt length.
+
+    Args:
+        records: of `decoder_records`, of all rows.
+        engine: name of the engine's row.
+    """
+    ours = {r["prompt_tokens"]: r for r in records if r["row"] == engine}
+    return [
+        {
+            "peer": peer["row"],
+            "prompt_tokens": length,
+            "token_ratio": ours[length]["token_p50_ms"] / peer["token_p50_ms"],
+            "prefill_ratio": peer["prefill_ms"] / ours[length]["prefill_ms"],
+        }
+        for peer in records
+        if peer["row"] != engine
+        for length in [peer["prompt_tokens"]]
+    ]
+
+
+def _token_figures(runs: Iterable[Sequence[float]]) -> Record:
+    """Percentiles of milliseconds per token, pooled, and the rate of all of them."""
+    pooled = [ms for run in runs for ms in run]
+    return {
+        **{f"token_p{q}_ms": percentile(pooled, q) for q in (50, 90, 99)},
+        "tokens_per_s": len(pooled) * 1e3 / sum(pooled),
+        "tokens": len(pooled),
+    }
+
+
+def _decode_ms(record: Mapping[str, Any]) -> float:
+    """From the first token to the last."""
+    return sum(record["token_ms"])
+
+
+def _peak(samples: Samples) -> int:
+    return max(sample["peak_rss_bytes"] for sample in samples)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The whole result as Markdown tables, with what they mean."""
+    model = result["model"]
+    source = result["weights"].get("source", "unknown")
+    lines = [*_heading(result), ""]
+    lines += [f"## {model['name']}, {model['precision']}; weights: {source}"]
+    for title, columns, rows in (
+        ("A photograph", _PHOTO, map(_photo_cells, result["photo"])),
+        ("A second question about it", _AGAIN, map(_again_cells, result["again"])),
+        ("Guesses from what was said", _GUESS, map(_guess_cells, result["guess"])),
+        ("Requests at once", _TOGETHER, map(_together_cells, result["together"])),
+        ("The decoder alone", _DECODER, map(_decoder_cells, result["decoder"])),
+        ("The engine against its peers", _RATIO, map(_ratio_cells, result["ratios"])),
+    ):
+        shown = list(rows)
+        if shown:
+            lines += ["", f"### {title}", "", *_table(columns, shown)]
+    for name, reason in result["skipped"].items():
+        lines += ["", f"Skipped: {name}: {reason}"]
+    return "\n".join([*lines, "", _LEGEND])
+
+
+_PHOTO = (
+    "tiles", "prompt tokens", "load s", "first TTFT ms", "TTFT ms", "preprocess", "vision",
+    "prefill", "vision share", "ms/token p50", "p90", "p99", "tokens/s", "peak RSS MiB",
+)  # fmt: skip
+_AGAIN = ("tiles", "prompt tokens", "cached", "TTFT ms", "second TTFT ms", "ratio", "peak RSS MiB")
+_GUESS = (
+    "guesses from", "tokens", "steps", "accepted", "same tokens", "ms/token without", "with",
+    "speed-up",
+)  # fmt: skip
+_TOGETHER = ("requests", "tokens/s, all", "ms/step", "gain")
+_DECODER = (
+    "row", "prompt tokens", "prefill ms", "prompt tokens/s", "share", "ms/token p50", "p90",
+    "tokens/s", "weights GB", "share of read", "peak RSS MiB",
+)  # fmt: skip
+_RATIO = ("peer", "prompt tokens", "ms/token, ours / peer", "prefill speed, ours / peer")
+
+_LEGEND = """\
+All times are of batch 1 but those of "requests at once"; figures without a percentile are medians
+over the rounds. TTFT: from the call to the first token, of which preprocess (decoding and resizing
+the picture, tokens), vision and prefill are parts. "first": of the first request after loading,
+which opens the engines. tiles: the thumbnail among them. peak RSS: of a process that does this row
+alone, loading included.
+ms/token: from one token to the next. weights: bytes of the decoder's weights, which each token
+reads; share of read: of the rate at which this machine sums one large array.
+share: 2 x multiply-accumulates of the architecture per second, over the best rate that one large
+product of the row's type reached in this run; norms and softmax count nothing, and attention runs
+in float32, so 100 % is out of reach.
+"guesses": "prompt" is a text to copy, which random weights do not do; "answer" is the same with
+tokens to search that have the whole answer in them, which is the most that guesses can give.
+"requests at once" counts tokens while all requests have their first and none its last.
+"the decoder alone": random ids, the parts of a prompt as the scheduler makes them, greedy tokens;
+transformers without its `generate`, onnxruntime-genai with its own loop."""
+
+
+def _heading(result: Mapping[str, Any]) -> list[str]:
+    machine, limits, settings = (result[key] for key in ("environment", "limits", "settings"))
+    names = ("perception_rt", "onnxruntime", "torch", *result["peers"], "python")
+    versions = ", ".join(f"{name} {machine[name]}" for name in names)
+    rates = ", ".join(f"{name} {limits[name] / _GIGA:,.0f}" for name in ("fp32", "bf16", "int8"))
+    trial = " (a quick trial: small operands)" if settings["quick"] else ""
+    return [
+        f"{machine['cpu']}, {machine['cores']} cores; {versions}  ",
+        f"threads: {settings['threads']}; rounds: {settings['rounds']}; "
+        f"seconds: {result['seconds']}; load average: {machine['load_average']}  ",
+        f"measured limits{trial}: {rates} GFLOP/s; read {limits['read'] / _GIGA:.1f} GB/s",
+    ]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(columns)} |",
+        f"|---{'|---:' * (len(columns) - 1)}|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _photo_cells(r: Record) -> list[str]:
+    times = ("first_ttft_ms", "ttft_ms", "preprocess_ms", "vision_ms", "prefill_ms")
+    return [
+        f"{r['image_tiles']}",
+        f"{r['prompt_tokens']}",
+        f"{r['load_ms'] / 1e3:.2f}",
+        *(f"{r[name]:,.0f}" for name in times),
+        f"{r['vision_share']:.0%}",
+        *(f"{r[f'token_p{q}_ms']:.1f}" for q in (50, 90, 99)),
+        f"{r['tokens_per_s']:.1f}",
+        f"{r['peak_rss_bytes'] / _MIB:,.0f}",
+    ]
+
+
+def _again_cells(r: Record) -> list[str]:
+    return [
+        *(str(r[name]) for name in ("image_tiles", "prompt_tokens", "cached_tokens")),
+        f"{r['first_ttft_ms']:,.0f}",
+        f"{r['second_ttft_ms']:,.0f}",
+        f"{r['ratio']:.3f}",
+        f"{r['peak_rss_bytes'] / _MIB:,.0f}",
+    ]
+
+
+def _guess_cells(r: Record) -> list[str]:
+    return [
+        *(str(r[name]) for name in ("guesses", "tokens", "steps", "accepted")),
+        "yes" if r["identical"] else "NO",
+        f"{r['plain_ms_per_token']:.1f}",
+        f"{r['ms_per_token']:.1f}",
+        f"{r['speed_up']:.2f}",
+    ]
+
+
+def _together_cells(r: Record) -> list[str]:
+    return [
+        str(r["requests"]),
+        f"{r['tokens_per_s']:.1f}",
+        f"{r['ms_per_step']:.1f}",
+        f"{r['gain']:.2f}",
+    ]
+
+
+def _decoder_cells(r: Record) -> list[str]:
+    return [
+        r["row"],
+        f"{r['prompt_tokens']}",
+        f"{r['prefill_ms']:,.0f}",
+        f"{r['prefill_tokens_per_s']:.0f}",
+        f"{r['prefill_share']:.0%} {r['limit']}",
+        f"{r['token_p50_ms']:.1f}",
+        f"{r['token_p90_ms']:.1f}",
+        f"{r['tokens_per_s']:.1f}",
+        f"{r['read_bytes'] / _GIGA:.2f}",
+        f"{r['read_share']:.0%}",
+        f"{r['peak_rss_bytes'] / _MIB:,.0f}",
+    ]
+
+
+def _ratio_cells(r: Record) -> list[str]:
+    tokens, prefill = f"{r['token_ratio']:.2f}", f"{r['prefill_ratio']:.2f}"
+    if r["peer"] == BASELINE.name:
+        tokens += f" (wanted: <= {MAX_TOKEN_RATIO:.2f})"
+        prefill += f" (wanted: >= {MIN_PREFILL_RATIO:.2f})"
+    return [r["peer"], str(r["prompt_tokens"]), tokens, prefill]

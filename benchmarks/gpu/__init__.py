@@ -1,0 +1,1 @@
+"""The measurements of `gpu_check.py` on a GPU."""

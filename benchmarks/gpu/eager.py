@@ -1,0 +1,155 @@
+"""What PyTorch does with our models on a GPU, in eager and compiled: what engines stand beside."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.flops import vision_flops
+from benchmarks.generate_flops import decoder_weights
+from benchmarks.gpu.timing import Bench, Row
+from perception_rt.config import VisionConfig
+from perception_rt.models.decoder import Decoder, rope_1d
+from perception_rt.models.layers import Rope, merge_heads, rotated_heads
+from perception_rt.models.vision import VisionTower
+from perception_rt.plm_config import DecoderConfig
+
+PROMPT, STEPS, SLOTS = 512, 64, 2048
+
+
+def tower_rows(bench: Bench, name: str, config: VisionConfig, peak: Row) -> Iterator[Row]:
+    """Eager and compiled float16, the latter compared with eager float32."""
+    torch.manual_seed(0)
+    tower = VisionTower(config).to(bench.device).eval()
+    initialize(tower)
+    size, batch = config.image_size, 2 if bench.quick else 64
+    pixels = torch.randn(batch, 3, size, size, device=bench.device)
+    exact = tower(pixels[:1])
+    tower = tower.to(bench.dtype)
+    bench.forget_memory()
+    pixels = pixels.to(bench.dtype)
+    for how in ("eager", "torch.compile"):
+        # For each batch anew: of a second one, it would compile for any.
+        run = tower if how == "eager" else torch.compile(tower, dynamic=False)
+        cosine = F.cosine_similarity(run(pixels[:1]).float(), exact, dim=-1).min()
+        many = bench.seconds(partial(run, pixels))
+        one = bench.seconds(partial(run, pixels[:1]))
+        yield {
+            "model": name,
+            "how": how,
+            "images_per_s": batch / many,
+            "batch_1_ms": one * 1e3,
+            "cosine": float(cosine),
+            "share_of_peak": batch * vision_flops(config) / many / peak["flops"],
+            "memory_gib": bench.memory_gib(),
+        }
+
+
+def initialize(module: nn.Module) -> None:
+    """Random matrices, gains of one, no biases."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.constant_(parameter, float(name.endswith("weight")))
+
+
+class StaticCache:
+    """An `Attention` kernel over one sequence's keys and values, in place.
+
+    A prompt begins the sequence, and later passes have one token. Each is written so that PyTorch
+    has a fast kernel for it: the one knows no groups under a mask.
+    """
+
+    def __init__(self, config: DecoderConfig, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = (1, config.kv_heads, slots, config.head_dim)
+        # A tensor each: compiled code would copy a common one whole in every layer.
+        self.caches = [
+            tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            for _ in range(config.n_layers)
+        ]
+        for cache in (each for pair in self.caches for each in pair):
+            # Else CUDA graphs are skipped: what they change must stay where it is.
+            torch._dynamo.mark_static_address(cache)
+        self.slots = torch.arange(slots, device=device)
+        self.positions = self.slots[:1]
+        self.layers = iter(self.caches)
+
+    def start(self, positions: Tensor) -> None:
+        """The positions (T,) of the tokens of the next pass."""
+        self.positions, self.layers = positions, iter(self.caches)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        rope: Rope | None = None,
+        causal: bool = False,
+        mask: Any = None,
+    ) -> Tensor:
+        """Attention of (1, T, C) over all that is in the cache up to each token."""
+        q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=kv_heads, rope=rope)
+        keys, values = next(self.layers)
+        keys.index_copy_(2, self.positions, k)
+        values.index_copy_(2, self.positions, v)
+        if q.shape[2] > 1:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return merge_heads(y)
+        seen = self.slots <= self.positions[:, None]
+        grouped = q.reshape(1, keys.shape[1], -1, q.shape[3])  # (1, K, H / K, E)
+        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen)
+        return merge_heads(y.reshape(q.shape))
+
+
+def decoder_rows(bench: Bench, name: str, config: DecoderConfig, peak: Row) -> Iterator[Row]:
+    """Eager and compiled float16 (CUDA graphs): time to the first token, then tokens/s."""
+    slots, prompt, steps = (64, 16, 4) if bench.quick else (SLOTS, PROMPT, STEPS)
+    cache = StaticCache(config, slots, bench.device, bench.dtype)
+    with torch.device("meta"):
+        decoder = Decoder(config, attention=cache)
+    decoder = decoder.to(bench.dtype).to_empty(device=bench.device).eval()
+    initialize(decoder)
+    bench.forget_memory()
+    rope = rope_1d(config, slots, bench.device)
+
+    def forward(ids: Tensor, positions: Tensor) -> Tensor:
+        cache.start(positions)
+        hidden = decoder.tok_embeddings(ids)
+        for layer in decoder.layers:
+            hidden = layer(hidden, Rope(rope.cos[positions], rope.sin[positions]))
+        return decoder.head(decoder.norm(hidden[:, -1:])).argmax(-1)
+
+    ids = torch.randint(0, config.vocab_size, (1, prompt), device=bench.device)
+    weights = decoder_weights(config) * (2 if bench.dtype == torch.float16 else 4)
+    answers = []
+    for how in ("eager", "torch.compile"):
+        compiled = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
+        step = forward if how == "eager" else compiled
+        first = bench.seconds(lambda: forward(ids, cache.slots[:prompt]), 3)
+
+        def answer(step: Callable[..., Tensor] = step) -> Tensor:
+            token, found = forward(ids, cache.slots[:prompt]), []
+            for index in range(steps):
+                token = step(token, cache.slots[prompt + index : prompt + index + 1]).clone()
+                found.append(token)
+            return torch.cat(found, dim=1)
+
+        answers.append(answer())
+        # The prompt's own time is taken away.
+        seconds = (bench.seconds(answer, 3) - first) / steps
+        yield {
+            "model": name,
+            "how": how,
+            "first_token_ms": first * 1e3,
+            "tokens_per_s": 1 / seconds,
+            "share_of_bandwidth": weights / seconds / peak["bytes_per_s"],
+            "same_tokens": bool((answers[-1] == answers[0]).all()),
+            "memory_gib": bench.memory_gib(),
+        }

@@ -1,0 +1,161 @@
+"""Our engines on a GPU, against the same graphs on the CPU."""
+
+import gc
+import io
+import operator
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import perception_rt as prt
+from benchmarks.flops import vision_flops
+from benchmarks.gpu.eager import PROMPT, STEPS
+from benchmarks.gpu.timing import Bench, Row
+from perception_rt.cli import export_main
+from perception_rt.config import PeConfig
+from perception_rt.errors import ExportError
+from perception_rt.export.quantization.calibration import images
+from perception_rt.package.contract import DECODER
+from perception_rt.package.manifest import Content
+from perception_rt.plm_config import PlmConfig
+from perception_rt.targets import TARGETS
+
+DEMOS = ("PE-Demo", "PLM-Demo")
+_MOST_IMAGES = 37  # of one call of an engine
+_COMPARED = 8  # tokens of an answer, on the CPU too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A model, exported for one of our backends."""
+
+    model: str
+    backend: str
+    precision: str
+
+    @property
+    def how(self) -> str:
+        """In a word."""
+        return f"{self.backend} {self.precision}"
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it answers, and does not embed."""
+        return self.model.startswith("PLM")
+
+
+def engine_rows(
+    bench: Bench, engine: Engine, out: Path, peak: Row, *, device: str = "cuda"
+) -> Iterator[Row]:
+    """A model by one of our backends on a device, against its graphs on the CPU."""
+    import_module(TARGETS[engine.backend].session).check_device(device)
+    if bench.device.type == "cuda":  # what torch still holds of the models before
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    arguments = ["--model", engine.model, "--backend", engine.backend, "--out", str(out)]
+    arguments += ["--precision", engine.precision]
+    arguments += [] if engine.is_language_model else ["--taps", "none"]
+    arguments += [] if engine.model in DEMOS else ["--weights", "random"]
+    how, started = engine.how, time.perf_counter()
+    try:
+        _export(arguments)
+    except ExportError:
+        if not TARGETS[engine.backend].has_engines:
+            raise
+        how += " unfused"  # where the GPU has no fused kernel; what it costs is seen then
+        _export([*arguments, "--allow-unfused"])
+    row = {"model": engine.model, "how": how, "export_s": time.perf_counter() - started}
+    measure = _answers if engine.is_language_model else _embeddings
+    yield row | measure(bench, out, device, peak)
+
+
+def _export(arguments: list[str]) -> None:
+    """ExportError with the words of an export that fails."""
+    words = io.StringIO()
+    with redirect_stdout(sys.stderr), redirect_stderr(words):
+        status = export_main(arguments)
+    print(words.getvalue(), file=sys.stderr, end="", flush=True)
+    if status:
+        raise ExportError(words.getvalue().strip().rpartition("\n")[2])
+
+
+def _embeddings(bench: Bench, package: Path, device: str, peak: Row) -> Row:
+    """Of random images: the least cosine, images/s in batches of 37, batch 1, and the first one."""
+    with prt.load(package, backend="onnxruntime") as cpu:
+        size = cpu.image_spec
+        shape = (_MOST_IMAGES, size.height, size.width, 3)
+        pictures = list(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+        exact = cpu.embed_images(pictures[:2])
+    loading = time.perf_counter()
+    with prt.load(package, device=device) as engine:
+        found = engine.embed_images(pictures[:2])
+        ready = time.perf_counter()
+        one = bench.seconds(lambda: engine.embed_images(pictures[:1]))
+        many = bench.seconds(lambda: engine.embed_images(pictures, batch_size=_MOST_IMAGES), 3)
+        memory = bench.used_gib()
+        config = PeConfig.from_dict(engine.manifest.content.architecture).vision
+    return {
+        "images_per_s": _MOST_IMAGES / many,
+        "batch_1_ms": one * 1e3,
+        "cosine": float((found * exact).sum(axis=1).min()),
+        "share_of_peak": _MOST_IMAGES * vision_flops(config) / many / peak["flops"],
+        "load_to_first_s": ready - loading,
+        "memory_gib": memory,
+    }
+
+
+def _answers(bench: Bench, package: Path, device: str, peak: Row) -> Row:
+    """Tokens of a question on an image, against the CPU's; of a prompt in ids, its times."""
+    prompt, steps = (16, 4) if bench.quick else (PROMPT, STEPS)
+    picture = images(1, 200, 200)[0]
+
+    def ask(model: prt.Generator) -> tuple[int, ...]:
+        question = "What is in the picture?"
+        return model.generate(
+            question, images=[picture], max_tiles=0, max_new_tokens=_COMPARED
+        ).tokens
+
+    with prt.load(package, backend="onnxruntime") as cpu:
+        exact = ask(cpu)
+    loading = time.perf_counter()
+    with prt.load(package, device=device, cache=False) as engine:
+        found = ask(engine)
+        ready = time.perf_counter()
+        image = PlmConfig.from_dict(engine.manifest.content.architecture).image_token_id
+        ids = np.random.default_rng(0).integers(0, 256, prompt)
+        ids[ids == image] = image + 1
+        first = bench.seconds(lambda: engine.generate_tokens(ids, max_new_tokens=1), 3)
+        counts: list[int] = []
+        whole = bench.seconds(
+            lambda: counts.append(len(engine.generate_tokens(ids, max_new_tokens=1 + steps))), 3
+        )
+        memory = bench.used_gib()
+        weights = _decoder_bytes(engine.manifest.content)
+    tokens = counts[-1] - 1  # fewer than asked for, if an end token came
+    row = {
+        "first_token_ms": first * 1e3,
+        "same_tokens": sum(accumulate(map(operator.eq, found, exact), operator.and_)),
+        "of_tokens": len(exact),
+        "load_to_first_s": ready - loading,
+        "memory_gib": memory,
+    }
+    if tokens > 0:
+        per_s = tokens / (whole - first)
+        row["tokens_per_s"] = per_s
+        row["share_of_bandwidth"] = per_s * weights / peak["bytes_per_s"]
+    return row
+
+
+def _decoder_bytes(content: Content) -> int:
+    """What a token reads: the weights of all parts of the decoder, in whatever format."""
+    graphs = [graph for name, graph in content.graphs.items() if name.startswith(DECODER)]
+    return sum(content.files[file].size_bytes for graph in graphs for file in graph.data)

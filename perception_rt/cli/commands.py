@@ -1,0 +1,480 @@
+"""The commands `perception-rt` and `perception-export`: arguments in, one line or JSON out.
+
+Each sub-command parses into the call that a program would make, and imports what it needs itself:
+`perception-rt embed` never imports torch. Nothing imports this module.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from perception_rt._version import __version__
+from perception_rt.errors import InputError, PerceptionError
+from perception_rt.progress import Progress
+
+_SHOWN_COSINES = 8
+
+# What a package of a family is, and what it is for.
+_PURPOSES = {
+    "pe": "an encoder: it is for embed, classify and features",
+    "plm": "a language model: it is for generate and chat",
+}
+
+Command = Callable[[argparse.Namespace], int | None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `perception-rt`; returns the exit status."""
+    return _run(_parser(), arguments)
+
+
+def export_main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `perception-export`; returns the exit status."""
+    return _run(_export_parser(), arguments)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Runs a command; an error of ours is one line on standard error and status 2."""
+    options = parser.parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):  # a character that it does not have is no error
+            stream.reconfigure(errors="replace")
+    try:
+        status = options.command(options) or 0
+        sys.stdout.flush()
+        return status
+    except PerceptionError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # What is left in the buffer would fail once more when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        where = "" if error.filename is None else f": {error.filename}"
+        print(f"{parser.prog}: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perception-export", description="Make an engine package from a checkpoint."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--model", help="a released model, such as PE-Core-L14-336 PLM-1B, PE-Demo or PLM-Demo"
+    )
+    what.add_argument("--checkpoint", metavar="PATH", help="weights of any PE or PLM")
+    parser.add_argument(
+        "--config", metavar="FILE", help="its architecture, as JSON; default: params.json beside it"
+    )
+    parser.add_argument(
+        "--weights", metavar="SOURCE", help="of --model: hf (default), random, or a path"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --weights random")
+    parser.add_argument(
+        "--precision", help="fp32 (default), fp16, int8; int4 for PLM; fp16 (default) or fp8 for "
+        "tensorrt"
+    )  # fmt: skip
+    parser.add_argument("--fp8", action="store_true", help="the same as --precision fp8")
+    parser.add_argument(
+        "--backend", help="onnxruntime or tensorrt; default: the one that has the precision"
+    )
+    parser.add_argument(
+        "--target", metavar="GPUS", help="of tensorrt: compute capabilities to build engines for, "
+        "such as sm89,sm120; here (default) for this machine's GPU; none for graphs alone"
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-unfused", action="store_true", help="of tensorrt: take attention apart where "
+        "there is no fused kernel"
+    )  # fmt: skip
+    parser.add_argument(
+        "--refittable", action="store_true", help="of tensorrt: engines without weights, which "
+        "perception-rt refit can give others"
+    )  # fmt: skip
+    parser.add_argument(
+        "--route", default="onnx", help="of tensorrt: onnx (default), or torch-tensorrt for an "
+        "encoder in fp16"
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", metavar="DIR", help="images, and prompts.txt, that fp8 finds its ranges "
+        "on; default: synthetic ones"
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrator", default="max", help="of fp8: max (default), the largest magnitude; or "
+        "modelopt, where NVIDIA's is installed"
+    )  # fmt: skip
+    parser.add_argument("--image-size", metavar="HxW", help="default: the model's own")
+    parser.add_argument("--center-crop", action="store_true", help="crop images; default: squash")
+    parser.add_argument(
+        "--taps", metavar="LAYERS", help="blocks that `features` can return: all (default), none, "
+        "or a list such as 5,11,-1"
+    )  # fmt: skip
+    parser.add_argument(
+        "--blocks", metavar="FORMAT", help="of a PLM's decoder in int4: int8 (default) for fast "
+        "prompts, int4 for half the memory"
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="of a PLM's longest sequence; of "
+        "tensorrt, every cache is that long; default: the model's"
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="of a PLM; default: tokenizer.model beside its weights"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the package to make")
+    parser.add_argument("--force", action="store_true", help="replace an existing package")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(command=_export)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="perception-rt", description="Run engine packages.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    embed = _command(commands, "embed", _embed, "embed images, texts or videos")
+    _package_arguments(embed)
+    _list_argument(embed, "--image", "FILE")
+    _list_argument(embed, "--text", "TEXT")
+    _list_argument(embed, "--video", "FILE")
+    embed.add_argument("--num-frames", type=int, default=8, help="per video (default: 8)")
+    embed.add_argument("--out", metavar="FILE.npy", help="write float32 (N, D): images, then "
+                       "texts, then videos")  # fmt: skip
+
+    classify = _command(commands, "classify", _classify, "choose between labels for images")
+    _package_arguments(classify)
+    _list_argument(classify, "--image", "FILE", required=True)
+    _list_argument(classify, "--label", "LABEL", required=True)
+    _list_argument(classify, "--template", "TEXT", help="with {} for the label; default: {}")
+
+    features = _command(commands, "features", _features, "draw the dense features of an image")
+    _package_arguments(features)
+    features.add_argument("--image", required=True, metavar="FILE")
+    features.add_argument("--layer", type=int, default=-1, help="block index (default: -1)")
+    features.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+
+    generate = _command(commands, "generate", _generate, "answer a question on images and videos")
+    _package_arguments(generate)
+    generate.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="the question; images and videos go where "
+        "it has <image> or <video>, or first"
+    )  # fmt: skip
+    _question_arguments(generate)
+    generate.add_argument("--stream", action="store_true", help="print the answer as it grows")
+
+    chat = _command(commands, "chat", _chat, "answer the lines of standard input", as_json=False)
+    chat.epilog = (
+        "A line `/image FILE` shows an image with the next question, `/reset` forgets all that was "
+        "said and shown, `/quit` ends."
+    )
+    _package_arguments(chat)
+    _question_arguments(chat)
+
+    inspect = _command(commands, "inspect", _inspect, "show what a package is")
+    inspect.add_argument("package", metavar="DIR")
+
+    verify = _command(commands, "verify", _verify, "check every byte of a package")
+    verify.add_argument("package", metavar="DIR")
+    verify.add_argument("--expect", metavar="ID", help="the package id that must be there")
+
+    refit = _command(commands, "refit", _refit, "give a package the weights of another checkpoint")
+    refit.add_argument("package", metavar="DIR", help="an engine package")
+    refit.add_argument("--weights", required=True, metavar="PATH", help="a checkpoint")
+    refit.add_argument("--out", required=True, metavar="DIR", help="the package to make")
+    refit.add_argument("--force", action="store_true", help="replace an existing package")
+    refit.add_argument("--expect", metavar="ID", help="the package id that must be there")
+    refit.add_argument("--calibration", metavar="DIR", help="images that fp8 finds its ranges on")
+
+    doctor = _command(commands, "doctor", _doctor, "show what can run here; lint a package")
+    doctor.add_argument("package", metavar="DIR", nargs="?")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Command, text: str, *, as_json: bool = True
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _list_argument(
+    parser: argparse.ArgumentParser,
+    name: str,
+    metavar: str,
+    *,
+    required: bool = False,
+    help: str = "one or more",
+) -> None:
+    parser.add_argument(
+        name, action="extend", nargs="+", default=[], metavar=metavar, required=required, help=help
+    )
+
+
+def _package_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", metavar="DIR", help="an engine package")
+    parser.add_argument("--backend", default="auto", help="default: the package's own")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or tensorrt")
+    parser.add_argument("--threads", type=int, help="default: one per physical core")
+    parser.add_argument("--expect", metavar="ID", help="the package id that must be there")
+
+
+def _question_arguments(parser: argparse.ArgumentParser) -> None:
+    _list_argument(parser, "--image", "FILE")
+    _list_argument(parser, "--video", "FILE")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="per image, at most")
+    parser.add_argument("--num-frames", type=int, metavar="N", help="per video, at most")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, for no chance"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from this much probability")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from this many tokens")
+    parser.add_argument("--seed", type=int, help="makes the draws repeatable; default: chance")
+    _list_argument(parser, "--stop", "TEXT", help="strings that end the answer")
+    parser.add_argument(
+        "--lookup", action="store_true", help="guess tokens from what was said; changes an "
+        "answer in ties only"
+    )  # fmt: skip
+    caches = parser.add_mutually_exclusive_group()
+    caches.add_argument(
+        "--cache-dir", metavar="DIR", help="private folder where work on images and prompts is kept"
+    )
+    caches.add_argument("--no-cache", action="store_true", help="do not even keep it in memory")
+
+
+def _load(options: argparse.Namespace, progress: Progress, family: str = "pe", **more: Any) -> Any:
+    """The engine of a package; InputError for a package of another family."""
+    from perception_rt.runtime.load import load
+
+    progress.step(f"opening {options.package}")
+    engine = load(
+        options.package,
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        expect=options.expect,
+        **more,
+    )
+    content = engine.manifest.content
+    if content.family != family:
+        engine.close()
+        raise InputError(f"{options.package} is {_PURPOSES[content.family]}")
+    return engine
+
+
+def _load_generator(options: argparse.Namespace, progress: Progress, **more: Any) -> Any:
+    return _load(
+        options,
+        progress,
+        "plm",
+        cache=not options.no_cache,
+        cache_dir=options.cache_dir,
+        max_batch=1,  # the commands put one question at a time
+        **more,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    with _needing_torch():
+        from perception_rt.export.options import run_export
+    with Progress() as progress:
+        manifest = run_export(options, progress.step)
+    _show_made(options, manifest)
+
+
+def _refit(options: argparse.Namespace) -> None:
+    with _needing_torch():
+        from perception_rt.export.refit import refit_package
+    with Progress() as progress:
+        manifest = refit_package(
+            options.package,
+            options.weights,
+            options.out,
+            expect=options.expect,
+            calibration=options.calibration,
+            force=options.force,
+            on_progress=progress.step,
+        )
+    _show_made(options, manifest)
+
+
+@contextmanager
+def _needing_torch() -> Iterator[None]:
+    """InputError that says what to install where an import of the exporter fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "perception_rt":
+            raise
+        raise InputError(
+            f"exporting needs {error.name}: pip install 'perception_rt[export]'"
+        ) from None
+
+
+def _show_made(options: argparse.Namespace, manifest: Any) -> None:
+    if options.json:
+        _print_json({"package": options.out, "id": manifest.id, "record": manifest.record})
+    else:
+        print(f"{options.out}  {manifest.id}")
+
+
+def _embed(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    if not options.image + options.text + options.video:
+        raise InputError("nothing to embed: give --image, --text or --video")
+    out = None if options.out is None else _output(options.out, ".npy")
+    with Progress() as progress, _load(options, progress) as engine:
+        parts = []
+        if options.image:
+            count = progress.counter("images")
+            parts.append(engine.embed_images(options.image, on_progress=count))
+        if options.text:
+            parts.append(engine.embed_texts(options.text, on_progress=progress.counter("texts")))
+        if options.video:
+            parts.append(
+                engine.embed_videos(
+                    options.video,
+                    num_frames=options.num_frames,
+                    on_progress=progress.counter("videos"),
+                )
+            )
+    rows = np.concatenate(parts)
+    names = [*options.image, *options.text, *options.video]
+    if out is not None:
+        np.save(out, rows)
+    if options.json:
+        vectors = None if out is not None else rows.tolist()
+        _print_json({"items": names, "dim": rows.shape[1], "embeddings": vectors})
+        return
+    cosines = rows @ rows.T
+    for index, name in enumerate(names):
+        shown = " ".join(f"{cosine:.3f}" for cosine in cosines[index, :_SHOWN_COSINES])
+        print(f"{name}: dim {rows.shape[1]}, cosines {shown}")
+
+
+def _classify(options: argparse.Namespace) -> None:
+    with Progress() as progress, _load(options, progress) as engine:
+        probabilities = engine.classify(
+            options.image,
+            options.label,
+            options.template or None,
+            on_progress=progress.counter("items"),
+        )
+    rows = [dict(zip(options.label, map(float, row), strict=True)) for row in probabilities]
+    if options.json:
+        pairs = zip(options.image, rows, strict=True)
+        _print_json([{"image": image, "probabilities": row} for image, row in pairs])
+        return
+    for image, row in zip(options.image, rows, strict=True):
+        ranked = sorted(row.items(), key=lambda item: -item[1])
+        print(f"{image}: " + ", ".join(f"{label} {p:.1%}" for label, p in ranked[:5]))
+
+
+def _features(options: argparse.Namespace) -> None:
+    from perception_rt.processing.image import decode_image
+    from perception_rt.processing.pca import side_by_side
+
+    out = _output(options.out, ".png")
+    with Progress() as progress, _load(options, progress) as engine:
+        count = progress.counter("images")
+        (dense,) = engine.features([options.image], options.layer, on_progress=count)
+    side_by_side(decode_image(options.image), dense).save(out)
+    shape = "x".join(map(str, dense.shape))
+    if options.json:
+        _print_json({"image": options.image, "shape": list(dense.shape), "picture": options.out})
+    else:
+        print(f"{options.out}: {shape} features of layer {options.layer}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from perception_rt.cli.generate import generate
+
+    if options.stream and options.json:
+        raise InputError("--stream and --json contradict each other")
+    # Nothing follows that a prompt in memory would help; its copy takes as much as the engine's.
+    more = {} if options.cache_dir is not None else {"prefix_cache_bytes": 0}
+    with Progress() as progress, _load_generator(options, progress, **more) as engine:
+        generate(engine, options, progress)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from perception_rt.cli.generate import chat
+
+    with Progress() as progress:
+        engine = _load_generator(options, progress)
+    with engine:
+        chat(engine, options)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from perception_rt.cli.report import describe
+    from perception_rt.package.reader import read_manifest
+
+    manifest = read_manifest(options.package)
+    if options.json:
+        _print_json(manifest.to_dict())
+    else:
+        print("\n".join(describe(manifest)))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from perception_rt.package.reader import verify_package
+
+    with Progress() as progress:
+        progress.step("hashing")
+        manifest = verify_package(options.package, expect=options.expect)
+    total = sum(entry.size_bytes for entry in manifest.content.files.values())
+    if options.json:
+        _print_json({"ok": True, "id": manifest.id, "bytes": total})
+    else:
+        print(f"ok: {len(manifest.content.files)} files, {total:,} bytes, {manifest.id}")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from perception_rt.cli.report import DAMAGED, environment, lint
+
+    with Progress() as progress:
+        progress.step("looking around")
+        found = environment()
+        notes = [] if options.package is None else lint(options.package)
+    if options.json:
+        _print_json({"environment": found, "package": notes})
+    else:
+        for name, value in found.items():
+            print(f"{name}: {value}")
+        for note in notes:
+            print(f"{options.package}: {note}")
+    return 2 if any(note.startswith(DAMAGED) for note in notes) else 0
+
+
+def _output(path: str, ending: str) -> Path:
+    """A file that can be written; checked before any work."""
+    out = Path(path)
+    if out.suffix != ending:
+        raise InputError(f"--out must end in {ending}, not {path!r:.80}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f"cannot write {path!r:.80}: no such folder, or a folder is there")
+    return out
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=lambda v: dict(v)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

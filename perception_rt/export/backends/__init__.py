@@ -1,0 +1,1 @@
+"""One lowering per backend, and TensorRT's engine builder."""

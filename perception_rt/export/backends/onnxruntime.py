@@ -1,0 +1,186 @@
+"""Lowering for ONNX Runtime: its fused operators, named outright instead of hoped for.
+
+Attention is `MultiHeadAttention` on (N, T, C) with `RotaryEmbedding` before it, so that nothing is
+transposed; over a cache it is `GroupQueryAttention`, which rotates, and writes its keys and values
+where it reads them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from perception_rt.export.graph.lazy_weights import Array, Weight, constant
+from perception_rt.export.graph.lowering import Lowering, Operand
+from perception_rt.export.quantization.formats import (
+    BITS,
+    BLOCK,
+    channel_scale,
+    quantize_blocks,
+    quantize_channels,
+)
+
+CONTRIB = "com.microsoft"
+_UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
+_ATTENTION, _CACHED_ATTENTION = "MultiHeadAttention", "GroupQueryAttention"
+_ACCURACY_INT8 = 4  # of MatMulNBits: activations become int8, per block
+
+
+class OnnxRuntimeLowering(Lowering):
+    """Standard ONNX plus ONNX Runtime's contrib operators, on CPU or CUDA."""
+
+    attention_ops: Mapping[str, int] = {_ATTENTION: 1}
+    cached_attention_ops: Mapping[str, int] = {_CACHED_ATTENTION: 1}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # What several products, and all attentions, have in common is computed once.
+        self.rounded_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self.cache_lengths: tuple[ir.Value, ir.Value] | None = None
+
+    def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
+        """MatMul, or the product of the weight's format; then Add."""
+        match self.format_of(weight):
+            case None:
+                transposed = weight.derive(".t", np.transpose, weight.shape[::-1])
+                y = self.op("MatMul", [x, transposed])
+            case "int8":
+                packed, scale = _channels(weight)
+                operands: list[Operand | None] = [x, packed, scale, None, bias]
+                self.bind(node, self.op("DynamicQuantizeMatMul", operands, domain=CONTRIB))
+                return
+            case "int8_rows":
+                y = self.row_product(x, weight)
+            case format_:
+                y = self.block_product(x, weight, BITS[format_])
+        self.bind(node, y if bias is None else self.op("Add", [y[0], bias]))
+
+    def row_product(self, x: ir.Value, weight: Weight) -> list[ir.Value]:
+        """Activations to uint8 around 128, row by row; an integer product; both scales."""
+        packed, scale = _channels(weight)
+        if x not in self.rounded_rows:
+            self.rounded_rows[x] = self.round_rows(x)
+        steps, rounded = self.rounded_rows[x]
+        one, middle = self.scalar("one", 1.0), self.middle()
+        operands: list[Operand | None] = [rounded, packed, one, scale, middle]
+        y = self.op("MatMulIntegerToFloat", operands, domain=CONTRIB)
+        return self.op("Mul", [y[0], steps])
+
+    def round_rows(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The step of each row (..., 1) and the row in such steps, uint8 around 128."""
+        axis = constant("constant.last_axis", np.asarray([-1], np.int64))
+        high = self.op("ReduceMax", [x, axis], {"keepdims": 1})[0]
+        low = self.op("ReduceMin", [x, axis], {"keepdims": 1})[0]
+        low = self.op("Neg", [low])[0]
+        largest = self.op("Max", [high, low, self.scalar("tiny", 1e-30)])[0]
+        step = self.op("Mul", [largest, self.scalar("step", 1 / 127)])[0]
+        scaled = self.op("Div", [x, step])[0]
+        operands: list[Operand | None] = [scaled, self.scalar("one", 1.0), self.middle()]
+        return step, self.op("QuantizeLinear", operands)[0]
+
+    def block_product(self, x: ir.Value, weight: Weight, bits: int) -> list[ir.Value]:
+        """MatMulNBits, activations in int8."""
+        outputs, inputs = weight.shape
+        packed, scale = _blocks(weight, bits)
+        attributes = {
+            "K": inputs,
+            "N": outputs,
+            "bits": bits,
+            "block_size": BLOCK,
+            "accuracy_level": _ACCURACY_INT8,
+        }
+        return self.op("MatMulNBits", [x, packed, scale], attributes, domain=CONTRIB)
+
+    def embedding(self, node: ir.Node, weight: Weight, ids: ir.Value) -> None:
+        """Gather, or the gather of the weight's format, on the bytes of a tied head."""
+        format_ = self.format_of(weight)
+        if format_ is None:
+            self.bind(node, self.op("Gather", [weight, ids]))
+            return
+        bits = BITS[format_]
+        packed, scale = _blocks(weight, bits)
+        rows, blocks, block_bytes = packed.shape
+        table = packed.reshaped((rows, blocks * block_bytes))
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": bits}
+        operands: list[Operand | None] = [table, ids, scale]
+        self.bind(node, self.op("GatherBlockQuantized", operands, attributes, domain=CONTRIB))
+
+    def attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
+        """MultiHeadAttention, its scale the default D ** -0.5."""
+        query, key, value, cos, sin = (*inputs, None, None)[:5]
+        heads = node.attributes["heads"].as_int()
+        if cos is not None:
+            query = self.rotary(query, cos, sin, heads)
+            key = self.rotary(key, cos, sin, heads)
+        causal = node.attributes["causal"].as_int()
+        attributes = {"num_heads": heads, "unidirectional": causal}
+        operands = [query, key, value]
+        self.bind(node, self.op(_ATTENTION, operands, attributes, domain=CONTRIB))
+
+    def cached_attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
+        """GroupQueryAttention with its rotation, on a cache that is also its output."""
+        query, key, value, keys, values, past, cos, sin = inputs
+        assert isinstance(past, ir.Value) and isinstance(query, ir.Value)
+        if self.cache_lengths is None:
+            self.cache_lengths = self.lengths(query, past)
+        last, total = self.cache_lengths
+        attributes = {
+            "num_heads": node.attributes["heads"].as_int(),
+            "kv_num_heads": node.attributes["kv_heads"].as_int(),
+            "do_rotary": 1,
+            "rotary_interleaved": 1,
+        }
+        operands = [query, key, value, keys, values, last, total, cos, sin]
+        results = self.op(_CACHED_ATTENTION, operands, attributes, domain=CONTRIB, outputs=3)
+        self.bind(node, results)
+
+    def lengths(self, query: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Index of each sequence's last token, and the length of the longest, both int32."""
+        shape = self.op("Shape", [query], {"start": 1, "end": 2})[0]  # (1,)
+        tokens = self.cast(shape, np.dtype(np.int32))
+        totals = self.op("Add", [past, tokens])[0]
+        one = constant("constant.one_int32", np.asarray(1, np.int32))
+        last = self.op("Sub", [totals, one])[0]
+        return last, self.op("ReduceMax", [totals], {"keepdims": 0})[0]
+
+    def rotary(self, x: Operand | None, cos: Operand, sin: Operand | None, heads: int) -> ir.Value:
+        """Adjacent channel pairs of (N, T, C) turned by tables (T, D/2), from position 0 on."""
+        start = constant("constant.position", np.zeros(1, np.int64))
+        attributes = {"interleaved": 1, "num_heads": heads}
+        operands = [x, start, cos, sin]
+        return self.op("RotaryEmbedding", operands, attributes, domain=CONTRIB)[0]
+
+    def scalar(self, name: str, value: float) -> Weight:
+        """A float32 constant without axes."""
+        return constant(f"constant.{name}", np.asarray(value, np.float32))
+
+    def middle(self) -> Weight:
+        """The zero point of signed values in uint8."""
+        return constant("constant.middle", np.asarray(128, np.uint8))
+
+
+def _channels(weight: Weight) -> tuple[Weight, Weight]:
+    """A linear weight (O, C) as int8 (C, O) and its float32 scales (O,)."""
+    outputs, inputs = weight.shape
+
+    def packed() -> Array:
+        array = weight.load()
+        return np.ascontiguousarray(quantize_channels(array, channel_scale(array)).T)
+
+    int8 = Weight(f"{weight.name}.int8", np.dtype(np.int8), (inputs, outputs), packed)
+    scale = weight.derive_rows(".scale", channel_scale, (outputs,), _FLOAT32)
+    return int8, scale
+
+
+def _blocks(weight: Weight, bits: int) -> tuple[Weight, Weight]:
+    """A weight (O, C) as uint8 (O, B, bytes of a block) and float32 scales (O, B)."""
+    outputs, inputs = weight.shape
+    blocks = -(-inputs // BLOCK)
+    shape = (outputs, blocks, BLOCK * bits // 8)
+    name = f".int{bits}"
+    packed = weight.derive_rows(name, lambda rows: quantize_blocks(rows, bits)[0], shape, _UINT8)
+    scale = weight.derive_rows(
+        f"{name}_scale", lambda rows: quantize_blocks(rows, bits)[1], shape[:2], _FLOAT32
+    )
+    return packed, scale

@@ -1,0 +1,163 @@
+"""What the traced modules' parameters are made of: checkpoint tensors, gains and tables.
+
+Layer scale is folded into the linear layer before it, exactly; position and rotary tables are
+computed for the grid, or the positions, by the model's own functions.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perception_rt.checkpoint.source import WeightSource
+from perception_rt.config import VisionConfig
+from perception_rt.export.components.traced_modules import (
+    DecoderGraph,
+    EmbedGraph,
+    TextGraph,
+    TileGraph,
+    VisionGraph,
+)
+from perception_rt.export.graph.lazy_weights import Array, Weight
+from perception_rt.models.decoder import rope_1d
+from perception_rt.models.layers import Rope, rope_2d
+from perception_rt.models.vision import token_table
+from perception_rt.plm_config import DecoderConfig, PlmConfig
+
+_FLOAT32 = np.dtype(np.float32)
+_GAINS = {"attn.out_proj": "ls_1.gamma", "mlp.c_proj": "ls_2.gamma"}
+
+
+def vision_parameters(
+    source: WeightSource, graph: VisionGraph, config: VisionConfig, grid: tuple[int, int]
+) -> dict[str, Weight]:
+    """A weight for each parameter of a vision graph; `config` still has its layer scale."""
+    return _tower_parameters(source, graph, config, grid, "visual.")
+
+
+def tile_parameters(source: WeightSource, graph: TileGraph, config: PlmConfig) -> dict[str, Weight]:
+    """A weight for each parameter of a tile graph."""
+    grid = (config.vision.grid, config.vision.grid)
+    return _tower_parameters(source, graph, config.vision, grid, "vision_model.")
+
+
+def embed_parameters(source: WeightSource, graph: EmbedGraph) -> dict[str, Weight]:
+    """A weight for each parameter of an embedding graph."""
+    return {name: _matrix(source, name, p) for name, p in graph.named_parameters()}
+
+
+def decoder_parameters(
+    source: WeightSource, graph: DecoderGraph, config: DecoderConfig, excluded: int
+) -> dict[str, Weight]:
+    """A weight for each parameter of a part of a decoder; `excluded` is never its top token."""
+    head = "tok_embeddings.weight" if config.weight_tying else "output.weight"
+    tables = _rope(lambda: rope_1d(config, config.max_seqlen))
+    weights = {}
+    for name, parameter in graph.named_parameters():
+        if name in tables:
+            shape = tuple(parameter.shape)
+            weights[name] = Weight(f"decoder.{name}", _FLOAT32, shape, tables[name])
+        elif name == "exclusion":
+            load = partial(_exclusion, config.vocab_size, excluded)
+            weights[name] = Weight("decoder.exclusion", _FLOAT32, (config.vocab_size,), load)
+        else:
+            weights[name] = _matrix(source, head if name == "head" else name, parameter)
+    return weights
+
+
+def _exclusion(vocab_size: int, excluded: int) -> Array:
+    """What to add to logits, so that a token is not the largest."""
+    array = np.zeros(vocab_size, np.float32)
+    array[excluded] = np.finfo(np.float16).min
+    return array
+
+
+def _tower_parameters(
+    source: WeightSource,
+    graph: VisionGraph | TileGraph,
+    config: VisionConfig,
+    grid: tuple[int, int],
+    prefix: str,
+) -> dict[str, Weight]:
+    """A weight for each parameter; those of the tower are under `prefix` in the checkpoint."""
+    computed = _tables(source, config, grid, prefix)
+    weights = {}
+    for name, parameter in graph.named_parameters():
+        leaf = name.removeprefix("tower.")
+        own = leaf == name and name not in computed
+        key = name if own else prefix + leaf
+        load = computed.get(name) or (
+            _loader(source, key) if own else _tower_load(source, config, prefix, leaf)
+        )
+        weights[name] = Weight(key, _FLOAT32, tuple(parameter.shape), load, origin=key)
+    return weights
+
+
+def text_parameters(source: WeightSource, graph: TextGraph) -> dict[str, Weight]:
+    """A weight for each parameter of a text graph."""
+    weights = {}
+    for name, parameter in graph.named_parameters():
+        key = f"text.{name.removeprefix('tower.')}"
+        load = _loader(source, key)
+        weights[name] = Weight(key, _FLOAT32, tuple(parameter.shape), load, origin=key)
+    return weights
+
+
+def _loader(source: WeightSource, key: str) -> Callable[[], Array]:
+    return lambda: _float32(source.load(key))
+
+
+def _matrix(source: WeightSource, key: str, parameter: Tensor) -> Weight:
+    """A checkpoint tensor that can be read row by row."""
+
+    def rows(start: int, stop: int) -> Array:
+        return _float32(source.load_rows(key, start, stop))
+
+    shape = tuple(parameter.shape)
+    return Weight(key, _FLOAT32, shape, _loader(source, key), origin=key, rows=rows)
+
+
+def _float32(tensor: Tensor) -> Array:
+    array: Array = tensor.to(torch.float32).numpy()
+    return array
+
+
+def _tower_load(
+    source: WeightSource, config: VisionConfig, prefix: str, name: str
+) -> Callable[[], Array]:
+    """Reads a tensor of a tower, with the layer scale that follows it folded in."""
+    block, _, rest = name.partition(".resblocks.")
+    index, _, leaf = rest.partition(".")
+    gain = _GAINS.get(leaf.rpartition(".")[0])
+    if config.ls_init_value is None or gain is None:
+        return _loader(source, prefix + name)
+    gain_key = f"{prefix}{block}.resblocks.{index}.{gain}"
+
+    def load() -> Array:
+        tensor, gains = source.load(prefix + name).float(), source.load(gain_key).float()
+        return _float32(tensor * (gains[:, None] if tensor.ndim == 2 else gains))
+
+    return load
+
+
+def _tables(
+    source: WeightSource, config: VisionConfig, grid: tuple[int, int], prefix: str
+) -> dict[str, Callable[[], Array]]:
+    def table() -> Array:
+        positions = class_embedding = None
+        if config.use_abs_posemb:
+            positions = source.load(f"{prefix}positional_embedding").float()
+        if config.use_cls_token:
+            class_embedding = source.load(f"{prefix}class_embedding").float()
+        result = token_table(positions, class_embedding, config.grid, grid)
+        assert result is not None
+        return _float32(result)
+
+    rope = _rope(lambda: rope_2d(grid, config.head_dim, class_token=config.use_cls_token))
+    return {"table": table, **rope}
+
+
+def _rope(tables: Callable[[], Rope]) -> Mapping[str, Callable[[], Array]]:
+    return {"rope_cos": lambda: _float32(tables().cos), "rope_sin": lambda: _float32(tables().sin)}

@@ -1,0 +1,158 @@
+"""The modules that are traced: the model's own parts, with their tables as named constants.
+
+No maths is written again here. A part is built on the meta device with the traced attention, and
+layer scale left out: its gains are folded into the weights (`parameters.py`). `forward` takes one
+list of inputs, as `trace` wants it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perception_rt.config import TextConfig, VisionConfig
+from perception_rt.export.graph.trace import CachedAttention, traced_attention
+from perception_rt.models.decoder import DecoderLayer, RmsNorm
+from perception_rt.models.layers import Rope
+from perception_rt.models.plm import VisionProjector
+from perception_rt.models.text import TextTower
+from perception_rt.models.vision import VisionTower
+from perception_rt.plm_config import DecoderConfig, PlmConfig
+
+
+def _meta(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, device="meta"), requires_grad=False)
+
+
+class _GridGraph(nn.Module):
+    """A vision tower on one grid, and the constants of that grid.
+
+    Its own parameters `table`, `rope_cos`, `rope_sin` are computed by `parameters.py` from the
+    tower's functions of the same meaning.
+    """
+
+    def __init__(self, config: VisionConfig, grid: tuple[int, int]) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            folded = replace(config, ls_init_value=None, drop_path=0.0)
+            self.tower = VisionTower(folded, attention=traced_attention).requires_grad_(False)
+        tokens = grid[0] * grid[1] + self.tower.num_prefix
+        self.has_table = config.use_abs_posemb or config.use_cls_token
+        if self.has_table:
+            self.table = _meta(tokens, config.width)
+        if config.use_rope2d:
+            self.rope_cos = _meta(tokens, config.head_dim // 2)
+            self.rope_sin = _meta(tokens, config.head_dim // 2)
+
+    def blocks(self, pixels: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        """float (N, 3, H, W) -> (N, T, C) of each tapped block."""
+        rope = Rope(self.rope_cos, self.rope_sin) if self.tower.config.use_rope2d else None
+        x = self.tower.embed(pixels, self.table if self.has_table else None)
+        return self.tower.run_blocks(x, rope, taps)
+
+
+class VisionGraph(_GridGraph):
+    """A vision tower: normalised pixels -> what `forward` returns, and block taps."""
+
+    def __init__(self, config: VisionConfig, grid: tuple[int, int], taps: Sequence[int]) -> None:
+        super().__init__(config, grid)
+        self.taps = tuple(taps)
+
+    def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """float (N, 3, H, W) -> embedding, then one (N, T, C) per tap."""
+        last = self.tower.config.layers - 1
+        *taps, tokens = self.blocks(inputs[0], [*self.taps, last])
+        return (self.tower.head(tokens), *taps)
+
+
+class TileGraph(_GridGraph):
+    """A language model's eye: normalised tiles -> image tokens in the decoder's width."""
+
+    def __init__(self, config: PlmConfig) -> None:
+        super().__init__(config.vision, (config.vision.grid, config.vision.grid))
+        with torch.device("meta"):
+            self.vision_projector = VisionProjector(config).requires_grad_(False)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        """float (N, 3, S, S) -> (N, tokens per tile, C)."""
+        (tokens,) = self.blocks(inputs[0], [self.tower.config.layers - 1])
+        tokens = self.tower.ln_post(tokens)[:, self.tower.num_prefix :]
+        features: Tensor = self.vision_projector(tokens)
+        return features
+
+
+class TextGraph(nn.Module):
+    """A text tower: token ids -> features, not normalised."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.tower = TextTower(config, attention=traced_attention).requires_grad_(False)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        """int64 (N, T) -> float (N, D)."""
+        features: Tensor = self.tower(inputs[0])
+        return features
+
+
+class EmbedGraph(nn.Module):
+    """A decoder's embedding: token ids -> hidden."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.requires_grad_(False)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        """int64 (N, T) -> float (N, T, C)."""
+        hidden: Tensor = self.tok_embeddings(inputs[0])
+        return hidden
+
+
+class DecoderGraph(nn.Module):
+    """Some consecutive layers of a decoder over their caches; the last part has norm and head.
+
+    Args:
+        config: the architecture.
+        layers: indices of the layers.
+    """
+
+    def __init__(self, config: DecoderConfig, layers: range) -> None:
+        super().__init__()
+        self.attention = CachedAttention()
+        self.is_last = layers.stop == config.n_layers
+        with torch.device("meta"):
+            # Under their own numbers: parameter names are the checkpoint's.
+            blocks = {str(i): DecoderLayer(config, self.attention) for i in layers}
+            self.layers = nn.ModuleDict(blocks).requires_grad_(False)
+            if self.is_last:
+                self.norm = RmsNorm(config.dim, config.norm_eps).requires_grad_(False)
+        self.rope_cos = _meta(config.max_seqlen, config.head_dim // 2)
+        self.rope_sin = _meta(config.max_seqlen, config.head_dim // 2)
+        if self.is_last:
+            self.head = _meta(config.vocab_size, config.dim)
+            self.exclusion = _meta(config.vocab_size)
+
+    def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """hidden (N, T, C), past lengths (N,), caches (N, K, S, E) -> hidden, caches.
+
+        The last part takes logit positions (N, L) in front of the caches, and returns logits
+        (N, L, V) instead of hidden, and in the end the largest logit and its token, both (N, L).
+        """
+        hidden, past_lengths, *rest = inputs
+        positions = rest.pop(0) if self.is_last else None
+        caches = list(zip(rest[::2], rest[1::2], strict=True))
+        self.attention.start(past_lengths, caches)
+        rope = Rope(self.rope_cos, self.rope_sin)
+        for layer in self.layers.values():
+            hidden = layer(hidden, rope)
+        if positions is not None:
+            index = positions[..., None].expand(-1, -1, hidden.shape[-1])
+            logits = F.linear(self.norm(torch.gather(hidden, 1, index)), self.head)
+            allowed = logits + self.exclusion
+            top = allowed.amax(dim=-1), allowed.argmax(dim=-1)
+            return (logits, *self.attention.updated, *top)
+        return (hidden, *self.attention.updated)

@@ -1,0 +1,1 @@
+"""From a traced module to an ONNX file: tracing, lowering, weights, writing."""

@@ -1,0 +1,378 @@
+"""The walk from a traced graph to a backend's graph.
+
+A lowering is a subclass that says how our own operators look for its backend; every other operator
+is copied. Operators on constants alone are folded into lazy weights, so that no weight is in memory
+before it is written.
+
+Legend: N batch, T tokens, C channels in, O channels out.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from perception_rt.export.graph.lazy_weights import Array, DType, Weight, constant
+from perception_rt.export.graph.trace import DOMAIN, OPSET, Traced
+from perception_rt.export.quantization.formats import Format
+from perception_rt.export.quantization.sensitivity import Measured
+from perception_rt.package.contract import TensorSpec
+
+IR_VERSION = 10
+INLINE_BYTES = 1024  # smaller constants stay in the graph, where optimisers can read them
+
+
+Operand = ir.Value | Weight
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredGraph:
+    """A backend's graph, and its large constants by initializer name, not yet written."""
+
+    model: ir.Model
+    weights: dict[str, Weight]
+
+    def count(self, op_type: str) -> int:
+        """How many operators of a type the graph has."""
+        return sum(node.op_type == op_type for node in self.model.graph)
+
+
+class Lowering(ABC):
+    """Rebuilds a traced graph for one backend. An instance is used once.
+
+    Args:
+        traced: what `trace` returned.
+        parameters: a `Weight` for every parameter of the traced module, by name.
+        dtype: of activations and float weights: float32 or float16.
+        formats: of quantised linear and embedding weights, by the checkpoint tensor's name.
+        measured: the linear layers, for formats that need to know the range of their inputs.
+    """
+
+    # How many operators of which type each traced attention becomes, without and with a cache; the
+    # export counts them.
+    attention_ops: Mapping[str, int]
+    cached_attention_ops: Mapping[str, int]
+    opset = OPSET
+
+    def __init__(
+        self,
+        traced: Traced,
+        parameters: Mapping[str, Weight],
+        *,
+        dtype: DType,
+        formats: Mapping[str, Format] | None = None,
+        measured: Measured | None = None,
+    ) -> None:
+        self.traced = traced
+        self.parameters = parameters
+        self.dtype = np.dtype(dtype)
+        self.formats = formats or {}
+        self.measured = measured or Measured()
+        self.nodes: list[ir.Node] = []
+        self.finished: set[ir.Value] = set()
+        self.env: dict[ir.Value, Operand] = {}
+        self.constants: dict[str, tuple[Weight, ir.Value]] = {}
+        self.opsets = {"": self.opset}
+
+    def lower(
+        self,
+        sources: Sequence[tuple[TensorSpec, "Entry"]],
+        outputs: Mapping[str, TensorSpec],
+    ) -> LoweredGraph:
+        """Builds the graph from its inputs to some of the traced graph's outputs.
+
+        Args:
+            sources: for each traced input, in order, the new graph's input and what turns it into
+                the traced one.
+            outputs: for each wanted traced output, by name, the new graph's output.
+        """
+        for name, initializer in self.traced.graph.initializers.items():
+            self.env[initializer] = self.parameters[name]
+        inputs = [_value(spec) for spec, _ in sources]
+        pairs = zip(self.traced.graph.inputs, inputs, sources, strict=True)
+        for old, new, (_, entry) in pairs:
+            self.env[old] = entry(self, new)
+        for node in self.traced.graph:
+            self.visit(node)
+        results = [
+            self.finish(self.env[self.traced.outputs[old]], new) for old, new in outputs.items()
+        ]
+        return self.assemble(inputs, results)
+
+    # What a backend overrides.
+
+    @abstractmethod
+    def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
+        """Emits x @ weight.T + bias, weight (O, C), and binds the node's output."""
+
+    @abstractmethod
+    def attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
+        """Emits attention over q, k, v and optional cos, sin, and binds the node's output."""
+
+    @abstractmethod
+    def cached_attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
+        """Emits attention over q, k, v, keys, values, past_lengths, cos, sin; binds 3 outputs."""
+
+    @abstractmethod
+    def embedding(self, node: ir.Node, weight: Weight, ids: ir.Value) -> None:
+        """Emits the rows `ids` of a weight (V, C), and binds the node's output."""
+
+    def channels_first(self, images: ir.Value) -> ir.Value:
+        """uint8 (N, H, W, 3) -> float32 (N, 3, H, W); bytes are moved, where they can be."""
+        x = self.op("Transpose", [images], {"perm": [0, 3, 1, 2]})[0]
+        return self.cast(x, np.dtype(np.float32))
+
+    # What it builds with.
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[Operand | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> list[ir.Value]:
+        """Appends one node and returns its outputs."""
+        node = ir.Node(
+            domain,
+            op_type,
+            [None if x is None else self.value(x) for x in inputs],
+            ir.convenience.convert_attributes(attributes or {}),
+            num_outputs=outputs,
+        )
+        if domain:
+            self.opsets[domain] = 1
+        self.nodes.append(node)
+        return list(node.outputs)
+
+    def value(self, operand: Operand) -> ir.Value:
+        """The graph value of an operand; a weight becomes an initializer, once."""
+        if isinstance(operand, ir.Value):
+            return operand
+        weight = self.in_dtype(operand)
+        if weight.name not in self.constants:
+            dtype = ir.DataType.from_numpy(weight.dtype)
+            value = ir.Value(
+                name=weight.name, shape=ir.Shape(weight.shape), type=ir.TensorType(dtype)
+            )
+            self.constants[weight.name] = (weight, value)
+        return self.constants[weight.name][1]
+
+    def in_dtype(self, weight: Weight) -> Weight:
+        """A float32 weight in the graph's dtype; any other as it is."""
+        if weight.fixed or weight.dtype != np.float32 or self.dtype == np.float32:
+            return weight
+        dtype = self.dtype
+
+        def cast(array: Array) -> Array:
+            with np.errstate(over="ignore"):  # `Weight.array` names a weight that overflows
+                return array.astype(dtype)
+
+        return weight.derive_rows(f".{dtype.name}", cast, weight.shape, dtype, fixed=False)
+
+    def format_of(self, weight: Weight) -> Format | None:
+        """How a weight, or the tensor that it is a part of, is quantised; None for not at all."""
+        return self.formats.get(weight.origin)
+
+    def bind(self, node: ir.Node, operands: Sequence[Operand]) -> None:
+        """Says what stands for the outputs of a traced node."""
+        self.env.update(zip(node.outputs, operands, strict=True))
+
+    def cast(self, x: ir.Value, dtype: DType) -> ir.Value:
+        """x as `dtype`."""
+        return self.op("Cast", [x], {"to": int(ir.DataType.from_numpy(dtype))})[0]
+
+    # The walk.
+
+    def visit(self, node: ir.Node) -> None:
+        """Lowers one traced node."""
+        if node.op_type == "Constant":
+            name = f"constant.{node.outputs[0].name}"
+            self.bind(node, [constant(name, _constant_of(node))])
+            return
+        inputs = [None if v is None else self.env[v] for v in node.inputs]
+        weights = [x for x in inputs if isinstance(x, Weight)]
+        if node.op_type in _FOLDED and len(weights) == len(inputs):
+            self.bind(node, [_fold(node, weights)])
+        elif node.domain == DOMAIN:
+            self.own(node, inputs)
+        else:
+            self.standard(node, inputs)
+
+    def own(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
+        """Lowers an operator of our domain."""
+        match node.op_type:
+            case "Linear":
+                x, weight, bias = (*inputs, None)[:3]
+                assert isinstance(x, ir.Value) and isinstance(weight, Weight)
+                assert bias is None or isinstance(bias, Weight)
+                self.linear(node, x, weight, bias)
+            case "Embedding":
+                weight, ids = inputs
+                assert isinstance(weight, Weight) and isinstance(ids, ir.Value)
+                self.embedding(node, weight, ids)
+            case "CachedAttention":
+                self.cached_attention(node, inputs)
+            case _:
+                self.attention(node, inputs)
+
+    def standard(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
+        """Copies an operator; a reshape in which only the batch is dynamic gets a constant."""
+        if node.op_type == "Identity" and inputs[0] is not None:
+            self.bind(node, [inputs[0]])
+            return
+        if node.op_type == "Reshape" and inputs[0] is not None:
+            sizes = [s if isinstance(s, int) else -1 for s in node.outputs[0].shape or ()]
+            if sizes and sizes.count(-1) <= 1:
+                name = "constant.shape." + "_".join(map(str, sizes))
+                inputs = [inputs[0], constant(name, np.asarray(sizes, dtype=np.int64))]
+        attributes = {a.name: a.value for a in node.attributes.values() if a.name != "allowzero"}
+        self.bind(node, self.op(node.op_type, inputs, attributes, outputs=len(node.outputs)))
+
+    def finish(self, result: Operand, spec: TensorSpec) -> ir.Value:
+        """A graph output in the dtype and under the name of its spec.
+
+        The value itself where that is possible: a copy could not be in place.
+        """
+        assert isinstance(result, ir.Value)
+        dtype = np.dtype(spec.dtype)
+        value = result
+        if self.dtype != dtype:
+            value = self.cast(result, dtype)
+        elif result in self.finished or result.producer() is None:
+            (value,) = self.op("Identity", [result])
+        self.finished.add(value)
+        named = _value(spec)
+        value.name, value.shape, value.type = named.name, named.shape, named.type
+        return value
+
+    def assemble(self, inputs: Sequence[ir.Value], results: Sequence[ir.Value]) -> LoweredGraph:
+        """The model of what was emitted, without nodes and constants that nothing uses."""
+        needed = _live(self.nodes, results)
+        initializers, external = [], {}
+        for name, (weight, value) in self.constants.items():
+            if not any(use.node in needed for use in value.uses()):
+                continue
+            initializers.append(value)
+            if weight.nbytes <= INLINE_BYTES:
+                value.const_value = ir.Tensor(weight.array(), name=name)
+            else:
+                external[name] = weight
+        for node in reversed(self.nodes):
+            if node not in needed:
+                for index in range(len(node.inputs)):
+                    node.replace_input_with(index, None)
+        graph = ir.Graph(
+            list(inputs),
+            list(results),
+            nodes=[n for n in self.nodes if n in needed],
+            initializers=initializers,
+            opset_imports=self.opsets,
+            name="perception_rt",
+        )
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="perception_rt")
+        return LoweredGraph(model, external)
+
+
+Entry = Callable[[Lowering, ir.Value], ir.Value]
+
+
+def as_is(lowering: Lowering, x: ir.Value) -> ir.Value:
+    """The input itself; floats in the graph's dtype."""
+    if x.dtype != ir.DataType.FLOAT or lowering.dtype == np.float32:
+        return x
+    return lowering.cast(x, lowering.dtype)
+
+
+def uint8_images(mean: Sequence[float], std: Sequence[float]) -> Entry:
+    """uint8 (N, H, W, 3) -> normalised (N, 3, H, W): (x / 255 - mean) / std."""
+
+    def entry(lowering: Lowering, images: ir.Value) -> ir.Value:
+        x = lowering.channels_first(images)
+        scale = np.asarray([1 / (255 * s) for s in std], np.float32).reshape(1, 3, 1, 1)
+        shift = np.asarray([m / s for m, s in zip(mean, std, strict=True)], np.float32)
+        x = lowering.op("Mul", [x, constant("images.scale", scale)])[0]
+        x = lowering.op("Sub", [x, constant("images.shift", shift.reshape(1, 3, 1, 1))])[0]
+        return x if lowering.dtype == np.float32 else lowering.cast(x, lowering.dtype)
+
+    return entry
+
+
+def _value(spec: TensorSpec) -> ir.Value:
+    return ir.Value(
+        name=spec.name,
+        shape=ir.Shape(spec.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(np.dtype(spec.dtype))),
+    )
+
+
+def _constant_of(node: ir.Node) -> Array:
+    (attribute,) = node.attributes.values()
+    if attribute.name == "value":
+        array: Array = attribute.as_tensor().numpy()
+        return array
+    return np.asarray(attribute.value, dtype=np.int64)
+
+
+def _live(nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> set[ir.Node]:
+    """The nodes that the results depend on."""
+    needed: set[ir.Node] = set()
+    wanted = set(results)
+    for node in reversed(nodes):
+        if any(v in wanted for v in node.outputs):
+            needed.add(node)
+            wanted.update(v for v in node.inputs if v is not None)
+    return needed
+
+
+def _slice(x: Array, starts: Array, ends: Array, axes: Array, steps: Array) -> Array:
+    index = [slice(None)] * x.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[int(axis)] = slice(int(start), int(end), int(step))
+    return x[tuple(index)]
+
+
+def _evaluate(node: ir.Node, arrays: Sequence[Array]) -> Array:
+    """One operator on arrays."""
+    attributes = node.attributes
+    match node.op_type:
+        case "Reshape":
+            return arrays[0].reshape(arrays[1])
+        case "Transpose":
+            return arrays[0].transpose(attributes["perm"].as_ints())
+        case "Slice":
+            return _slice(*arrays)
+        case "Cast":
+            return arrays[0].astype(ir.DataType(attributes["to"].as_int()).numpy())
+        case "Concat":
+            return np.concatenate(arrays, axis=attributes["axis"].as_int())
+        case "Linear":
+            y: Array = arrays[0] @ arrays[1].T
+            return y if len(arrays) == 2 else y + arrays[2]
+        case _:
+            raise AssertionError(f"cannot fold {node.op_type}")
+
+
+_FOLDED = frozenset({"Concat", "Reshape", "Transpose", "Slice", "Cast", "Linear"})
+
+
+def _fold(node: ir.Node, weights: Sequence[Weight]) -> Weight:
+    """The result of an operator on constants: at once for integers, lazily for weights."""
+    result = node.outputs[0]
+    floats = [w for w in weights if w.dtype.kind == "f"]
+    if not floats:
+        array = _evaluate(node, [w.load() for w in weights])
+        return constant(f"constant.{result.name}", np.asarray(array))
+    shape = tuple(size for size in result.shape or () if isinstance(size, int))
+    name = f"{floats[0].name}.{result.name}"
+    return replace(
+        floats[0],
+        name=name,
+        shape=shape,
+        rows=None,
+        load=lambda: _evaluate(node, [w.load() for w in weights]),
+    )

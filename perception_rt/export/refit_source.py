@@ -1,0 +1,53 @@
+"""What a package with new weights must have in common with the one that it comes from."""
+
+import hashlib
+from pathlib import Path
+
+import onnx
+
+from perception_rt.errors import ExportError
+from perception_rt.export.backends.tensorrt_engines import MadeEngine, engine_name
+from perception_rt.package.contract import GraphSpec
+from perception_rt.package.reader import Package
+
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+
+
+class Likeness:
+    """What a new package must have in common with one that is there."""
+
+    def __init__(self, package: Package) -> None:
+        options = package.manifest.content.target.options
+        self._package = package
+        self.refittable = bool(options.get("refittable", False))
+        self.label = str(options.get("builder"))
+        self.balanced = frozenset(options.get("balanced_layers", ()))
+        self.clipped = frozenset(options.get("clipped_layers", ()))
+        self.harmed = frozenset((*options["float_layers"], *options.get("block_layers", ())))
+
+    def check(self, graph: str, data: bytes) -> None:
+        """ExportError unless a graph's structure is the package's."""
+        mine, theirs = structure(data), structure(self._package.read_graph(graph))
+        if mine != theirs:
+            raise ExportError(
+                f"graph {graph!r} of these weights has structure {mine[:12]}, and that of the "
+                f"package is {theirs[:12]}: it was made by another version; export anew"
+            )
+
+    def engine(self, graph: str, spec: GraphSpec, file: Path, gpu: str) -> MadeEngine:
+        """The package's engine, which has no weights, and how it came about."""
+        name = engine_name(graph, gpu)
+        record = self._package.manifest.record.get("engines", {})
+        return MadeEngine(data=self._package.map(name), record=dict(record.get(name, {})))
+
+
+def structure(data: bytes) -> str:
+    """SHA-256 of an ONNX graph without the values of its weights.
+
+    Where weights lie in their files is part of it; of constants, integers are.
+    """
+    model = onnx.load_model_from_string(data)
+    for tensor in model.graph.initializer:
+        if tensor.data_type in _FLOATS:
+            tensor.ClearField("raw_data")
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

@@ -1,0 +1,1 @@
+"""Key-value caches, and caches of prompt prefixes and image features."""

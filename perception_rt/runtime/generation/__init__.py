@@ -1,0 +1,1 @@
+"""Text generation: preprocessing, scheduling, engine calls, sampling, detokenisation."""

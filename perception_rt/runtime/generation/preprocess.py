@@ -1,0 +1,310 @@
+"""From a request to a job: opens its images and videos, writes its prompt, counts its tokens.
+
+Everything that can be wrong with a request is found here, in the thread of its caller, before it
+takes part in anything. Knows a package's processing and its sizes, and runs no engine.
+
+Legend: T tokens, n tiles, S tile side in pixels, V vocabulary.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from perception_rt.errors import InputError, PackageError
+from perception_rt.limits import Limits
+from perception_rt.package import contract
+from perception_rt.package.reader import Package
+from perception_rt.plm_config import PlmConfig
+from perception_rt.processing.image import ImageSource
+from perception_rt.processing.llm_tokenizer import Tokenizer, TokenizerSpec, open_tokenizer
+from perception_rt.processing.prompt import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    Turn,
+    encode_prompt,
+    place_media,
+)
+from perception_rt.processing.tiles import TileSpec, load_tiles
+from perception_rt.processing.video import VideoSource, load_frames
+from perception_rt.runtime.cache.feature_cache import feature_key
+from perception_rt.runtime.generation.detokenizer import TextStream
+from perception_rt.runtime.generation.prompt_lookup import PromptLookup
+from perception_rt.runtime.generation.request_state import Job
+from perception_rt.runtime.generation.sampling import Sampler
+from perception_rt.runtime.request import Exchange, Request, check_integer, check_request
+
+Array = np.ndarray[Any, Any]
+
+_MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
+
+
+class Intake:
+    """Makes jobs for the model of a package. Safe in several threads.
+
+    Attributes:
+        tiles: how images and videos are prepared.
+        tokenizer: None for a package without one, which takes and gives ids alone.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        config: PlmConfig,
+        *,
+        limits: Limits,
+        cached: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        """Opens the processing of a package; PackageError if its parts do not fit together.
+
+        Args:
+            package: with the files that the tokenizer needs.
+            config: the architecture.
+            limits: bounds on requests and on what they bring.
+            cached: whether jobs get keys for caches.
+            clock: seconds, the same as the scheduler's.
+        """
+        content = package.manifest.content
+        try:
+            self.tiles = TileSpec.from_dict(content.image)
+            if self.tiles.tile_size != config.vision.image_size:
+                raise InputError(
+                    f"tiles have {self.tiles.tile_size} pixels a side; the vision tower takes "
+                    f"{config.vision.image_size}"
+                )
+            self.tokenizer = _tokenizer(package, config, limits)
+        except InputError as error:
+            raise PackageError(f"package {package.name!r}: {error}") from None
+        self._name = content.name
+        self._package_id = package.manifest.id
+        self._config = config
+        self._limits = limits
+        self._cached = cached
+        self._clock = clock
+        self._allowed = np.ones(config.decoder.vocab_size, np.bool_)
+        self._allowed[config.image_token_id] = False
+
+    def check(self, request: Request) -> None:
+        """InputError unless each field of a request is usable, as far as no file is opened."""
+        check_request(
+            request,
+            vocab_size=self._config.decoder.vocab_size,
+            max_tiles=self.tiles.max_tiles,
+            max_frames=self.tiles.max_frames,
+            limits=self._limits,
+        )
+        if self.tokenizer is None:
+            raise InputError(f"{self._name} has no tokenizer; use generate_tokens()")
+        for exchange in request.history:
+            _check_marks(exchange)
+        _check_marks(request)
+
+    def job(self, request: Request) -> Job:
+        """The job of a request.
+
+        Raises:
+            InputError: a field, an image, a video or a text is unusable, or it is all too long.
+            BackendError: the library that a video needs is not installed.
+        """
+        called_at = self._clock()
+        self.check(request)
+        tokenizer = self.tokenizer
+        assert tokenizer is not None
+        turns, tiles = self._conversation(request)
+        prompt = encode_prompt(tokenizer, turns, self._config.tokens_per_tile)
+        self._check_length(len(prompt.ids), request.max_new_tokens)
+        is_image = prompt.ids == self._config.image_token_id
+        deadline = None if request.deadline_s is None else called_at + request.deadline_s
+        lookup = None
+        if request.lookup:
+            known = np.where(is_image, -1, prompt.ids)
+            lookup = PromptLookup(known, request.max_new_tokens)
+        return Job(
+            ids=prompt.ids,
+            image_positions=np.flatnonzero(is_image),
+            tiles=tiles,
+            tile_keys=self._tile_keys(tiles, contract.VISION),
+            max_new_tokens=request.max_new_tokens,
+            sampler=Sampler(
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+                seed=request.seed,
+                allowed=self._allowed,
+            ),
+            end_ids=tokenizer.end_ids,
+            spell=tokenizer.decode_bytes,
+            stream=TextStream(request.stop, prefix=tokenizer.prefix),
+            lookup=lookup,
+            deadline=deadline,
+            on_progress=request.on_progress,
+            called_at=called_at,
+            preprocess_s=self._clock() - called_at,
+        )
+
+    def token_job(self, ids: Any, pixels: Array | None, max_new_tokens: int) -> Job:
+        """The job of a prompt in ids, greedy; 0 new tokens ask for logits.
+
+        Args:
+            ids: integers (T,), with the image token's id where tiles go.
+            pixels: float32 (n, 3, S, S), normalised, or None.
+            max_new_tokens: the longest answer.
+
+        Raises:
+            InputError: an argument is unusable, there are more or fewer image tokens than tiles
+                have, or it is all too long.
+        """
+        called_at = self._clock()
+        ids = self._checked_ids(ids)
+        self._check_pixels(pixels)
+        check_integer("max_new_tokens", max_new_tokens, 0)
+        self._check_length(len(ids), max_new_tokens)
+        positions = np.flatnonzero(ids == self._config.image_token_id)
+        tiles, per_tile = 0 if pixels is None else len(pixels), self._config.tokens_per_tile
+        if len(positions) != tiles * per_tile:
+            raise InputError(
+                f"ids have {len(positions)} image tokens; {tiles} tiles of {per_tile} tokens "
+                f"need {tiles * per_tile}"
+            )
+        return Job(
+            ids=ids,
+            image_positions=positions,
+            tiles=pixels,
+            tile_keys=self._tile_keys(pixels, contract.PIXELS),
+            max_new_tokens=max_new_tokens,
+            sampler=Sampler(allowed=self._allowed),
+            end_ids=frozenset() if self.tokenizer is None else self.tokenizer.end_ids,
+            called_at=called_at,
+            preprocess_s=self._clock() - called_at,
+        )
+
+    def _conversation(self, request: Request) -> tuple[list[Turn], Array | None]:
+        """Turns with places for tiles, and the tiles, uint8 (n, S, S, 3)."""
+        parts: list[Exchange | Request] = [*request.history, request]
+        items = sum(len(part.images) + len(part.videos) for part in parts)
+        self._check_tiles(items)
+        turns: list[Turn] = []
+        tiles: list[Array] = []
+        for index, part in enumerate(parts):
+            where = "" if part is request else f"history {index}: "
+            counts = []
+            for kind, number, source in _in_order(part.prompt, part.images, part.videos):
+                try:
+                    loaded = self._load(kind, source, request)
+                except InputError as error:
+                    name = kind.strip("<>")
+                    raise InputError(f"{where}{name} {number}: {error}") from None
+                tiles.append(loaded)
+                counts.append(len(loaded))
+                self._check_tiles(sum(map(len, tiles)))
+            turns.append(Turn("user", place_media(part.prompt, counts)))
+            if not isinstance(part, Request):
+                turns.append(Turn("assistant", (part.answer,)))
+        return turns, np.concatenate(tiles) if tiles else None
+
+    def _load(self, kind: str, source: ImageSource | VideoSource, request: Request) -> Array:
+        if kind == VIDEO_MARK:
+            frames: VideoSource = source  # type: ignore[assignment]
+            return load_frames(
+                frames, self.tiles, num_frames=request.num_frames, limits=self._limits
+            )
+        return load_tiles(source, self.tiles, max_tiles=request.max_tiles, limits=self._limits)
+
+    def _tile_keys(self, tiles: Array | None, graph: str) -> list[str]:
+        if tiles is None or not self._cached:
+            return []
+        # The package's id stands for its preprocessing, of which `tiles` are the outcome.
+        return [
+            feature_key(self._package_id, "", graph, tiles[index : index + 1])
+            for index in range(len(tiles))
+        ]
+
+    def _check_tiles(self, tiles: int) -> None:
+        """InputError if tiles alone are too many, before more are made."""
+        tokens, most = tiles * self._config.tokens_per_tile, self._config.decoder.max_seqlen
+        if tokens > most:
+            raise InputError(
+                f"images and videos of {tiles} tiles or more have {tokens} tokens or more; the "
+                f"context has {most}. Lower max_tiles or num_frames"
+            )
+
+    def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        most = self._config.decoder.max_seqlen
+        if prompt_tokens + max_new_tokens > most:
+            raise InputError(
+                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}; "
+                f"the context has {most}"
+            )
+
+    def _checked_ids(self, ids: Any) -> Array:
+        try:
+            array = np.asarray(ids)
+        except (ValueError, OverflowError):
+            array = np.empty(0)
+        if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
+            raise InputError("ids must be a list of at least one integer")
+        most = self._config.decoder.vocab_size - 1
+        if not 0 <= array.min() <= array.max() <= most:
+            raise InputError(f"ids must be from 0 to {most}")
+        return array.astype(np.int64)
+
+    def _check_pixels(self, pixels: object) -> None:
+        if pixels is None:
+            return
+        side = self._config.vision.image_size
+        if not isinstance(pixels, np.ndarray):
+            raise InputError(f"pixels must be an array, not a {type(pixels).__name__}")
+        fits = pixels.dtype == np.float32 and pixels.ndim == 4 and len(pixels) > 0
+        if not fits or pixels.shape[1:] != (3, side, side):
+            raise InputError(
+                f"pixels must be float32 (tiles, 3, {side}, {side}), "
+                f"not {pixels.dtype} {pixels.shape}"
+            )
+        if not np.isfinite(pixels).all():
+            raise InputError("pixels must be finite")
+
+
+def _tokenizer(package: Package, config: PlmConfig, limits: Limits) -> Tokenizer | None:
+    """The package's tokenizer; InputError or PackageError if it is not the model's."""
+    text = package.manifest.content.text
+    if text is None:
+        return None
+    spec = TokenizerSpec.from_dict(text, "text")
+    for name, value in (
+        ("vocab_size", config.decoder.vocab_size),
+        ("image_token_id", config.image_token_id),
+    ):
+        if getattr(spec, name) != value:
+            raise InputError(f"the tokenizer and the architecture differ in {name}")
+    data = None if spec.file is None else package.read(spec.file)
+    return open_tokenizer(spec, data, limits=limits)
+
+
+def _check_marks(part: Exchange | Request) -> None:
+    """InputError for more marks of a kind than there are images or videos.
+
+    A single image may have a mark for each of its tiles, which are not known yet.
+    """
+    for mark, items in ((IMAGE_MARK, part.images), (VIDEO_MARK, part.videos)):
+        count = part.prompt.count(mark)
+        alone = len(part.images) + len(part.videos) == len(items) == 1
+        if count > len(items) and not (alone and mark == IMAGE_MARK):
+            raise InputError(f"the question has {count} {mark} marks for {len(items)} of them")
+
+
+def _in_order(
+    prompt: str, images: Sequence[ImageSource], videos: Sequence[VideoSource]
+) -> list[tuple[str, int, Any]]:
+    """Kind, number among its kind, and source: as the marks of the prompt have them.
+
+    Images come first if the prompt does not have a mark for each.
+    """
+    kinds = [IMAGE_MARK] * len(images) + [VIDEO_MARK] * len(videos)
+    marks = _MARK.findall(prompt)
+    if sorted(marks) == sorted(kinds):
+        kinds = marks
+    sources: dict[str, Iterator[tuple[int, Any]]]
+    sources = {IMAGE_MARK: enumerate(images), VIDEO_MARK: enumerate(videos)}
+    return [(kind, *next(sources[kind])) for kind in kinds]
