@@ -31,12 +31,12 @@ Command = Callable[[argparse.Namespace], int | None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `perception-rt`; returns the exit status."""
-    return _run(_parser(), arguments)
+    return _run(main_parser(), arguments)
 
 
 def export_main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `perception-export`; returns the exit status."""
-    return _run(_export_parser(), arguments)
+    return _run(export_parser(), arguments)
 
 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
@@ -65,7 +65,8 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
         return 130
 
 
-def _export_parser() -> argparse.ArgumentParser:
+def export_parser() -> argparse.ArgumentParser:
+    """Parser of `perception-export`."""
     parser = argparse.ArgumentParser(
         prog="perception-export", description="Make an engine package from a checkpoint."
     )
@@ -138,7 +139,8 @@ def _export_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser() -> argparse.ArgumentParser:
+def main_parser() -> argparse.ArgumentParser:
+    """Parser of `perception-rt`; each sub-command sets its function as `command`."""
     parser = argparse.ArgumentParser(prog="perception-rt", description="Run engine packages.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

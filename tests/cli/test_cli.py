@@ -225,16 +225,16 @@ def test_python_dash_m(tiny_package: Path) -> None:
 
 def test_the_set_of_options_is_frozen() -> None:
     """A new option is a decision: it is made here too."""
-    from perception_rt.cli import _export_parser, _parser
+    from perception_rt.cli.commands import export_parser, main_parser
 
-    export = {s for a in _export_parser()._actions for s in a.option_strings}
+    export = {s for a in export_parser()._actions for s in a.option_strings}
     assert export == {
         "-h", "--help", "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
         "--fp8", "--backend", "--target", "--allow-unfused", "--refittable", "--route",
         "--calibration", "--calibrator", "--image-size", "--center-crop", "--taps", "--blocks",
         "--max-length", "--tokenizer", "--out", "--force", "--json", "--version",
     }  # fmt: skip
-    commands = next(a for a in _parser()._actions if a.choices).choices
+    commands = next(a for a in main_parser()._actions if a.choices).choices
     assert list(commands) == [
         "embed", "classify", "features", "generate", "chat", "inspect", "verify", "refit", "doctor"
     ]  # fmt: skip
