@@ -16,8 +16,9 @@ from perception_rt.export.components.plm_decoder import GATE_STEPS
 from perception_rt.export.fidelity import Fidelity
 from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec
+from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package, open_package
-from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape, States
+from perception_rt.runtime.cache.kv_block import CacheBlock, States
 from perception_rt.runtime.cuda import open_cuda
 from perception_rt.runtime.session import MakeBlock, Session, block_maker, open_session
 from perception_rt.targets import get_target

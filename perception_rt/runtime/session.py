@@ -18,8 +18,9 @@ import numpy as np
 
 from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, TensorSpec, updated
+from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package
-from perception_rt.runtime.cache.kv_block import NO_STATES, CacheBlock, CacheShape, States
+from perception_rt.runtime.cache.kv_block import NO_STATES, CacheBlock, States
 from perception_rt.runtime.cuda import DeviceArray
 from perception_rt.targets import get_target
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from perception_rt.config import VisionConfig
-from perception_rt.package import contract
-from perception_rt.package.contract import GraphSpec, TensorSpec
+from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
+from perception_rt.package.plm_graphs import DecoderLayout, plm_signatures
 from perception_rt.package.store import Stage
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
@@ -35,42 +35,18 @@ def graph_specs(
     config: PlmConfig = CONFIG, *, parts: int = 2, cache_dtype: str = "float32"
 ) -> dict[str, GraphSpec]:
     """Every graph of a package, with a placeholder file for each."""
-    decoder, side = config.decoder, config.vision.image_size
-    hidden = _tensor(contract.HIDDEN, "float32", contract.LENGTH, decoder.dim)
-    features = _tensor(contract.IMAGE_FEATURES, "float32", config.tokens_per_tile, decoder.dim)
-    graphs = {
-        contract.EMBED: _graph(
-            contract.EMBED, [_tensor(contract.TOKENS, "int64", contract.LENGTH)], [hidden]
-        ),
-        contract.VISION: _graph(
-            contract.VISION, [_tensor(contract.IMAGES_U8, "uint8", side, side, 3)], [features]
-        ),
-        contract.PIXELS: _graph(
-            contract.PIXELS, [_tensor(contract.PIXELS_F32, "float32", 3, side, side)], [features]
-        ),
+    per_part = -(-config.decoder.n_layers // parts)
+    layers = range(config.decoder.n_layers)
+    layout = DecoderLayout(
+        parts=tuple(layers[i * per_part : (i + 1) * per_part] for i in range(parts)),
+        cache_dtype=cache_dtype,
+    )
+    return {
+        name: GraphSpec(
+            file=f"{name}.txt", data=(), inputs=signature.inputs, outputs=signature.outputs
+        )
+        for name, signature in plm_signatures(config, layout).items()
     }
-    per_part = -(-decoder.n_layers // parts)
-    for index in range(parts):
-        layers = range(index * per_part, min((index + 1) * per_part, decoder.n_layers))
-        caches = [
-            _tensor(name, cache_dtype, decoder.kv_heads, contract.SLOTS, decoder.head_dim)
-            for layer in layers
-            for name in (contract.key_cache(layer), contract.value_cache(layer))
-        ]
-        inputs = [hidden, _tensor(contract.PAST_LENGTHS, "int32"), *caches]
-        outputs = [
-            TensorSpec(name=contract.updated(cache.name), dtype=cache.dtype, shape=cache.shape)
-            for cache in caches
-        ]
-        if index < parts - 1:
-            outputs.insert(0, _tensor(contract.HIDDEN_OUT, "float32", *hidden.shape[1:]))
-        else:
-            inputs.append(_tensor(contract.LOGIT_POSITIONS, "int64", contract.POSITIONS))
-            logits = (contract.POSITIONS, decoder.vocab_size)
-            outputs.insert(0, _tensor(contract.LOGITS, "float32", *logits))
-        name = contract.decoder_part(index)
-        graphs[name] = _graph(name, inputs, outputs)
-    return graphs
 
 
 def write_plm(
@@ -116,11 +92,3 @@ def write_plm(
         stage.seal(Manifest.create(Content(**(fields | changes)), record={}))
         stage.publish()
     return dest
-
-
-def _tensor(name: str, dtype: str, *sizes: int | str) -> TensorSpec:
-    return TensorSpec(name=name, dtype=dtype, shape=(contract.BATCH, *sizes))
-
-
-def _graph(name: str, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> GraphSpec:
-    return GraphSpec(file=f"{name}.txt", data=(), inputs=tuple(inputs), outputs=tuple(outputs))

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from perception_rt.errors import CapacityError, InputError
+from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.runtime.cache.feature_cache import FeatureCache, feature_key
-from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cache.prefix_cache import PrefixCache, sequence_keys
 
 SHAPE = CacheShape(layers=3, kv_heads=2, head_dim=4, dtype="float32")

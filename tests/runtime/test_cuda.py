@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perception_rt.errors import BackendError, CapacityError
+from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.runtime.cache.cuda_block import DeviceBlock
-from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cuda import Cuda, open_cuda
 
 SHAPE = CacheShape(layers=3, kv_heads=2, head_dim=4, dtype="float16")

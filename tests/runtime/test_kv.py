@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perception_rt.errors import BackendError, CapacityError
-from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape
+from perception_rt.package.plm_graphs import CacheShape
+from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cache.kv_pool import KvPool, Lease, bucket_sizes
 
 SHAPE = CacheShape(layers=2, kv_heads=1, head_dim=2, dtype="float32")

@@ -22,10 +22,11 @@ import onnxruntime as ort
 
 from perception_rt.errors import BackendError, InputError
 from perception_rt.package.contract import updated
+from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package
 from perception_rt.runtime.backends.onnx_weights import FP8, FP8_BYTES, external_tensors
 from perception_rt.runtime.cache.cuda_block import DeviceBlock
-from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cuda import open_cuda
 from perception_rt.runtime.session import State
 from perception_rt.targets import get_target

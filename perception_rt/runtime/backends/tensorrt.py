@@ -22,11 +22,12 @@ import numpy as np
 
 from perception_rt.errors import BackendError, CapacityError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, updated
+from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package
 from perception_rt.runtime.backends.kernel_cache import KernelStore
 from perception_rt.runtime.backends.onnx_weights import external_tensors
 from perception_rt.runtime.cache.cuda_block import DeviceBlock
-from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape, States
+from perception_rt.runtime.cache.kv_block import CacheBlock, States
 from perception_rt.runtime.cuda import Cuda, DeviceArray, Graph, HostMemory, Memory, open_cuda
 from perception_rt.runtime.session import State
 from perception_rt.targets import get_target

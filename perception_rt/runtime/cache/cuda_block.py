@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape
+from perception_rt.package.plm_graphs import CacheShape
+from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cuda import Box, Cuda, DeviceArray
 
 Array = np.ndarray[Any, Any]

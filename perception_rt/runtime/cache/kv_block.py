@@ -8,37 +8,15 @@ Legend: R rows, S slots, K key and value heads, E channels per head, T tokens.
 
 import mmap
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from perception_rt.errors import CapacityError
 from perception_rt.package import contract
+from perception_rt.package.plm_graphs import CacheShape
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheShape:
-    """What a decoder keeps of one token.
-
-    Attributes:
-        layers: of the decoder.
-        kv_heads: key and value heads of a layer.
-        head_dim: channels per head.
-        dtype: "float32" or "float16".
-    """
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Keys and values of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * np.dtype(self.dtype).itemsize
 
 
 class States(dict[str, Any]):

@@ -8,25 +8,23 @@ n tiles, S tile side in pixels, t image tokens per tile.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from perception_rt.errors import InputError, PackageError
 from perception_rt.package import contract
-from perception_rt.package.contract import TensorSpec
+from perception_rt.package.plm_graphs import CacheShape, check_graphs
 from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
-from perception_rt.runtime.cache.kv_block import CacheBlock, CacheShape
+from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cache.kv_pool import SMALLEST_ROW
 from perception_rt.runtime.session import Sessions, block_maker
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
 OnTile = Callable[[int, int], None]
-
-_CACHE_DTYPES = ("float32", "float16")
 
 
 class Decoder:
@@ -54,30 +52,28 @@ class Decoder:
         threads: int | None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        content = package.manifest.content
         try:
-            self.config = PlmConfig.from_dict(package.manifest.content.architecture)
-        except InputError as error:
+            self.config = PlmConfig.from_dict(content.architecture)
+            layout = check_graphs(content.graphs, self.config)
+        except (InputError, PackageError) as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
         decoder = self.config.decoder
         self.max_length = decoder.max_seqlen
-        self._parts = _decoder_parts(package, decoder.n_layers)
+        self._parts = layout.parts
         self.cache_shape = CacheShape(
             layers=decoder.n_layers,
             kv_heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
-            dtype=_cache_dtype(package),
+            dtype=layout.cache_dtype,
         )
-        slots = _fixed_slots(package)
-        _check_graphs(package, self.config, self._parts, self.cache_shape, slots)
         self._make_block = block_maker(backend, device)
-        is_whole = slots is not None or self._make_block is not None
+        is_whole = layout.fixed_slots or self._make_block is not None
         self.smallest_row = (
             decoder.max_seqlen if is_whole else min(SMALLEST_ROW, decoder.max_seqlen)
         )
         target = get_target(backend)
-        last = package.graph(contract.decoder_part(len(self._parts) - 1))
-        has_picks = any(spec.name == contract.TOP_ID for spec in last.outputs)
-        self.picks_tokens = target.picks_tokens and has_picks
+        self.picks_tokens = target.picks_tokens and layout.picks_tokens
         self.tile_batch = target.tile_batch
         self.vocab_size = decoder.vocab_size
         self._sessions = Sessions(
@@ -187,135 +183,3 @@ class Decoder:
             if on_tile is not None:
                 on_tile(stop, len(images))
         return features
-
-
-def _decoder_parts(package: Package, n_layers: int) -> list[range]:
-    """The layers of each decoder part; PackageError unless they are all layers, in order."""
-    parts: list[range] = []
-    start = 0
-    while start < n_layers:
-        graph = contract.decoder_part(len(parts))
-        names = {spec.name for spec in package.graph(graph).inputs}
-        stop = start
-        while contract.key_cache(stop) in names:
-            stop += 1
-        if stop == start or stop > n_layers:
-            raise PackageError(
-                f"package {package.name!r}: graph {graph!r} must start with layer {start} and "
-                f"end with layer {n_layers - 1} or before"
-            )
-        parts.append(range(start, stop))
-        start = stop
-    if contract.decoder_part(len(parts)) in package.manifest.content.graphs:
-        raise PackageError(f"package {package.name!r} has decoder parts beyond its last layer")
-    return parts
-
-
-def _first_cache(package: Package) -> TensorSpec:
-    (spec,) = [
-        spec
-        for spec in package.graph(contract.decoder_part(0)).inputs
-        if spec.name == contract.key_cache(0)
-    ]
-    return spec
-
-
-def _fixed_slots(package: Package) -> int | None:
-    """S, if the engines are built for one."""
-    shape = _first_cache(package).shape
-    slots = shape[2] if len(shape) == 4 else None
-    return slots if isinstance(slots, int) else None
-
-
-def _cache_dtype(package: Package) -> str:
-    dtype = _first_cache(package).dtype
-    if dtype not in _CACHE_DTYPES:
-        raise PackageError(
-            f"package {package.name!r}: a cache is of {' or '.join(_CACHE_DTYPES)}, not {dtype}"
-        )
-    return dtype
-
-
-def _check_graphs(
-    package: Package, config: PlmConfig, parts: list[range], cache: CacheShape, slots: int | None
-) -> None:
-    """PackageError unless every graph takes and gives what the architecture implies."""
-    if slots is not None and slots != config.decoder.max_seqlen:
-        raise PackageError(
-            f"package {package.name!r}: a cache of {slots} slots is not for sequences of "
-            f"{config.decoder.max_seqlen} tokens"
-        )
-    dim, side = config.decoder.dim, config.vision.image_size
-    tokens = _float32("", config.tokens_per_tile, dim).shape
-    features = [TensorSpec(name=contract.IMAGE_FEATURES, dtype="float32", shape=tokens)]
-    length = contract.LENGTH
-    hidden = _float32(contract.HIDDEN, length, dim)
-    ids = TensorSpec(name=contract.TOKENS, dtype="int64", shape=(contract.BATCH, length))
-    tiles = TensorSpec(
-        name=contract.IMAGES_U8, dtype="uint8", shape=(contract.BATCH, side, side, 3)
-    )
-    _check_graph(package, contract.EMBED, [ids], [hidden])
-    _check_graph(package, contract.VISION, [tiles], features)
-    _check_graph(package, contract.PIXELS, [_float32(contract.PIXELS_F32, 3, side, side)], features)
-    past = TensorSpec(name=contract.PAST_LENGTHS, dtype="int32", shape=(contract.BATCH,))
-    for index, layers in enumerate(parts):
-        graph = contract.decoder_part(index)
-        caches = [
-            TensorSpec(
-                name=name,
-                dtype=cache.dtype,
-                shape=(contract.BATCH, cache.kv_heads, slots or contract.SLOTS, cache.head_dim),
-            )
-            for layer in layers
-            for name in (contract.key_cache(layer), contract.value_cache(layer))
-        ]
-        inputs = [hidden, past, *caches]
-        outputs = [
-            TensorSpec(name=contract.updated(spec.name), dtype=spec.dtype, shape=spec.shape)
-            for spec in caches
-        ]
-        if index < len(parts) - 1:
-            outputs.append(_float32(contract.HIDDEN_OUT, length, dim))
-        else:
-            where = (contract.BATCH, contract.POSITIONS)
-            inputs.append(TensorSpec(name=contract.LOGIT_POSITIONS, dtype="int64", shape=where))
-            logits = _float32(contract.LOGITS, contract.POSITIONS, config.decoder.vocab_size)
-            outputs.append(logits)
-            if any(spec.name == contract.TOP_ID for spec in package.graph(graph).outputs):
-                outputs.append(_float32(contract.TOP_LOGIT, contract.POSITIONS))
-                outputs.append(TensorSpec(name=contract.TOP_ID, dtype="int64", shape=where))
-        _check_graph(package, graph, inputs, outputs)
-
-
-def _float32(name: str, *sizes: int | str) -> TensorSpec:
-    """A float32 tensor with a batch dimension in front."""
-    return TensorSpec(name=name, dtype="float32", shape=(contract.BATCH, *sizes))
-
-
-def _check_graph(
-    package: Package, graph: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]
-) -> None:
-    """PackageError unless a graph has these tensors, in any order; all dynamic sizes are equal."""
-    spec = package.graph(graph)
-    for what, found, wanted in (
-        ("input", spec.inputs, inputs),
-        ("output", spec.outputs, outputs),
-    ):
-        have = {tensor.name: tensor for tensor in found}
-        want = {tensor.name: tensor for tensor in wanted}
-        for name in sorted(set(have) ^ set(want)):
-            state = "an unknown" if name in have else "no"
-            raise PackageError(
-                f"package {package.name!r}: graph {graph!r} has {state} {what} {name!a:.80}"
-            )
-        for name, tensor in want.items():
-            if have[name].dtype != tensor.dtype or _sizes(have[name]) != _sizes(tensor):
-                raise PackageError(
-                    f"package {package.name!r}: {what} {name!r} of graph {graph!r} must be "
-                    f"{tensor.dtype} {tensor.shape}, not {have[name].dtype} {have[name].shape}"
-                )
-
-
-def _sizes(spec: TensorSpec) -> list[int]:
-    """The shape, with 0 for what is dynamic."""
-    return [size if isinstance(size, int) else 0 for size in spec.shape]
