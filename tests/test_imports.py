@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from perception_rt import _LAZY
+from perception_rt.families import FAMILIES
 from perception_rt.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ LAYER_1 = (
     "config",
     "demo",
     "errors",
+    "families",
     "limits",
     "memory",
     "plm_config",
@@ -101,8 +103,13 @@ PARTS = {
     ),
 }  # fmt: skip
 
-# Modules that import by names from a table, which are `_LAZY` and, for the others, `TARGETS`.
-IMPORT_BY_TABLE = {"perception_rt", "perception_rt.runtime.session", "perception_rt.export.build"}
+# Modules that import by names from a table: `_LAZY`, `TARGETS` or `FAMILIES`.
+IMPORT_BY_TABLE = {
+    "perception_rt",
+    "perception_rt.export.build",
+    "perception_rt.families",
+    "perception_rt.runtime.session",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +156,7 @@ def _imports(node: ast.AST, *, lazy: bool) -> Iterator[tuple[str, int, bool]]:
 def is_import_call(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
         "import_module",
+        "import_named",
         "__import__",
     )
 
@@ -212,6 +220,10 @@ def test_names_that_are_imported_from_tables_go_down() -> None:
     for target in TARGETS.values():
         assert target.session.startswith("perception_rt.runtime.backends.")
         assert not target.emitter or target.emitter.startswith("perception_rt.export.backends.")
+    for family in FAMILIES.values():
+        assert family.model.startswith("perception_rt.models.")
+        assert family.component.startswith("perception_rt.export.components.")
+        assert family.runtime.startswith("perception_rt.runtime.")
     lazy = [f"perception_rt.{name}" for name in PARTS["perception_rt"].lazy]
     assert all(name.startswith(tuple(lazy)) for name in _LAZY.values())
     dynamic = {

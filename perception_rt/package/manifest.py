@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from perception_rt.errors import PackageError
+from perception_rt.families import FAMILIES
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.contract import GraphSpec
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
-FAMILIES = ("pe", "plm")
 
 _INT_BOUND = 2**63  # integers are in [-2^63, 2^63)
 _MAX_PATH = 128
@@ -85,7 +85,7 @@ class Content:
 
     Attributes:
         name: the model's name, 1 to 128 printable characters.
-        family: one of FAMILIES.
+        family: name of a record in `families.FAMILIES`.
         architecture: the resolved configuration, `PeConfig.to_dict()`.
         target: backend, precision and options.
         image: parameters of image preprocessing.
