@@ -31,3 +31,10 @@ class BackendError(PerceptionError):
 
 class CapacityError(PerceptionError):
     """A request does not fit the memory, the queue or the context; a smaller one may."""
+
+
+def describe(value: object) -> str:
+    """Shows a rejected argument in a message: a plain number itself, anything else by its type."""
+    if type(value) is int and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value) if type(value) in (bool, int, float) else f"a {type(value).__name__}"

@@ -15,7 +15,6 @@ import numpy as np
 
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
-from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSource
 from perception_rt.processing.tiles import TileSpec
@@ -36,13 +35,14 @@ from perception_rt.runtime.request import (
     check_integer,
     check_list,
 )
+from perception_rt.runtime.session import LoadedModel
 
 Array = np.ndarray[Any, Any]
 
 _KV_BYTES = 2 * 2**30
 
 
-class Generator:
+class Generator(LoadedModel):
     """A loaded Perception Language Model package; `perception_rt.load` makes it.
 
     All methods may be called from several threads, and requests of several threads are decoded
@@ -69,7 +69,7 @@ class Generator:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         clock = time.monotonic
-        self.manifest: Manifest = package.manifest
+        super().__init__(package.manifest, backend=backend, device=device)
         if backend != self.manifest.content.target.backend:
             cache_dir = None  # a test double's numbers must not reach the engine that is meant
         self._decoder = Decoder(
@@ -265,12 +265,6 @@ class Generator:
         self._turns.close()
         self._pool.close()
         self._decoder.close()
-
-    def __enter__(self) -> "Generator":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _run(self, job: Job) -> Result:
         handle = self._handle(job)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, describe
 from perception_rt.limits import Limits
 from perception_rt.processing.boxes import Box, parse_boxes
 from perception_rt.processing.image import ImageSource
@@ -185,7 +185,7 @@ def check_request(
         limits: bounds on numbers and sizes of strings.
     """
     if not isinstance(request, Request):
-        raise InputError(f"a request must be a Request, not {_named(request)}")
+        raise InputError(f"a request must be a Request, not {describe(request)}")
     _check_conversation(request, limits)
     check_integer("max_new_tokens", request.max_new_tokens, 1)
     _check_number("temperature", request.temperature, 0, math.inf)
@@ -206,18 +206,18 @@ def check_request(
         _check_number("deadline_s", request.deadline_s, 0, math.inf)
     _check_stop(request.stop, limits)
     if type(request.lookup) is not bool:
-        raise InputError(f"lookup must be True or False, not {_named(request.lookup)}")
+        raise InputError(f"lookup must be True or False, not {describe(request.lookup)}")
     if request.lookup and request.temperature != 0:
         raise InputError("lookup is for temperature 0 only")
     if request.on_progress is not None and not callable(request.on_progress):
-        raise InputError(f"on_progress must be callable, not {_named(request.on_progress)}")
+        raise InputError(f"on_progress must be callable, not {describe(request.on_progress)}")
 
 
 def check_integer(name: str, value: object, least: int, most: int = _INT_BOUND - 1) -> None:
     """InputError unless a value is an integer, and no bool, within bounds."""
     if type(value) is not int or not least <= value <= most:
         bounds = f"of at least {least}" if most == _INT_BOUND - 1 else f"from {least} to {most}"
-        raise InputError(f"{name} must be an integer {bounds}, not {_named(value)}")
+        raise InputError(f"{name} must be an integer {bounds}, not {describe(value)}")
 
 
 def _check_conversation(request: Request, limits: Limits) -> None:
@@ -231,7 +231,7 @@ def _check_conversation(request: Request, limits: Limits) -> None:
     for index, exchange in enumerate(request.history):
         where = f"history {index}: "
         if not isinstance(exchange, Exchange):
-            raise InputError(f"{where}must be an Exchange, not {_named(exchange)}")
+            raise InputError(f"{where}must be an Exchange, not {describe(exchange)}")
         size += _text_bytes(f"{where}prompt", exchange.prompt)
         size += _text_bytes(f"{where}answer", exchange.answer)
         check_list(f"{where}images", exchange.images)
@@ -251,7 +251,7 @@ def _check_stop(stop: object, limits: Limits) -> None:
         raise InputError(f"stop has {len(strings)} strings; the limit is {limits.stop_strings}")
     for text in strings:
         if not isinstance(text, str) or not 1 <= len(text) <= limits.stop_chars:
-            shown = f"one of {len(text)}" if isinstance(text, str) else _named(text)
+            shown = f"one of {len(text)}" if isinstance(text, str) else describe(text)
             raise InputError(
                 f"stop must hold strings of 1 to {limits.stop_chars} characters, not {shown}"
             )
@@ -260,7 +260,7 @@ def _check_stop(stop: object, limits: Limits) -> None:
 def check_list(name: str, items: object) -> Sequence[Any]:
     """The items; InputError unless they are a list or a tuple, and not one item on its own."""
     if not isinstance(items, list | tuple):
-        raise InputError(f"{name} must be a list, not {_named(items)}")
+        raise InputError(f"{name} must be a list, not {describe(items)}")
     return items
 
 
@@ -270,17 +270,10 @@ def _check_number(name: str, value: object, least: float, most: float) -> None:
     fits = fits or (type(value) is int and abs(value) < _INT_BOUND)
     if not fits or not least <= value <= most:  # type: ignore[operator]
         bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise InputError(f"{name} must be a finite number {bounds}, not {_named(value)}")
+        raise InputError(f"{name} must be a finite number {bounds}, not {describe(value)}")
 
 
 def _text_bytes(name: str, text: object) -> int:
     if not isinstance(text, str):
-        raise InputError(f"{name} must be a string, not {_named(text)}")
+        raise InputError(f"{name} must be a string, not {describe(text)}")
     return len(text.encode("utf-8", errors="surrogatepass"))
-
-
-def _named(value: object) -> str:
-    """An argument in words: a plain number as it is, anything else by its type."""
-    if type(value) is int and value.bit_length() > 64:
-        return f"one of {value.bit_length()} bits"
-    return repr(value) if type(value) in (bool, int, float) else f"a {type(value).__name__}"

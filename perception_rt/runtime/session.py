@@ -6,18 +6,20 @@ decoder's keys and values, stays in its own memory, where the backend updates it
 device's if the backend wants it there (`block_maker`).
 """
 
+import html
 import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 
 from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.contract import GraphSpec, TensorSpec, updated
+from perception_rt.package.manifest import Manifest
 from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package
 from perception_rt.runtime.cache.kv_block import NO_STATES, CacheBlock, States
@@ -191,6 +193,53 @@ class Sessions:
             session.close()
 
 
+class LoadedModel:
+    """A loaded package, common to `Embedder` and `Generator`.
+
+    Attributes:
+        manifest: the package's manifest.
+        backend: name of the backend that runs it.
+        device: name of the device that the backend runs on.
+    """
+
+    def __init__(self, manifest: Manifest, *, backend: str, device: str) -> None:
+        self.manifest = manifest
+        self.backend = backend
+        self.device = device
+
+    def close(self) -> None:
+        """Frees the engines and closes the package; a second call does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self._summary().items())
+        return f"{type(self).__name__}({shown})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in self._summary().items()
+        )
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+    def _summary(self) -> dict[str, str]:
+        content = self.manifest.content
+        return {
+            "model": content.name,
+            "precision": content.target.precision,
+            "backend": self.backend,
+            "device": self.device,
+            "size": _size(sum(entry.size_bytes for entry in content.files.values())),
+        }
+
+
 def open_session(
     package: Package,
     graph: str,
@@ -239,6 +288,10 @@ def _module(backend: str) -> BackendModule:
             f"backend {backend} is not installed here: pip install {target.install!r}"
         ) from None
     return cast(BackendModule, module)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _check_array(spec: TensorSpec, array: State) -> None:

@@ -67,6 +67,18 @@ def test_an_answer(plm: Generator) -> None:
     assert seen[-1].done == len(result.tokens) and seen[-1].total == 30
 
 
+def test_repr_names_model_precision_backend_and_size(tmp_path: Path) -> None:
+    with prt.load(write_plm(tmp_path / "plm", name="<PLM>")) as plm:
+        size = f"{sum(f.size_bytes for f in plm.manifest.content.files.values()) / 1e6:.1f} MB"
+        assert repr(plm) == (
+            "Generator(model='<PLM>', precision='fp32', backend='reference', device='cpu', "
+            f"size='{size}')"
+        )
+        shown = plm._repr_html_()
+        assert "<td>&lt;PLM&gt;</td>" in shown and f"<td>{size}</td>" in shown
+        assert "<PLM>" not in shown
+
+
 def test_without_images_and_with_an_empty_question(plm: Generator) -> None:
     assert plm.generate("", max_new_tokens=3).timings.image_tiles == 0
     assert plm.generate("<|image|>", max_new_tokens=3).timings.image_tiles == 0

@@ -63,7 +63,7 @@ REFUSED = [
     ("max_new_tokens", -1, "of at least 1, not -1"),
     ("max_new_tokens", True, "not True"),
     ("max_new_tokens", BIG, f"not {BIG}"),
-    ("max_new_tokens", 2**64, "one of 65 bits"),
+    ("max_new_tokens", 2**64, "an integer of 65 bits"),
     ("max_new_tokens", 1.0, "not 1.0"),
     ("max_new_tokens", None, "a NoneType"),
     ("temperature", -0.1, "not -0.1"),
