@@ -17,7 +17,8 @@ from sklearn.datasets import load_sample_image
 import perception_rt
 from perception_rt.processing.pca import side_by_side
 from perception_rt.progress import Progress
-from training.demo.digits import Bytes, Labels, held_out_digits
+from training.data.records import Pixels
+from training.demo.digits import Labels, held_out_digits
 from training.demo.questions import LEARNED, Record, held_out_record, is_right
 from training.demo.scenes import WORDS
 
@@ -90,7 +91,7 @@ def image_size(package: Path) -> int:
         return engine.image_spec.height
 
 
-def classify(package: Path, images: Bytes, labels: Labels) -> float:
+def classify(package: Path, images: Pixels, labels: Labels) -> float:
     """Prints and returns the accuracy, from 0 to 1, and prints the throughput."""
     with Progress() as progress, perception_rt.load(package) as engine:
         classes = engine.embed_labels(WORDS, TEMPLATES)
@@ -163,7 +164,7 @@ def ask(package: Path) -> float:
     return share
 
 
-def images_of(found: Record) -> list[Bytes]:
+def images_of(found: Record) -> list[Pixels]:
     """The images of a record."""
     image = found["image"]
     return image if isinstance(image, list) else [image]

@@ -19,8 +19,8 @@ from torch import nn
 
 from perception_rt.errors import InputError
 from perception_rt.models.plm import PerceptionLM
+from training.atomic_files import write_text
 from training.distributed import Group
-from training.model.export import write_text
 from training.planning.flops import Work, step_flops
 from training.recipe.schema import TrainConfig
 from training.tasks.task import Micro

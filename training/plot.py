@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from perception_rt.errors import InputError
+from training.atomic_files import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 _TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
 _COLUMNS = 3
 _PANEL = (5.0, 3.2)  # inches

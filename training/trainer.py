@@ -21,10 +21,10 @@ from torch import nn
 
 from perception_rt.errors import PerceptionError
 from training import parallel
+from training.atomic_files import METRICS_FILE, RECIPE_FILE, write_text
 from training.checkpoint.store import Checkpoints, full_weights
 from training.distributed import Group, total
 from training.metrics import Meter, MetricsLog
-from training.model import export as state
 from training.optim import build_optimizer, learning_rate, set_learning_rate
 from training.recipe.schema import TrainConfig
 from training.signals import StopRequest, stop_requests
@@ -177,9 +177,9 @@ class Trainer:
         if not self.group.is_main:
             return None
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        state.write_text(self.out_dir / state.RECIPE_FILE, self.config.to_yaml())
+        write_text(self.out_dir / RECIPE_FILE, self.config.to_yaml())
         log = MetricsLog(
-            self.out_dir / state.METRICS_FILE,
+            self.out_dir / METRICS_FILE,
             step=self.done,
             screen=sys.stdout,
             tensorboard=self.config.run.tensorboard,
@@ -208,7 +208,7 @@ class Trainer:
         names = [sample for part in parts for sample in part.names]
         self.out_dir.mkdir(parents=True, exist_ok=True)
         file = self.out_dir / f"failed_step_{step}_rank_{self.group.rank}.json"
-        state.write_text(file, json.dumps({"step": step, name: str(value), "samples": names}))
+        write_text(file, json.dumps({"step": step, name: str(value), "samples": names}))
         why = f"{value:.5g}, above optim.stop_above {limit}" if above else f"{value}"
         raise PerceptionError(
             f"step {step}: the {name} is {why}; training stopped, its samples are in {file.name}"

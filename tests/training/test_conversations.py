@@ -12,12 +12,12 @@ from perception_rt.errors import InputError, PerceptionError
 from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
 from perception_rt.processing.prompt import Tiles, Turn, encode_prompt, place_media
 from perception_rt.processing.tiles import TileSpec, load_tiles
-from training.data.conversations import ConversationSource
 from training.data.loader import LaneStream
 from training.data.packing import IGNORED
 from training.data.records import SampleError, read_record
 from training.distributed import process_group
 from training.recipe.schema import DatasetConfig, LanguageDataConfig
+from training.tasks.language import open_conversations
 
 TOKENIZER = open_tokenizer(TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=400))
 PER_TILE = 4
@@ -60,7 +60,7 @@ def source(annotations, mix=None, *, seed=0, kept=False, **settings):
         mix=mix or ",".join(f"{name}:1" for name in found),
         **{**defaults, **settings},
     )
-    return ConversationSource(config, TOKENIZER, SPEC, PER_TILE, seed=seed, validation=kept)
+    return open_conversations(config, TOKENIZER, SPEC, PER_TILE, seed=seed, validation=kept)
 
 
 def answers(read):

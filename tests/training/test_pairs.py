@@ -17,10 +17,12 @@ from perception_rt.errors import InputError, PerceptionError
 from perception_rt.processing.clip_bpe import ClipTokenizer
 from perception_rt.processing.image import ImageSpec, load_image
 from training.data.pair_batch import Pair, collate_pairs
-from training.data.pairs import Index, PairSource, Tar, crop_box, expand, pair_stream
+from training.data.pairs import PairSource, crop_box
+from training.data.shards import Index, Tar, expand
 from training.distributed import Group
 from training.recipe.pairs import PairDataConfig
 from training.recipe.schema import load_config
+from training.tasks.pair_stream import pair_stream
 
 TINY = Path(__file__).parents[2] / "training" / "configs" / "pe_tiny.yaml"
 SIZE = 16
@@ -296,7 +298,7 @@ def test_unusable_files_are_one_clear_error(model: PeConfig, tmp_path: Path) -> 
     (tmp_path / "junk.tar").write_bytes(b"junk" * 500)
     (tmp_path / "none.jsonl").write_text("")
     for name, message in (
-        ("cut.tar", r"cut\.tar is damaged, or no uncompressed tar file"),
+        ("cut.tar", r"cut\.tar is damaged, or not an uncompressed tar file"),
         ("junk.tar", r"junk\.tar is damaged"),
         ("none.jsonl", "has 0 samples"),
         ("missing.tar", "missing.tar' is not a file"),

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from perception_rt.errors import InputError
+from training.atomic_files import METRICS_FILE
 from training.metrics import MetricsLog
-from training.model.export import METRICS_FILE
 from training.plot import main, read_curves
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's first two lines

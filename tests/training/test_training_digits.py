@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from training.data.pair_batch import DigitSource, validation_digits
 from training.demo import digits, scenes
+from training.demo.digit_source import DigitSource, validation_digits
 from training.recipe.schema import ContrastiveConfig
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.futures import Future
 
 from perception_rt.errors import CheckpointError, InputError
-from training.model.export import RECIPE_FILE, write_text
+from training.atomic_files import RECIPE_FILE, write_text
 from training.recipe.schema import load_config
 
 FOLDER = "checkpoints"  # of a run's folder

@@ -1,15 +1,15 @@
-"""Conversations about images and videos to rows of packed samples.
+"""Turns conversations about images and videos into rows of packed samples.
 
-Sample n of a run is fixed by n and the seed: `Mix` says which dataset and which line. Lane l reads
-the samples p * lanes + l at its positions p = 0, 1, ... A sample that cannot be used is counted and
-left out.
+The seed and a sample's number fix the sample: `Mix` maps the number to a dataset and a rank in it.
+Lane l reads the samples p * lanes + l at its positions p = 0, 1, ... An unusable sample is counted
+and skipped.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,68 +18,58 @@ from perception_rt.processing.llm_tokenizer import Tokenizer
 from perception_rt.processing.llm_vocabulary import IMAGE
 from perception_rt.processing.prompt import encode_transcript
 from perception_rt.processing.tiles import TileSpec
-from training.data.jsonl import JsonLines
+from training.data.datasets import Dataset
 from training.data.loader import Read
-from training.data.mixture import Mix, parse_mix, shuffled
+from training.data.mixture import Mix
 from training.data.packing import IGNORED, LanguageBatch, Sample, collate
 from training.data.records import SampleError, read_record
-from training.recipe.schema import DatasetConfig, LanguageDataConfig
+from training.recipe.schema import LanguageDataConfig
 
-_SCENES = "scenes:"
-_MOST_BAD = 1000  # samples one after the other, without a usable one
-_MOST_HELD = 64  # samples that began a row and will be asked for again
+_MAX_BAD = 1000  # consecutive unusable samples before the run stops
+_MAX_HELD = 64  # encoded samples kept for the rows that begin with them
 
 
 class ConversationSource:
-    """The samples of a mix of datasets, packed into rows. Called by several threads.
+    """Packs the samples of a mix of datasets into rows. Several threads may read it.
 
-    The kept samples of `validation` are one lane, whatever the batch.
+    Args:
+        datasets: datasets in the order of the mix.
+        mix: share of each dataset.
+        config: the recipe's section `data`.
+        tokenizer: the model's tokenizer.
+        tiles: how images become tiles.
+        tokens_per_tile: image tokens per tile.
+        lanes: number of lanes that the samples are dealt out to.
     """
 
     def __init__(
         self,
+        datasets: Sequence[Dataset],
+        mix: Mix,
         config: LanguageDataConfig,
         tokenizer: Tokenizer,
         tiles: TileSpec,
         tokens_per_tile: int,
         *,
-        seed: int,
-        validation: bool = False,
+        lanes: int,
     ) -> None:
-        """Opens the datasets that are in the mix.
-
-        Args:
-            config: which they are.
-            tokenizer: the model's.
-            tiles: how images become tiles.
-            tokens_per_tile: image tokens of one tile.
-            seed: of the order of samples, and of synthetic ones.
-            validation: the samples that are kept for evaluation, instead of the others.
-
-        Raises:
-            InputError: a dataset is missing or empty, or the mix is wrong.
-        """
-        shares = parse_mix(config.mix, config.datasets)
-        self._datasets = [
-            _open(name, config.datasets[name], seed, config.validation, validation)
-            for name in shares
-        ]
-        self._mix = Mix(list(shares.values()), seed)
+        self._datasets = datasets
+        self._mix = mix
         self._config = config
         self._tokenizer = tokenizer
         self._tiles = tiles
         self._tokens_per_tile = tokens_per_tile
         self._image_token = tokenizer.control(IMAGE)
-        self._lanes = 1 if validation else config.batch_size
-        self._held: dict[int, Sample] = {}
+        self._lanes = lanes
+        self._held: dict[int, Sample] = {}  # by sample number
         self._lock = Lock()
-        self._examples: dict[str, str] = {}  # of reasons: where each was met first
+        self._examples: dict[str, str] = {}  # reason -> where it was met first
 
     def read(self, lane: int, position: int) -> Read[Sequence[Sample]]:
-        """As many samples of a lane as fit into a row.
+        """Reads as many samples of a lane as fit into a row.
 
         Raises:
-            PerceptionError: one after the other, too many samples cannot be used.
+            PerceptionError: too many consecutive samples are unusable.
         """
         row: list[Sample] = []
         bad: Counter[str] = Counter()
@@ -91,7 +81,7 @@ class ConversationSource:
             except SampleError as error:
                 bad[str(error)] += 1
                 failures += 1
-                if failures == _MOST_BAD:
+                if failures == _MAX_BAD:
                     raise PerceptionError(
                         f"{failures} samples in a row are unusable: {error}"
                     ) from None
@@ -111,14 +101,14 @@ class ConversationSource:
         return self._make(number) if held is None else held
 
     def _hold(self, number: int, sample: Sample) -> None:
-        """The next row of this lane begins with it, and it costs much to make."""
+        """Keeps a sample that did not fit, so the lane's next row need not encode it again."""
         with self._lock:
-            if len(self._held) >= _MOST_HELD:
+            if len(self._held) >= _MAX_HELD:
                 del self._held[next(iter(self._held))]
             self._held[number] = sample
 
     def _make(self, number: int) -> Sample:
-        """Sample `number`; SampleError, with the dataset and an example, if it cannot be used."""
+        """Encodes a sample; a SampleError names its dataset and the first example."""
         chosen, rank = self._mix.pick(number)
         dataset = self._datasets[chosen]
         try:
@@ -137,7 +127,7 @@ class ConversationSource:
             )
         except InputError as error:
             raise SampleError("a text is unusable", str(error)) from None
-        # What does not fit is cut after an answer. A conversation's first exchange is needed.
+        # A long conversation is cut after the last answer that fits; the first one must fit.
         fitting = [end for end in coded.ends if end <= self._config.seq_len]
         if not fitting:
             raise SampleError(
@@ -154,82 +144,5 @@ class ConversationSource:
 
 
 def collator(length: int) -> Callable[[Sequence[Sequence[Sample]]], LanguageBatch]:
-    """Rows to a batch of sequences of `length` tokens."""
+    """Returns a function that makes batches of sequences of `length` tokens."""
     return lambda rows: collate(rows, length)
-
-
-class _Dataset(Protocol):
-    """Records by rank, without end.
-
-    Attributes:
-        name: of the dataset.
-        root: the folder that its paths start from.
-    """
-
-    name: str
-    root: Path
-
-    def load(self, rank: int) -> Any:
-        """The record; SampleError if there is none."""
-
-    def where(self, rank: int) -> str:
-        """Its place, for whoever must find it."""
-
-
-class _Lines:
-    """A jsonl dataset, shuffled anew each time it begins again."""
-
-    def __init__(
-        self, name: str, config: DatasetConfig, seed: int, kept: int, *, validation: bool
-    ) -> None:
-        self.name = name
-        self.root = Path(config.root)
-        self._lines = JsonLines(Path(config.annotation), name)
-        self._first = len(self._lines) - kept if validation else 0
-        self._size = kept if validation else len(self._lines) - kept
-        self._seed = seed
-        if len(self._lines) <= kept:
-            raise InputError(
-                f"dataset {name!r:.60} has {len(self._lines)} lines; data.validation keeps "
-                f"{kept} of them from training"
-            )
-
-    def load(self, rank: int) -> Any:
-        try:
-            return self._lines.load(self._number(rank))
-        except InputError as error:
-            raise SampleError("a line cannot be read", str(error)) from None
-
-    def where(self, rank: int) -> str:
-        return self._lines.where(self._number(rank))
-
-    def _number(self, rank: int) -> int:
-        epoch, index = divmod(rank, self._size)
-        return self._first + shuffled(index, self._size, f"{self._seed} {epoch} {self.name}")
-
-
-class _Scenes:
-    """Synthetic scenes."""
-
-    root = Path()
-
-    def __init__(self, name: str, scenes: str, seed: int, *, validation: bool) -> None:
-        # Here, because they need scikit-learn, and jsonl datasets do not.
-        from training.demo import questions
-
-        self.name = name
-        self._record = lambda rank: questions.record(scenes, seed, rank, validation=validation)
-        self._record(0)  # InputError, if there are none of that name
-
-    def load(self, rank: int) -> Any:
-        return self._record(rank)
-
-    def where(self, rank: int) -> str:
-        return f"{self.name} {rank}"
-
-
-def _open(name: str, config: DatasetConfig, seed: int, kept: int, validation: bool) -> _Dataset:
-    if config.annotation.startswith(_SCENES):
-        scenes = config.annotation.removeprefix(_SCENES)
-        return _Scenes(name, scenes, seed, validation=validation)
-    return _Lines(name, config, seed, kept, validation=validation)

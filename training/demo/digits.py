@@ -13,11 +13,12 @@ import numpy.typing as npt
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from training.data.records import Pixels
+
 TRAIN_DIGITS = slice(0, -450)
 HELD_OUT_DIGITS = slice(-450, None)
 
 Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 _PAD = 2  # empty cells around a digit, so that interpolation fades to nothing at its edge
@@ -99,13 +100,13 @@ def ink_mask(ink: Floats, image_size: int, placement: Placement = CENTRED) -> Fl
     return np.clip(np.asarray(drawn, dtype=np.float32) * 1.4 - 0.2, 0.0, 1.0)
 
 
-def plain_image(ink: Floats, image_size: int, placement: Placement = CENTRED) -> Bytes:
+def plain_image(ink: Floats, image_size: int, placement: Placement = CENTRED) -> Pixels:
     """Black ink on a white page: uint8 (image_size, image_size, 3)."""
     page = (255.0 * (1.0 - ink_mask(ink, image_size, placement))).round().astype(np.uint8)
     return np.repeat(page[:, :, None], 3, axis=2)
 
 
-def held_out_digits(image_size: int) -> tuple[Bytes, Labels]:
+def held_out_digits(image_size: int) -> tuple[Pixels, Labels]:
     """The held-out digits as plain images: uint8 (450, image_size, image_size, 3), int64 (450,).
 
     Each is black on white, upright and centred, its 8x8 box enlarged bicubically to three quarters

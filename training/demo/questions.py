@@ -14,7 +14,8 @@ import numpy as np
 
 from perception_rt.errors import InputError
 from perception_rt.processing.boxes import Box, format_box, parse_boxes
-from training.demo.digits import Bytes, Digits, Placement, held_out, ink_mask, training_digits
+from training.data.records import Pixels
+from training.demo.digits import Digits, Placement, held_out, ink_mask, training_digits
 from training.demo.scenes import COLORS
 
 IMAGE_SIZE = 64
@@ -46,7 +47,7 @@ class Row:
         ground: the background's colour.
     """
 
-    image: Bytes
+    image: Pixels
     digits: tuple[int, ...]
     inks: tuple[str, ...]
     boxes: tuple[Bounds, ...]
@@ -151,7 +152,7 @@ def draw_row(
     )
 
 
-def _conversation(images: list[Bytes], *exchanges: tuple[str, str]) -> Record:
+def _conversation(images: list[Pixels], *exchanges: tuple[str, str]) -> Record:
     """Of questions and their answers."""
     turns = []
     for question, answer in exchanges:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.demo.digits import Bytes, Digits, Floats, Labels, Placement, ink_mask
+from training.data.records import Pixels
+from training.demo.digits import Digits, Floats, Labels, Placement, ink_mask
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -75,7 +76,7 @@ PLAIN = ("black", "white", "plain")
 
 def draw_scene(
     rng: np.random.Generator, ink: Floats, digit: int, image_size: int
-) -> tuple[Bytes, Scene]:
+) -> tuple[Pixels, Scene]:
     """Draws one digit (8, 8) into a random scene: uint8 (image_size, image_size, 3)."""
     name, ground_name = _contrasting_colors(rng)
     kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
@@ -88,7 +89,7 @@ def draw_scene(
 
 def draw_page(
     rng: np.random.Generator, ink: Floats, digit: int, image_size: int
-) -> tuple[Bytes, Scene]:
+) -> tuple[Pixels, Scene]:
     """Draws one digit (8, 8) as dark ink on a light page, slightly displaced."""
     mask = ink_mask(_weigh(rng, ink), image_size, _placement(rng))[:, :, None]
     page, pen = rng.uniform(235, 255), rng.uniform(0, 40)
@@ -99,7 +100,7 @@ def draw_page(
     )
 
 
-def draw_all(digits: Digits, image_size: int, *, seed: int) -> tuple[Bytes, Labels]:
+def draw_all(digits: Digits, image_size: int, *, seed: int) -> tuple[Pixels, Labels]:
     """One scene per digit: uint8 (N, image_size, image_size, 3); the inks' colours, int64 (N,)."""
     drawn = [
         draw_scene(np.random.default_rng((seed, i)), ink, int(label), image_size)

@@ -4,7 +4,6 @@ Zero-shot compares an image with the mean of each class's sentences. No augmenta
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,15 +12,10 @@ from torch import Tensor
 
 from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.processing.clip_bpe import ClipTokenizer
-from training.data.packing import collate
 from training.data.pair_batch import to_pixels
-from training.demo.digits import Bytes, Digits, Labels, plain_image
+from training.data.records import Pixels
+from training.demo.digits import Digits, Labels, plain_image
 from training.demo.scenes import digit_prompts, draw_all, ink_prompts
-from training.recipe.schema import LanguageDataConfig
-
-if TYPE_CHECKING:
-    from training.data.conversations import ConversationSource
-    from training.tasks.language import LanguageLearner
 
 _CHUNK = 256
 _SCENE_SEED = 20_000_003  # of evaluation scenes; they are the same in every run
@@ -30,7 +24,7 @@ _SCENE_SEED = 20_000_003  # of evaluation scenes; they are the same in every run
 @torch.no_grad()
 def classify(
     model: PerceptionEncoder,
-    images: Bytes,
+    images: Pixels,
     prompts: Sequence[Sequence[str]],
     tokenizer: ClipTokenizer,
 ) -> Labels:
@@ -94,23 +88,3 @@ def confusion(predicted: Labels, labels: Labels, classes: int) -> npt.NDArray[np
 
 def _accuracy(predicted: Labels, labels: Labels) -> float:
     return float((predicted == labels).mean())
-
-
-@torch.no_grad()
-def assistant_loss(
-    learner: "LanguageLearner", source: "ConversationSource", config: LanguageDataConfig
-) -> dict[str, float]:
-    """The mean loss of the assistant's tokens over the first `config.validation` samples."""
-    training = learner.training
-    learner.eval()
-    device = next(learner.parameters()).device
-    loss, weight, samples, position = 0.0, 0, 0, 0
-    while samples < config.validation:
-        read = source.read(0, position)
-        position = read.position
-        batch = collate([read.row], config.seq_len).to(device)
-        loss += float(learner(batch))
-        weight += batch.weight
-        samples += len(read.row)
-    learner.train(training)
-    return {"loss": loss / max(1, weight)}

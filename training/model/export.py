@@ -4,8 +4,7 @@ Every file appears whole or not at all: it is written beside its place and then 
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,38 +16,10 @@ from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
+from training.atomic_files import write_bytes, write_text
 from training.recipe.schema import LanguageConfig
 
 WEIGHTS_FILE = "model.safetensors"
-MODEL_FILE = "model.json"
-RECIPE_FILE = "recipe.yaml"
-METRICS_FILE = "metrics.jsonl"
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary path beside `path`, then puts the result in place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_whole(path, write)
 
 
 def export_encoder(

@@ -15,14 +15,15 @@ from perception_rt.checkpoint.source import WeightSource, open_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.models.pe import PerceptionEncoder
 from training.data.loader import LaneStream
-from training.data.pair_batch import Pair, PairBatch, pool_frames, validation_digits
-from training.data.pairs import pair_stream
+from training.data.pair_batch import Pair, PairBatch, pool_frames
+from training.demo.digit_source import validation_digits
 from training.demo.zero_shot import evaluate
 from training.distributed import Group
 from training.model.export import export_encoder
 from training.model.init import draw
 from training.recipe.schema import ContrastiveConfig
 from training.tasks.losses import contrastive_loss, sigmoid_loss
+from training.tasks.pair_stream import pair_stream
 from training.tasks.task import Learner, Task
 
 MAX_LOGIT_SCALE = math.log(100.0)

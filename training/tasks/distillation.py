@@ -21,12 +21,12 @@ from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.models.vision import VisionTower
 from training.data.loader import LaneStream
 from training.data.pair_batch import Pair, PairBatch, pool_frames
-from training.data.pairs import pair_stream
 from training.distributed import Group
 from training.model.export import export_encoder
 from training.model.init import draw
 from training.recipe.pairs import DistillationLossConfig, TeacherConfig
 from training.recipe.schema import DistillationConfig
+from training.tasks.pair_stream import pair_stream
 from training.tasks.task import Learner, Task
 
 _HEADS = ("embedding_head.", "token_head.")

@@ -12,19 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception_rt.models.plm import PerceptionLM
-from perception_rt.processing.llm_tokenizer import detect_tokenizer, open_tokenizer
+from perception_rt.processing.llm_tokenizer import Tokenizer, detect_tokenizer, open_tokenizer
 from perception_rt.processing.tiles import TileSpec
 from training.data.conversations import ConversationSource, collator
+from training.data.datasets import Dataset, LineDataset
 from training.data.loader import LaneStream
-from training.data.packing import IGNORED, LanguageBatch
-from training.demo.zero_shot import assistant_loss
+from training.data.mixture import Mix, parse_mix
+from training.data.packing import IGNORED, LanguageBatch, collate
+from training.demo.scene_dataset import SCENES_PREFIX, SceneDataset
 from training.distributed import Group
 from training.model import lora
 from training.model.attention import get_kernel
 from training.model.export import export_language_model
 from training.model.init import draw
 from training.model.pretrained import Sources
-from training.recipe.schema import LanguageConfig
+from training.recipe.schema import DatasetConfig, LanguageConfig, LanguageDataConfig
 from training.tasks.task import Learner, Task
 
 HEAD_ROWS = 2048  # labelled tokens that go through the head at once; see docs/training-plan.md
@@ -143,7 +145,7 @@ class LanguageTask(Task):
 
     def source(self, *, validation: bool = False) -> ConversationSource:
         """The samples of the mix, or those that are kept for validation."""
-        return ConversationSource(
+        return open_conversations(
             self.config.data,
             self.tokenizer,
             self.tiles,
@@ -177,3 +179,70 @@ class LanguageTask(Task):
         export_language_model(
             weights, self.config, self.tokenizer_spec, self.tokenizer_file, folder
         )
+
+
+def open_conversations(
+    config: LanguageDataConfig,
+    tokenizer: Tokenizer,
+    tiles: TileSpec,
+    tokens_per_tile: int,
+    *,
+    seed: int,
+    validation: bool = False,
+) -> ConversationSource:
+    """Opens the datasets of a mix.
+
+    Args:
+        config: the recipe's section `data`.
+        tokenizer: the model's tokenizer.
+        tiles: how images become tiles.
+        tokens_per_tile: image tokens per tile.
+        seed: RNG seed of the order of samples, and of synthetic ones.
+        validation: read the samples that are kept for evaluation, in one lane.
+
+    Raises:
+        InputError: a dataset is missing or empty, or the mix is wrong.
+    """
+    shares = parse_mix(config.mix, config.datasets)
+    datasets = [
+        _open_dataset(name, config.datasets[name], seed, config.validation, validation)
+        for name in shares
+    ]
+    return ConversationSource(
+        datasets,
+        Mix(list(shares.values()), seed),
+        config,
+        tokenizer,
+        tiles,
+        tokens_per_tile,
+        lanes=1 if validation else config.batch_size,
+    )
+
+
+def _open_dataset(
+    name: str, config: DatasetConfig, seed: int, kept: int, validation: bool
+) -> Dataset:
+    if config.annotation.startswith(SCENES_PREFIX):
+        scenes = config.annotation.removeprefix(SCENES_PREFIX)
+        return SceneDataset(name, scenes, seed, validation=validation)
+    return LineDataset(name, config, seed, kept, validation=validation)
+
+
+@torch.no_grad()
+def assistant_loss(
+    learner: LanguageLearner, source: ConversationSource, config: LanguageDataConfig
+) -> dict[str, float]:
+    """Averages the loss of the assistant's tokens over the first `config.validation` samples."""
+    training = learner.training
+    learner.eval()
+    device = next(learner.parameters()).device
+    loss, weight, samples, position = 0.0, 0, 0, 0
+    while samples < config.validation:
+        read = source.read(0, position)
+        position = read.position
+        batch = collate([read.row], config.seq_len).to(device)
+        loss += float(learner(batch))
+        weight += batch.weight
+        samples += len(read.row)
+    learner.train(training)
+    return {"loss": loss / max(1, weight)}

@@ -1,0 +1,196 @@
+"""Reads image-caption and video-caption samples from jsonl files and webdataset tar shards.
+
+A jsonl line is `{"image": path, "caption": text}`; `video` may replace `image`, and `text` may
+replace `caption`. In a tar shard, the members of a sample share their name up to its first dot:
+`.jpg`, `.jpeg`, `.png` or `.webp` for the image, `.txt` or a `.json` with `caption` for the text.
+Shards must be uncompressed; samples are read from them in place.
+"""
+
+import glob
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perception_rt.errors import InputError
+from perception_rt.limits import DEFAULT_LIMITS
+from training.data.records import SampleError
+
+Index = NDArray[np.int64]
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_TEXTS = ("txt", "json")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raw:
+    """A sample before decoding: an encoded image, or the path of an image or video."""
+
+    image: bytes | Path | None = None
+    video: Path | None = None
+    caption: str | None = None
+
+
+class Format(Protocol):
+    """Reads the samples of one kind of shard."""
+
+    def index(self, shard: Path) -> Index:
+        """Locates the samples of a shard, one row each; InputError if the file is unreadable."""
+
+    def load(self, shard: Path, entry: Index) -> Raw:
+        """Reads the sample of one index row; SampleError if it is unusable."""
+
+
+class Jsonl:
+    """Reads jsonl files. Index columns: offset and size in bytes of each line that is not blank.
+
+    Args:
+        root: folder that image and video paths are relative to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def index(self, shard: Path) -> Index:
+        """See `Format.index`."""
+        rows, offset = [], 0
+        try:
+            with shard.open("rb") as file:
+                for line in file:
+                    if line.strip():
+                        rows.append((offset, len(line)))
+                    offset += len(line)
+        except OSError as error:
+            raise _unreadable(shard, error) from None
+        return np.array(rows, dtype=np.int64).reshape(-1, 2)
+
+    def load(self, shard: Path, entry: Index) -> Raw:
+        """See `Format.load`."""
+        fields = _json_object(_read_bytes(shard, *entry))
+        image, video = (fields.get(key) for key in ("image", "video"))
+        path = image if video is None else video
+        if not isinstance(path, str) or not path:
+            raise SampleError("no image or video")
+        caption = _caption(fields)
+        found = self._root / path
+        return Raw(caption=caption, **({"image": found} if video is None else {"video": found}))
+
+
+class Tar:
+    """Reads tar shards.
+
+    Index columns: offset and size in bytes of the image, offset and size of the text, and 1 if the
+    text is JSON. A missing image or text has offset -1.
+    """
+
+    def index(self, shard: Path) -> Index:
+        """See `Format.index`."""
+        samples: dict[str, list[int]] = {}
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    _add_member(samples, member)
+        except OSError as error:
+            raise _unreadable(shard, error) from None
+        except tarfile.TarError:
+            raise InputError(f"{shard.name} is damaged, or not an uncompressed tar file") from None
+        return np.array(list(samples.values()), dtype=np.int64).reshape(-1, 5)
+
+    def load(self, shard: Path, entry: Index) -> Raw:
+        """See `Format.load`."""
+        image, image_size, text, text_size, is_json = (int(value) for value in entry)
+        if image_size > DEFAULT_LIMITS.image_bytes or text_size > DEFAULT_LIMITS.text_bytes:
+            raise SampleError("too many bytes")
+        caption = None
+        if text >= 0:
+            data = _read_bytes(shard, text, text_size)
+            caption = _caption(_json_object(data)) if is_json else data.decode("utf-8", "replace")
+        if image < 0:
+            raise SampleError("no image")
+        return Raw(image=_read_bytes(shard, image, image_size), caption=caption)
+
+
+def _add_member(samples: dict[str, list[int]], member: tarfile.TarInfo) -> None:
+    """Adds a shard's member to its sample; the first image and the first text of a sample count."""
+    folder, slash, file = member.name.rpartition("/")
+    stem, _, ending = file.partition(".")
+    ending = ending.lower()
+    if not member.isfile() or member.issparse() or ending not in _IMAGES + _TEXTS:
+        return
+    sample = samples.setdefault(folder + slash + stem, [-1, 0, -1, 0, 0])
+    column = 0 if ending in _IMAGES else 2
+    if sample[column] < 0:
+        sample[column : column + 2] = member.offset_data, member.size
+        if column:
+            sample[4] = int(ending == "json")
+
+
+def _caption(fields: dict[str, Any]) -> str | None:
+    value = fields.get("caption", fields.get("text"))
+    return value if isinstance(value, str) else None
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise SampleError("not JSON") from None
+    if not isinstance(value, dict):
+        raise SampleError("not a JSON object")
+    return value
+
+
+def _read_bytes(path: Path, offset: int, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path.name} cannot be read: {error.strerror}")
+
+
+def expand(pattern: str) -> tuple[Path, ...]:
+    """Expands a pattern to files: `{000..007}` and `{a,b}` first, then `*`, `?` and `[...]`.
+
+    Raises:
+        InputError: no file matches, or a name without wildcards is not a file.
+    """
+    names = [name for expanded in _expand_braces(pattern) for name in _matches(expanded)]
+    if not names:
+        raise InputError(f"data.path {pattern!r:.200} matches no file")
+    for name in names:
+        if not Path(name).is_file():
+            raise InputError(f"data.path: {name!r:.200} is not a file")
+    return tuple(Path(name) for name in names)
+
+
+def _matches(pattern: str) -> list[str]:
+    if not glob.has_magic(pattern):
+        return [pattern]
+    return sorted(glob.glob(pattern))  # noqa: PTH207 - Path.glob rejects absolute patterns
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    found = _BRACES.search(pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last, options = found.groups()
+    if options is None:
+        numbers = range(int(first), int(last) + 1)
+        parts = [f"{number:0{len(first)}d}" for number in numbers]
+    else:
+        parts = options.split(",")
+    for part in parts:
+        yield from _expand_braces(pattern[: found.start()] + part + pattern[found.end() :])
