@@ -72,10 +72,10 @@ def _engines(
     bench: Bench, folder: Path, peak: Row, model: str
 ) -> Iterator[tuple[Row, Callable[[], Iterator[Row]]]]:
     """A model by each backend and precision that there is for GPUs."""
-    family = "plm" if model.startswith("PLM") else "pe"
+    decodes = model.startswith("PLM")
     for backend, target in TARGETS.items():
         for precision in target.precisions:
-            devices = target.devices(precision, family) or ()
+            devices = target.devices(precision, decodes=decodes) or ()
             if "cuda" in devices and (precision != "fp32" or model in DEMOS):
                 engine = Engine(model=model, backend=backend, precision=precision)
                 out = folder / f"{model} {engine.how}"

@@ -1,7 +1,7 @@
-"""What each backend can express, as data: importable without the backend installed.
+"""Backends as data: what each can run, importable without the backend installed.
 
-Adding a backend is a record here, an emitter in `export/emit/`, and a session in
-`runtime/backends/`.
+Adding a backend takes a record here, a lowering in `export/backends/` and a session in
+`runtime/backends/`; see docs/adding-a-backend.md.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from perception_rt.errors import InputError
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4", "fp8")
+ONNX = "onnx"  # the kind of graph files that are ONNX models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,19 +18,23 @@ class Target:
     """A backend.
 
     Attributes:
-        name: as in `--backend`.
-        precisions: those it can express, each with the devices that run it.
-        decoder_devices: the devices of language models, for precisions where they are fewer.
-        domains: operator domains of its ONNX graphs; a graph with any other is refused.
-        emitter: "module:class" of the lowering, imported on export; empty if it has none.
+        name: name in `--backend` and in manifests.
+        precisions: supported precisions, the default first, each with the devices that run it.
+        decoder_devices: devices that run a decoder, for precisions where they are fewer.
+        batch_dependent: precisions in which a result depends on the rest of its batch.
+        calibrated: precisions whose activation ranges are calibrated during export.
+        kinds: kinds of graph files that the session opens; None if it reads no file and stands in
+            for every backend.
+        domains: operator domains of its ONNX graphs; graphs with any other are refused.
+        emitter: "module:class" of the lowering, imported for an export; empty for none.
         session: module with `open_session` and `check_device`, imported at run time.
-        install: the pip requirement that brings what the session needs; empty for none.
-        graph_backend: the backend that can run its graphs too, on the CPU: an export compares them
+        install: pip requirement that brings what the session needs; empty for none.
+        graph_backend: backend that can run its ONNX graphs on the CPU; an export compares them
             with eager there.
-        fixed_slots: a decoder's cache has as many slots as its longest sequence, always.
-        has_engines: besides graphs, a package may have engines of them for GPUs.
-        picks_tokens: a decoder gives the likeliest token beside its logits.
-        tile_batch: tiles of an image that are encoded in one call.
+        fixed_slots: whether a decoder's cache always has as many slots as its longest sequence.
+        has_engines: whether a package may have, besides graphs, engines compiled for GPUs.
+        picks_tokens: whether a decoder returns the likeliest token beside its logits.
+        tile_batch: image tiles encoded in one call.
     """
 
     name: str
@@ -40,15 +45,27 @@ class Target:
     install: str
     graph_backend: str = ""
     decoder_devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    batch_dependent: frozenset[str] = frozenset()
+    calibrated: frozenset[str] = frozenset()
+    kinds: frozenset[str] | None = frozenset({ONNX})
     fixed_slots: bool = False
     has_engines: bool = False
     picks_tokens: bool = False
     tile_batch: int = 1
 
-    def devices(self, precision: str, family: str) -> tuple[str, ...] | None:
-        """The devices that run a precision of a model family; None for any."""
+    @property
+    def default_precision(self) -> str:
+        """The precision of an export that names none."""
+        return next(iter(self.precisions), PRECISIONS[0])
+
+    def opens(self, kind: str) -> bool:
+        """Whether the session opens graph files of this kind."""
+        return self.kinds is None or kind in self.kinds
+
+    def devices(self, precision: str, *, decodes: bool) -> tuple[str, ...] | None:
+        """Devices that run graphs of a precision, a decoder among them or not; None for any."""
         devices = self.precisions.get(precision)
-        return self.decoder_devices.get(precision, devices) if family == "plm" else devices
+        return self.decoder_devices.get(precision, devices) if decodes else devices
 
 
 TARGETS: dict[str, Target] = {
@@ -61,18 +78,21 @@ TARGETS: dict[str, Target] = {
             "int8": ("cpu",),
             "int4": ("cpu",),
         },
-        # Attention over a cache has no kernel for float32 there, and would be run on the CPU.
+        # CUDA has no float32 kernel for attention over a cache; it would run on the CPU.
         decoder_devices={"fp32": ("cpu",)},
+        # Activation scales of int8 span the batch.
+        batch_dependent=frozenset({"int8"}),
         domains=frozenset({"", "com.microsoft"}),
         emitter="perception_rt.export.backends.onnxruntime:OnnxRuntimeLowering",
         session="perception_rt.runtime.backends.onnxruntime",
         install="perception_rt",
         graph_backend="onnxruntime",
     ),
-    # Graphs in standard operators, and engines of them that TensorRT built ahead of time.
+    # Graphs of standard operators, and engines that TensorRT built from them ahead of time.
     "tensorrt": Target(
         name="tensorrt",
         precisions={"fp16": ("cuda",), "fp8": ("cuda",)},
+        calibrated=frozenset({"fp8"}),
         domains=frozenset({""}),
         emitter="perception_rt.export.backends.tensorrt:TensorRtLowering",
         session="perception_rt.runtime.backends.tensorrt",
@@ -83,10 +103,11 @@ TARGETS: dict[str, Target] = {
         picks_tokens=True,
         tile_batch=16,
     ),
-    # Predictable outputs without an engine: the test double of everything above a session.
+    # Predictable outputs without an engine: stands in for any backend in tests.
     "reference": Target(
         name="reference",
         precisions={},
+        kinds=None,
         domains=frozenset(),
         emitter="",
         session="perception_rt.runtime.backends.reference",
@@ -105,8 +126,19 @@ def get_target(backend: str) -> Target:
         ) from None
 
 
+def default_backend(precision: str | None) -> str:
+    """The backend of an export that names none: the first one that has the precision."""
+    fitting = (target.name for target in TARGETS.values() if precision in target.precisions)
+    return next(fitting, next(iter(TARGETS)))
+
+
+def operator_domains(backend: str) -> frozenset[str]:
+    """Operator domains that ONNX graphs of a backend may use; InputError for an unknown backend."""
+    return get_target(backend).domains
+
+
 def check_precision(target: Target, precision: str) -> None:
-    """InputError unless the target can express the precision."""
+    """InputError unless the backend supports the precision."""
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r:.40}; known are {', '.join(PRECISIONS)}")
     if precision not in target.precisions:

@@ -17,7 +17,7 @@ from perception_rt.package.manifest import Content, Manifest
 from perception_rt.package.onnx_scan import GraphScan, scan_graph
 from perception_rt.package.reader import open_package, verify_package
 from perception_rt.plm_config import PlmConfig
-from perception_rt.targets import TARGETS
+from perception_rt.targets import ONNX, TARGETS
 from perception_rt.tensorrt_library import find_tensorrt
 
 DAMAGED = "damaged"  # how the note on a package that cannot be used begins
@@ -59,7 +59,10 @@ def describe(manifest: Manifest) -> list[str]:
         outputs = graph.outputs
         more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
         first = f"{outputs[0].name} {list(outputs[0].shape)}{more}"
-        lines.append(f"graph       {name}: {', '.join(shown)} -> {first}")
+        how = [f"by {graph.backend}"] if graph.backend is not None else []
+        how += [f"of kind {graph.kind}"] if graph.kind != ONNX else []
+        title = " ".join([name, *how])
+        lines.append(f"graph       {title}: {', '.join(shown)} -> {first}")
     lines += [
         f"file        {path}: {entry.size_bytes:,} bytes" for path, entry in content.files.items()
     ]
@@ -122,8 +125,8 @@ def lint(path: str | os.PathLike[str]) -> list[str]:
         notes.append(f"{len(left)} linear layers stay in float: 8 bits would hurt them")
     if content.target.precision == "fp16":
         notes.append("fp16 is for GPUs: on a CPU it is no faster than fp32, and int8 is")
-    if content.target.backend not in TARGETS:
-        notes.append(f"backend {content.target.backend} is not known to this version")
+    backends = dict.fromkeys(content.backend_of(name) for name in content.graphs)
+    notes += [f"backend {b} is not known to this version" for b in backends if b not in TARGETS]
     return notes + plm_notes
 
 
@@ -161,7 +164,7 @@ def _scans(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, GraphS
         return {
             name: scan_graph(package.read(graph.file))
             for name, graph in manifest.content.graphs.items()
-            if graph.file.endswith(".onnx")
+            if graph.kind == ONNX
         }
 
 

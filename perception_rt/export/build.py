@@ -43,6 +43,7 @@ from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
 from perception_rt.package.store import Stage
 from perception_rt.package.trust import remember
+from perception_rt.targets import operator_domains
 from perception_rt.tensorrt_library import gpu_capability
 
 Report = Callable[[str], None]
@@ -81,7 +82,7 @@ def export_package(
             stage.write(path, [data])
         towers = _write_towers(plan, model, stage, like, report)
         content = _content(plan, model, stage, towers)
-        stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
+        stage.seal(Manifest.create(content, record={}), domains=operator_domains)
         report("comparing the package with eager")
         fidelity, latency = run_gate(stage.directory, towers.references)
         check_gate(fidelity, plan.gate)
@@ -89,12 +90,12 @@ def export_package(
         if plan.engines:
             maker = _maker(plan, source) if like is None or not like.refittable else like
             content, built = _add_engines(plan, maker, stage, content, report)
-            stage.seal(Manifest.create(content, record={}), domains=plan.target.domains)
+            stage.seal(Manifest.create(content, record={}), domains=operator_domains)
             built |= _engine_gate(plan, stage, towers.references, maker, report)
         seconds = time.monotonic() - started
         record = {**_record(plan, fidelity, latency, towers.harmed, seconds), **built}
         manifest = Manifest.create(content, record=record)
-        stage.seal(manifest, domains=plan.target.domains)
+        stage.seal(manifest, domains=operator_domains)
         stage.publish()
     if plan.engines:
         _remember(manifest.id, report)

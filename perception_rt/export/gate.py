@@ -54,7 +54,7 @@ def run_gate(
                 inputs = reference.inputs[graph]
                 with closing(_open(package, graph, device)) as session:
                     if graph.startswith(contract.DECODER):
-                        make = block_maker(_backend(package, device), device) or CacheBlock
+                        make = block_maker(_backend(package, graph, device), device) or CacheBlock
                         chained = _decode(session, chained or inputs, latency, graph, make)
                         found = {n: Fidelity.compare(chained[n], expected[n]) for n in expected}
                     else:
@@ -91,13 +91,13 @@ def check_gpu() -> None:
     open_cuda()
 
 
-def _backend(package: Package, device: str) -> str:
-    target = get_target(package.manifest.content.target.backend)
+def _backend(package: Package, graph: str, device: str) -> str:
+    target = get_target(package.manifest.content.backend_of(graph))
     return target.graph_backend if device == "cpu" else target.name
 
 
 def _open(package: Package, graph: str, device: str) -> Session:
-    backend = _backend(package, device)
+    backend = _backend(package, graph, device)
     return open_session(package, graph, backend=backend, device=device, threads=None)
 
 

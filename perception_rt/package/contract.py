@@ -7,10 +7,12 @@ Legend: N batch (dynamic), H W pixels, T tokens, D embedding channels, C width, 
 L logit positions, K key and value heads, S cache slots, E channels per head.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Self
 
 from perception_rt.errors import PackageError
+from perception_rt.targets import ONNX
 
 # Graphs of a Perception Encoder package. All of them share one weights file.
 VISION = "vision"  # uint8 images -> what the reference's vision `forward` returns
@@ -58,7 +60,9 @@ ENGINE_POSITIONS = 9  # and to predict from as many tokens of one: what was gues
 
 DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
 
-
+# Keys of a graph in a manifest.
+_REQUIRED, _OPTIONAL = {"data", "file", "inputs", "outputs"}, {"backend", "kind"}
+_NAME = re.compile(r"[a-z0-9._-]{1,64}")  # backend or kind
 _KEYS, _VALUES = "key_cache_", "value_cache_"
 
 
@@ -129,27 +133,51 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphSpec:
-    """One engine graph: its file, the weight files it refers to, and its inputs and outputs."""
+    """One engine graph.
+
+    Attributes:
+        file: path of the graph in the package.
+        data: paths of the files that hold its weights.
+        inputs: its inputs, in order.
+        outputs: its outputs, in order.
+        backend: name of the backend that runs it; None for the package's own.
+        kind: format of `file`: ONNX, or a name that the backend's record in `targets` lists.
+    """
 
     file: str
     data: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    backend: str | None = None
+    kind: str = ONNX
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
+        """Plain JSON values; `backend` and `kind` are left out where they are the default."""
+        values: dict[str, Any] = {
             "file": self.file,
             "data": list(self.data),
             "inputs": [t.to_dict() for t in self.inputs],
             "outputs": [t.to_dict() for t in self.outputs],
         }
+        if self.backend is not None:
+            values["backend"] = self.backend
+        if self.kind != ONNX:
+            values["kind"] = self.kind
+        return values
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Strict inverse of `to_dict`; PackageError on anything else."""
-        if not isinstance(data, dict) or set(data) != {"file", "data", "inputs", "outputs"}:
-            raise PackageError("a graph must have exactly the keys data, file, inputs, outputs")
+        if not isinstance(data, dict) or set(data) - _OPTIONAL != _REQUIRED:
+            raise PackageError(
+                f"a graph must have the keys {', '.join(sorted(_REQUIRED))}, may have "
+                f"{' and '.join(sorted(_OPTIONAL))}, and has no other key"
+            )
+        for key in sorted(_OPTIONAL & set(data)):
+            if not isinstance(data[key], str) or not _NAME.fullmatch(data[key]):
+                raise PackageError(f"a graph's {key} must be 1 to 64 characters of [a-z0-9._-]")
+        if data.get("kind") == ONNX:
+            raise PackageError(f"a graph of kind {ONNX} must leave out its kind")
         if not isinstance(data["file"], str):
             raise PackageError("a graph's file must be a string")
         for key in ("data", "inputs", "outputs"):
@@ -162,6 +190,8 @@ class GraphSpec:
             data=tuple(data["data"]),
             inputs=tuple(TensorSpec.from_dict(t) for t in data["inputs"]),
             outputs=tuple(TensorSpec.from_dict(t) for t in data["outputs"]),
+            backend=data.get("backend"),
+            kind=data.get("kind", ONNX),
         )
         names = [t.name for t in spec.inputs + spec.outputs]
         if len(set(names)) != len(names):

@@ -107,6 +107,10 @@ class Content:
     weights: Mapping[str, str | int | float | bool | None]
     versions: Mapping[str, str]
 
+    def backend_of(self, graph: str) -> str:
+        """Name of the backend that `graph` was exported for."""
+        return self.graphs[graph].backend or self.target.backend
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
@@ -136,14 +140,15 @@ class Content:
         processing = _object(content["processing"], "content.processing", ("image", "text"))
         text = processing["text"]
         files = _files(content["files"], limits)
+        target = Target.from_dict(content["target"])
         return cls(
             name=_label(content["name"], "content.name"),
             family=family,
             architecture=_object(content["architecture"], "content.architecture"),
-            target=Target.from_dict(content["target"]),
+            target=target,
             image=_object(processing["image"], "content.processing.image"),
             text=None if text is None else _object(text, "content.processing.text"),
-            graphs=_graphs(content["graphs"], files),
+            graphs=_graphs(content["graphs"], files, target.backend),
             files=files,
             weights=_scalars(content["weights"]),
             versions=_strings(content["versions"], "content.versions"),
@@ -428,11 +433,15 @@ def _files(value: Any, limits: Limits) -> dict[str, FileEntry]:
     return {path: FileEntry.from_dict(entry, f"file {path!a}") for path, entry in files.items()}
 
 
-def _graphs(value: Any, files: Collection[str]) -> dict[str, GraphSpec]:
+def _graphs(value: Any, files: Collection[str], backend: str) -> dict[str, GraphSpec]:
     graphs: dict[str, GraphSpec] = {}
     for name, data in _object(value, "content.graphs").items():
         _label(name, "a graph's name")
         spec = GraphSpec.from_dict(data)
+        if spec.backend == backend:
+            raise PackageError(
+                f"manifest: graph {name!a} must leave out its backend, which is the package's own"
+            )
         names = (spec.file, *spec.data)
         if len(set(names)) != len(names):
             raise PackageError(f"manifest: graph {name!a} names a file twice")

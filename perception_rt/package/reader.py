@@ -22,6 +22,7 @@ from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
 from perception_rt.package.onnx_scan import check_graph
+from perception_rt.targets import ONNX
 
 _T = TypeVar("_T")
 
@@ -65,11 +66,22 @@ class Package:
         return data
 
     def read_graph(self, name: str, *, domains: frozenset[str] | None = None) -> bytes:
-        """The bytes of the graph `name`; one in ONNX must pass `check_graph` with `domains`."""
+        """The bytes of an ONNX graph.
+
+        Args:
+            name: name of the graph.
+            domains: operator domains that it may use; None allows all.
+
+        Raises:
+            PackageError: there is no such graph, it is not in ONNX, or `check_graph` refuses it.
+        """
         spec = self.graph(name)
+        if spec.kind != ONNX:
+            raise PackageError(
+                f"{self._shown}: graph {name!a:.80} is of kind {spec.kind}, not ONNX"
+            )
         data = self.read(spec.file)
-        if spec.file.endswith(".onnx"):
-            check_graph(data, spec, self.manifest.content.files, domains=domains)
+        check_graph(data, spec, self.manifest.content.files, domains=domains)
         return data
 
     def map(self, file: str) -> memoryview:
@@ -179,8 +191,9 @@ def verify_package(path: str | os.PathLike[str], *, expect: str | None = None) -
     """
     with open_package(path, expect=expect) as package:
         package.verify()
-        for name in package.manifest.content.graphs:
-            package.read_graph(name)
+        for name, spec in package.manifest.content.graphs.items():
+            if spec.kind == ONNX:
+                package.read_graph(name)
         return package.manifest
 
 

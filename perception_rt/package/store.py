@@ -2,7 +2,7 @@
 
 At every moment the destination is absent, the old package or the new one; what a crash leaves
 behind is found and removed by the next stage. It does not know what a graph or a weight means.
-`perception_rt.package.reader`, whose names are available here too, opens what this publishes.
+`perception_rt.package.reader` opens what this publishes.
 """
 
 import errno
@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
@@ -20,9 +20,8 @@ from perception_rt.errors import ExportError, InputError, PackageError
 from perception_rt.package.filesystem import FileSystem
 from perception_rt.package.manifest import MANIFEST_FILE, FileEntry, Manifest, check_path
 from perception_rt.package.onnx_scan import check_graph
-from perception_rt.package.reader import Package, open_package, read_manifest, verify_package
-
-__all__ = ["FileSystem", "Package", "Stage", "StageWriter", "open_package", "verify_package"]
+from perception_rt.package.reader import read_manifest
+from perception_rt.targets import ONNX
 
 _BLOCK = 1024 * 1024
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a rename onto what exists
@@ -186,12 +185,15 @@ class Stage:
             yield writer
         self._entries[path] = writer.entry
 
-    def seal(self, manifest: Manifest, *, domains: frozenset[str] | None = None) -> None:
+    def seal(
+        self, manifest: Manifest, *, domains: Callable[[str], frozenset[str]] | None = None
+    ) -> None:
         """Checks the staged files against `manifest` and writes it. May be repeated.
 
         Args:
             manifest: lists the staged files; a later one may carry another record.
-            domains: operator domains that ONNX graphs may use; None allows all.
+            domains: returns the operator domains that ONNX graphs of a backend may use, given its
+                name; None allows all.
 
         Raises:
             ExportError: the manifest lists other files than were staged, or the disk refused.
@@ -201,10 +203,11 @@ class Stage:
             raise ExportError("the manifest does not list the files that were staged")
         self._manifest = None
         try:
-            for spec in manifest.content.graphs.values():
-                if spec.file.endswith(".onnx"):
+            for name, spec in manifest.content.graphs.items():
+                if spec.kind == ONNX:
                     data = self.path(spec.file).read_bytes()
-                    check_graph(data, spec, self._entries, domains=domains)
+                    allowed = domains and domains(manifest.content.backend_of(name))
+                    check_graph(data, spec, self._entries, domains=allowed)
             self._fs.unlink(self._directory / MANIFEST_FILE)
         except OSError as error:
             raise ExportError(f"cannot seal {self._dest}: {_reason(error)}") from error

@@ -21,7 +21,7 @@ from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec, load_image
 from perception_rt.processing.video import VideoSource, load_video
-from perception_rt.runtime.session import Sessions
+from perception_rt.runtime.session import Sessions, is_batch_dependent
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]
@@ -41,8 +41,7 @@ class Embedder:
         manifest: what the package says of itself.
         image_spec: how images are prepared.
         batch_size: how many items one call of the engine takes, unless a method is told otherwise.
-            1 for an int8 engine, whose activation scales span a batch: so that a result does not
-            depend on what else was asked for.
+            1 where results depend on the rest of a batch, as with int8 on ONNX Runtime.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Embedder:
             _check_agreement(package, self._config, self.image_spec, self._text)
         except InputError as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
-        self.batch_size = 1 if content.target.precision == "int8" else 8
+        self.batch_size = 1 if is_batch_dependent(content) else 8
         self._package = package
         self._sessions = Sessions(
             package, backend=backend, device=device, threads=threads, cache_dir=cache_dir

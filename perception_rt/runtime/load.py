@@ -11,8 +11,7 @@ from perception_rt.package.trust import is_remembered
 from perception_rt.runtime.embedder import Embedder
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import check_integer
-from perception_rt.runtime.session import check_backend
-from perception_rt.targets import get_target
+from perception_rt.runtime.session import AUTO, check_backends
 
 MAX_THREADS = 1024
 MAX_BATCH = 256
@@ -23,7 +22,7 @@ _MIB = 1024 * 1024
 def load(
     path: str | os.PathLike[str],
     *,
-    backend: str = "auto",
+    backend: str = AUTO,
     device: str = "cpu",
     threads: int | None = None,
     expect: str | None = None,
@@ -42,8 +41,9 @@ def load(
 
     Args:
         path: the package directory.
-        backend: "auto" for the one that the package was exported for, or a backend's name: that of
-            another that can run its graphs, as "onnxruntime" can those of "tensorrt".
+        backend: "auto" runs each graph on the backend that it was exported for. A name runs all
+            graphs on that backend, which must be able to: "onnxruntime" can run those of
+            "tensorrt".
         device: "cpu", "cuda", or "tensorrt" for ONNX Runtime's own; never another than this.
         threads: of one engine call; None for one per physical core.
         expect: the package id ("sha256:...") that must be found there. Engines of TensorRT are
@@ -76,12 +76,13 @@ def load(
     _check_memory(kv_bytes, max_batch, cache, feature_cache_bytes, prefix_cache_bytes)
     package = open_package(path, expect=expect, limits=limits)
     try:
-        name = _backend(package, backend, device, pinned=expect is not None)
-        if get_target(name).has_engines:
+        targets = check_backends(package.manifest.content, backend=backend, device=device)
+        if any(target.has_engines for target in targets):
+            _check_trust(package, pinned=expect is not None)
             check_integer("max_batch", max_batch, 1, ENGINE_SEQUENCES)
         package.verify()
         common: dict[str, Any] = {
-            "backend": name, "device": device, "threads": threads, "limits": limits,
+            "backend": backend, "device": device, "threads": threads, "limits": limits,
             "cache_dir": cache_dir,
         }  # fmt: skip
         if package.manifest.content.family == "pe":
@@ -115,21 +116,14 @@ def _check_memory(
         raise InputError(f"cache must be True or False, not a {type(cache).__name__}")
 
 
-def _backend(package: Package, backend: str, device: str, *, pinned: bool) -> str:
-    """The backend to open the package with, if it may and can be."""
-    target = get_target(package.manifest.content.target.backend)
-    name = target.name if backend == "auto" else backend
-    get_target(name)
-    if name not in (target.name, target.graph_backend, "reference"):
-        raise PackageError(f"this package was exported for backend {target.name}, not {name}")
-    check_backend(package, backend=name, device=device)
+def _check_trust(package: Package, *, pinned: bool) -> None:
+    """PackageError unless the caller named the package or exported it on this machine."""
     package_id = package.manifest.id
-    if name == target.name and target.has_engines and not (pinned or is_remembered(package_id)):
+    if not (pinned or is_remembered(package_id)):
         raise PackageError(
             "its engines are code for a GPU, and it was not exported here: name the package that "
             f"you trust by expect={package_id!r}"
         )
-    return name
 
 
 def _check_path(name: str, value: object) -> None:

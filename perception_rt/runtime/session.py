@@ -10,7 +10,7 @@ import html
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, Self, cast
@@ -18,16 +18,17 @@ from typing import Any, Protocol, Self, cast
 import numpy as np
 
 from perception_rt.errors import BackendError, InputError, PackageError
-from perception_rt.package.contract import GraphSpec, TensorSpec, updated
-from perception_rt.package.manifest import Manifest
+from perception_rt.package.contract import GraphSpec, TensorSpec, is_cache, updated
+from perception_rt.package.manifest import Content, Manifest
 from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package
 from perception_rt.runtime.cache.kv_block import NO_STATES, CacheBlock, States
 from perception_rt.runtime.cuda import DeviceArray
-from perception_rt.targets import get_target
+from perception_rt.targets import Target, get_target
 
 Array = np.ndarray[Any, Any]
 State = Array | DeviceArray
+AUTO = "auto"  # as a backend: each graph runs on the one that it was exported for
 MakeBlock = Callable[[CacheShape, int, int], CacheBlock]  # of rows and slots
 
 
@@ -136,7 +137,7 @@ class Session:
 
 
 class Sessions:
-    """The graphs of a package on a backend, each opened when it is first needed.
+    """The graphs of a package, each opened with its backend when it is first needed.
 
     Safe to use from several threads.
     """
@@ -198,13 +199,15 @@ class LoadedModel:
 
     Attributes:
         manifest: the package's manifest.
-        backend: name of the backend that runs it.
+        backend: name of the backend that runs it, or of several, separated by commas.
         device: name of the device that the backend runs on.
     """
 
     def __init__(self, manifest: Manifest, *, backend: str, device: str) -> None:
+        content = manifest.content
+        names = {choose_backend(content, graph, backend) for graph in content.graphs}
         self.manifest = manifest
-        self.backend = backend
+        self.backend = ", ".join(sorted(names))
         self.device = device
 
     def close(self) -> None:
@@ -249,34 +252,120 @@ def open_session(
     threads: int | None,
     cache_dir: Path | None = None,
 ) -> Session:
-    """Opens a graph of a package; BackendError names what is missing."""
-    spec = package.manifest.content.graphs.get(graph)
-    if spec is None:
-        raise PackageError(f"package {package.name!r} has no graph {graph!r}")
-    engine = _module(backend).open_session(
+    """Opens a graph of a package.
+
+    Args:
+        package: an open package.
+        graph: name of the graph.
+        backend: as in `choose_backend`.
+        device: name of a device of the backend.
+        threads: threads of one engine call; None for one per physical core.
+        cache_dir: private directory for what the backend compiles; None to keep nothing.
+
+    Raises:
+        PackageError: there is no such graph, or the backend does not open it.
+        BackendError: the backend is not installed, or the graph cannot run here.
+    """
+    spec = package.graph(graph)
+    name = choose_backend(package.manifest.content, graph, backend)
+    engine = _module(name).open_session(
         package, graph, device=device, threads=threads, cache_dir=cache_dir
     )
     return Session(engine, spec, graph)
 
 
+def choose_backend(content: Content, graph: str, backend: str) -> str:
+    """Name of the backend that runs a graph.
+
+    Args:
+        content: content of the package's manifest.
+        graph: name of the graph.
+        backend: AUTO for the backend that the graph was exported for, or the name of one that can
+            run it too.
+
+    Raises:
+        InputError: no backend has this name.
+        PackageError: the backend does not run this graph, or does not open files of its kind.
+    """
+    exported_for = get_target(content.backend_of(graph))
+    target = exported_for if backend == AUTO else get_target(backend)
+    is_stand_in = target.kinds is None
+    if not is_stand_in and target.name not in (exported_for.name, exported_for.graph_backend):
+        is_mixed = any(spec.backend is not None for spec in content.graphs.values())
+        what = f"graph {graph!r} of this package" if is_mixed else "this package"
+        raise PackageError(
+            f"{what} was exported for backend {exported_for.name}, not {target.name}"
+        )
+    kind = content.graphs[graph].kind
+    if not target.opens(kind):
+        raise PackageError(
+            f"graph {graph!r} is of kind {kind!r}, which backend {target.name} does not open"
+        )
+    return target.name
+
+
+def shared_backend(content: Content, graphs: Iterable[str], backend: str) -> str:
+    """Name of the one backend that runs all of `graphs`; PackageError if they have several."""
+    names = sorted({choose_backend(content, graph, backend) for graph in graphs})
+    if len(names) != 1:
+        raise PackageError(
+            f"the decoder's graphs share key-value caches, but are for {len(names)} backends: "
+            f"{', '.join(names)}"
+        )
+    return names[0]
+
+
+def is_replaced(content: Content, backend: str) -> bool:
+    """Whether a graph runs on another backend than it was exported for."""
+    return any(
+        choose_backend(content, graph, backend) != content.backend_of(graph)
+        for graph in content.graphs
+    )
+
+
+def is_batch_dependent(content: Content) -> bool:
+    """Whether a result of the package's graphs depends on the rest of its batch."""
+    precision = content.target.precision
+    backends = {content.backend_of(graph) for graph in content.graphs}
+    return any(precision in get_target(name).batch_dependent for name in backends)
+
+
 def block_maker(backend: str, device: str) -> MakeBlock | None:
-    """What makes cache blocks in a device's memory; None if they are on the host."""
+    """The function that makes cache blocks in a device's memory; None if they are on the host."""
     maker = getattr(_module(backend), "block_maker", None)
     found: MakeBlock | None = None if maker is None else maker(device)
     return found
 
 
-def check_backend(package: Package, *, backend: str, device: str) -> None:
-    """BackendError unless the backend is installed and runs the package on the device."""
-    _module(backend).check_device(device)
-    content = package.manifest.content
-    precision = content.target.precision
-    devices = get_target(backend).devices(precision, content.family)
-    if devices is not None and device not in devices:
-        raise BackendError(
-            f"a {precision} package for {backend} does not run on {device}; "
-            f"it runs on {', '.join(devices)}"
-        )
+def check_backends(content: Content, *, backend: str, device: str) -> list[Target]:
+    """Checks that every graph of a package can run here; returns the backends that run them.
+
+    Args:
+        content: content of the package's manifest.
+        backend: as in `choose_backend`.
+        device: name of the device that every backend must run on.
+
+    Raises:
+        InputError: no backend, or no device of a backend, has this name.
+        PackageError: a backend cannot run a graph.
+        BackendError: a backend is not installed, or does not run its graphs on the device.
+    """
+    graphs: dict[str, list[GraphSpec]] = {}
+    for name, spec in content.graphs.items():
+        graphs.setdefault(choose_backend(content, name, backend), []).append(spec)
+    precision, targets = content.target.precision, []
+    for name, specs in graphs.items():
+        _module(name).check_device(device)
+        target = get_target(name)
+        decodes = any(is_cache(tensor.name) for spec in specs for tensor in spec.inputs)
+        devices = target.devices(precision, decodes=decodes)
+        if devices is not None and device not in devices:
+            raise BackendError(
+                f"a {precision} package for {name} does not run on {device}; "
+                f"it runs on {', '.join(devices)}"
+            )
+        targets.append(target)
+    return targets
 
 
 def _module(backend: str) -> BackendModule:

@@ -80,6 +80,18 @@ CHANGES = {
         lambda m: graph(m).update(data=["weights.bin"] * 2),
         "names a file twice",
     ),
+    "graph missing": (lambda m: graph(m).pop("data"), "must have the keys data, file, inputs"),
+    "graph unknown": (lambda m: graph(m).update(device="cpu"), "may have backend and kind, and"),
+    "graph backend null": (lambda m: graph(m).update(backend=None), "backend must be 1 to 64"),
+    "graph backend empty": (lambda m: graph(m).update(backend=""), "backend must be 1 to 64"),
+    "graph backend own": (
+        lambda m: graph(m).update(backend=m["content"]["target"]["backend"]),
+        "must leave out its backend, which is the package's own",
+    ),
+    "graph kind": (lambda m: graph(m).update(kind=7), "kind must be 1 to 64 characters"),
+    "graph kind newline": (lambda m: graph(m).update(kind="native\n"), "kind must be 1 to 64"),
+    "graph kind long": (lambda m: graph(m).update(kind="n" * 65), "kind must be 1 to 64"),
+    "graph kind onnx": (lambda m: graph(m).update(kind="onnx"), "must leave out its kind"),
     "graph dtype": (lambda m: graph(m)["inputs"][0].update(dtype="object"), "dtype"),
     "graph listed": (lambda m: m["content"]["files"].pop("vision.onnx"), "needs 'vision.onnx'"),
     "hash upper": (lambda m: entry(m).update(sha256=HEX.upper()), "64 lower-case hex"),
@@ -124,6 +136,22 @@ def test_boundaries_are_accepted(tools, valid):
     value["record"] = {"a": 2**63 - 1, "b": -(2**63), "c": 1.7e308, "d": "\U0001f600", "e": None}
     value["content"]["name"] = "a" * 128
     assert parse(tools.resign(value)).record == value["record"]
+
+
+def test_a_graph_may_name_a_backend_and_a_kind(tools, valid):
+    value = copy.deepcopy(valid.to_dict())
+    graph(value).update(backend="native", kind="native-weights")
+    manifest = parse(tools.resign(value))
+    spec = manifest.content.graphs["vision"]
+    assert (spec.backend, spec.kind) == ("native", "native-weights")
+    assert manifest.content.backend_of("vision") == "native"
+    assert valid.content.backend_of("vision") == valid.content.target.backend
+    assert parse(manifest.to_bytes()) == manifest
+    assert manifest.id != valid.id
+
+
+def test_graphs_without_backend_and_kind_have_the_four_keys_of_earlier_versions(valid):
+    assert set(graph(valid.to_dict())) == {"file", "data", "inputs", "outputs"}
 
 
 @pytest.mark.parametrize("field", ["id", "digest"])

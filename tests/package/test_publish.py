@@ -13,7 +13,8 @@ import pytest
 from perception_rt.errors import ExportError, InputError, PackageError
 from perception_rt.package.filesystem import FileSystem
 from perception_rt.package.manifest import Manifest
-from perception_rt.package.store import Stage, open_package, verify_package
+from perception_rt.package.reader import open_package, verify_package
+from perception_rt.package.store import Stage
 
 CALLS = (
     *("mkdir", "create", "lock", "write", "chmod", "fsync", "close", "fsync_directory"),

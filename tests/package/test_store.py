@@ -11,7 +11,7 @@ import pytest
 from perception_rt.errors import PackageError
 from perception_rt.package.filesystem import FileSystem
 from perception_rt.package.manifest import MANIFEST_FILE
-from perception_rt.package.store import open_package, verify_package
+from perception_rt.package.reader import open_package, verify_package
 
 
 def open_fds():

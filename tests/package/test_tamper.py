@@ -10,7 +10,7 @@ import pytest
 
 from perception_rt.errors import PackageError
 from perception_rt.package.manifest import check_path, parse
-from perception_rt.package.store import open_package, verify_package
+from perception_rt.package.reader import open_package, verify_package
 
 
 class Spy:

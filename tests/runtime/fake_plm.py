@@ -43,7 +43,11 @@ def graph_specs(
     )
     return {
         name: GraphSpec(
-            file=f"{name}.txt", data=(), inputs=signature.inputs, outputs=signature.outputs
+            file=f"{name}.txt",
+            data=(),
+            inputs=signature.inputs,
+            outputs=signature.outputs,
+            kind="placeholder",
         )
         for name, signature in plm_signatures(config, layout).items()
     }

@@ -29,7 +29,7 @@ from perception_rt.runtime.cache.cuda_block import DeviceBlock
 from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cuda import open_cuda
 from perception_rt.runtime.session import State
-from perception_rt.targets import get_target
+from perception_rt.targets import operator_domains
 
 Array = np.ndarray[Any, Any]
 
@@ -136,7 +136,6 @@ def open_session(
         threads: of one run; None for one per physical core.
         cache_dir: nothing is kept there.
     """
-    target = get_target(package.manifest.content.target.backend)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if _saturates():
@@ -149,7 +148,8 @@ def open_session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if threads is not None:
         options.intra_op_num_threads = threads
-    model = package.read_graph(graph, domains=target.domains)
+    domains = operator_domains(package.manifest.content.backend_of(graph))
+    model = package.read_graph(graph, domains=domains)
     weights = external_tensors(package, model)
     options.add_external_initializers(list(weights), [_value(a) for a in weights.values()])
     try:

@@ -105,13 +105,12 @@ def check_device(device: str) -> None:
 
 def open_session(package: Package, graph: str, **_: object) -> Engine:
     """Opens any package; the other arguments of a backend are accepted and mean nothing."""
-    content = package.manifest.content
-    spec = content.graphs[graph]
-    if content.family == "pe":
-        return ReferenceEngine(spec)
+    spec = package.graph(graph)
     if graph.startswith(contract.DECODER):
         return ReferenceDecoder(spec)
-    return ReferenceEmbedding(spec)
+    if spec.outputs[0].name in (contract.HIDDEN, contract.IMAGE_FEATURES):
+        return ReferenceEmbedding(spec)
+    return ReferenceEngine(spec)
 
 
 def _row(row: Array, spec: TensorSpec) -> Array:

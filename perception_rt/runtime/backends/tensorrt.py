@@ -30,7 +30,7 @@ from perception_rt.runtime.cache.cuda_block import DeviceBlock
 from perception_rt.runtime.cache.kv_block import CacheBlock, States
 from perception_rt.runtime.cuda import Cuda, DeviceArray, Graph, HostMemory, Memory, open_cuda
 from perception_rt.runtime.session import State
-from perception_rt.targets import get_target
+from perception_rt.targets import operator_domains
 from perception_rt.tensorrt_library import TensorRt, find_tensorrt
 
 Array = np.ndarray[Any, Any]
@@ -96,8 +96,8 @@ def open_session(
 
 def _weights(package: Package, graph: str) -> tuple[bytes, Mapping[str, Array]]:
     """A graph and its external tensors, verified."""
-    target = get_target(package.manifest.content.target.backend)
-    model = package.read_graph(graph, domains=target.domains)
+    domains = operator_domains(package.manifest.content.backend_of(graph))
+    model = package.read_graph(graph, domains=domains)
     return model, external_tensors(package, model)
 
 

@@ -20,7 +20,12 @@ from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cache.kv_pool import SMALLEST_ROW
-from perception_rt.runtime.session import Sessions, block_maker
+from perception_rt.runtime.session import (
+    Sessions,
+    block_maker,
+    choose_backend,
+    shared_backend,
+)
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
@@ -67,14 +72,16 @@ class Decoder:
             head_dim=decoder.head_dim,
             dtype=layout.cache_dtype,
         )
-        self._make_block = block_maker(backend, device)
+        decoder_graphs = [contract.decoder_part(index) for index in range(len(self._parts))]
+        target = get_target(shared_backend(package.manifest.content, decoder_graphs, backend))
+        self._make_block = block_maker(target.name, device)
         is_whole = layout.fixed_slots or self._make_block is not None
         self.smallest_row = (
             decoder.max_seqlen if is_whole else min(SMALLEST_ROW, decoder.max_seqlen)
         )
-        target = get_target(backend)
         self.picks_tokens = target.picks_tokens and layout.picks_tokens
-        self.tile_batch = target.tile_batch
+        vision = get_target(choose_backend(package.manifest.content, contract.VISION, backend))
+        self.tile_batch = vision.tile_batch
         self.vocab_size = decoder.vocab_size
         self._sessions = Sessions(
             package, backend=backend, device=device, threads=threads, cache_dir=cache_dir
