@@ -1,47 +1,53 @@
-"""Images, texts and videos to vectors, with an engine package.
+"""Embeds images, texts and videos with an encoder package.
 
-Owns the order of things: decode, batch, run, normalise. It does not know which backend computes,
-nor anything about a model that the manifest does not say.
+Decodes, batches, runs the engine and normalises. Independent of the backend, and of any model
+property that the manifest does not state.
 
 Legend: N items, D embedding channels, L labels, h w grid, C width.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import closing
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package import contract
-from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
-from perception_rt.processing.image import ImageSource, ImageSpec, load_image
+from perception_rt.processing.image import ImageSource, ImageSpec
+from perception_rt.processing.image_loader import Loaded, default_workers, load_images
 from perception_rt.processing.video import VideoSource, load_video
-from perception_rt.runtime.session import Sessions, is_batch_dependent
+from perception_rt.runtime.request import check_integer
+from perception_rt.runtime.session import LoadedModel, Sessions, is_batch_dependent
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 OnError = Callable[[int, InputError], None]
 
 MAX_BATCH = 256
+MAX_WORKERS = 64
 # Dimensions of the arrays that are one item.
 _IMAGE_NDIM, _VIDEO_NDIM = 3, 4
 
 
-class Embedder:
-    """A loaded Perception Encoder package; `perception_rt.load` makes it.
+class Embedder(LoadedModel):
+    """A loaded Perception Encoder package. Make one with `perception_rt.load`.
 
-    Each graph is opened when it is first needed. All methods may be called from several threads.
+    Each graph opens on first use. Methods may be called from several threads.
 
     Attributes:
-        manifest: what the package says of itself.
-        image_spec: how images are prepared.
-        batch_size: how many items one call of the engine takes, unless a method is told otherwise.
-            1 where results depend on the rest of a batch, as with int8 on ONNX Runtime.
+        image_spec: image size and preprocessing.
+        batch_size: default number of items per engine call. It is 1 where the results of one call
+            depend on each other, as with int8 on ONNX Runtime.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class Embedder:
         cache_dir: str | os.PathLike[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.manifest: Manifest = package.manifest
+        super().__init__(package.manifest, backend=backend, device=device)
         content = package.manifest.content
         try:
             self._config = PeConfig.from_dict(content.architecture)
@@ -64,7 +70,6 @@ class Embedder:
         except InputError as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
         self.batch_size = 1 if is_batch_dependent(content) else 8
-        self._package = package
         self._sessions = Sessions(
             package, backend=backend, device=device, threads=threads, cache_dir=cache_dir
         )
@@ -76,72 +81,98 @@ class Embedder:
 
     def embed_images(
         self,
-        images: Sequence[ImageSource],
+        images: Iterable[ImageSource],
         *,
         batch_size: int | None = None,
+        workers: int | None = None,
         on_progress: Progress | None = None,
         on_error: OnError | None = None,
-    ) -> Array:
-        """Unit image embeddings, float32 (N, D).
+    ) -> Float32:
+        """Embeds images as unit vectors.
+
+        Worker threads decode and resize the next images while the engine runs. They are at most
+        one batch and `workers` images ahead, and an iterator is read no further than that. Rows,
+        errors and callbacks are the same for every number of workers.
 
         Args:
-            images: paths, encoded JPEG, PNG or WebP bytes, Pillow images, or uint8 (H, W, 3) RGB.
-            batch_size: images per call of the engine, 1 to 256.
-            on_progress: called with the numbers of images done and in all.
-            on_error: called with the index of an unusable image and its error; its row is zero
-                then, and the other rows are what they would be without it. None raises instead.
+            images: paths, encoded JPEG, PNG or WebP bytes, Pillow images, or uint8 (H, W, 3) RGB
+                arrays. Arrays and Pillow images of an iterator are copied when they are taken from
+                it; a file must stay as it is until its image is embedded.
+            batch_size: images per engine call, 1 to 256; None for `self.batch_size`.
+            workers: threads that decode, 1 to 64; 1 decodes in the calling thread, one image at a
+                time. None for one per CPU core, at most 8.
+            on_progress: called after each batch with the number of images done and the total. For
+                an iterator without a length, the total is the number done so far.
+            on_error: called with the index and the error of each unusable image, in order. Its row
+                is zero, and the other rows do not change. None raises the error instead.
+
+        Returns:
+            float32 (N, D), rows of length 1.
 
         Raises:
-            InputError: an image is unusable, or the model has no pooled embedding.
+            InputError: an image or an argument is unusable, or the model has no pooled embedding.
+            BackendError: the engine failed, or the embedder is closed.
         """
         self._require_pooled()
-        images = _listed(images, "images", _IMAGE_NDIM)
-
-        def run(part: Sequence[ImageSource], start: int) -> Array:
-            return self._images(part, start, contract.VISION, contract.EMBEDDING, on_error)
-
-        return _unit(self._collect(self._batches(images, batch_size, on_progress, run), self.dim))
+        rows = self._image_rows(
+            images,
+            contract.VISION,
+            contract.EMBEDDING,
+            batch_size=batch_size,
+            workers=workers,
+            on_progress=on_progress,
+            on_error=on_error,
+        )
+        return _unit(rows)
 
     def embed_texts(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         *,
         batch_size: int | None = None,
         on_progress: Progress | None = None,
-    ) -> Array:
-        """Unit text embeddings, float32 (N, D).
+    ) -> Float32:
+        """Embeds texts as unit vectors.
 
         Args:
-            texts: cut to the context length, as the reference does.
-            batch_size: texts per call of the engine, 1 to 256.
-            on_progress: called with the numbers of texts done and in all.
+            texts: truncated to the context length, as the reference does.
+            batch_size: texts per engine call, 1 to 256; None for `self.batch_size`.
+            on_progress: called after each batch with the number of texts done and the total.
+
+        Returns:
+            float32 (N, D), rows of length 1.
 
         Raises:
             InputError: a text is unusable, or the model has no text tower or no known tokenizer.
+            BackendError: the engine failed, or the embedder is closed.
         """
         texts = _listed(texts, "texts")
         tokenizer = self._require_tokenizer()
-
-        def run(part: Sequence[str], start: int) -> Array:
-            return self._tokens(tokenizer(part))
-
-        return _unit(self._collect(self._batches(texts, batch_size, on_progress, run), self.dim))
+        rows = self._batches(texts, batch_size, on_progress, lambda p: self._tokens(tokenizer(p)))
+        return _unit(_stacked(rows, (self.dim,)))
 
     def embed_videos(
         self,
-        videos: Sequence[VideoSource],
+        videos: Iterable[VideoSource],
         *,
         num_frames: int = 8,
         batch_size: int | None = None,
         on_progress: Progress | None = None,
-    ) -> Array:
-        """Unit video embeddings, float32 (N, D): the mean of unit frame embeddings, made unit.
+    ) -> Float32:
+        """Embeds videos as unit vectors: the normalised mean of unit frame embeddings.
 
         Args:
             videos: paths, or uint8 (T, H, W, 3) RGB frames.
-            num_frames: taken at equal distances, first and last included.
-            batch_size: frames per call of the engine, 1 to 256.
-            on_progress: called with the numbers of videos done and in all.
+            num_frames: frames per video, at equal distances, including the first and the last.
+            batch_size: frames per engine call, 1 to 256; None for `self.batch_size`.
+            on_progress: called after each video with the number of videos done and the total.
+
+        Returns:
+            float32 (N, D), rows of length 1.
+
+        Raises:
+            InputError: a video is unusable, or the model has no pooled embedding.
+            BackendError: the engine failed, the embedder is closed, or PyAV is not installed.
         """
         self._require_pooled()
         videos = _listed(videos, "videos", _VIDEO_NDIM)
@@ -151,44 +182,55 @@ class Embedder:
                 frames = load_video(video, num_frames=num_frames, limits=self._limits)
             except InputError as error:
                 raise InputError(f"video {index}: {error}") from None
-            rows.append(self.embed_images(list(frames), batch_size=batch_size).mean(axis=0))
+            # All frames are decoded already, and no engine call waits for their resizing.
+            rows.append(self.embed_images(frames, batch_size=batch_size, workers=1).mean(axis=0))
             if on_progress is not None:
                 on_progress(index + 1, len(videos))
-        return _unit(self._collect(iter([np.stack(rows)] if rows else []), self.dim))
+        return _unit(_stacked([row[None] for row in rows], (self.dim,)))
 
     def classify(
         self,
-        images: Sequence[ImageSource],
-        labels: Sequence[str],
-        templates: Sequence[str] | None = None,
+        images: Iterable[ImageSource],
+        labels: Iterable[str],
+        templates: Iterable[str] | None = None,
         *,
+        workers: int | None = None,
         on_progress: Progress | None = None,
-    ) -> Array:
-        """Zero-shot probabilities, float32 (N, L); each row sums to 1.
+    ) -> Float32:
+        """Zero-shot probabilities of labels.
 
         Args:
-            images: as in `embed_images`.
-            labels: what to choose from, at least one.
+            images: as for `embed_images`.
+            labels: at least one.
             templates: sentences with `{}` for the label; a label's vector is the mean over them.
-                None takes the labels as they are.
-            on_progress: called with the numbers done and in all, of label texts, then of images.
+                None uses the labels alone.
+            workers: as for `embed_images`.
+            on_progress: called with the number done and the total, first of texts, then of images.
+
+        Returns:
+            float32 (N, L), rows that sum to 1.
+
+        Raises:
+            InputError: as `embed_images` and `embed_texts`, or `labels` or `templates` are
+                unusable.
+            BackendError: the engine failed, or the embedder is closed.
         """
         weights = self.embed_labels(labels, templates, on_progress=on_progress)
-        embeddings = self.embed_images(images, on_progress=on_progress)
+        embeddings = self.embed_images(images, workers=workers, on_progress=on_progress)
         logits = self.logit_scale * (embeddings @ weights.T)
         logits -= logits.max(axis=1, keepdims=True)
         odds = np.exp(logits)
-        probabilities: Array = odds / odds.sum(axis=1, keepdims=True)
+        probabilities: Float32 = odds / odds.sum(axis=1, keepdims=True)
         return probabilities
 
     def embed_labels(
         self,
-        labels: Sequence[str],
-        templates: Sequence[str] | None = None,
+        labels: Iterable[str],
+        templates: Iterable[str] | None = None,
         *,
         on_progress: Progress | None = None,
-    ) -> Array:
-        """Unit label embeddings for zero-shot use, float32 (L, D); see `classify`."""
+    ) -> Float32:
+        """Embeds labels as unit vectors for zero-shot use, float32 (L, D); see `classify`."""
         labels = _listed(labels, "labels")
         templates = ["{}"] if templates is None else _listed(templates, "templates")
         if not labels or not all(isinstance(label, str) for label in labels):
@@ -203,63 +245,64 @@ class Embedder:
 
     def features(
         self,
-        images: Sequence[ImageSource],
+        images: Iterable[ImageSource],
         layer: int = -1,
         *,
         batch_size: int | None = None,
+        workers: int | None = None,
         on_progress: Progress | None = None,
-    ) -> Array:
-        """Dense features of a block, float32 (N, h, w, C): no class token, no final norm.
+    ) -> Float32:
+        """Dense features of a block, without class token and final norm.
 
         Args:
-            images: as in `embed_images`.
-            layer: block index, from the front or, negative, from the end.
-            batch_size: images per call of the engine, 1 to 256.
-            on_progress: called with the numbers of images done and in all.
+            images: as for `embed_images`.
+            layer: block index, from the front or, if negative, from the end.
+            batch_size: images per engine call, 1 to 256; None for `self.batch_size`.
+            workers: as for `embed_images`.
+            on_progress: as for `embed_images`.
+
+        Returns:
+            float32 (N, h, w, C).
 
         Raises:
-            InputError: no such block, or the package was exported without its output.
+            InputError: an image or an argument is unusable, there is no such block, or the package
+                was exported without its output.
+            BackendError: the engine failed, or the embedder is closed.
         """
         vision = self._config.vision
-        images = _listed(images, "images", _IMAGE_NDIM)
         name = contract.tap_name(vision.block_index(layer))
         graph = self.manifest.content.graphs.get(contract.FEATURES)
         if graph is None or name not in [t.name for t in graph.outputs]:
             raise InputError(f"this package was exported without the output of layer {layer}")
-
-        def run(part: Sequence[ImageSource], start: int) -> Array:
-            return self._images(part, start, contract.FEATURES, name, None)
-
+        tokens = self._image_rows(
+            images,
+            contract.FEATURES,
+            name,
+            batch_size=batch_size,
+            workers=workers,
+            on_progress=on_progress,
+        )
         grid = vision.grid_of(self.image_spec.height, self.image_spec.width)
-        rows = self._batches(images, batch_size, on_progress, run)
-        tokens = self._collect(rows, grid[0] * grid[1] + int(vision.use_cls_token), vision.width)
         return tokens[:, int(vision.use_cls_token) :].reshape(-1, *grid, vision.width)
 
-    def encode_pixels(self, pixels: Array, *, batch_size: int | None = None) -> Array:
-        """What the reference's vision `forward` returns, float32 (N, D) or (N, T, C).
+    def encode_pixels(self, pixels: Array, *, batch_size: int | None = None) -> Float32:
+        """Returns the output of the reference's vision `forward`, float32 (N, D) or (N, T, C).
 
         Args:
-            pixels: float32 (N, 3, H, W), already normalised, of the package's image size.
-            batch_size: rows per call of the engine, 1 to 256.
+            pixels: float32 (N, 3, H, W), already normalised, at the package's image size.
+            batch_size: rows per engine call, 1 to 256; None for `self.batch_size`.
         """
-
-        def run(part: Array, start: int) -> Array:
-            return self._run(contract.PIXELS, contract.PIXELS_F32, part, contract.EMBEDDING)
-
+        run = partial(self._run, contract.PIXELS, contract.PIXELS_F32, output=contract.EMBEDDING)
         return np.concatenate(list(self._batches(_array(pixels), batch_size, None, run)))
 
-    def encode_tokens(self, tokens: Array, *, batch_size: int | None = None) -> Array:
-        """What the reference's `encode_text(normalize=False)` returns, float32 (N, D).
+    def encode_tokens(self, tokens: Array, *, batch_size: int | None = None) -> Float32:
+        """Returns the output of the reference's `encode_text(normalize=False)`, float32 (N, D).
 
         Args:
             tokens: int64 (N, context) ids below the vocabulary size.
-            batch_size: rows per call of the engine, 1 to 256.
+            batch_size: rows per engine call, 1 to 256; None for `self.batch_size`.
         """
-
-        def run(part: Array, start: int) -> Array:
-            return self._tokens(part)
-
-        return np.concatenate(list(self._batches(_array(tokens), batch_size, None, run)))
+        return np.concatenate(list(self._batches(_array(tokens), batch_size, None, self._tokens)))
 
     @property
     def dim(self) -> int:
@@ -268,48 +311,56 @@ class Embedder:
 
     @property
     def logit_scale(self) -> float:
-        """The learned factor on cosines before the softmax."""
+        """Learned factor on cosines before the softmax."""
         if self._text is None:
             raise InputError("this model has no text tower")
         return self._text.logit_scale
 
     def close(self) -> None:
-        """Frees every engine and closes the package; a second call does nothing."""
+        """Frees the engines and closes the package; a second call does nothing."""
         self._sessions.close()
 
-    def __enter__(self) -> "Embedder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _run(self, graph: str, source: str, array: Array, output: str) -> Array:
+    def _run(self, graph: str, source: str, array: Array, *, output: str) -> Float32:
         (result,) = self._sessions[graph].run({source: array}, [output])
         return result
 
-    def _images(
+    def _image_rows(
         self,
-        images: Sequence[ImageSource],
-        start: int,
+        images: Iterable[ImageSource],
         graph: str,
         output: str,
-        on_error: OnError | None,
-    ) -> Array:
-        """Runs a graph on images that are items `start` on of a call; unusable ones give zeros."""
-        pixels, usable = [], []
-        for index, image in enumerate(images):
-            try:
-                pixels.append(load_image(image, self.image_spec, limits=self._limits))
-                usable.append(index)
-            except InputError as error:
-                if on_error is None:
-                    raise InputError(f"image {start + index}: {error}") from None
-                on_error(start + index, error)
-        shape = [s for s in self._package.graph(graph).output(output).shape if isinstance(s, int)]
-        rows = np.zeros((len(images), *shape), np.float32)
-        if usable:
-            rows[usable] = self._run(graph, contract.IMAGES_U8, np.stack(pixels), output)
-        return rows
+        *,
+        batch_size: int | None,
+        workers: int | None,
+        on_progress: Progress | None,
+        on_error: OnError | None = None,
+    ) -> Float32:
+        """One output of a graph for all images; zeros for unusable ones."""
+        _check_items(images, "images", _IMAGE_NDIM)
+        size = self._batch_size(batch_size)
+        if workers is None:
+            workers = default_workers()
+        check_integer("workers", workers, 1, MAX_WORKERS)
+        loading = load_images(
+            images, self.image_spec, workers=workers, ahead=size + workers, limits=self._limits
+        )
+        spec = self.manifest.content.graphs[graph].output(output)
+        shape = tuple(size for size in spec.shape if isinstance(size, int))
+        total = len(images) if isinstance(images, Sized) else None
+        rows: list[Float32] = []
+        done = 0
+        with closing(loading):
+            while batch := _next_batch(loading, size, done, on_error):
+                usable = [index for index, pixels in enumerate(batch) if pixels is not None]
+                part = np.zeros((len(batch), *shape), np.float32)
+                if usable:
+                    pixels = np.stack([pixels for pixels in batch if pixels is not None])
+                    part[usable] = self._run(graph, contract.IMAGES_U8, pixels, output=output)
+                rows.append(part)
+                done += len(batch)
+                if on_progress is not None:
+                    on_progress(done, done if total is None else total)
+        return _stacked(rows, shape)
 
     def _tokens(self, tokens: Array) -> Array:
         text = self._config.text
@@ -319,27 +370,27 @@ class Embedder:
             raise InputError(f"token ids must be int64, not {tokens.dtype}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < text.vocab_size:
             raise InputError(f"a token id is not in 0 to {text.vocab_size - 1}")
-        return self._run(contract.TEXT, contract.TOKENS, tokens, contract.TEXT_EMBEDDING)
+        return self._run(contract.TEXT, contract.TOKENS, tokens, output=contract.TEXT_EMBEDDING)
 
     def _batches(
         self,
         items: Sequence[Any] | Array,
         batch_size: int | None,
         on_progress: Progress | None,
-        run: Callable[[Any, int], Array],
-    ) -> Iterator[Array]:
+        run: Callable[[Any], Float32],
+    ) -> Iterator[Float32]:
         """Results of `run` on parts of at most `batch_size` items."""
-        size = self.batch_size if batch_size is None else batch_size
-        if type(size) is not int or not 1 <= size <= MAX_BATCH:
-            raise InputError(f"batch_size must be an integer, 1 to {MAX_BATCH}, not {size!r:.40}")
+        size = self._batch_size(batch_size)
         for start in range(0, len(items), size):
-            yield run(items[start : start + size], start)
+            yield run(items[start : start + size])
             if on_progress is not None:
                 on_progress(min(start + size, len(items)), len(items))
 
-    def _collect(self, rows: Iterator[Array], *shape: int) -> Array:
-        """One array of all rows; an empty one of the right shape for none."""
-        return np.concatenate([np.empty((0, *shape), np.float32), *rows])
+    def _batch_size(self, batch_size: int | None) -> int:
+        if batch_size is None:
+            return self.batch_size
+        check_integer("batch_size", batch_size, 1, MAX_BATCH)
+        return batch_size
 
     def _require_pooled(self) -> None:
         if self._config.vision.pool_type == "none":
@@ -358,17 +409,37 @@ class Embedder:
         return self._tokenizer
 
 
-def _listed(items: Any, what: str, item_ndim: int = 0) -> list[Any]:
-    """The items as a list; InputError for one item where a list of them is meant."""
+def _next_batch(
+    images: Iterator[Loaded], size: int, start: int, on_error: OnError | None
+) -> list[NDArray[np.uint8] | None]:
+    """The next `size` images or fewer, None where unusable; the first has index `start`."""
+    batch: list[NDArray[np.uint8] | None] = []
+    for index, image in enumerate(islice(images, size), start):
+        if isinstance(image, InputError):
+            if on_error is None:
+                raise InputError(f"image {index}: {image}")
+            on_error(index, image)
+            batch.append(None)
+        else:
+            batch.append(image)
+    return batch
+
+
+def _check_items(items: object, name: str, item_ndim: int = 0) -> None:
+    """InputError for a single item where several are expected."""
     one = isinstance(items, str | bytes | os.PathLike)
     one |= isinstance(items, np.ndarray) and items.ndim <= item_ndim
     if one or not isinstance(items, Iterable):
-        raise InputError(f"{what} must be a list, not one {type(items).__name__}")
+        raise InputError(f"{name} must be a list, not one {type(items).__name__}")
+
+
+def _listed(items: Iterable[Any], name: str, item_ndim: int = 0) -> list[Any]:
+    _check_items(items, name, item_ndim)
     return list(items)
 
 
 def _array(values: Any) -> Array:
-    """Rows as an array; InputError for what is none, such as a ragged list."""
+    """Rows as an array; InputError for a ragged list, or one without rows."""
     try:
         array = np.asarray(values)
     except ValueError:
@@ -381,7 +452,7 @@ def _array(values: Any) -> Array:
 def _check_agreement(
     package: Package, config: PeConfig, image: ImageSpec, text: TextSpec | None
 ) -> None:
-    """InputError unless a manifest's parts say the same of images and texts."""
+    """InputError unless the manifest's parts agree on images and texts."""
     config.vision.grid_of(image.height, image.width)
     (source,) = package.graph(contract.VISION).inputs
     if source.shape[1:] != (image.height, image.width, 3):
@@ -393,8 +464,12 @@ def _check_agreement(
         raise InputError("the architecture and the processing differ in context length")
 
 
-def _unit(rows: Array) -> Array:
-    """Rows divided by their norms."""
+def _stacked(parts: Iterable[Float32], shape: tuple[int, ...]) -> Float32:
+    """One array of all parts, (N, *shape); N may be 0."""
+    return np.concatenate([np.empty((0, *shape), np.float32), *parts])
+
+
+def _unit(rows: Float32) -> Float32:
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    unit: Array = rows / np.maximum(norms, np.float32(1e-12))
+    unit: Float32 = rows / np.maximum(norms, np.float32(1e-12))
     return unit

@@ -16,6 +16,7 @@ from perception_rt.errors import BackendError, InputError, PackageError
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import read_manifest
 from perception_rt.package.store import Stage
+from perception_rt.processing.image_loader import THREAD_NAME
 from perception_rt.runtime.backends import onnxruntime
 
 
@@ -23,6 +24,12 @@ def _images(count: int, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(20, 90, (count, 2))
     return [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in sizes]
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "reference"])
@@ -59,12 +66,9 @@ def test_video_is_the_mean_of_its_frames(engine) -> None:
 
 def test_every_kind_of_source_gives_the_same_row(engine, tmp_path: Path) -> None:
     (array,) = _images(1)
-    picture = Image.fromarray(array)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
     path = tmp_path / "image.png"
-    path.write_bytes(buffer.getvalue())
-    rows = engine.embed_images([array, picture, buffer.getvalue(), path, str(path)])
+    path.write_bytes(_png(array))
+    rows = engine.embed_images([array, Image.fromarray(array), _png(array), path, str(path)])
     assert (rows == rows[0]).all()
 
 
@@ -166,9 +170,12 @@ def test_wrong_arguments_are_named(engine) -> None:
         (lambda: engine.encode_tokens([["a"] * 16]), "int64"),
         (lambda: engine.encode_pixels([[1], [1, 2]]), "array of at least one row"),
         (lambda: engine.embed_images(_images(1), batch_size=2.5), "batch_size must be"),
+        (lambda: engine.embed_images([], workers=0), "workers must be an integer from 1 to 64"),
+        (lambda: engine.features([], workers=65), "workers must be an integer from 1 to 64"),
+        (lambda: engine.classify([], ["a"], workers=True), "workers must be .* not True"),
         (
             lambda: engine.embed_images(_images(1), batch_size=0),
-            "batch_size must be an integer, 1 to 256",
+            "batch_size must be an integer from 1 to 256",
         ),
         (lambda: engine.encode_pixels(np.zeros((1, 3, 32, 32))), "float32, not float64"),
         (lambda: engine.encode_pixels(np.zeros((1, 3, 32, 40), np.float32)), r"\(1, 3, 32, 40\)"),
@@ -180,6 +187,89 @@ def test_wrong_arguments_are_named(engine) -> None:
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize("workers", [None, 2, 7])
+def test_rows_are_the_same_for_any_number_of_workers(workers: int | None, ort_engine) -> None:
+    images: list = _images(30)
+    images[::3] = [_png(image) for image in images[::3]]
+    images[7], images[21] = b"not an image", np.zeros((3, 8, 8), np.uint8)
+    seen: dict[int | None, list] = {1: [], workers: []}
+    for count, calls in seen.items():
+        rows = ort_engine.embed_images(
+            images,
+            batch_size=4,
+            workers=count,
+            on_error=lambda index, error: calls.append((index, str(error))),  # noqa: B023
+            on_progress=lambda *numbers: calls.append(numbers),  # noqa: B023
+        )
+        calls.append(rows.tobytes())
+    assert seen[1] == seen[workers]
+    assert [call[0] for call in seen[1][:-1]] == [4, 7, 8, 12, 16, 20, 21, 24, 28, 30]
+    dense = [ort_engine.features(images[:3], workers=count) for count in (1, workers)]
+    assert np.array_equal(*dense)
+    odds = [ort_engine.classify(images[:3], ["a", "b"], workers=n) for n in (1, workers)]
+    assert np.array_equal(*odds)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_the_first_unusable_image_is_the_error(workers: int, engine) -> None:
+    """However long the images before it take to decode."""
+    large = _png(np.zeros((1200, 1200, 3), np.uint8))
+    images = [large, large, b"bad", large, np.zeros(3, np.uint8), b"bad"]
+    with pytest.raises(InputError, match="image 2: image of 3 bytes"):
+        engine.embed_images(images, batch_size=6, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_iterators_are_read_as_they_are_needed(workers: int, engine) -> None:
+    """At most a batch and an image per worker ahead; their length is not known before the end."""
+    images, taken, seen = _images(40), 0, []
+
+    def source():
+        nonlocal taken
+        for image in images:
+            taken += 1
+            yield image
+
+    def on_progress(*numbers: int) -> None:
+        assert taken <= numbers[0] + (0 if workers == 1 else 4 + workers)
+        seen.append(numbers)
+
+    rows = engine.embed_images(source(), batch_size=4, workers=workers, on_progress=on_progress)
+    assert seen == [(done, done) for done in range(4, 41, 4)]
+    assert np.array_equal(rows, engine.embed_images(images, batch_size=4, workers=1))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_of_callbacks_come_out_and_leave_no_thread(workers: int, engine) -> None:
+    def fail(*_: object) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        raise error
+
+    good = _images(30)
+    for error in (RuntimeError("mine"), KeyboardInterrupt()):
+        for images, callbacks in (
+            (good, {"on_progress": fail}),
+            ([good[0], b"bad", *good], {"on_error": fail}),
+        ):
+            with pytest.raises(type(error)):
+                engine.embed_images(images, batch_size=4, workers=workers, **callbacks)
+            assert not [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
+
+
+def test_closing_while_images_are_decoded(tiny_package: Path) -> None:
+    engine = prt.load(tiny_package, threads=1)
+
+    def images():
+        for index, image in enumerate(_images(100)):
+            if index == 30:
+                engine.close()
+            yield image
+
+    with pytest.raises((BackendError, PackageError), match="closed"):
+        engine.embed_images(images(), workers=2)
+    assert not [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
 
 
 def test_nan_never_comes_back(ort_engine) -> None:
