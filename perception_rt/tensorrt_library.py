@@ -94,15 +94,15 @@ def find_tensorrt(*, ahead: bool = False, label: object = None) -> TensorRt:
     Raises:
         BackendError: none is installed, or none that is new enough.
     """
-    found = _installed()
+    found = installed()
     return max(found, key=lambda one: (one.label == label, one.builds_ahead or not ahead))
 
 
 @cache
-def _installed() -> tuple[TensorRt, ...]:
+def installed() -> tuple[TensorRt, ...]:
     """All that are here, `tensorrt` first."""
     found, old = [], ""
-    for name, load in _LOADERS.items():
+    for name, load in LOADERS.items():
         try:
             api = load()
         except ImportError:
@@ -132,7 +132,7 @@ def _load_rtx() -> Any:
         return import_module("tensorrt_rtx_bindings")
 
 
-_LOADERS: dict[str, Callable[[], Any]] = {
+LOADERS: dict[str, Callable[[], Any]] = {
     "tensorrt": _load_tensorrt,
     "tensorrt_rtx": _load_rtx,
 }

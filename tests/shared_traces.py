@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from perception_rt.export.components import pe, plm_decoder
 from perception_rt.export.graph import trace
 
 _EVERY_MODULES = frozenset(vars(nn.Module()))
@@ -36,6 +35,7 @@ def _structure(module: nn.Module) -> Any:
     return tuple(own), _value(dict(module.named_parameters())), _value(dict(module.named_buffers()))
 
 
+_trace = trace.trace
 # Modules are kept, so that no other object ever has the address of one of theirs.
 _done: dict[Any, tuple[nn.Module, trace.Traced]] = {}
 
@@ -49,14 +49,14 @@ def _shared(
 ) -> trace.Traced:
     key = (_structure(module), _value(examples), _value(dynamic), tuple(output_names))
     if key not in _done:
-        traced = trace.trace(module, examples, dynamic=dynamic, output_names=output_names)
+        traced = _trace(module, examples, dynamic=dynamic, output_names=output_names)
         _done[key] = (module, traced)
     return _done[key][1]
 
 
 def share() -> None:
-    """Has towers share traces, for the rest of the process."""
-    plm_decoder.trace = pe.trace = _shared
+    """Makes all exports share traces for the rest of the process."""
+    trace.trace = _shared
 
 
 def forget() -> None:

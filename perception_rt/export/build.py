@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from perception_rt._version import __version__
 from perception_rt.checkpoint.source import WeightSource
@@ -28,8 +29,12 @@ from perception_rt.export.backends.tensorrt_engines import (
     library_for,
 )
 from perception_rt.export.backends.tensorrt_profiles import has_engine
-from perception_rt.export.components.pe import ModelExport, PeExport, Recipe, Reference, Tower
-from perception_rt.export.components.plm import PlmExport
+from perception_rt.export.components.component import (
+    Component,
+    ModelExport,
+    Recipe,
+    Reference,
+)
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.gate import check_gpu, run_gate
 from perception_rt.export.graph.lowering import LoweredGraph, Lowering
@@ -37,7 +42,8 @@ from perception_rt.export.graph.onnx_writer import Place, write_graphs
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
 from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
-from perception_rt.export.refit_source import Likeness
+from perception_rt.export.refit_source import RefitSource
+from perception_rt.families import family_of, import_named
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
@@ -55,7 +61,7 @@ def export_package(
     out: str | os.PathLike[str],
     *,
     force: bool = False,
-    like: Likeness | None = None,
+    refit: RefitSource | None = None,
     on_progress: Report | None = None,
 ) -> Manifest:
     """Exports a model and publishes it as the package directory `out`.
@@ -65,7 +71,7 @@ def export_package(
         source: the weights; read a few times over, tensor by tensor.
         out: must not exist, or be an empty directory, or a package that `force` may replace.
         force: replace an existing package.
-        like: a package that it must equal in all but weights; see `refit`.
+        refit: package that the result must equal in all but its weights; see `refit_package`.
         on_progress: called with a line for each step.
 
     Raises:
@@ -74,26 +80,24 @@ def export_package(
     """
     report = on_progress or (lambda line: None)
     started = time.monotonic()
-    model: ModelExport = (
-        PlmExport(plan, source) if isinstance(plan, PlmPlan) else PeExport(plan, source)
-    )
+    model: ModelExport[Any] = import_named(family_of(plan.config).component)(plan, source)
     with Stage.create(out, force=force) as stage:
         for path, data in model.files().items():
             stage.write(path, [data])
-        towers = _write_towers(plan, model, stage, like, report)
-        content = _content(plan, model, stage, towers)
+        components = _write_components(plan, model, stage, refit, report)
+        content = _content(plan, model, stage, components)
         stage.seal(Manifest.create(content, record={}), domains=operator_domains)
         report("comparing the package with eager")
-        fidelity, latency = run_gate(stage.directory, towers.references)
+        fidelity, latency = run_gate(stage.directory, components.references)
         check_gate(fidelity, plan.gate)
         built: dict[str, Any] = {}
         if plan.engines:
-            maker = _maker(plan, source) if like is None or not like.refittable else like
+            maker = _maker(plan, source) if refit is None or not refit.refittable else refit
             content, built = _add_engines(plan, maker, stage, content, report)
             stage.seal(Manifest.create(content, record={}), domains=operator_domains)
-            built |= _engine_gate(plan, stage, towers.references, maker, report)
+            built |= _engine_gate(plan, stage, components.references, maker, report)
         seconds = time.monotonic() - started
-        record = {**_record(plan, fidelity, latency, towers.harmed, seconds), **built}
+        record = {**_record(plan, fidelity, latency, components.excluded, seconds), **built}
         manifest = Manifest.create(content, record=record)
         stage.seal(manifest, domains=operator_domains)
         stage.publish()
@@ -104,21 +108,21 @@ def export_package(
 
 
 @dataclass
-class _Towers:
+class _Components:
     """What was written of a model's towers, and what their linear layers were measured to need."""
 
     graphs: dict[str, GraphSpec] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
-    harmed: dict[str, float] = field(default_factory=dict)
+    excluded: dict[str, float] = field(default_factory=dict)
     formats: dict[str, Format] = field(default_factory=dict)
-    balanced: set[str] = field(default_factory=set)
+    smoothed: set[str] = field(default_factory=set)
     clipped: set[str] = field(default_factory=set)
 
-    def options(self, plan: ExportPlan | PlmPlan, model: ModelExport) -> dict[str, Any]:
+    def options(self, plan: ExportPlan | PlmPlan, model: ModelExport[Any]) -> dict[str, Any]:
         """The target's options: what a reader of the graphs could not know."""
-        options = model.options({name: self.formats.get(name) for name in sorted(self.harmed)})
-        if self.balanced:
-            options["balanced_layers"] = sorted(self.balanced)
+        options = model.options({name: self.formats.get(name) for name in sorted(self.excluded)})
+        if self.smoothed:
+            options["balanced_layers"] = sorted(self.smoothed)
         if self.clipped:
             options["clipped_layers"] = sorted(self.clipped)
         if plan.calibrator != "max":
@@ -126,35 +130,37 @@ class _Towers:
         return options
 
 
-def _write_towers(
+def _write_components(
     plan: ExportPlan | PlmPlan,
-    model: ModelExport,
+    model: ModelExport[Any],
     stage: Stage,
-    like: Likeness | None,
+    refit: RefitSource | None,
     report: Report,
-) -> _Towers:
+) -> _Components:
     lowering = _lowering(plan)
-    done = _Towers()
+    done = _Components()
+    carry: Tensor | None = None
     places: dict[str, Place] = {}
-    for tower in model.towers():
-        report(f"{tower.name}: running eager")
-        reference = tower.reference(plan.scheme)
+    for component in model.components():
+        report(f"{component.name}: running eager")
+        reference = component.reference(plan.scheme, carry)
+        carry = reference.carry
         done.references.append(reference)
         measured = reference.measured
-        if like is not None:
-            measured.decide(like.harmed, like.balanced, like.clipped)
-        done.harmed |= {name: measured.errors[name] for name in measured.harmed()}
-        formats = tower.formats(measured)
+        if refit is not None:
+            measured.decide(refit.excluded, refit.smoothed, refit.clipped)
+        done.excluded |= {name: measured.errors[name] for name in measured.excluded()}
+        formats = component.formats(measured)
         done.formats |= formats
-        done.balanced |= measured.balanced & formats.keys()
+        done.smoothed |= measured.smoothed & formats.keys()
         done.clipped |= measured.clipped & formats.keys()
-        report(f"{tower.name}: tracing and writing {plan.precision} graphs")
-        lowered = _lower(tower, lowering, plan, formats, measured)
-        written = write_graphs(stage, f"{tower.name}.data", lowered, places)
+        report(f"{component.name}: tracing and writing {plan.precision} graphs")
+        lowered = _lower(component, lowering, plan, formats, measured)
+        written = write_graphs(stage, f"{component.name}.data", lowered, places)
         done.graphs |= written
-        if like is not None:
+        if refit is not None:
             for name, spec in written.items():
-                like.check(name, stage.path(spec.file).read_bytes())
+                refit.check(name, stage.path(spec.file).read_bytes())
     return done
 
 
@@ -170,16 +176,16 @@ def _lowering(plan: ExportPlan | PlmPlan) -> type[Lowering]:
 
 
 def _lower(
-    tower: Tower,
+    component: Component[Any],
     lowering: type[Lowering],
     plan: ExportPlan | PlmPlan,
     formats: Mapping[str, Format],
     measured: Measured,
 ) -> dict[str, LoweredGraph]:
-    traced, parameters = tower.traced()
+    traced, parameters = component.traced()
     dtype = np.dtype(plan.float_dtype)
     graphs = {}
-    for name, recipe in tower.recipes().items():
+    for name, recipe in component.recipes().items():
         instance = lowering(traced, parameters, dtype=dtype, formats=formats, measured=measured)
         graphs[name] = instance.lower(recipe.sources, recipe.outputs)
         _check_fused(name, graphs[name], lowering, recipe)
@@ -206,22 +212,22 @@ def _check_fused(name: str, graph: LoweredGraph, lowering: type[Lowering], recip
 
 def _content(
     plan: ExportPlan | PlmPlan,
-    model: ModelExport,
+    model: ModelExport[Any],
     stage: Stage,
-    towers: _Towers,
+    components: _Components,
 ) -> Content:
     return Content(
         name=plan.name,
-        family=model.family,
+        family=family_of(plan.config).name,
         architecture=plan.config.to_dict(),
         target=Target(
             backend=plan.backend,
             precision=plan.precision,
-            options=towers.options(plan, model),
+            options=components.options(plan, model),
         ),
         image=model.image(),
         text=model.text(),
-        graphs=towers.graphs,
+        graphs=components.graphs,
         files=dict(stage.entries),
         weights=dict(model.source.provenance),
         versions={
@@ -302,7 +308,7 @@ def _engine_gate(
     try:
         fidelity, latency = run_gate(stage.directory, references, device="cuda")
     except (BackendError, CapacityError) as error:
-        if not isinstance(maker, Likeness):
+        if not isinstance(maker, RefitSource):
             raise
         # Engines that are kept may be for another GPU or TensorRT than those that are here.
         report(f"the engines are not compared: {error}")
@@ -326,13 +332,13 @@ def _record(
     plan: ExportPlan | PlmPlan,
     fidelity: Mapping[str, Fidelity],
     latency: Mapping[str, Any],
-    harmed: Mapping[str, float],
+    excluded: Mapping[str, float],
     seconds: float,
 ) -> dict[str, Any]:
     return {
         "fidelity": {name: result.to_dict() for name, result in fidelity.items()},
         "gate": {"min_cosine": {name: MIN_COSINE[plan.gate(name)] for name in fidelity}},
-        "layer_error": {name: float(f"{error:.3g}") for name, error in harmed.items()},
+        "layer_error": {name: float(f"{error:.3g}") for name, error in excluded.items()},
         "latency": dict(latency),
         "host": {"machine": platform.machine(), "cores": os.cpu_count()},
         "export": {"seconds": round(seconds, 1), "peak_rss_bytes": peak_rss_bytes()},

@@ -11,7 +11,7 @@ import numpy as np
 
 from perception_rt.errors import ExportError
 from perception_rt.export.backends.tensorrt_profiles import has_engine, usual_sizes
-from perception_rt.export.components.pe import Reference
+from perception_rt.export.components.component import Reference
 from perception_rt.export.components.plm_decoder import GATE_STEPS
 from perception_rt.export.fidelity import Fidelity
 from perception_rt.package import contract
@@ -131,7 +131,7 @@ def _decode(
         seconds.append(time.perf_counter() - began)
         pieces.append(piece)
         if picked:
-            _check_picks(piece, *picked)
+            check_picks(piece, *picked)
     steps = tokens - first
     latency[graph] = {
         "prompt_tokens": first,
@@ -143,7 +143,7 @@ def _decode(
     return {output: np.concatenate(kept, axis=1)}
 
 
-def _check_picks(logits: Array, top: Array, ids: Array) -> None:
+def check_picks(logits: Array, top: Array, ids: Array) -> None:
     """ExportError unless an engine's likeliest tokens are those of its logits (1, L, V)."""
     theirs = np.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
     # One is not looked at: the image's token.

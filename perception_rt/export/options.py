@@ -17,7 +17,7 @@ from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_builder, check_destination, export_package
-from perception_rt.export.components.pe import ranges_of
+from perception_rt.export.components.component import ranges_of
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan, parse_image_size
 from perception_rt.export.quantization.calibration import calibration_files, prompts
 from perception_rt.package.manifest import Manifest

@@ -24,7 +24,7 @@ _SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
+class Plan:
     """What plans of encoders and of language models have in common.
 
     Attributes:
@@ -93,7 +93,7 @@ class _Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportPlan(_Plan):
+class ExportPlan(Plan):
     """The plan of an encoder.
 
     Attributes:
@@ -107,7 +107,7 @@ class ExportPlan(_Plan):
     taps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _Plan.__post_init__(self)  # a class with slots is made anew, and `super` knows the old one
+        Plan.__post_init__(self)  # a class with slots is made anew, and `super` knows the old one
         if self.precision == "int4":
             raise InputError("int4 is for language models; an encoder can be int8")
         _ = self.grid
@@ -139,7 +139,7 @@ _BLOCK = 32  # channels of a quantised block of the embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlmPlan(_Plan):
+class PlmPlan(Plan):
     """The plan of a language model.
 
     Attributes:
@@ -157,7 +157,7 @@ class PlmPlan(_Plan):
     tokenizer: tuple[TokenizerSpec, bytes | None] | None = None
 
     def __post_init__(self) -> None:
-        _Plan.__post_init__(self)
+        Plan.__post_init__(self)
         if self.route != "onnx":
             raise InputError(f"--route {self.route} is for encoders; a decoder's caches need onnx")
         if self.tiles.tile_size != self.config.vision.image_size:

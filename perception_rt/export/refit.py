@@ -14,9 +14,9 @@ from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_builder, export_package
-from perception_rt.export.components.pe import ranges_of
+from perception_rt.export.components.component import ranges_of
 from perception_rt.export.plan import ExportPlan, PlmPlan
-from perception_rt.export.refit_source import Likeness
+from perception_rt.export.refit_source import RefitSource
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import Package, open_package
 from perception_rt.plm_config import PlmConfig
@@ -61,13 +61,13 @@ def refit_package(
         plan = plan_of(old)
         if calibration is not None:
             plan = replace(plan, calibration=Path(calibration))
-        like = Likeness(old)
+        kept = RefitSource(old)
         # What is missing is said before any work.
-        if plan.engines and not like.refittable:
+        if plan.engines and not kept.refittable:
             check_builder(plan)
         ranges_of(plan)
         source = open_checkpoint(Path(weights), plan.config)
-        return export_package(plan, source, out, force=force, like=like, on_progress=on_progress)
+        return export_package(plan, source, out, force=force, refit=kept, on_progress=on_progress)
 
 
 def plan_of(package: Package) -> ExportPlan | PlmPlan:

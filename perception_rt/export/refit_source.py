@@ -13,7 +13,7 @@ from perception_rt.package.reader import Package
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 
 
-class Likeness:
+class RefitSource:
     """What a new package must have in common with one that is there."""
 
     def __init__(self, package: Package) -> None:
@@ -21,9 +21,9 @@ class Likeness:
         self._package = package
         self.refittable = bool(options.get("refittable", False))
         self.label = str(options.get("builder"))
-        self.balanced = frozenset(options.get("balanced_layers", ()))
+        self.smoothed = frozenset(options.get("balanced_layers", ()))
         self.clipped = frozenset(options.get("clipped_layers", ()))
-        self.harmed = frozenset((*options["float_layers"], *options.get("block_layers", ())))
+        self.excluded = frozenset((*options["float_layers"], *options.get("block_layers", ())))
 
     def check(self, graph: str, data: bytes) -> None:
         """ExportError unless a graph's structure is the package's."""

@@ -18,16 +18,16 @@ from perception_rt.config import PeConfig
 from perception_rt.demo import config_path, language_model_path, weights_path
 from perception_rt.errors import BackendError, InputError
 from perception_rt.export.build import export_package
-from perception_rt.export.components.pe import ranges_of
-from perception_rt.export.components.plm_decoder import EmbedExport
+from perception_rt.export.components.component import ranges_of
+from perception_rt.export.components.plm_decoder import EmbedComponent
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.sensitivity import (
     MAX_LAYER_ERROR,
     Measured,
     MeasuredHead,
+    exclude_layers,
     measure_layers,
-    refuse_layers,
 )
 from perception_rt.export.refit import refit_package
 from perception_rt.plm_config import PlmConfig
@@ -52,31 +52,31 @@ def test_a_layer_of_equal_channels_is_left_as_it_is(inputs: Tensor) -> None:
     result, measured = measure_layers(module, lambda: module(inputs), "fp8")
     torch.testing.assert_close(result, module(inputs))
     assert 0.02 < measured.errors["weight"] < MAX_LAYER_ERROR
-    assert measured.balanced == set() and measured.balance("weight") is None
+    assert measured.smoothed == set() and measured.smoothing("weight") is None
     assert measured.range("weight") == float(inputs.abs().max())
 
 
 @pytest.mark.parametrize("use", [0.0, 1e-4])
-def test_a_large_channel_is_balanced(inputs: Tensor, use: float) -> None:
+def test_a_large_channel_is_smoothed(inputs: Tensor, use: float) -> None:
     """Of no use, or of some: others are too small for E4M3's grid beside it."""
     module = layer()
     inputs[:, 5] *= 3e4
     module.weight[:, 5] *= use
     _, measured = measure_layers(module, lambda: module(inputs), "fp8")
-    assert measured.balanced == {"weight"} and measured.harmed() == []
+    assert measured.smoothed == {"weight"} and measured.excluded() == []
     assert measured.errors["weight"] < MAX_LAYER_ERROR
-    balance = measured.balance("weight")
-    assert balance is not None and balance.argmax() == 5
+    smoothing = measured.smoothing("weight")
+    assert smoothing is not None and smoothing.argmax() == 5
     assert measured.range("weight") < 1e-2 * float(inputs.abs().max())
 
 
-def test_what_balancing_does_not_help_stays_in_float(inputs: Tensor) -> None:
+def test_a_layer_that_smoothing_does_not_help_stays_in_float(inputs: Tensor) -> None:
     module = layer()
     # A token, all channels of which are large, and its product is nothing.
     nothing = torch.linalg.svd(module.weight).Vh[-1]
     inputs[0] = 1e6 * nothing
     _, measured = measure_layers(module, lambda: module(inputs), "fp8")
-    assert measured.balanced == set() and measured.harmed() == ["weight"]
+    assert measured.smoothed == set() and measured.excluded() == ["weight"]
 
 
 class Percentile:
@@ -117,17 +117,17 @@ def test_a_range_that_clips_is_taken_where_it_is_better(
     module.weight[:, 5] = 0
     inputs[0, 5] = 1e6  # one value, of no use, drowns all others
     _, measured = measure_layers(module, lambda: module(inputs), "fp8", ranges_of(plan))  # type: ignore[arg-type]
-    assert measured.clipped == {"weight"} and measured.harmed() == []
+    assert measured.clipped == {"weight"} and measured.excluded() == []
     assert measured.range("weight") == measured.ranges["weight"] < 10
     assert measured.errors["weight"] < MAX_LAYER_ERROR
 
 
-def test_other_schemes_balance_nothing(inputs: Tensor) -> None:
+def test_other_schemes_smooth_nothing(inputs: Tensor) -> None:
     module = layer()
     inputs[:, 5] *= 3e4
     module.weight[:, 5] = 0
     _, measured = measure_layers(module, lambda: module(inputs), "int8")
-    assert measured.harmed() == ["weight"] and measured.balanced == set()
+    assert measured.excluded() == ["weight"] and measured.smoothed == set()
 
 
 def test_prompts_are_lines_of_a_file(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_head_takes_fp8_if_the_likeliest_tokens_stay() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, 200, 64, generator=generator)
     weight = torch.randn(512, 64, generator=generator)
-    for scale, refused in ((1.0, True), (20.0, False)):
+    for scale, rejected in ((1.0, True), (20.0, False)):
         # Or the directions of 200 words, each far from the others, are what the tokens are.
         head = weight.clone()
         if scale > 1:
@@ -153,25 +153,25 @@ def test_a_head_takes_fp8_if_the_likeliest_tokens_stay() -> None:
         for start in (0, 256):
             rows.add(tokens @ head[start : start + 256].T, head[start : start + 256], start)
         rows.put(measured, "output.weight")
-        assert ("output.weight" in measured.refused) == refused
+        assert ("output.weight" in measured.rejected) == rejected
         assert 0.01 < measured.errors["output.weight"] < MAX_LAYER_ERROR
         assert measured.range("output.weight") == float(tokens.abs().max())
 
 
-def test_refused_layers_are_the_worst(inputs: Tensor) -> None:
+def test_excluded_layers_are_the_worst(inputs: Tensor) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(*(nn.Linear(128, 128) for _ in range(8))).requires_grad_(False)
     exact, measured = measure_layers(module, lambda: module(inputs), "fp8")
-    refuse_layers(module, lambda: module(inputs), exact, measured, 0.9995)
-    errors = [measured.errors[name] for name in measured.refused]
-    kept = [error for name, error in measured.errors.items() if name not in measured.refused]
+    exclude_layers(module, lambda: module(inputs), exact, measured, 0.9995)
+    errors = [measured.errors[name] for name in measured.rejected]
+    kept = [error for name, error in measured.errors.items() if name not in measured.rejected]
     assert errors and kept and min(errors) >= max(kept)
     other = measure_layers(module, lambda: module(inputs), "fp8")[1]
-    refuse_layers(module, lambda: module(inputs), exact, other, 2.0)  # which no cosine is
-    assert other.refused == set(other.errors)
+    exclude_layers(module, lambda: module(inputs), exact, other, 2.0)  # which no cosine is
+    assert other.rejected == set(other.errors)
 
 
-def test_an_engine_with_balanced_channels_is_as_faithful(tmp_path: Path) -> None:
+def test_an_engine_with_smoothed_channels_is_as_faithful(tmp_path: Path) -> None:
     large = "visual.transformer.resblocks.1.mlp.c_fc.weight"
     checkpoint = with_large_channel(tmp_path / "large.safetensors", block=1)
     config = PeConfig.from_dict(json.loads(config_path().read_text()))
@@ -211,20 +211,19 @@ def test_a_decoder_is_measured_on_a_prompt_as_users_put_it() -> None:
     )  # fmt: skip
     source = RandomWeights(config, 0)
     count = config.tokens_per_tile
-    tiles = SimpleNamespace(features=torch.full((1, count, config.decoder.dim), 7.0))
-    embed = EmbedExport(plan, source, tiles)
-    reference = embed.reference("fp8")
+    features = torch.full((1, count, config.decoder.dim), 7.0)
+    reference = EmbedComponent(plan, source).reference("fp8", features)
+    assert reference.carry is not None
     turn = Turn("user", (Tiles(1), " ".join(calibration.PROMPTS)))
     prompt = encode_prompt(open_tokenizer(spec), [turn], count)
     ((start, _),) = prompt.image_spans
     table = source.load("tok_embeddings.weight")
     wanted = table[torch.from_numpy(prompt.ids)]
     wanted[start : start + count] = 7.0
-    torch.testing.assert_close(embed.prompt[0], wanted)
+    torch.testing.assert_close(reference.carry[0], wanted)
     ids = reference.inputs["embed"]["tokens"][0]
     assert (ids == prompt.ids[prompt.ids != 511]).all()
     # Where there is no room for it, some tokens will do.
     short = replace(plan, config=replace(config, decoder=replace(config.decoder, max_seqlen=64)))
-    embed = EmbedExport(short, source, tiles)
-    embed.reference("fp8")
-    assert embed.prompt.shape[1] <= 64
+    shortened = EmbedComponent(short, source).reference("fp8", features)
+    assert shortened.carry is not None and shortened.carry.shape[1] <= 64

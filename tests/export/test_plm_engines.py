@@ -317,7 +317,7 @@ def test_a_table_goes_through_memory_in_pieces(
     package: Packages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = plm_golden("plm_tied_ropescaled")
-    monkeypatch.setattr(lazy_weights, "_PIECE_BYTES", 7 * 4 * data.config.decoder.dim)
+    monkeypatch.setattr(lazy_weights, "PIECE_BYTES", 7 * 4 * data.config.decoder.dim)
     export_package(plan_of(data, "int4"), data, tmp_path / "p")
     with (
         open_package(package("plm_tied_ropescaled", "int4")) as whole,

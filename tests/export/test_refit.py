@@ -48,16 +48,16 @@ def test_the_result_is_that_of_an_export_of_the_new_weights(
 def test_the_same_layers_stay_in_float(tiny_config: PeConfig, tuned: Path, tmp_path: Path) -> None:
     file = tmp_path / "old.safetensors"
     tensors = load_file(tuned)
-    harmed = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    excluded = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     # A channel that is no use drowns the others.
     tensors["visual.transformer.resblocks.0.ln_2.weight"][0] *= 8e3
-    tensors[harmed][:, 0] = 0
+    tensors[excluded][:, 0] = 0
     save_file(tensors, file)
     old = exported(tiny_config, file, "int8", tmp_path / "old")
     before = read_manifest(old).content.target.options
     direct = exported(tiny_config, tuned, "int8", tmp_path / "direct")
-    assert harmed in before["float_layers"]
-    assert harmed not in read_manifest(direct).content.target.options["float_layers"]
+    assert excluded in before["float_layers"]
+    assert excluded not in read_manifest(direct).content.target.options["float_layers"]
     after = refit_package(old, tuned, tmp_path / "new")
     assert after.content.target.options == before
 

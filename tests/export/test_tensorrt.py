@@ -182,7 +182,7 @@ def older(*lost: str) -> TensorRt:
     return replace(library, api=Api(), version="10.13")
 
 
-def test_what_an_older_tensorrt_has_no_layer_for_is_spelled_out(tmp_path: Path) -> None:
+def test_what_an_older_tensorrt_has_no_layer_for_isspelled_out(tmp_path: Path) -> None:
     out = tmp_path / "package"
     plan = ["--model", "PE-Demo", "--backend", "tensorrt", "--target", "none", "--taps", "none"]
     assert export_main([*plan, "--out", str(out)]) == 0
@@ -205,7 +205,7 @@ def test_what_an_older_tensorrt_has_no_layer_for_is_spelled_out(tmp_path: Path) 
     shutil.copytree(out, copy)
     copy.chmod(0o700)
     (copy / "simple.onnx").write_bytes(
-        tensorrt_engines._spelled_out(file, list(tensorrt_engines._SPELLED))
+        tensorrt_engines.spelled_out(file, list(tensorrt_engines.DECOMPOSABLE))
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     mine, theirs = (
@@ -274,14 +274,14 @@ def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyP
 
 
 def test_without_tensorrt_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensorrt_library._installed.cache_clear()
+    tensorrt_library.installed.cache_clear()
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs"):
         monkeypatch.setitem(sys.modules, name, None)
     try:
         with pytest.raises(BackendError, match=r"pip install 'perception_rt\[tensorrt\]'"):
             find_tensorrt()
     finally:
-        tensorrt_library._installed.cache_clear()
+        tensorrt_library.installed.cache_clear()
 
 
 def test_a_tensorrt_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,17 +289,17 @@ def test_a_tensorrt_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) ->
         raise ImportError
 
     monkeypatch.setitem(
-        tensorrt_library._LOADERS, "tensorrt", lambda: SimpleNamespace(__version__="10.12.0.36")
+        tensorrt_library.LOADERS, "tensorrt", lambda: SimpleNamespace(__version__="10.12.0.36")
     )
-    monkeypatch.setitem(tensorrt_library._LOADERS, "tensorrt_rtx", missing)
-    tensorrt_library._installed.cache_clear()
+    monkeypatch.setitem(tensorrt_library.LOADERS, "tensorrt_rtx", missing)
+    tensorrt_library.installed.cache_clear()
     try:
         with pytest.raises(
             BackendError, match=r"tensorrt 10\.12\.0\.36 is too old, at least 10\.13"
         ):
             find_tensorrt()
     finally:
-        tensorrt_library._installed.cache_clear()
+        tensorrt_library.installed.cache_clear()
 
 
 def test_the_interface_of_tensorrt_is_found_out() -> None:
@@ -313,10 +313,10 @@ def test_the_interface_of_tensorrt_is_found_out() -> None:
             STRONGLY_TYPED = 1
 
     assert TensorRt(Old, "tensorrt", "11.0").capabilities == ()
-    assert tensorrt_engines._strongly_typed(Old) == 2
+    assert tensorrt_engines.strongly_typed_flag(Old) == 2
     flags = find_tensorrt().api.NetworkDefinitionCreationFlag
     typed = getattr(flags, "STRONGLY_TYPED", None)
-    assert tensorrt_engines._strongly_typed(find_tensorrt().api) == (
+    assert tensorrt_engines.strongly_typed_flag(find_tensorrt().api) == (
         1 << int(typed) if typed else 1
     )
     with pytest.raises(BackendError, match="only tensorrt_rtx builds ahead of time"):

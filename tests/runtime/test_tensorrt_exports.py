@@ -63,11 +63,11 @@ def test_engines_are_compared_with_eager_where_their_gpu_is(
 def test_an_engine_that_picks_another_token_than_its_logits_is_refused() -> None:
     logits = np.array([[[0.5, 3.0, 2.0, 1.0], [4.0, 1.0, 2.0, 3.0]]], np.float32)
     image = np.array([[2.0, 3.0]], np.float32), np.array([[2, 3]])  # where the largest is not asked
-    gate._check_picks(logits, *image)
-    gate._check_picks(logits, np.array([[3.0, 4.0]], np.float32), np.array([[1, 0]]))
+    gate.check_picks(logits, *image)
+    gate.check_picks(logits, np.array([[3.0, 4.0]], np.float32), np.array([[1, 0]]))
     for top, ids in (([[1.0, 4.0]], [[3, 0]]), ([[3.0, 4.0]], [[2, 0]])):
         with pytest.raises(ExportError, match=r"likeliest tokens .* are not those of its logits"):
-            gate._check_picks(logits, np.array(top, np.float32), np.array(ids))
+            gate.check_picks(logits, np.array(top, np.float32), np.array(ids))
 
 
 @pytest.mark.parametrize("refittable", [True, False])

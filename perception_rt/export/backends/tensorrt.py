@@ -37,28 +37,28 @@ class TensorRtLowering(Lowering):
         # What all attentions of a graph have in common is computed once.
         self.shared: dict[str, ir.Value] = {}
         self.rounded: dict[tuple[ir.Value, float], ir.Value] = {}
-        self.balanced: dict[tuple[ir.Value, str], ir.Value] = {}
+        self.smoothed: dict[tuple[ir.Value, str], ir.Value] = {}
 
     def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
         """MatMul, of fp8 operands where the weight is quantised; then Add."""
         if self.format_of(weight) == "fp8":
-            x = self.balance(x, weight)
+            x = self.smooth(x, weight)
             y = self.op("MatMul", [self.round(x, weight), self.fp8_weight(weight)])[0]
         else:
             transposed = weight.derive(".t", np.transpose, weight.shape[::-1])
             y = self.op("MatMul", [x, transposed])[0]
         self.bind(node, [y] if bias is None else self.op("Add", [y, bias]))
 
-    def balance(self, x: ir.Value, weight: Weight) -> ir.Value:
+    def smooth(self, x: ir.Value, weight: Weight) -> ir.Value:
         """x with large channels made smaller, if that was found to help; `fp8_weight` undoes it."""
-        balance = self.measured.balance(weight.origin)
-        if balance is None:
+        smoothing = self.measured.smoothing(weight.origin)
+        if smoothing is None:
             return x
         key = x, weight.origin
-        if key not in self.balanced:
-            factors = constant(f"{weight.origin}.balance", (1 / balance).astype(self.dtype))
-            self.balanced[key] = self.op("Mul", [x, factors])[0]
-        return self.balanced[key]
+        if key not in self.smoothed:
+            factors = constant(f"{weight.origin}.balance", (1 / smoothing).astype(self.dtype))
+            self.smoothed[key] = self.op("Mul", [x, factors])[0]
+        return self.smoothed[key]
 
     def round(self, x: ir.Value, weight: Weight) -> ir.Value:
         """x as E4M3 numbers, the largest magnitude of this layer's input their largest."""
@@ -76,17 +76,17 @@ class TensorRtLowering(Lowering):
     def fp8_weight(self, weight: Weight) -> ir.Value:
         """A linear weight (O, C) as (C, O), of E4M3 numbers with a scale per channel out."""
         outputs, inputs = weight.shape
-        balance = self.measured.balance(weight.origin)
+        smoothing = self.measured.smoothing(weight.origin)
 
         def scales(rows: Array) -> Array:
-            rows = rows if balance is None else rows * balance
+            rows = rows if smoothing is None else rows * smoothing
             return np.maximum(fp8_channel_scale(rows), _LEAST_STEP).astype(self.dtype)
 
         def packed() -> Array:
             array = weight.load()
             steps = scales(array)
-            if balance is not None:
-                array = array * balance
+            if smoothing is not None:
+                array = array * smoothing
             return np.ascontiguousarray(fp8_channels(array, steps).T)
 
         numbers = Weight(f"{weight.name}.fp8", FP8, (inputs, outputs), packed, fixed=True)

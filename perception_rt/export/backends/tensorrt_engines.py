@@ -31,7 +31,7 @@ _LAYERS = {
     "QuantizeLinear": "QUANTIZE",
     "DequantizeLinear": "DEQUANTIZE",
 }
-_SPELLED = ("Attention", "RotaryEmbedding")  # ONNX defines these by others
+DECOMPOSABLE = ("Attention", "RotaryEmbedding")  # ONNX defines these by others
 _MOST_WORDS = 600  # of TensorRT's own, in an error
 
 
@@ -138,12 +138,12 @@ def build_engine(
     trt = library.api
     log = _Log(trt)
     builder = trt.Builder(log.logger)
-    network = builder.create_network(_strongly_typed(trt))
+    network = builder.create_network(strongly_typed_flag(trt))
     parser = trt.OnnxParser(network, log.logger)
     missing = library.lacks(operators)
     if missing:
         _check_missing(library, file.name, missing, allow_unfused)
-        parsed = parser.parse(_spelled_out(file, missing), str(file))
+        parsed = parser.parse(spelled_out(file, missing), str(file))
     else:
         parsed = parser.parse_from_file(str(file))
     if not parsed:
@@ -240,7 +240,7 @@ class _Log:
         return " ".join(" ".join(self.lines).split())[:_MOST_WORDS] or "it gave no reason"
 
 
-def _strongly_typed(trt: Any) -> int:
+def strongly_typed_flag(trt: Any) -> int:
     """The flag of networks whose types are the graph's own; later versions know no others."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
@@ -273,7 +273,7 @@ def _check_missing(
     library: TensorRt, name: str, missing: Sequence[str], allow_unfused: bool
 ) -> None:
     """ExportError for operators without a layer, unless they may be spelled out."""
-    fixed = [operator for operator in missing if operator not in _SPELLED]
+    fixed = [operator for operator in missing if operator not in DECOMPOSABLE]
     if fixed or not allow_unfused:
         advice = "it is too old for this model" if fixed else "--allow-unfused spells them out"
         raise ExportError(
@@ -281,7 +281,7 @@ def _check_missing(
         )
 
 
-def _spelled_out(file: Path, operators: Sequence[str]) -> bytes:
+def spelled_out(file: Path, operators: Sequence[str]) -> bytes:
     """A graph in which these operators are what ONNX defines them to be, in simpler ones."""
     model = onnx.load(str(file), load_external_data=False)
     simple = onnx.inliner.inline_selected_functions(

@@ -18,7 +18,7 @@ from perception_rt.checkpoint.source import WeightSource
 from perception_rt.errors import BackendError, ExportError
 from perception_rt.export.backends.tensorrt_engines import MadeEngine, check_engines
 from perception_rt.export.backends.tensorrt_profiles import whole_range
-from perception_rt.export.components.pe import load_module
+from perception_rt.export.components.component import load_module
 from perception_rt.export.plan import ExportPlan
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.models.text import TextTower

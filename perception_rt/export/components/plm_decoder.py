@@ -1,15 +1,15 @@
-"""The decoder of a PLM as an export sees it: embedding, and runs of layers with their caches.
+"""Export components of a language model's decoder: its embedding, and runs of its layers.
 
-Eager runs layer by layer, each read when it is its turn. What leaves one part is what the next one
-starts from.
+Eager holds one layer at a time. What a component hands to the next (`Reference.carry`) is the
+reference prompt's hidden state.
 
-Legend: T tokens, C decoder width, V vocabulary, L logit positions.
+Legend: n tiles, t image tokens per tile, T tokens, C decoder width, V vocabulary;
+L logit positions.
 """
 
 import itertools
 from collections.abc import Mapping
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,37 +17,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perception_rt.checkpoint.source import WeightSource
-from perception_rt.export.components.parameters import (
-    decoder_parameters,
-    embed_parameters,
-)
-from perception_rt.export.components.pe import (
+from perception_rt.export.components.component import (
+    Component,
     Recipe,
     Reference,
     load_module,
     ranges_of,
     run_measured,
-    tensor_formats,
 )
+from perception_rt.export.components.parameters import decoder_parameters, embed_parameters
 from perception_rt.export.components.traced_modules import DecoderGraph, EmbedGraph
+from perception_rt.export.graph import trace
 from perception_rt.export.graph.lazy_weights import Array, Weight, row_ranges
-from perception_rt.export.graph.lowering import as_is
-from perception_rt.export.graph.trace import Traced, trace
+from perception_rt.export.graph.lowering import Entry, as_is
+from perception_rt.export.graph.trace import Traced
 from perception_rt.export.plan import PlmPlan
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.formats import Format, Scheme
 from perception_rt.export.quantization.sensitivity import Measured, MeasuredHead
 from perception_rt.models.decoder import DecoderLayer, RmsNorm, rope_1d
 from perception_rt.package import contract
-from perception_rt.package.contract import TensorSpec
-from perception_rt.plm_config import DecoderConfig
+from perception_rt.package.plm_graphs import GraphSignature, decoder_signature, embed_signature
 from perception_rt.processing.llm_tokenizer import open_tokenizer
 from perception_rt.processing.prompt import Tiles, Turn, encode_prompt
 
-PART_BYTES = 3 * 2**29  # of a decoder part's weights: what checking a package may hold at once
-GATE_STEPS = 8  # the last tokens of the reference prompt are fed one by one
-_TEXT_TOKENS = 48  # before and after the image tokens of the reference prompt
-_IMAGE_TOKENS = 64  # of it, at most
+PART_BYTES = 3 * 2**29  # weights of one decoder part: checking a package holds a part in memory
+GATE_STEPS = 8  # last tokens of the reference prompt, which are fed one by one
+_TEXT_TOKENS = 48  # before and after the image tokens of a random prompt
+_IMAGE_TOKENS = 64  # of a random prompt, at most
 
 # Bytes per weight, scales included.
 _WEIGHT_BYTES: Mapping[Format | str, float] = {
@@ -58,46 +55,42 @@ _WEIGHT_BYTES: Mapping[Format | str, float] = {
     "int4_blocks": 0.625,
     "fp8": 1,
 }
+_LINEARS = (
+    *(f"attention.{name}" for name in ("wq", "wk", "wv", "wo")),
+    *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
+)
 
 
-class HasFeatures(Protocol):
-    """What is known of images when the prompt is made: their tokens, (n, t, C)."""
-
-    features: Tensor | None
-
-
-class EmbedExport:
-    """The embedding; with the image tokens of `tiles`, its reference makes the prompt's hidden."""
+class EmbedComponent(Component[PlmPlan]):
+    """The embedding: graph `embed`. Its reference makes a prompt with an image tile."""
 
     name = "embed"
 
-    def __init__(self, plan: PlmPlan, source: WeightSource, tiles: HasFeatures) -> None:
-        self.plan = plan
-        self.config = plan.config.decoder
-        self.source = source
-        self.tiles = tiles
-        self.prompt = torch.empty(0)
+    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
+        """Embeds a prompt; in fp8 a real one, since ranges are measured on it.
 
-    def reference(self, scheme: Scheme | None) -> Reference:
-        """Ids, and the prompt's hidden; in fp8 of a real prompt, which ranges are found on."""
-        prompt = self._prompt() if scheme == "fp8" else None
-        ids, self.prompt = self._random() if prompt is None else prompt
-        hidden = self._embed(ids)
+        Args:
+            scheme: decides which prompt is embedded.
+            carry: image features (n, t, C); those of the first tile go into the prompt.
+        """
+        assert carry is not None
+        prompt = self._question(carry[0]) if scheme == "fp8" else None
+        ids, prompt_hidden = prompt or self._random_prompt(carry[0])
         return Reference(
             inputs={contract.EMBED: {contract.TOKENS: ids[None]}},
-            outputs={contract.EMBED: {contract.HIDDEN: hidden[None].numpy()}},
+            outputs={contract.EMBED: {contract.HIDDEN: self._embed(ids)[None].numpy()}},
+            carry=prompt_hidden,
         )
 
-    def _prompt(self) -> tuple[Array, Tensor] | None:
-        """Ids (T,) of questions on a tile, as users put them, and hidden (1, T', C) with the tile.
+    def _question(self, image: Tensor) -> tuple[Array, Tensor] | None:
+        """Token ids (T,) of questions about an image, and hidden (1, T + t, C) with the image.
 
-        None without a tokenizer, or where there is no room for a tile.
+        Returns None without a tokenizer, or if the longest sequence has no room for the image.
         """
-        count = self.plan.config.tokens_per_tile
-        room = min(self.config.max_seqlen, count + calibration.MOST_TOKENS)
         if self.plan.tokenizer is None:
             return None
-        assert self.tiles.features is not None
+        count = len(image)
+        room = min(self.plan.config.decoder.max_seqlen, count + calibration.MAX_PROMPT_TOKENS)
         tokenizer = open_tokenizer(*self.plan.tokenizer)
         text = " ".join(calibration.prompts(self.plan.calibration))
         prompt = encode_prompt(tokenizer, [Turn("user", (Tiles(1), text))], count)
@@ -108,98 +101,99 @@ class EmbedExport:
             prompt = encode_prompt(tokenizer, [Turn("user", (Tiles(1), text))], count)
         ((start, _),) = prompt.image_spans
         ids = np.concatenate([prompt.ids[:start], prompt.ids[start + count :]])
-        hidden = self._embed(ids)
-        image = self.tiles.features[0]
-        return ids, torch.cat([hidden[:start], image, hidden[start:]])[None]
+        return ids, self._with_image(ids, image, start)
 
-    def _random(self) -> tuple[Array, Tensor]:
-        """Seeded ids, and hidden with some tokens of a tile between them."""
-        assert self.tiles.features is not None
-        room = self.config.max_seqlen
-        image = self.tiles.features[0, : max(0, min(_IMAGE_TOKENS, room - 2))]
-        text = max(1, min(_TEXT_TOKENS, (room - len(image)) // 2))
-        # From the first rows of the vocabulary, so that only those are read.
-        _, rows = next(row_ranges((self.config.vocab_size, self.config.dim)))
+    def _random_prompt(self, image: Tensor) -> tuple[Array, Tensor]:
+        """Seeded token ids (T,), and hidden (1, T', C) with some image tokens in the middle."""
+        config = self.plan.config.decoder
+        image = image[: max(0, min(_IMAGE_TOKENS, config.max_seqlen - 2))]
+        text = max(1, min(_TEXT_TOKENS, (config.max_seqlen - len(image)) // 2))
+        # Only the first rows of the vocabulary, so that no others are read.
+        _, rows = next(row_ranges((config.vocab_size, config.dim)))
         ids = np.random.default_rng(0).integers(0, rows, 2 * text, np.int64)
+        return ids, self._with_image(ids, image, text)
+
+    def _with_image(self, ids: Array, image: Tensor, start: int) -> Tensor:
+        """Hidden (1, T + t, C) of token ids, with image features (t, C) from an index on."""
         hidden = self._embed(ids)
-        return ids, torch.cat([hidden[:text], image, hidden[text:]])[None]
+        return torch.cat([hidden[:start], image, hidden[start:]])[None]
 
     def _embed(self, ids: Array) -> Tensor:
-        """Rows (T, C) of the embedding."""
+        """Embeddings (T, C) of token ids (T,)."""
         rows, places = np.unique(ids, return_inverse=True)
         table = [self.source.load_rows("tok_embeddings.weight", i, i + 1) for i in rows.tolist()]
         return torch.cat(table).float()[torch.from_numpy(places)]
 
     def formats(self, measured: Measured) -> dict[str, Format]:
-        """Blocks, as the head."""
+        """The format of the embedding, which a tied head shares."""
         return table_formats(self.plan)
 
     def traced(self) -> tuple[Traced, dict[str, Weight]]:
-        """The gather."""
-        graph = EmbedGraph(self.config)
+        """Traces the lookup; see `Component.traced`."""
+        graph = EmbedGraph(self.plan.config.decoder)
         example = {contract.TOKENS: torch.zeros(2, 3, dtype=torch.int64, device="meta")}
         dynamic = {contract.TOKENS: {0: contract.BATCH, 1: contract.LENGTH}}
-        traced = trace(graph, example, dynamic=dynamic, output_names=[contract.HIDDEN])
+        traced = trace.trace(graph, example, dynamic=dynamic, output_names=[contract.HIDDEN])
         return traced, embed_parameters(self.source, graph)
 
     def recipes(self) -> dict[str, Recipe]:
-        """The one graph, `embed`."""
-        shape = (contract.BATCH, contract.LENGTH)
-        tokens = TensorSpec(name=contract.TOKENS, dtype="int64", shape=shape)
-        hidden = _hidden(contract.HIDDEN, self.config)
-        recipe = Recipe(sources=[(tokens, as_is)], outputs={contract.HIDDEN: hidden})
-        return {contract.EMBED: recipe}
+        """The graph `embed`."""
+        return {contract.EMBED: signature_recipe(embed_signature(self.plan.config.decoder))}
 
 
-class DecoderExport:
-    """Consecutive layers of the decoder; the last part has the norm and the head too.
+class DecoderComponent(Component[PlmPlan]):
+    """Consecutive decoder layers; the last component has the norm and the head too.
 
     Args:
-        plan: what to make.
-        source: the weights.
-        index: of this part.
-        layers: of this part.
-        hidden: what eager says goes in, (1, T, C).
+        plan: plan of the export.
+        source: weights of the model.
+        index: number of this decoder part.
+        layers: layers of this part.
     """
 
-    def __init__(
-        self, plan: PlmPlan, source: WeightSource, index: int, layers: range, hidden: Tensor
-    ) -> None:
+    def __init__(self, plan: PlmPlan, source: WeightSource, index: int, layers: range) -> None:
+        super().__init__(plan, source)
         self.name = contract.decoder_part(index)
-        self.plan = plan
         self.config = plan.config.decoder
-        self.source = source
         self.layers = layers
-        self.hidden = hidden
         self.is_last = layers.stop == self.config.n_layers
 
-    def reference(self, scheme: Scheme | None) -> Reference:
-        """The layers in eager, one in memory at a time; `hidden` becomes what comes out."""
-        inputs: dict[str, Array] = {contract.HIDDEN: self.hidden.numpy()}
-        rope = rope_1d(self.config, self.hidden.shape[1])
+    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
+        """Runs the layers in eager, one in memory at a time.
+
+        Args:
+            scheme: quantisation that the layers are measured under; None measures none.
+            carry: hidden state (1, T, C) that enters the first layer.
+        """
+        assert carry is not None
+        hidden = carry
+        rope = rope_1d(self.config, hidden.shape[1])
         measured = Measured()
         if scheme == "int8":
-            scheme = "int8_rows" if self._blocks == "int8_rows" else None
+            scheme = "int8_rows" if block_format(self.plan) == "int8_rows" else None
         for index in self.layers:
             with torch.device("meta"):
                 layer = DecoderLayer(self.config)
             prefix = f"layers.{index}."
             layer = load_module(layer, self.source, prefix)
-            run = partial(layer, self.hidden, rope)
-            ranges = ranges_of(self.plan)
-            self.hidden = run_measured(layer, run, scheme, measured, prefix, ranges)
-        outputs = {contract.HIDDEN_OUT: self.hidden.numpy()}
+            run = partial(layer, hidden, rope)
+            hidden = run_measured(layer, run, scheme, measured, prefix, ranges_of(self.plan))
         if self.is_last:
-            outputs = {contract.LOGITS: self._logits(measured if scheme == "fp8" else None)}
+            head = measured if scheme == "fp8" else None
+            outputs = {contract.LOGITS: self._logits(hidden, head)}
+        else:
+            outputs = {contract.HIDDEN_OUT: hidden.numpy()}
         return Reference(
-            inputs={self.name: inputs}, outputs={self.name: outputs}, measured=measured
+            inputs={self.name: {contract.HIDDEN: carry.numpy()}},
+            outputs={self.name: outputs},
+            measured=measured,
+            carry=hidden,
         )
 
-    def _logits(self, measured: Measured | None) -> Array:
-        """Logits (1, L, V) of the last GATE_STEPS + 1 tokens, the head read in pieces.
+    def _logits(self, hidden: Tensor, measured: Measured | None) -> Array:
+        """Logits (1, L, V) of the last GATE_STEPS + 1 tokens of (1, T, C).
 
-        Args:
-            measured: what fp8 does to the head is added to; None if that is not asked.
+        The head is read in pieces. With `measured`, its error in fp8 is measured on all tokens.
         """
         with torch.device("meta"):
             norm = RmsNorm(self.config.dim, self.config.norm_eps)
@@ -208,7 +202,7 @@ class DecoderExport:
         kept = GATE_STEPS + 1
         pieces = []
         with torch.inference_mode():
-            tokens = norm(self.hidden if measured is not None else self.hidden[:, -kept:])
+            tokens = norm(hidden if measured is not None else hidden[:, -kept:])
             head = MeasuredHead(tokens)
             for start, stop in row_ranges((self.config.vocab_size, self.config.dim)):
                 weight = self.source.load_rows(key, start, stop).float()
@@ -221,97 +215,68 @@ class DecoderExport:
             logits: Array = torch.cat(pieces, dim=-1).numpy()
         return logits
 
-    @property
-    def _blocks(self) -> Format | None:
-        return block_format(self.plan)
-
     def formats(self, measured: Measured) -> dict[str, Format]:
-        """fp8, or W8A8 by rows, where that does little harm; else blocks; or blocks of 4 bits."""
-        blocks = self._blocks
-        if blocks is None:
-            return {}
-        if blocks == "fp8":
-            return tensor_formats(measured, blocks)
+        """Formats of the layers and the head: an int8 layer that W8A8 would hurt takes blocks."""
+        blocks = block_format(self.plan)
+        if blocks is None or blocks == "fp8":
+            return super().formats(measured)
+        excluded = measured.excluded()
         found = table_formats(self.plan)
-        harmed = measured.harmed()
         for index in self.layers:
             for name in _LINEARS:
                 key = f"layers.{index}.{name}.weight"
-                found[key] = "int8_blocks" if key in harmed else blocks
+                found[key] = "int8_blocks" if key in excluded else blocks
         return found
 
     def traced(self) -> tuple[Traced, dict[str, Weight]]:
-        """The layers over their caches."""
+        """Traces the layers over their caches; see `Component.traced`."""
         graph = DecoderGraph(self.config, self.layers)
+        signature = self._signature(picks_tokens=True)
         examples, dynamic = {}, {}
-        for spec in self._sources():
+        for spec in signature.inputs:
+            # Equal names are equal sizes, and a name always stands at the same index.
             sizes = [size if isinstance(size, int) else 2 + i for i, size in enumerate(spec.shape)]
             dtype = getattr(torch, "float32" if spec.dtype == "float16" else spec.dtype)
             examples[spec.name] = torch.zeros(sizes, dtype=dtype, device="meta")
             dynamic[spec.name] = {i: s for i, s in enumerate(spec.shape) if isinstance(s, str)}
-        # Equal names are equal sizes, so each name must have one size in the examples.
-        names = [*self._outputs(), *(spec.name for spec in self._picks())]
-        traced = trace(graph, examples, dynamic=dynamic, output_names=names)
+        names = [spec.name for spec in signature.outputs]
+        traced = trace.trace(graph, examples, dynamic=dynamic, output_names=names)
         excluded = self.plan.config.image_token_id
         return traced, decoder_parameters(self.source, graph, self.config, excluded)
 
     def recipes(self) -> dict[str, Recipe]:
-        """The one graph of this part."""
-        picks = self._picks() if self.plan.target.picks_tokens else []
-        recipe = Recipe(
-            sources=[(spec, as_is) for spec in self._sources()],
-            outputs=self._outputs() | {spec.name: spec for spec in picks},
-            cached_attentions=len(self.layers),
+        """The graph of this part."""
+        signature = self._signature(picks_tokens=self.plan.target.picks_tokens)
+        return {self.name: signature_recipe(signature, cached_attentions=len(self.layers))}
+
+    def _signature(self, *, picks_tokens: bool) -> GraphSignature:
+        return decoder_signature(
+            self.config,
+            self.layers,
+            cache_dtype=self.plan.float_dtype,
+            fixed_slots=self.plan.target.fixed_slots,
+            picks_tokens=picks_tokens,
         )
-        return {self.name: recipe}
-
-    def _sources(self) -> list[TensorSpec]:
-        past = TensorSpec(name=contract.PAST_LENGTHS, dtype="int32", shape=(contract.BATCH,))
-        specs = [_hidden(contract.HIDDEN, self.config), past]
-        if self.is_last:
-            shape = (contract.BATCH, contract.POSITIONS)
-            specs.append(TensorSpec(name=contract.LOGIT_POSITIONS, dtype="int64", shape=shape))
-        return specs + self._caches()
-
-    def _outputs(self) -> dict[str, TensorSpec]:
-        specs = [_hidden(contract.HIDDEN_OUT, self.config)]
-        if self.is_last:
-            shape = (contract.BATCH, contract.POSITIONS, self.config.vocab_size)
-            specs = [TensorSpec(name=contract.LOGITS, dtype="float32", shape=shape)]
-        for cache in self._caches():
-            name = contract.updated(cache.name)
-            specs.append(TensorSpec(name=name, dtype=cache.dtype, shape=cache.shape))
-        return {spec.name: spec for spec in specs}
-
-    def _picks(self) -> list[TensorSpec]:
-        """The largest logit and its token."""
-        if not self.is_last:
-            return []
-        shape = (contract.BATCH, contract.POSITIONS)
-        return [
-            TensorSpec(name=contract.TOP_LOGIT, dtype="float32", shape=shape),
-            TensorSpec(name=contract.TOP_ID, dtype="int64", shape=shape),
-        ]
-
-    def _caches(self) -> list[TensorSpec]:
-        config = self.config
-        slots = config.max_seqlen if self.plan.target.fixed_slots else contract.SLOTS
-        shape = (contract.BATCH, config.kv_heads, slots, config.head_dim)
-        return [
-            TensorSpec(name=name(index), dtype=self.plan.float_dtype, shape=shape)
-            for index in self.layers
-            for name in (contract.key_cache, contract.value_cache)
-        ]
 
 
-_LINEARS = (
-    *(f"attention.{name}" for name in ("wq", "wk", "wv", "wo")),
-    *(f"feed_forward.{name}" for name in ("w1", "w2", "w3")),
-)
+def signature_recipe(
+    signature: GraphSignature,
+    entry: Entry = as_is,
+    *,
+    attentions: int = 0,
+    cached_attentions: int = 0,
+) -> Recipe:
+    """The recipe of a graph with all of a signature's inputs, each through `entry`, and outputs."""
+    return Recipe(
+        sources=[(spec, entry) for spec in signature.inputs],
+        outputs={spec.name: spec for spec in signature.outputs},
+        attentions=attentions,
+        cached_attentions=cached_attentions,
+    )
 
 
 def block_format(plan: PlmPlan) -> Format | None:
-    """How the linear weights of the decoder's blocks are quantised."""
+    """Format of the linear weights in the decoder's layers; None for float."""
     if plan.precision == "fp8":
         return "fp8"
     if not plan.quantized:
@@ -320,7 +285,7 @@ def block_format(plan: PlmPlan) -> Format | None:
 
 
 def table_formats(plan: PlmPlan) -> dict[str, Format]:
-    """How the embedding and the head are quantised; tied, they are the same bytes."""
+    """Formats of the embedding and the head, which may be tied; empty for float."""
     if not plan.quantized:
         return {}
     format_: Format = "int4_blocks" if plan.precision == "int4" else "int8_blocks"
@@ -328,7 +293,7 @@ def table_formats(plan: PlmPlan) -> dict[str, Format]:
 
 
 def decoder_parts(plan: PlmPlan) -> list[range]:
-    """Runs of layers whose weights are at most about PART_BYTES, the head with the last."""
+    """Splits the layers into parts of at most about PART_BYTES of weights, head included."""
     config = plan.config.decoder
     kv_dim = config.kv_heads * config.head_dim
     layer = config.dim * (2 * config.dim + 2 * kv_dim + 3 * config.ffn_dim)
@@ -338,12 +303,7 @@ def decoder_parts(plan: PlmPlan) -> list[range]:
     layer_bytes = layer * per_weight
     total = layer_bytes * config.n_layers + head
     count = min(config.n_layers, max(1, -int(-total // PART_BYTES)))
-    # The head weighs as much as some layers: the parts share what all weigh together.
+    # The head weighs as much as some layers, so the last part may have fewer.
     edges = [min(config.n_layers, round(i * total / count / layer_bytes)) for i in range(count)]
     edges = sorted({*edges, config.n_layers})
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
-
-
-def _hidden(name: str, config: DecoderConfig) -> TensorSpec:
-    shape = (contract.BATCH, contract.LENGTH, config.dim)
-    return TensorSpec(name=name, dtype="float32", shape=shape)

@@ -17,7 +17,7 @@ DType = np.dtype[Any]
 Rows = Callable[[int, int], Array]
 
 # A weight that can be made row by row is made in pieces of about this many bytes of float32.
-_PIECE_BYTES = 64 * 1024 * 1024
+PIECE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,6 @@ def constant(name: str, array: Array) -> Weight:
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Runs of rows that are at most about 64 MiB in float32."""
     row_bytes = 4 * int(np.prod(shape[1:], dtype=np.int64))
-    step = max(1, _PIECE_BYTES // max(1, row_bytes))
+    step = max(1, PIECE_BYTES // max(1, row_bytes))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])

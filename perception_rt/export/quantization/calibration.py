@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _MOST, _SYNTHETIC = 32, 8  # images that ranges are found on
 
-MOST_TOKENS = 512  # of prompts, in all
+MAX_PROMPT_TOKENS = 512  # in all prompts together
 _PROMPTS_FILE, _MOST_PROMPT_BYTES = "prompts.txt", 64 * 1024
 
 TEXTS = (

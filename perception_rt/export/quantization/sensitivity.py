@@ -1,10 +1,10 @@
-"""The measurement that decides which linear layers are quantised, on calibration inputs.
+"""Measures on calibration inputs which linear layers can be quantised.
 
-A layer whose output its scheme changes too much takes another format, or stays in float. In fp8,
-a layer that suffers from a few large channels is first tried with its channels balanced, in the
-style of SmoothQuant: what its input is divided by, its weight is multiplied with.
+A layer whose output changes too much takes another format or stays in float. In fp8, a layer that
+suffers from a few large channels is first tried with its channels smoothed, as in SmoothQuant: its
+input is divided by a factor per channel, and its weight multiplied by the same factors.
 
-Legend: O channels out, C channels in.
+Legend: O output channels, C input channels, T tokens.
 """
 
 import math
@@ -24,31 +24,29 @@ from perception_rt.export.quantization.formats import FP8_MAX, Scheme
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
 
-# Relative error of a layer's output above which it stays in float. Measured on calibration images
-# per layer; rounding alone gives 0.01 in int8 and 0.04 in fp8, an outlier channel 0.1 and more.
+# Relative error of a layer's output above which the layer is excluded. Rounding alone gives 0.01 in
+# int8 and 0.04 in fp8, an outlier channel 0.1 and more.
 MAX_LAYER_ERROR = 0.05
-
-
-# Of a head in fp8: the part of the tokens of which the likeliest next one stays the same.
+# For a head in fp8: share of the tokens whose likeliest successor stays the same.
 LEAST_AGREEMENT = 0.99
-_WORTH = 0.9  # balanced channels are taken if they lower the error to this part of it
-_MOST_BALANCE = 1000.0  # and no channel by more, so that float16 bears it
+_WORTH = 0.9  # smoothing or clipping is kept if the error falls to this part of what it was
+_MAX_SMOOTHING = 1000.0  # largest factor of a channel; larger ones overflow in float16
 
 
 @dataclass(slots=True)
 class Measured:
-    """What calibration inputs say about linear layers, by the names of their weights.
+    """Measurements of linear layers on calibration inputs, by weight name.
 
     Attributes:
-        errors: relative error of the output under a scheme, the largest that was met.
-        largest: magnitude of the input, the largest that was met.
-        inputs: the same of each channel, float32 (C,); in fp8 only.
-        weights: magnitude of the weight's columns, float32 (C,); in fp8 only.
-        ranges: of inputs, that clip a little; if they were asked for.
-        clipped: layers for which those are better than the largest magnitude.
-        refused: layers that a whole tower does not bear under the scheme, beside the others.
-        balanced: layers whose channels are balanced.
-        decided: the layers that do not take the scheme, whatever was measured; None to go by that.
+        errors: largest relative error of the output under the scheme.
+        largest: largest magnitude of the input.
+        inputs: largest magnitude of each input channel, float32 (C,); fp8 only.
+        weights: largest magnitude of each weight column, float32 (C,); fp8 only.
+        ranges: input ranges that clip outliers, from a range finder.
+        clipped: layers for which `ranges` is better than `largest`.
+        rejected: layers that are excluded for another reason than their own error.
+        smoothed: layers whose channels are smoothed.
+        decided: excluded layers, set by `decide`; None to derive them from the measurement.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -57,41 +55,49 @@ class Measured:
     weights: dict[str, Array] = field(default_factory=dict)
     ranges: dict[str, float] = field(default_factory=dict)
     clipped: set[str] = field(default_factory=set)
-    refused: set[str] = field(default_factory=set)
-    balanced: set[str] = field(default_factory=set)
+    rejected: set[str] = field(default_factory=set)
+    smoothed: set[str] = field(default_factory=set)
     decided: frozenset[str] | None = None
 
     def decide(
-        self, harmed: Collection[str], balanced: Collection[str], clipped: Collection[str]
+        self, excluded: Collection[str], smoothed: Collection[str], clipped: Collection[str]
     ) -> None:
-        """Sets what was decided for other weights of the same architecture."""
-        self.decided = frozenset(harmed)
-        self.balanced = set(balanced) & self.inputs.keys()
+        """Takes over the decisions of another export of the same architecture."""
+        self.decided = frozenset(excluded)
+        self.smoothed = set(smoothed) & self.inputs.keys()
         self.clipped = set(clipped) & self.ranges.keys()
 
-    def harmed(self) -> list[str]:
-        """The layers that should not take the scheme."""
+    def excluded(self) -> list[str]:
+        """The layers that do not take the scheme, sorted."""
         if self.decided is not None:
             return sorted(self.decided & self.errors.keys())
         return sorted(
             name
             for name, error in self.errors.items()
-            if name in self.refused or not error <= MAX_LAYER_ERROR
+            if name in self.rejected or not error <= MAX_LAYER_ERROR
         )
 
-    def balance(self, name: str) -> Array | None:
-        """What each channel of a layer's input is divided by, float32 (C,); None for nothing."""
-        return self._balance(name) if name in self.balanced else None
+    def smoothing(self, name: str) -> Array | None:
+        """Factors that a layer's input channels are divided by, float32 (C,); None for none.
+
+        Half of each channel's excess, as a logarithm, moves from the input to the weight.
+        """
+        if name not in self.smoothed:
+            return None
+        logarithms = 0.5 * (_logarithms(self.inputs[name]) - _logarithms(self.weights[name]))
+        factors = np.exp(logarithms - np.median(logarithms))
+        clipped: Array = np.clip(factors, 1 / _MAX_SMOOTHING, _MAX_SMOOTHING).astype(np.float32)
+        return clipped
 
     def range(self, name: str) -> float:
-        """The largest magnitude of a layer's input that is not clipped; balanced, if it is."""
-        balance = self.balance(name)
-        if balance is not None:
-            return float((self.inputs[name] / balance).max())
+        """Largest magnitude of a layer's input, after smoothing, that is not clipped."""
+        smoothing = self.smoothing(name)
+        if smoothing is not None:
+            return float((self.inputs[name] / smoothing).max())
         return self.ranges[name] if name in self.clipped else self.largest[name]
 
     def add(self, found: "Measured", prefix: str = "") -> None:
-        """Takes up the measurement of a part whose weights have a prefix here."""
+        """Adds the measurement of a submodule whose weight names have a prefix here."""
         for mine, theirs in (
             (self.errors, found.errors),
             (self.largest, found.largest),
@@ -102,48 +108,40 @@ class Measured:
             for name, value in theirs.items():
                 assert prefix + name not in mine
                 mine[prefix + name] = value  # type: ignore[assignment]
-        self.refused |= {prefix + name for name in found.refused}
-        self.balanced |= {prefix + name for name in found.balanced}
+        self.rejected |= {prefix + name for name in found.rejected}
+        self.smoothed |= {prefix + name for name in found.smoothed}
         self.clipped |= {prefix + name for name in found.clipped}
-
-    def _balance(self, name: str) -> Array:
-        """Half of a channel's excess, as a logarithm, goes from the input to the weight."""
-        inputs, weights = self.inputs[name], self.weights[name]
-        logarithms = 0.5 * (_logarithms(inputs) - _logarithms(weights))
-        factors = np.exp(logarithms - np.median(logarithms))
-        balance: Array = np.clip(factors, 1 / _MOST_BALANCE, _MOST_BALANCE).astype(np.float32)
-        return balance
 
 
 def _logarithms(peaks: Array) -> Array:
-    """Of magnitudes, of which the least count as a millionth of the largest."""
+    """Logarithms of magnitudes; the smallest count as a millionth of the largest."""
     logarithms: Array = np.log(np.maximum(peaks, max(1e-6 * float(peaks.max()), 1e-30)))
     return logarithms
 
 
 class Ranges(Protocol):
-    """Finds ranges of inputs that clip a little, as ModelOpt does."""
+    """Finds input ranges that clip outliers, as ModelOpt does."""
 
     def add(self, name: str, x: Tensor) -> None:
-        """Takes note of an input of a layer."""
+        """Records an input of a layer."""
 
     def ranges(self) -> dict[str, float]:
-        """The largest magnitude that is not clipped, of each layer."""
+        """Largest magnitude that is not clipped, by layer."""
 
 
 def measure_layers(
     module: nn.Module, run: Callable[[], T], scheme: Scheme, ranges: Ranges | None = None
 ) -> tuple[T, Measured]:
-    """Measures each linear layer under a scheme.
+    """Measures every linear layer of a module under a scheme.
 
     Args:
         module: in float32, each parameter in a storage of its own.
-        run: calls the module on calibration inputs; in fp8 up to three times.
-        scheme: what the layers would become.
-        ranges: for fp8, what may find other ranges than the largest magnitudes.
+        run: calls the module on calibration inputs; called up to three times in fp8.
+        scheme: quantisation of the layers.
+        ranges: range finder for fp8; None uses the largest magnitudes.
 
     Returns:
-        What `run` returned, in float32 as without the measurement; the layers.
+        The result of `run`, in float32 and not changed by the measurement; the layers.
     """
     names = _names(module)
     mode = _Measuring(names, scheme, ranges)
@@ -153,70 +151,75 @@ def measure_layers(
     if ranges is not None:
         measured.ranges = ranges.ranges()
         measured.clipped = set(measured.ranges)
-        better = _again(names, run, measured, measured.clipped)
+        better = _improved(names, run, measured, measured.clipped)
         measured.clipped = set(better)
         measured.errors |= better
-    harmed = measured.harmed()
-    if scheme == "fp8" and harmed:
-        measured.balanced = set(harmed)
-        better = _again(names, run, measured, harmed)
+    excluded = measured.excluded()
+    if scheme == "fp8" and excluded:
+        measured.smoothed = set(excluded)
+        better = _improved(names, run, measured, excluded)
         better = {name: error for name, error in better.items() if error <= MAX_LAYER_ERROR}
-        measured.balanced = set(better)
+        measured.smoothed = set(better)
         measured.errors |= better
     return result, measured
 
 
-def _again(
+def _improved(
     names: Mapping[int, str], run: Callable[[], object], measured: Measured, layers: Collection[str]
 ) -> dict[str, float]:
-    """The errors of those layers in fp8 that are better than before, as `measured` has them now."""
-    again = _Again(names, measured, frozenset(layers))
-    with torch.inference_mode(), again:
+    """Errors in fp8 with the current ranges and smoothing, of those layers that they improve."""
+    mode = _Remeasuring(names, measured, layers)
+    with torch.inference_mode(), mode:
         run()
-    return {n: error for n, error in again.errors.items() if error <= _WORTH * measured.errors[n]}
+    return {n: error for n, error in mode.errors.items() if error <= _WORTH * measured.errors[n]}
 
 
-def refuse_layers(
+def exclude_layers(
     module: nn.Module, run: Callable[[], Tensor], exact: Tensor, measured: Measured, least: float
 ) -> None:
-    """Adds layers to `measured.refused`, the worst first, until the others are faithful in fp8.
+    """Adds layers to `measured.rejected`, the worst first, until the module is faithful in fp8.
 
     Args:
-        module: whose layers were measured, as for `measure_layers`.
-        run: calls the module; its result has rows of features, (..., D).
-        exact: that result in float32.
-        measured: what `measure_layers` found for fp8.
+        module: the module whose layers were measured.
+        run: calls the module; returns rows of features, (..., D).
+        exact: the same result in float32.
+        measured: measurement by `measure_layers` for fp8.
         least: cosine that each row must have with float32.
     """
     names = _names(module)
-    taken = sorted(set(measured.errors) - set(measured.harmed()), key=measured.errors.__getitem__)
+    taken = sorted(set(measured.errors) - set(measured.excluded()), key=measured.errors.__getitem__)
     while taken:
         with torch.inference_mode(), _Simulating(names, measured, taken):
             cosine = F.cosine_similarity(run(), exact, dim=-1).amin()
         if cosine >= least:
             return
         keep = len(taken) * 7 // 8
-        measured.refused |= set(taken[keep:])
+        measured.rejected |= set(taken[keep:])
         taken = taken[:keep]
 
 
 class MeasuredHead:
-    """What fp8 does to a head, which is read in pieces.
+    """Measures fp8 on a decoder's head, which is read in pieces.
 
-    Its noise is on the logits themselves, so besides the error it counts how often another token
-    is the likeliest.
+    Noise on the head is noise on the logits, so besides the error it counts how often another token
+    becomes the likeliest.
     """
 
     def __init__(self, tokens: Tensor) -> None:
-        """A head on tokens (1, T, C)."""
-        self._tokens = tokens
+        """Measures on normalised hidden states, float32 (1, T, C)."""
         self._largest = tokens.abs().amax()
         self._rounded = _as_e4m3(tokens, self._largest)
         self._likeliest = torch.full((2, 2, tokens.shape[1]), -math.inf)  # exact, fp8: logit, id
-        self._squares = torch.zeros(2)  # of the difference, of the exact logits
+        self._squares = torch.zeros(2)  # sums over the difference and over the exact logits
 
     def add(self, exact: Tensor, weight: Tensor, start: int) -> None:
-        """Rows of the head from an index on, (O, C), and the tokens' logits, (1, T, O)."""
+        """Adds a piece of the head.
+
+        Args:
+            exact: logits of the tokens in float32, (1, T, O).
+            weight: rows of the head, (O, C).
+            start: index of the first row.
+        """
         rounded = F.linear(self._rounded, _fp8_rows(weight))
         for row, logits in zip(self._likeliest, (exact[0], rounded[0]), strict=True):
             values, ids = logits.max(dim=-1)
@@ -226,21 +229,21 @@ class MeasuredHead:
         self._squares += torch.stack([difference, exact.square().sum()])
 
     def put(self, measured: Measured, name: str) -> None:
-        """Adds the layer; refused, if too many tokens change."""
+        """Adds the head to a measurement; rejects it if too many tokens change."""
         measured.errors[name] = float((self._squares[0] / self._squares[1]).sqrt())
         measured.largest[name] = float(self._largest)
         same = (self._likeliest[0, 1] == self._likeliest[1, 1]).float().mean()
         if not same >= LEAST_AGREEMENT:
-            measured.refused.add(name)
+            measured.rejected.add(name)
 
 
 def _names(module: nn.Module) -> dict[int, str]:
-    """Parameters by where their values are."""
+    """Parameter names by storage address."""
     return {p.untyped_storage().data_ptr(): n for n, p in module.named_parameters()}
 
 
 class _Linears(TorchFunctionMode, ABC):
-    """Sees every `F.linear` of some parameters."""
+    """Intercepts every `F.linear` on some parameters."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
@@ -263,11 +266,11 @@ class _Linears(TorchFunctionMode, ABC):
     def linear(
         self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """What the layer shall return."""
+        """The result that the layer returns instead."""
 
 
 class _Measuring(_Linears):
-    """Compares every layer with its quantised twin."""
+    """Compares every layer with its quantised form; returns the exact result."""
 
     def __init__(self, names: Mapping[int, str], scheme: Scheme, ranges: Ranges | None) -> None:
         super().__init__(names)
@@ -279,7 +282,6 @@ class _Measuring(_Linears):
     def linear(
         self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """The exact result."""
         result = F.linear(input, weight, bias)
         error = _error(result, self.round_input(input), self.round_weight(weight), bias)
         _raise(self.measured.errors, name, error)
@@ -293,54 +295,53 @@ class _Measuring(_Linears):
         return result
 
 
-class _Again(_Linears):
-    """Compares some layers with their twins in fp8, by the ranges and balances that they have."""
+class _Fp8Linears(_Linears):
+    """Intercepts some layers, whose ranges and smoothing in fp8 are known."""
 
     def __init__(
-        self, names: Mapping[int, str], measured: Measured, layers: frozenset[str]
+        self, names: Mapping[int, str], measured: Measured, layers: Collection[str]
     ) -> None:
         super().__init__(names)
         self.measured = measured
-        self.layers = layers
+        self.layers = frozenset(layers)
+
+    def rounded(self, name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's input and weight as fp8 represents them."""
+        smoothing = self.measured.smoothing(name)
+        if smoothing is not None:
+            factors = torch.from_numpy(smoothing)
+            x, weight = x / factors, weight * factors
+        return _as_e4m3(x, torch.tensor(self.measured.range(name))), _fp8_rows(weight)
+
+
+class _Remeasuring(_Fp8Linears):
+    """Measures the errors of some layers in fp8; returns the exact result."""
+
+    def __init__(
+        self, names: Mapping[int, str], measured: Measured, layers: Collection[str]
+    ) -> None:
+        super().__init__(names, measured, layers)
         self.errors: dict[str, float] = {}
 
     def linear(
         self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """The exact result."""
         result = F.linear(input, weight, bias)
         if name in self.layers:
-            twins = _twins(self.measured, name, input, weight)
-            _raise(self.errors, name, _error(result, *twins, bias))
+            error = _error(result, *self.rounded(name, input, weight), bias)
+            _raise(self.errors, name, error)
         return result
 
 
-class _Simulating(_Linears):
-    """Puts fp8 twins of some layers in their places."""
-
-    def __init__(
-        self, names: Mapping[int, str], measured: Measured, taken: Collection[str]
-    ) -> None:
-        super().__init__(names)
-        self.measured = measured
-        self.taken = frozenset(taken)
+class _Simulating(_Fp8Linears):
+    """Computes some layers in fp8."""
 
     def linear(
         self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """The result in fp8 of a layer that takes it."""
-        if name in self.taken:
-            input, weight = _twins(self.measured, name, input, weight)
+        if name in self.layers:
+            input, weight = self.rounded(name, input, weight)
         return F.linear(input, weight, bias)
-
-
-def _twins(measured: Measured, name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's input and weight in fp8."""
-    balance = measured.balance(name)
-    if balance is not None:
-        factors = torch.from_numpy(balance)
-        x, weight = x / factors, weight * factors
-    return _as_e4m3(x, torch.tensor(measured.range(name))), _fp8_rows(weight)
 
 
 def _error(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
@@ -351,7 +352,7 @@ def _error(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> fl
 
 
 def _raise(values: dict[str, float], name: str, value: float) -> None:
-    """A maximum that NaN does not get past unseen."""
+    """Raises a maximum to a value; NaN counts as larger than every number."""
     if not value <= values.get(name, -math.inf):
         values[name] = value
 
@@ -371,12 +372,12 @@ def _int8_rows(x: Tensor) -> Tensor:
 
 
 def _fp8(x: Tensor) -> Tensor:
-    """x as E4M3 numbers, its largest magnitude their largest."""
+    """x rounded to E4M3, scaled by its largest magnitude."""
     return _as_e4m3(x, x.abs().amax())
 
 
 def _fp8_rows(x: Tensor) -> Tensor:
-    """x as E4M3 numbers, each row's largest magnitude their largest."""
+    """x rounded to E4M3, each row scaled by its largest magnitude."""
     return _as_e4m3(x, x.abs().amax(dim=-1, keepdim=True))
 
 
@@ -385,7 +386,7 @@ def _as_e4m3(x: Tensor, largest: Tensor) -> Tensor:
     return (x / step).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype) * step
 
 
-# How inputs and weights are rounded.
+# How inputs and weights are rounded under each scheme.
 _ROUNDING: Mapping[Scheme, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "int8": (_uint8, _int8_rows),
     "int8_rows": (_int8_rows, _int8_rows),

@@ -1,0 +1,237 @@
+"""What all export components share: their interface, calibration inputs and measurement.
+
+A component is a part of a model that is run in eager, traced and written as one unit: a vision
+tower, a text tower, an embedding, a run of decoder layers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perception_rt.checkpoint.source import WeightSource
+from perception_rt.export.fidelity import MIN_COSINE
+from perception_rt.export.graph import trace
+from perception_rt.export.graph.lazy_weights import Weight
+from perception_rt.export.graph.lowering import Entry
+from perception_rt.export.graph.trace import Traced
+from perception_rt.export.plan import Plan
+from perception_rt.export.quantization import calibration
+from perception_rt.export.quantization.formats import Format, Scheme
+from perception_rt.export.quantization.modelopt import ModelOptRanges
+from perception_rt.export.quantization.sensitivity import (
+    Measured,
+    Ranges,
+    exclude_layers,
+    measure_layers,
+)
+from perception_rt.package import contract
+from perception_rt.package.contract import TensorSpec
+from perception_rt.processing.image import ImageSpec, normalize
+
+Array = np.ndarray[Any, Any]
+
+# The simulation rounds linear layers only, the engine everything: its limit is stricter by this.
+_MARGIN = 0.0008
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one graph of a package is cut from a traced component.
+
+    Attributes:
+        sources: for each traced input, the graph's input and the function that converts it.
+        outputs: for each traced output that the graph has, the graph's output.
+        attentions: number of attentions without a cache.
+        cached_attentions: number of attentions over a key-value cache.
+    """
+
+    sources: Sequence[tuple[TensorSpec, Entry]]
+    outputs: Mapping[str, TensorSpec]
+    attentions: int = 0
+    cached_attentions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """Eager float32 results of a component.
+
+    Attributes:
+        inputs: input arrays by graph and input name.
+        outputs: expected arrays by graph and output name.
+        measured: measured linear layers; empty without a scheme.
+        carry: tensor that the next component starts from; None if it needs none.
+    """
+
+    inputs: Mapping[str, Mapping[str, Array]]
+    outputs: Mapping[str, Mapping[str, Array]]
+    measured: Measured = field(default_factory=Measured)
+    carry: Tensor | None = None
+
+
+P = TypeVar("P", bound=Plan)
+
+
+class Component(ABC, Generic[P]):
+    """A part of a model that is run in eager, traced and written as one unit.
+
+    Attributes:
+        name: unique in the model; the weights go into the file `<name>.data`.
+        plan: plan of the export.
+        source: weights of the model.
+    """
+
+    name: str
+
+    def __init__(self, plan: P, source: WeightSource) -> None:
+        self.plan = plan
+        self.source = source
+
+    @abstractmethod
+    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
+        """Runs the component in eager on calibration inputs.
+
+        Args:
+            scheme: quantisation that linear layers are measured under; None measures none.
+            carry: `Reference.carry` of the component before this one.
+        """
+
+    @abstractmethod
+    def traced(self) -> tuple[Traced, dict[str, Weight]]:
+        """Traces the component; returns the graph, and a weight for each of its parameters."""
+
+    @abstractmethod
+    def recipes(self) -> dict[str, Recipe]:
+        """The graphs to write, by name."""
+
+    def formats(self, measured: Measured) -> dict[str, Format]:
+        """Quantisation formats by weight name: the plan's scheme, except for excluded layers."""
+        scheme = self.plan.scheme
+        if scheme is None:
+            return {}
+        return dict.fromkeys(measured.errors.keys() - measured.excluded(), scheme)
+
+
+class ModelExport(ABC, Generic[P]):
+    """Contents of a model's package.
+
+    Attributes:
+        plan: plan of the export.
+        source: weights of the model.
+    """
+
+    def __init__(self, plan: P, source: WeightSource) -> None:
+        self.plan = plan
+        self.source = source
+
+    @abstractmethod
+    def components(self) -> Sequence[Component[P]]:
+        """The model's components, in the order in which `Reference.carry` is passed on."""
+
+    def files(self) -> dict[str, bytes]:
+        """Files besides graphs and weights, by name."""
+        return {}
+
+    @abstractmethod
+    def image(self) -> dict[str, Any]:
+        """The manifest's `processing.image`."""
+
+    @abstractmethod
+    def text(self) -> dict[str, Any] | None:
+        """The manifest's `processing.text`; None for a package without a tokenizer."""
+
+    @abstractmethod
+    def options(self, excluded: Mapping[str, Format | None]) -> dict[str, Any]:
+        """The manifest's `target.options`.
+
+        Args:
+            excluded: layers that do not take the plan's scheme, and their format instead; None
+                for float.
+        """
+
+
+def trace_batch(
+    graph: nn.Module, name: str, example: Tensor, output_names: Sequence[str]
+) -> Traced:
+    """Traces a graph with one input, whose first dimension is dynamic."""
+    dynamic = {name: {0: contract.BATCH}}
+    return trace.trace(graph, {name: example}, dynamic=dynamic, output_names=output_names)
+
+
+def gate_images(plan: Plan, spec: ImageSpec, count: int) -> Array:
+    """Images that engines are compared on, uint8 (N, H, W, 3); in fp8 calibration images follow."""
+    if plan.scheme == "fp8":
+        return calibration.pictures(plan.calibration, spec)
+    return calibration.images(count, spec.height, spec.width)
+
+
+def calibration_batches(pictures: Array, spec: ImageSpec, size: int) -> list[Tensor]:
+    """Normalised batches of at most `size` images."""
+    return [
+        torch.from_numpy(normalize(pictures[start : start + size], spec))
+        for start in range(0, len(pictures), size)
+    ]
+
+
+def ranges_of(plan: Plan) -> Ranges | None:
+    """A new range finder for one module's inputs; None to use the largest magnitudes."""
+    return ModelOptRanges() if plan.calibrator == "modelopt" else None
+
+
+def measure_faithful(
+    module: nn.Module,
+    call: Callable[[Tensor], Tensor],
+    batches: Sequence[Tensor],
+    scheme: Scheme,
+    ranges: Ranges | None = None,
+) -> Measured:
+    """Measures a component's linear layers; in fp8 excludes more until all of it is faithful.
+
+    Args:
+        module: in float32, each parameter in a storage of its own.
+        call: runs the component on a batch.
+        batches: calibration inputs; faithfulness is judged on the first.
+        scheme: quantisation of the layers.
+        ranges: range finder for fp8; None uses the largest magnitudes.
+    """
+    exact, measured = measure_layers(module, lambda: [call(x) for x in batches], scheme, ranges)
+    if scheme == "fp8":
+        least = MIN_COSINE[scheme] + _MARGIN
+        exclude_layers(module, partial(call, batches[0]), exact[0], measured, least)
+    return measured
+
+
+def run_measured(
+    module: nn.Module,
+    run: Callable[[], Tensor],
+    scheme: Scheme | None,
+    measured: Measured,
+    prefix: str,
+    ranges: Ranges | None = None,
+) -> Tensor:
+    """Returns the result of `run`; adds the module's layers to `measured` if there is a scheme."""
+    if scheme is None:
+        with torch.inference_mode():
+            return run()
+    result, found = measure_layers(module, run, scheme, ranges)
+    measured.add(found, prefix)
+    return result
+
+
+def load_module(module: nn.Module, source: WeightSource, prefix: str) -> Any:
+    """Loads a module that was made on the meta device: float32, on the CPU, without gradients."""
+    tensors = {name: _own_storage(source.load(prefix + name)) for name in module.state_dict()}
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The tensor in float32; `measure_layers` tells weights apart by their storage."""
+    tensor = tensor.to(torch.float32)
+    shared = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if shared else tensor
