@@ -72,7 +72,7 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(on_rank, (port, tmp_path), nprocs=2, start_method="fork")
+    mp.start_processes(on_rank, (port, tmp_path), nprocs=2, start_method="forkserver")
     together = torch.load(tmp_path / "found.pt")
     for name, (loss, gradients) in together.items():
         expected_loss, expected = outcome(name, 0, 1)
