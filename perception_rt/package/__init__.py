@@ -1,1 +1,1 @@
-"""The engine package as a file format: what its directory holds, how it is published and read."""
+"""The file format of engine packages: manifest, files, publishing and verified reading."""

@@ -1,7 +1,7 @@
-"""What an engine graph takes and gives: every graph, input and output name is spelled here only.
+"""Names, inputs and outputs of engine graphs; each name is spelled here only.
 
 The exporter builds graphs to these records, the manifest stores them, and the runtime checks each
-call against them. No torch, no numpy: names, dtypes and shapes.
+call against them. Standard library only.
 
 Legend: N batch (dynamic), H W pixels, T tokens, D embedding channels, C width, V vocabulary;
 L logit positions, K key and value heads, S cache slots, E channels per head.
@@ -20,9 +20,9 @@ PIXELS = "pixels"  # the same from already normalised float pixels
 FEATURES = "features"  # uint8 images -> one output per tapped block, no final norm
 TEXT = "text"  # token ids -> text features, not normalised
 
-# Graphs of a Perception Language Model package; `vision` and `pixels` are there too, for tiles. The
-# decoder is cut into parts of whole layers, so that no more than one need be in memory to check it;
-# the first takes what `embed` returns, each other one the hidden state of the part before it.
+# Graphs of a Perception Language Model package, beside `vision` and `pixels` for tiles. The decoder
+# is cut into parts of whole layers, so that an export has only one part in memory at a time. The
+# first part takes the output of `embed`, each later one the hidden state of the part before it.
 EMBED = "embed"  # token ids -> hidden
 DECODER = "decoder_"  # hidden, cache -> hidden, or logits from the last part; see `decoder_part`
 
@@ -31,10 +31,8 @@ IMAGES_U8 = "images"  # uint8 (N, H, W, 3), RGB
 PIXELS_F32 = "pixels"  # float32 (N, 3, H, W), normalised
 TOKENS = "tokens"  # int64 (N, T)
 HIDDEN = "hidden"  # float32 (N, T, C)
-PAST_LENGTHS = (
-    "past_lengths"  # int32 (N,): tokens already in the cache; with any there, T or N is 1
-)
-LOGIT_POSITIONS = "logit_positions"  # int64 (N, L): which of the T tokens to predict from
+PAST_LENGTHS = "past_lengths"  # int32 (N,): tokens already in the cache; unless all 0, T or N is 1
+LOGIT_POSITIONS = "logit_positions"  # int64 (N, L): indices of the tokens to predict from
 
 # Outputs.
 EMBEDDING = "embedding"  # float32 (N, D) of a pooled tower, or (N, T, C) of a tower without pool
@@ -43,7 +41,8 @@ TEXT_EMBEDDING = "text_embedding"  # float32 (N, D)
 IMAGE_FEATURES = "image_features"  # float32 (N, image tokens per tile, C of the decoder)
 HIDDEN_OUT = "next_hidden"  # float32 (N, T, C)
 LOGITS = "logits"  # float32 (N, L, V)
-# Of engines on a GPU, where a row of logits is long to fetch: the likeliest token but the image's.
+# Engines on a GPU also return the likeliest token except the image token: copying a row of logits
+# to the host takes long.
 TOP_LOGIT = "top_logit"  # float32 (N, L)
 TOP_ID = "top_id"  # int64 (N, L)
 
@@ -53,10 +52,10 @@ LENGTH = "length"  # T of a decoder
 SLOTS = "slots"  # S
 POSITIONS = "positions"  # L
 
-# What a decoder is given at most of a prompt at once; engines are built for it.
-CHUNK_TOKENS = 128
-ENGINE_SEQUENCES = 8  # for as many sequences that have one token each in a call
-ENGINE_POSITIONS = 9  # and to predict from as many tokens of one: what was guessed, and one more
+# Largest call of a decoder; engines are built for these sizes.
+CHUNK_TOKENS = 128  # prompt tokens of one sequence
+ENGINE_SEQUENCES = 8  # sequences with one token each
+ENGINE_POSITIONS = 9  # logit positions of one sequence: guessed tokens and one more
 
 DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
 
@@ -77,25 +76,25 @@ def decoder_part(index: int) -> str:
 
 
 def key_cache(layer: int) -> str:
-    """Keys of a decoder layer, float32 or float16 (N, K, S, E): read, and written in place.
+    """Input name of a decoder layer's keys, float32 or float16 (N, K, S, E).
 
-    The graph's output `updated(name)` must be bound to the same memory as the input.
+    They are written in place: the output `updated(name)` must be bound to the input's memory.
     """
     return f"{_KEYS}{layer}"
 
 
 def value_cache(layer: int) -> str:
-    """Values of a decoder layer; see `key_cache`."""
+    """Input name of a decoder layer's values; see `key_cache`."""
     return f"{_VALUES}{layer}"
 
 
 def is_cache(name: str) -> bool:
-    """Whether an input has keys or values."""
+    """Whether an input holds keys or values."""
     return name.startswith((_KEYS, _VALUES))
 
 
 def updated(cache: str) -> str:
-    """Name of the output that is the cache input `cache` after a call."""
+    """Output name of the cache input `cache` after a call."""
     return f"{cache}_out"
 
 

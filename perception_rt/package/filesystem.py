@@ -1,7 +1,7 @@
-"""The system calls that change a disk while a package is made, as methods of one object.
+"""System calls that change the disk while a package is written, as methods of one object.
 
-`Stage` makes every change through it, so that a test can pass one that counts, fails or stops at
-the n-th call. It knows nothing of packages. POSIX only.
+`Stage` makes every change through it, so that a test can pass an object that counts calls, or fails
+or stops at the n-th one. POSIX only.
 """
 
 import ctypes
@@ -16,20 +16,21 @@ _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class FileSystem:
-    """The real file system. Every method raises OSError as the call it stands for."""
+    """The real file system. Every method raises the OSError of the system call behind it."""
 
     def mkdir(self, path: Path) -> None:
-        """Makes a directory that does not exist."""
+        """Creates a directory; fails if the path exists."""
         path.mkdir()
 
     def create(self, path: Path) -> int:
-        """Opens a file that does not exist for writing; returns its descriptor."""
+        """Creates a file, opened for writing, and returns its descriptor; fails if it exists."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def lock(self, path: Path) -> int:
-        """Locks a file, made if it is not there, until the descriptor that this returns is closed.
+        """Locks a file, creating it if missing; the lock lasts until the descriptor is closed.
 
-        BlockingIOError if it is locked already, by whichever process.
+        Raises:
+            BlockingIOError: a process holds the lock already.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -40,7 +41,7 @@ class FileSystem:
         return fd
 
     def write(self, fd: int, buffer: memoryview) -> int:
-        """Writes some of `buffer`; returns how many bytes."""
+        """Writes the first bytes of `buffer` and returns their number."""
         return os.write(fd, buffer)
 
     def chmod(self, fd: int, mode: int) -> None:
@@ -48,7 +49,7 @@ class FileSystem:
         os.fchmod(fd, mode)
 
     def fsync(self, fd: int) -> None:
-        """Returns when an open file's bytes and metadata are on the disk."""
+        """Waits until an open file's bytes and metadata are on the disk."""
         os.fsync(fd)
 
     def close(self, fd: int) -> None:
@@ -56,7 +57,7 @@ class FileSystem:
         os.close(fd)
 
     def fsync_directory(self, path: Path) -> None:
-        """Returns when the names in a directory are on the disk."""
+        """Waits until the names in a directory are on the disk."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -64,11 +65,11 @@ class FileSystem:
             os.close(fd)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Renames a directory; fails if `target` is a file or a directory that is not empty."""
+        """Renames a directory; fails if `target` is a file or a non-empty directory."""
         source.rename(target)
 
     def exchange(self, first: Path, second: Path) -> bool:
-        """Swaps two directories atomically; False where the kernel or file system cannot."""
+        """Swaps two directories atomically; returns False where the system cannot."""
         call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if call is None:
             return False
@@ -88,7 +89,7 @@ class FileSystem:
         raise OSError(code, os.strerror(code))
 
     def unlink(self, path: Path) -> None:
-        """Removes a file if it is there."""
+        """Removes a file if it exists."""
         path.unlink(missing_ok=True)
 
     def rmdir(self, path: Path) -> None:
@@ -96,7 +97,7 @@ class FileSystem:
         path.rmdir()
 
     def remove_tree(self, path: Path) -> None:
-        """Removes a directory and all in it, if it is there; follows no link."""
+        """Removes a directory and its contents if it exists; follows no link."""
         try:
             with os.scandir(path) as entries:
                 listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]

@@ -1,7 +1,7 @@
-"""`manifest.json`, schema 1: what a package is, what was measured on it, and a digest of both.
+"""`manifest.json`, schema 1: content of a package, measurements on it, and a digest of both.
 
-The bytes are canonical, so every changed bit is either not canonical or a digest mismatch.
-`parse` checks everything and raises only PackageError; it knows nothing of files on a disk.
+The bytes are canonical, so any changed bit breaks the canonical form or a digest. `parse` checks
+everything, opens no file and raises only PackageError.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ _MAX_PATH = 128
 _MAX_SEGMENTS = 3
 _SEGMENT = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 _HEX = re.compile(r"[0-9a-f]{64}")
-# A string may lack its closing quote: the JSON parser reports that, the depth scan only counts.
+# A string may lack its closing quote: this scan only counts depth, the JSON parser reports it.
 _STRINGS_AND_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """One file: the lower-case hexadecimal SHA-256 of its bytes, and how many there are."""
+    """Lower-case hexadecimal SHA-256 and size of one file."""
 
     sha256: str
     size_bytes: int
@@ -54,7 +54,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What the engine was built for: backend, precision, and the backend's own options."""
+    """Backend, precision and backend-specific options of an export."""
 
     backend: str
     precision: str
@@ -81,18 +81,18 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What the package is. Two exports of the same inputs have equal contents, hence one id.
+    """Content of a package. Two exports of the same inputs have equal contents, hence one id.
 
     Attributes:
-        name: the model's name, 1 to 128 printable characters.
+        name: model name, 1 to 128 printable characters.
         family: name of a record in `families.FAMILIES`.
-        architecture: the resolved configuration, `PeConfig.to_dict()`.
+        architecture: resolved configuration, `to_dict()` of the family's configuration class.
         target: backend, precision and options.
         image: parameters of image preprocessing.
-        text: parameters of the tokenizer, or None for a package without text.
-        graphs: the engine graphs by name.
-        files: every file but the manifest, by relative POSIX path.
-        weights: where the weights come from; scalar values only.
+        text: parameters of the tokenizer; None for a package without text.
+        graphs: engine graphs by name.
+        files: every file except the manifest, by relative POSIX path.
+        weights: provenance of the weights, scalars only.
         versions: versions of the software that made the package.
     """
 
@@ -130,7 +130,7 @@ class Content:
 
     @classmethod
     def from_dict(cls, data: Any, limits: Limits = DEFAULT_LIMITS) -> Self:
-        """Strict inverse of `to_dict`; PackageError names what is wrong."""
+        """Strict inverse of `to_dict`; PackageError names the offending field."""
         content = _object(data, "content", _CONTENT_FIELDS)
         family = _label(content["family"], "content.family")
         if family not in FAMILIES:
@@ -170,7 +170,14 @@ _CONTENT_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A valid manifest: `id` is the digest of `content`, `digest` that of everything."""
+    """A valid manifest.
+
+    Attributes:
+        id: digest of `content`, which identifies the package.
+        content: content of the package.
+        record: measurements made during the export; not part of the id.
+        digest: digest of all the above and the schema.
+    """
 
     id: str
     content: Content
@@ -179,11 +186,14 @@ class Manifest:
 
     @classmethod
     def create(cls, content: Content, *, record: Mapping[str, Any]) -> Self:
-        """Computes id and digest; PackageError if a reader would refuse the result.
+        """Computes id and digest.
 
         Args:
-            content: what the package is.
-            record: what was measured on it (fidelity, latency, host); any JSON object.
+            content: content of the package.
+            record: measurements (fidelity, latency, host), any JSON object.
+
+        Raises:
+            PackageError: a reader would refuse the result.
         """
         body = {
             "schema": SCHEMA,
@@ -191,7 +201,7 @@ class Manifest:
             "content": content.to_dict(),
             "record": dict(record),
         }
-        # Through bytes, so that what is returned equals what a reader will see.
+        # Through bytes, so that the result equals what a reader parses.
         return cls._from_bytes(canonical_json(body | {"digest": _digest(body)}), DEFAULT_LIMITS)
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,7 +215,7 @@ class Manifest:
         }
 
     def to_bytes(self) -> bytes:
-        """The one serialisation of this manifest."""
+        """The canonical bytes of this manifest."""
         return canonical_json(self.to_dict())
 
     @classmethod
@@ -238,19 +248,19 @@ class Manifest:
 
 
 def parse(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Manifest:
-    """The manifest in `data`.
+    """Parses and checks a manifest.
 
     Raises:
-        PackageError: and nothing else, whatever the bytes are.
+        PackageError: the bytes are not a valid manifest; no bytes raise any other error.
     """
     return Manifest._from_bytes(data, limits)
 
 
 def canonical_json(value: Any) -> bytes:
-    """Sorted keys, two spaces of indent, ASCII, a newline at the end.
+    """Serialises a value as ASCII JSON with sorted keys, indent 2 and a final newline.
 
     Raises:
-        PackageError: `value` holds something that JSON cannot carry there and back.
+        PackageError: JSON cannot represent a part of `value`.
     """
     try:
         _check_value(value)
@@ -269,7 +279,7 @@ def _check_digest(value: Any, where: str) -> str:
 
 
 def check_path(path: str) -> None:
-    """PackageError unless `path` names a file inside a package, on every file system."""
+    """PackageError unless `path` is a valid path of a package file on every file system."""
     segments = path.split("/")
     if (
         len(path) > _MAX_PATH
@@ -284,9 +294,9 @@ def check_path(path: str) -> None:
 
 
 def _check_paths(paths: Iterable[str]) -> None:
-    """PackageError unless all are paths of a package, and distinct where case is ignored.
+    """PackageError unless all paths are valid, and distinct if case is ignored.
 
-    A file that is also a folder of another file, or a folder in two spellings, is a conflict.
+    A file that is also another file's folder, or a folder in two spellings, is a conflict.
     """
     seen: dict[str, str] = {}
     for path in paths:
@@ -300,7 +310,7 @@ def _check_paths(paths: Iterable[str]) -> None:
 
 
 def _decode(data: bytes, limits: Limits) -> Any:
-    """JSON values of ASCII bytes; size and depth are checked before the JSON parser runs."""
+    """Parses ASCII JSON; checks size and depth before the JSON parser runs."""
     if len(data) > limits.manifest_bytes:
         raise PackageError(
             f"manifest: {len(data)} bytes are more than the limit of {limits.manifest_bytes}"
@@ -339,7 +349,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_int(text: str) -> int:
-    if len(text) > 20:  # before int(), whose time grows with the square of the length
+    if len(text) > 20:  # the time of int() grows with the square of the length
         raise PackageError(f"manifest: the integer {text:.20}... is outside 64 bits")
     return int(text)
 
@@ -384,7 +394,7 @@ def _digest(value: Any) -> str:
 
 
 def _object(value: Any, where: str, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """`value` if it is an object, with exactly `keys` where they are given."""
+    """Returns `value` if it is an object, with exactly `keys` unless these are None."""
     if not isinstance(value, dict):
         raise PackageError(f"manifest: {where} must be an object")
     if keys is None:

@@ -1,9 +1,8 @@
-"""Reads from the bytes of an ONNX model what decides whether it may be loaded, without onnx.
+"""Checks the bytes of an ONNX model before they are loaded, without the onnx library.
 
-A reader of the protobuf wire format for the few fields that matter: operators with their integer
-attributes, opsets, the names of inputs and outputs, and every reference to data outside the model.
-What two parsers could read differently (a singular field twice, a wrong wire type) is refused, not
-interpreted.
+Reads the few protobuf fields that matter: operators with their integer attributes, opsets, names of
+inputs and outputs, and every reference to data outside the model. Encodings that two parsers could
+read differently (a singular field twice, a wrong wire type) are refused.
 """
 
 import math
@@ -22,7 +21,7 @@ _EXTERNAL = 1  # TensorProto.DataLocation
 _EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 
-# Values of TensorProto.DataType by bits per element; types that cannot be external are left out.
+# Values of TensorProto.DataType by bits per element, without types that cannot be external.
 _TYPES_BY_BITS = {
     2: (25, 26),
     4: (21, 22, 23),
@@ -34,7 +33,7 @@ _TYPES_BY_BITS = {
 }
 _ELEMENT_BITS = {kind: bits for bits, kinds in _TYPES_BY_BITS.items() for kind in kinds}
 
-# The wire types of the fields that are read, by message; `dims` may also come packed.
+# Wire types of the fields that are read, by message; None where `dims` may come packed or not.
 _MODEL = {7: _LEN, 8: _LEN, 20: _LEN, 25: _LEN}
 _GRAPH = {1: _LEN, 5: _LEN, 11: _LEN, 12: _LEN, 15: _LEN}
 _FUNCTION = {7: _LEN, 11: _LEN}
@@ -52,10 +51,10 @@ class ExternalTensor:
     """A tensor whose elements are in another file.
 
     Attributes:
-        name: as operators refer to it.
-        kind: the value of TensorProto.DataType.
-        shape: sizes.
-        entries: what the model says of where the elements are.
+        name: name of the tensor in the model.
+        kind: value of TensorProto.DataType.
+        shape: sizes of the dimensions.
+        entries: the tensor's external data entries, such as location, offset and length.
     """
 
     name: str
@@ -65,21 +64,21 @@ class ExternalTensor:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that the elements take."""
+        """Size of the elements in bytes."""
         return (math.prod(self.shape) * _ELEMENT_BITS[self.kind] + 7) // 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphScan:
-    """What a model refers to, subgraphs and functions included.
+    """Operators, tensors and names of a model, including its subgraphs and functions.
 
     Attributes:
-        opsets: (domain, version) of every opset import of the model.
-        nodes: (op_type, domain) of every node; the default domain is "".
-        integers: the integer attributes of each of `nodes` by name, as unsigned 64-bit values.
-        externals: every tensor with data outside the model.
-        inputs: names of the main graph's inputs, in order.
-        outputs: names of the main graph's outputs, in order.
+        opsets: (domain, version) of each opset import.
+        nodes: (op_type, domain) of each node; the default domain is "".
+        integers: integer attributes of each of `nodes` by name, as unsigned 64-bit values.
+        externals: all tensors with data outside the model.
+        inputs: input names of the main graph, in order.
+        outputs: output names of the main graph, in order.
     """
 
     opsets: tuple[tuple[str, int], ...]
@@ -91,7 +90,7 @@ class GraphScan:
 
 
 def scan_graph(data: bytes) -> GraphScan:
-    """Lists what the ONNX model in `data` refers to.
+    """Lists operators, tensors and names of the ONNX model in `data`.
 
     Raises:
         PackageError: `data` is not an ONNX model, or is ambiguous.
@@ -130,13 +129,13 @@ def check_graph(
     *,
     domains: frozenset[str] | None,
 ) -> None:
-    """Refuses a model that could read outside the package or is not what `spec` says.
+    """Refuses a model that could read outside the package or does not match `spec`.
 
     Args:
-        data: the ONNX model.
-        spec: its record in the manifest.
-        files: the files of the package.
-        domains: operator domains that may occur ("" is ONNX's own); None allows all.
+        data: bytes of the ONNX model.
+        spec: the graph's record in the manifest.
+        files: files of the package.
+        domains: allowed operator domains ("" is ONNX's own); None allows all.
 
     Raises:
         PackageError: names the first operator, tensor or name that is wrong.
@@ -160,7 +159,7 @@ def check_graph(
                 f"graph {spec.file!r}: {what} are {list(found)!a:.200}, not {list(names)!a:.200}"
             )
     if scan.externals and "/" in spec.file:
-        # A location is relative to the model's folder: only there it equals the path in `files`.
+        # A location is relative to the model's folder, so only at the top it is a path in `files`.
         raise PackageError(f"graph {spec.file!r}: with external data it must be at the top level")
     _check_overlaps([_external_range(t, spec, files) for t in scan.externals], spec.file)
 
@@ -193,7 +192,7 @@ def _external_range(
 
 
 def _check_overlaps(ranges: list[tuple[str, int, int]], file: str) -> None:
-    """PackageError where two ranges share bytes and are not the same range."""
+    """PackageError if two different ranges share bytes."""
     reached: dict[str, int] = {}
     for location, start, end in sorted(set(ranges)):
         if start < end and start < reached.get(location, 0):
@@ -216,7 +215,7 @@ class _Walk:
     externals: list[ExternalTensor] = field(default_factory=list)
 
     def graph(self, view: memoryview, depth: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Walks one graph; returns the names of its inputs and outputs."""
+        """Walks one graph; returns its input and output names."""
         if depth > _MAX_DEPTH:
             raise PackageError(f"ONNX model: more than {_MAX_DEPTH} graphs inside each other")
         graph = _Message(view, "graph", _GRAPH)
@@ -232,17 +231,17 @@ class _Walk:
             node = _Message(view, "node", _NODE)
             self.nodes.append((node.text(4), _domain(node, 7)))
             integers: dict[str, int] = {}
-            self.integers.append(integers)  # before those of nodes inside of this one
+            self.integers.append(integers)  # before the nodes of subgraphs, as in `nodes`
             for view in node.messages(5):
                 attribute = self.attribute(view, depth)
                 if 3 in attribute.fields:
                     integers[attribute.text(1)] = attribute.integer(3)
 
     def attribute(self, view: memoryview, depth: int) -> "_Message":
-        """Walks what an attribute holds; returns the attribute."""
+        """Walks the tensors and graphs of an attribute; returns the attribute."""
         attribute = _Message(view, "attribute", _ATTRIBUTE)
         for number in (5, 6, 22):
-            attribute.one(number)  # not twice
+            attribute.one(number)  # refuses a repeated field
         for tensor in attribute.messages(5) + attribute.messages(10):
             self.tensor(tensor)
         for sparse in attribute.messages(22) + attribute.messages(23):
@@ -280,7 +279,7 @@ class _Walk:
 
 
 def _shape(tensor: "_Message", name: str) -> tuple[int, ...]:
-    """The dims of a tensor of a type that has a size."""
+    """Shape of a tensor; PackageError if its type has no size."""
     dims: list[int] = []
     for value in tensor.fields.get(1, []):
         if isinstance(value, int):
@@ -301,13 +300,13 @@ def _value_names(views: list[memoryview]) -> tuple[str, ...]:
 
 
 def _domain(message: "_Message", number: int = 1) -> str:
-    """A domain field; "ai.onnx" is another spelling of the default domain."""
+    """Value of a domain field; "ai.onnx" is another spelling of the default domain."""
     domain = message.text(number)
     return "" if domain == "ai.onnx" else domain
 
 
 class _Message:
-    """The wanted fields of one protobuf message; all others are skipped."""
+    """The wanted fields of one protobuf message; other fields are skipped."""
 
     __slots__ = ("fields", "kind")
 
@@ -322,17 +321,17 @@ class _Message:
             self.fields.setdefault(number, []).append(value)
 
     def messages(self, number: int) -> list[memoryview]:
-        """All values of a length-delimited field."""
+        """Values of a length-delimited field."""
         return [v for v in self.fields.get(number, []) if isinstance(v, memoryview)]
 
     def one(self, number: int) -> memoryview | None:
-        """The value of a singular length-delimited field, None if it is not there."""
+        """Value of a singular length-delimited field; None if it is absent."""
         self._refuse_repeats(number)
         values = self.messages(number)
         return values[0] if values else None
 
     def text(self, number: int) -> str:
-        """The value of a string field, "" if it is not there."""
+        """Value of a string field; "" if it is absent."""
         view = self.one(number)
         try:
             return "" if view is None else str(view, "utf-8")
@@ -340,10 +339,10 @@ class _Message:
             raise PackageError(f"ONNX model: {self.kind} field {number} is not UTF-8") from None
 
     def integer(self, number: int) -> int:
-        """The value of an integer field, 0 if it is not there."""
+        """Value of an integer field; 0 if it is absent."""
         self._refuse_repeats(number)
         value = self.fields.get(number, [0])[0]
-        assert isinstance(value, int)  # by the wire types above
+        assert isinstance(value, int)  # the wire types above ensure it
         return value
 
     def _refuse_repeats(self, number: int) -> None:
@@ -365,7 +364,7 @@ def _read_fields(view: memoryview) -> Iterator[tuple[int, int, int | memoryview]
             if wire == _LEN:
                 size, position = _varint(view, position)
             if size > len(view) - position:
-                raise PackageError("ONNX model: a field is longer than what contains it")
+                raise PackageError("ONNX model: a field is longer than the message around it")
             value = view[position : position + size]
             position += size
         else:
@@ -376,7 +375,7 @@ def _read_fields(view: memoryview) -> Iterator[tuple[int, int, int | memoryview]
 
 
 def _varint(view: memoryview, position: int) -> tuple[int, int]:
-    """The variable-length integer at `position` (64 bits), and the position after it."""
+    """Reads the variable-length 64-bit integer at `position`; returns it and the end position."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(view):

@@ -1,8 +1,8 @@
-"""Opens and verifies packages: nothing is handed out that was not hashed, and nothing changes.
+"""Opens packages and returns only bytes whose hash matches the manifest.
 
-All files are opened once, below a directory descriptor and following no link, and stay open; bytes
-are hashed through the descriptor that they are read from. So a package that is replaced or removed
-does not disturb its readers. It knows no backend; graphs in ONNX are scanned.
+All files are opened once, below a directory descriptor and without following links, and stay open.
+Bytes are hashed through the descriptor that they are read from, so replacing or removing a package
+does not disturb its readers. ONNX graphs are scanned before they are returned.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TypeVar
 
 from perception_rt.errors import PackageError
@@ -28,11 +27,14 @@ _T = TypeVar("_T")
 
 _BLOCK = 1024 * 1024
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_OPEN_ATTEMPTS = 64  # of a reader whose package is being replaced
+_OPEN_ATTEMPTS = 64  # while the package is being replaced
 
 
 class Package:
-    """An open package; `open_package` makes it. Safe in several threads, except for `close`."""
+    """An open package, made by `open_package`.
+
+    Several threads may use it, but not while one calls `close`.
+    """
 
     def __init__(self, manifest: Manifest, fds: Mapping[str, int], shown: str) -> None:
         self.manifest = manifest
@@ -48,7 +50,7 @@ class Package:
         return self.manifest.content.name
 
     def graph(self, name: str) -> GraphSpec:
-        """The record of the graph `name`; PackageError if the package has none."""
+        """Specification of the graph `name`; PackageError if there is none."""
         graphs = self.manifest.content.graphs
         if name not in graphs:
             raise PackageError(f"{self._shown}: no graph {name!a:.80}, there are {sorted(graphs)}")
@@ -58,7 +60,7 @@ class Package:
         """The bytes of a small file, hashed at each call.
 
         Raises:
-            PackageError: no such file in the manifest, or its bytes are not what that says.
+            PackageError: the manifest lists no such file, or its hash does not match.
         """
         fd, entry = self._listed(file)
         data = b"".join(_blocks(fd, entry.size_bytes))
@@ -87,10 +89,10 @@ class Package:
     def map(self, file: str) -> memoryview:
         """The bytes of a file as a read-only mapping, hashed at the first call only.
 
-        What refers to the mapping, as an array over it does, may outlive the package.
+        Arrays over the mapping may outlive the package.
 
         Raises:
-            PackageError: no such file in the manifest, or its bytes are not what that says.
+            PackageError: the manifest lists no such file, or its hash does not match.
         """
         fd, entry = self._listed(file)
         with self._lock:
@@ -103,17 +105,17 @@ class Package:
             return self._maps[file]
 
     def release(self, file: str) -> None:
-        """Gives the memory of a mapping back; what is read again comes from the file again."""
+        """Releases the resident pages of a mapping; later reads load them from the file again."""
         with self._lock:
             view = self._maps.get(file)
             if view is not None and isinstance(view.obj, mmap.mmap):
                 view.obj.madvise(mmap.MADV_DONTNEED)
 
     def verify(self) -> None:
-        """Hashes every file that was not hashed yet, several at a time.
+        """Hashes all files that were not hashed yet, several at a time.
 
         Raises:
-            PackageError: names a file whose bytes are not what the manifest says.
+            PackageError: names a file whose hash does not match.
         """
         files = self.manifest.content.files
         with self._lock, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -121,10 +123,10 @@ class Package:
                 set(files) - self._verified, key=lambda file: files[file].size_bytes, reverse=True
             )
             for _ in pool.map(self._verify, pending):
-                pass  # a result is fetched for its exception
+                pass  # raises the exception of a failed call
 
     def close(self) -> None:
-        """Closes the files. Mappings that are in use stay valid."""
+        """Closes the files; mappings that are in use stay valid."""
         fds, self._fds = self._fds, {}
         self._maps.clear()
         for fd in fds.values():
@@ -133,12 +135,7 @@ class Package:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -168,16 +165,16 @@ class Package:
 def open_package(
     path: str | os.PathLike[str], *, expect: str | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> Package:
-    """Opens a package and checks everything but the bytes of its files, which `Package` does.
+    """Opens a package and checks everything except file contents, which `Package` checks on use.
 
     Args:
         path: the package directory.
-        expect: the id that the package must have, `sha256:...`; None accepts any. A manifest
-            beside the files shows damage; only an id from elsewhere shows deliberate exchange.
+        expect: required package id, `sha256:...`; None accepts any. The manifest in the package
+            shows damage; only an id from elsewhere shows a deliberate exchange.
         limits: bounds on the manifest and the number of files.
 
     Raises:
-        PackageError: there is no package, or it is incomplete, unsafe or of another id.
+        PackageError: there is no package, it is incomplete or unsafe, or has another id.
     """
     shown = os.fspath(path)
     return _in_directory(shown, lambda fd: _open_files(fd, shown, expect, limits))
@@ -187,7 +184,7 @@ def verify_package(path: str | os.PathLike[str], *, expect: str | None = None) -
     """Opens a package, hashes every file and scans every graph; returns the manifest.
 
     Raises:
-        PackageError: the package is damaged, incomplete, unsafe or of another id.
+        PackageError: the package is damaged, incomplete or unsafe, or has another id.
     """
     with open_package(path, expect=expect) as package:
         package.verify()
@@ -198,10 +195,10 @@ def verify_package(path: str | os.PathLike[str], *, expect: str | None = None) -
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a package that holds no file but its own; the files may be damaged.
+    """The manifest of a package, without a look at file contents.
 
     Raises:
-        PackageError: there is no package, or something in it is not its own.
+        PackageError: there is no package, or the directory holds a file that is not listed.
     """
     shown = os.fspath(path)
 
@@ -215,10 +212,10 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def _in_directory(shown: str, action: Callable[[int], _T]) -> _T:
-    """What `action` returns for a descriptor of the directory.
+    """Returns `action(descriptor of the directory)`.
 
-    While a package is replaced, the old one vanishes under whoever just opened it. So a failure
-    counts only if the directory still has its name.
+    A package that is replaced meanwhile vanishes while `action` runs. So a failure counts only if
+    the path still names the open directory; otherwise `action` runs on the new one.
     """
     for _ in range(_OPEN_ATTEMPTS):
         directory = _open_directory(shown)
@@ -229,7 +226,7 @@ def _in_directory(shown: str, action: Callable[[int], _T]) -> _T:
                 raise
         finally:
             os.close(directory)
-    raise PackageError(f"{shown}: is replaced all the time")
+    raise PackageError(f"{shown}: was replaced during each of {_OPEN_ATTEMPTS} attempts to open it")
 
 
 def _open_directory(shown: str) -> int:
@@ -275,7 +272,7 @@ def _load_manifest(directory: int, shown: str, limits: Limits) -> Manifest:
 def _open_folders(
     directory: int, manifest: Manifest, shown: str, stack: ExitStack
 ) -> dict[str, int]:
-    """Opens the folders of a package, refusing any entry that the manifest does not imply."""
+    """Opens the folders of a package; refuses any entry that the manifest does not imply."""
     files = manifest.content.files
     splits = [path.split("/") for path in files]
     folders = {"": directory}
@@ -297,10 +294,10 @@ def _open_folders(
 
 
 def _open_file(folders: Mapping[str, int], path: str, shown: str) -> int:
-    """Opens a regular file with one name; follows no link and does not wait for a pipe."""
+    """Opens a regular file that has one name; follows no link and does not block on a pipe."""
     folder, _, name = path.rpartition("/")
     try:
-        # Looked at first because opening some devices is an action.
+        # Checked before opening: merely opening some devices has an effect.
         info = os.stat(name, dir_fd=folders[folder], follow_symlinks=False)
         if stat.S_ISREG(info.st_mode):
             fd = os.open(name, _READ_FLAGS, dir_fd=folders[folder])

@@ -1,8 +1,7 @@
-"""Makes packages: `Stage` collects files beside the destination and publishes them by one rename.
+"""Writes packages: `Stage` collects files beside the destination and publishes them by one rename.
 
-At every moment the destination is absent, the old package or the new one; what a crash leaves
-behind is found and removed by the next stage. It does not know what a graph or a weight means.
-`perception_rt.package.reader` opens what this publishes.
+At every moment the destination is absent, the old package or the new one. The next stage removes
+what a crash left behind. `perception_rt.package.reader` opens published packages.
 """
 
 import errno
@@ -13,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Self
 
 from perception_rt.errors import ExportError, InputError, PackageError
@@ -24,12 +23,12 @@ from perception_rt.package.reader import read_manifest
 from perception_rt.targets import ONNX
 
 _BLOCK = 1024 * 1024
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a rename onto what exists
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # errors of a rename onto a used path
 _LOCK_ATTEMPTS = 16
 
 
 class StageWriter:
-    """Writes and hashes one staged file; `Stage.open_write` makes it."""
+    """Writes and hashes one staged file; made by `Stage.open_write`."""
 
     def __init__(self, fs: FileSystem, fd: int, path: str) -> None:
         self._fs = fs
@@ -40,20 +39,20 @@ class StageWriter:
 
     @property
     def entry(self) -> FileEntry:
-        """Digest and size of what was written so far."""
+        """Digest and size of the bytes written so far."""
         return FileEntry(sha256=self._hash.hexdigest(), size_bytes=self._size_bytes)
 
     def write(self, buffer: bytes | bytearray | memoryview) -> None:
         """Appends a contiguous buffer, in blocks of 1 MiB.
 
         Raises:
-            ExportError: the disk refused; names the file and the bytes that it took.
+            ExportError: the write failed; names the file and the number of bytes written.
             InputError: the buffer is not contiguous.
         """
         view = memoryview(buffer)
         if not view.c_contiguous:
             raise InputError(f"{self._path}: only contiguous buffers can be written")
-        if not view.nbytes:  # which cannot be cast
+        if not view.nbytes:  # an empty view cannot be cast
             return
         view = view.cast("B")
         for start in range(0, len(view), _BLOCK):
@@ -74,7 +73,7 @@ class StageWriter:
             self._fs.close(fd)
 
     def abort(self) -> None:
-        """Closes the file, if it is open."""
+        """Closes the file if it is open."""
         fd, self._fd = self._fd, None
         if fd is not None:
             with suppress(OSError):
@@ -82,7 +81,7 @@ class StageWriter:
 
     @contextmanager
     def _reporting(self) -> Iterator[int]:
-        """The descriptor, while system errors become ExportError."""
+        """Yields the descriptor and turns system errors into ExportError."""
         if self._fd is None:
             raise ExportError(f"{self._path} is closed")
         try:
@@ -94,10 +93,10 @@ class StageWriter:
 
 
 class Stage:
-    """A package in the making: a hidden directory beside its destination.
+    """A package that is being written, in a hidden directory beside its destination.
 
-    Use as a context manager: what was not published when the block ends is removed. Other
-    processes know that it is alive by the lock on the file beside it.
+    Use it as a context manager: if nothing was published when the block ends, the directory is
+    removed. A lock on a file beside it shows other processes that the stage is in use.
     """
 
     def __init__(
@@ -116,16 +115,16 @@ class Stage:
     def create(
         cls, dest: str | os.PathLike[str], *, force: bool = False, fs: FileSystem | None = None
     ) -> "Stage":
-        """Starts a package to be published as `dest`; removes remains of crashed stages first.
+        """Starts a package for the destination `dest`; removes remains of crashed stages first.
 
         Args:
-            dest: the package directory to be; its parent must exist.
-            force: replace the package that is there, if one is.
-            fs: makes all changes to the disk; None stands for the real file system.
+            dest: package directory to publish; its parent must exist.
+            force: whether to replace an existing package.
+            fs: object that makes all changes to the disk; None for the real file system.
 
         Raises:
             InputError: `dest` has no name.
-            ExportError: something is in the way, or the parent cannot be written.
+            ExportError: the destination is in use, or its parent cannot be written.
         """
         fs = FileSystem() if fs is None else fs
         path = Path(dest)
@@ -149,22 +148,22 @@ class Stage:
 
     @property
     def directory(self) -> Path:
-        """Where the files are until they are published; `open_package` can open it once sealed."""
+        """Directory of the staged files; `open_package` can open it once it is sealed."""
         return self._directory
 
     @property
     def entries(self) -> Mapping[str, FileEntry]:
-        """The files staged so far, without the manifest."""
+        """Files staged so far, without the manifest."""
         return MappingProxyType(self._entries)
 
     def path(self, name: str) -> Path:
-        """Where the staged file `name` can be read back."""
+        """Path of the staged file `name`."""
         if name not in self._entries:
             raise ExportError(f"{name!a:.80} was not staged")
         return self._directory / name
 
     def write(self, path: str, chunks: Iterable[bytes | bytearray | memoryview]) -> FileEntry:
-        """Stages a file made of `chunks`; raises as `open_write` does."""
+        """Stages a file with the bytes of `chunks`; raises as `open_write` does."""
         with self.open_write(path) as writer:
             for chunk in chunks:
                 writer.write(chunk)
@@ -172,11 +171,11 @@ class Stage:
 
     @contextmanager
     def open_write(self, path: str) -> Iterator[StageWriter]:
-        """A writer of the file `path`, which is durable and in `entries` when the block ends.
+        """Yields a writer of the file `path`; afterwards the file is durable and in `entries`.
 
         Raises:
-            PackageError: `path` cannot be in a package.
-            ExportError: `path` was staged before, or the disk refused.
+            PackageError: `path` is not a valid path of a package file.
+            ExportError: `path` was staged before, or the write failed.
         """
         check_path(path)
         if path in self._entries:
@@ -188,16 +187,16 @@ class Stage:
     def seal(
         self, manifest: Manifest, *, domains: Callable[[str], frozenset[str]] | None = None
     ) -> None:
-        """Checks the staged files against `manifest` and writes it. May be repeated.
+        """Checks the staged files against `manifest` and writes it; may be repeated.
 
         Args:
-            manifest: lists the staged files; a later one may carry another record.
+            manifest: manifest that lists the staged files; a later one may have another record.
             domains: returns the operator domains that ONNX graphs of a backend may use, given its
                 name; None allows all.
 
         Raises:
-            ExportError: the manifest lists other files than were staged, or the disk refused.
-            PackageError: a graph is unsafe or not what the manifest says.
+            ExportError: the manifest lists other files than were staged, or the write failed.
+            PackageError: a graph is unsafe or does not match the manifest.
         """
         if dict(manifest.content.files) != self._entries:
             raise ExportError("the manifest does not list the files that were staged")
@@ -216,11 +215,11 @@ class Stage:
         self._manifest = manifest
 
     def publish(self) -> Path:
-        """Makes the sealed package appear at the destination, and returns that.
+        """Moves the sealed package to its destination and returns that path.
 
         Raises:
             ExportError: the destination was taken meanwhile (the message says whether by the same
-                package), or the disk refused. Nothing is published unless the message says so.
+                package), or the disk failed. Nothing is published unless the message says so.
         """
         if self._manifest is None or self._lock is None:
             raise ExportError("only a sealed stage can be published, and only once")
@@ -242,15 +241,15 @@ class Stage:
                 f"{self._dest} is published, but a power failure may undo it: {_reason(error)}"
             ) from error
         finally:
-            self.discard()  # the lock, and the package that was replaced
+            self.discard()  # releases the lock and removes the replaced package
         return self._dest
 
     def discard(self) -> None:
-        """Removes what is staged; does nothing after `publish` or a second time."""
+        """Removes the staged files; does nothing after `publish` or a second time."""
         if self._lock is None:
             return
         lock, self._lock = self._lock, None
-        # Best effort: what cannot be removed now, the next stage of this destination removes.
+        # Best effort: the next stage of this destination removes what cannot be removed now.
         with suppress(OSError):
             _remove_remains(self._dest, self._directory, self._fs)
         with suppress(OSError):
@@ -259,17 +258,12 @@ class Stage:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
     @contextmanager
     def _create(self, path: str) -> Iterator[StageWriter]:
-        """A writer of a new file, which is finished, or removed if the block fails."""
+        """Yields a writer of a new file; finishes the file, or removes it if the block fails."""
         if self._lock is None:
             raise ExportError("the stage was published or discarded")
         target = self._directory / path
@@ -278,7 +272,7 @@ class Stage:
                 folder = self._directory / parent
                 if folder not in self._folders:
                     self._fs.mkdir(folder)
-                    self._folders.insert(0, folder)  # inner ones are flushed first
+                    self._folders.insert(0, folder)  # inner folders are flushed first
             writer = StageWriter(self._fs, self._fs.create(target), path)
         except OSError as error:
             raise ExportError(f"cannot write {path}: {_reason(error)}") from error
@@ -298,8 +292,8 @@ class Stage:
         _check_destination(self._dest, force=True)
         if self._fs.exchange(self._directory, self._dest):
             return
-        # Without an exchange the destination is absent for a moment. If that moment is the last,
-        # `_remove_remains` brings the old package back.
+        # Without an exchange the destination is absent for a moment. After a crash in that moment,
+        # `_remove_remains` moves the old package back.
         aside = _aside(self._directory)
         self._fs.rename(self._dest, aside)
         try:
@@ -310,13 +304,13 @@ class Stage:
 
 
 def _check_destination(dest: Path, force: bool) -> None:
-    """ExportError unless `dest` is absent or empty, or a package that may be replaced."""
+    """ExportError unless `dest` is absent, empty or a package that may be replaced."""
     if not os.path.lexists(dest):
         return
     if dest.is_symlink() or not dest.is_dir():
         raise ExportError(f"{dest} exists and is not a directory; it is not replaced")
     if not any(dest.iterdir()):
-        return  # a rename takes the place of an empty directory
+        return  # a rename replaces an empty directory
     try:
         found = read_manifest(dest)
     except PackageError as error:
@@ -326,7 +320,7 @@ def _check_destination(dest: Path, force: bool) -> None:
 
 
 def _collision(dest: Path, manifest: Manifest) -> str:
-    """Says what has taken the destination of a package with `manifest`."""
+    """Message for a destination that was taken while a package with `manifest` was written."""
     try:
         found = read_manifest(dest)
     except PackageError:
@@ -345,7 +339,7 @@ def _aside(directory: Path) -> Path:
 
 
 def _new_lock(dest: Path, fs: FileSystem) -> tuple[Path, int]:
-    """A new stage directory's path, with its lock, which is taken before the directory is made."""
+    """Path of a new stage directory and its lock, which is taken before the directory is made."""
     for _ in range(_LOCK_ATTEMPTS):
         directory = dest.with_name(f".{dest.name}.stage-{uuid.uuid4().hex}")
         with suppress(BlockingIOError):
@@ -354,17 +348,17 @@ def _new_lock(dest: Path, fs: FileSystem) -> tuple[Path, int]:
                 if os.path.samestat(os.fstat(fd), _lock_file(directory).lstat()):
                     return directory, fd
             fs.close(fd)
-        # Between making and locking it, another process took the file for remains of a crash.
+        # Another process removed the file as remains of a crash before it was locked.
     raise ExportError(f"cannot lock a stage of {dest}: tried {_LOCK_ATTEMPTS} times")
 
 
 def _remove_stale(dest: Path, fs: FileSystem) -> None:
-    """Removes what crashed stages of `dest` left; a live stage, or a foreign file, stays."""
+    """Removes remains of crashed stages of `dest`; keeps live stages and other files."""
     pattern = re.compile(rf"(\.{re.escape(dest.name)}\.stage-[0-9a-f]{{32}})(?:\.lock|\.old)?")
     matches = [pattern.fullmatch(entry.name) for entry in dest.parent.iterdir()]
     for stem in sorted({match.group(1) for match in matches if match}):
         directory = dest.with_name(stem)
-        with suppress(OSError):  # alive, or of another user: neither is in our way
+        with suppress(OSError):  # a live stage or another user's: neither is in the way
             lock = fs.lock(_lock_file(directory))
             try:
                 _remove_remains(dest, directory, fs)
@@ -373,7 +367,7 @@ def _remove_stale(dest: Path, fs: FileSystem) -> None:
 
 
 def _remove_remains(dest: Path, directory: Path, fs: FileSystem) -> None:
-    """Removes all of a stage whose lock is held; a package set aside for it comes back."""
+    """Removes a stage whose lock is held; moves back the package that was set aside for it."""
     aside = _aside(directory)
     if os.path.lexists(dest):
         fs.remove_tree(aside)
@@ -384,5 +378,5 @@ def _remove_remains(dest: Path, directory: Path, fs: FileSystem) -> None:
 
 
 def _reason(error: OSError) -> str:
-    """What the system says, without the path that it adds."""
+    """The system's message without the path that it adds."""
     return error.strerror or type(error).__name__

@@ -1,8 +1,8 @@
-"""Packages whose engines may be loaded: those that were exported by this user, here.
+"""Ids of the packages that this user exported on this machine; their engines may be loaded.
 
-A TensorRT engine is code for a GPU. Its digest says that it is what its maker published, not who
-that was, so it is loaded only if the caller names the package's id, or an export of this user did.
-The ids stand in `perception_rt/built` of the state directory, a line each.
+A TensorRT engine is code for a GPU, and a digest does not show who built it. So an engine is loaded
+only if the caller names the package's id or an export noted it here. The file
+`perception_rt/built` in the state directory has one id per line.
 """
 
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 
 
 def built_file() -> Path:
-    """Where the ids are: below $XDG_STATE_HOME, or ~/.local/state."""
+    """Path of the file of ids, below $XDG_STATE_HOME or ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "perception_rt" / "built"
 
 
 def remember(package_id: str) -> None:
-    """Notes that a package was exported here; OSError if that cannot be written."""
+    """Notes that this user exported a package; OSError if the file cannot be written."""
     try:
         file = built_file()
-    except RuntimeError as error:  # there is no home
+    except RuntimeError as error:  # no home directory
         raise OSError(str(error)) from None
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -30,13 +30,13 @@ def remember(package_id: str) -> None:
 
 
 def is_remembered(package_id: str) -> bool:
-    """Whether a package was exported here; not, if the ids are not this user's own to write."""
+    """Whether this user exported a package here; False if others can write the file of ids."""
     try:
         with built_file().open("rb") as stream:
             info = os.fstat(stream.fileno())
             if info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 return False
             lines = stream.read().split(b"\n")
-    except (OSError, RuntimeError):  # the latter without a home
+    except (OSError, RuntimeError):  # no file, or no home directory
         return False
     return package_id.encode("ascii") in lines
