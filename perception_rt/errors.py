@@ -1,12 +1,12 @@
-"""Every error that perception_rt raises on purpose.
+"""Errors that perception_rt raises on purpose.
 
-A message names the thing, the value and the limit, and nothing else: no address, no foreign repr.
-`assert` is for our own invariants; whatever a user can cause is one of these.
+A message names the thing, the value and the limit, but no memory address and no foreign repr.
+`assert` checks our own invariants; every failure that a user can cause is one of these errors.
 """
 
 
 class PerceptionError(Exception):
-    """Base of all errors of this library."""
+    """Base class of all errors of this library."""
 
 
 class InputError(PerceptionError, ValueError):
@@ -22,7 +22,7 @@ class ExportError(PerceptionError):
 
 
 class PackageError(PerceptionError):
-    """An engine package is damaged, incomplete, unsafe or of another version."""
+    """An engine package is damaged, incomplete or unsafe, or has another version."""
 
 
 class BackendError(PerceptionError):
@@ -30,7 +30,7 @@ class BackendError(PerceptionError):
 
 
 class CapacityError(PerceptionError):
-    """A request does not fit the memory, the queue or the context; a smaller one may."""
+    """A request exceeds the memory, the queue or the context length; a smaller one may fit."""
 
 
 def describe(value: object) -> str:

@@ -1,6 +1,6 @@
-"""What untrusted input may cost, in one record that is passed as an argument.
+"""Bounds on untrusted input, in one record that is passed as an argument.
 
-A limit is checked at the outermost layer, from a header or a length, before memory is spent.
+Each limit is checked in the outermost layer, from a header or a length, before memory is spent.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Limits:
         video_pixels: width x height of one video frame.
         video_frames: frames selected from one video.
         video_seconds: duration of one video.
-        conversation_bytes: UTF-8 size of a question and what was said before it.
+        conversation_bytes: UTF-8 size of a question and its history.
         history_turns: questions and answers before a question.
         stop_strings: strings that end one answer.
-        stop_chars: length of one of them.
+        stop_chars: characters of one stop string.
         queued_requests: requests that wait for memory.
         manifest_bytes: size of a package's manifest.
         manifest_depth: nesting depth of a package's manifest.

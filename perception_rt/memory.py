@@ -1,4 +1,4 @@
-"""How much memory this process has needed so far."""
+"""Peak memory of this process."""
 
 import resource
 from pathlib import Path
@@ -7,8 +7,8 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process since it was executed."""
-    # Linux lets getrusage's figure start from the parent's peak; VmHWM is this process's own.
+    """Peak resident memory of this process, in bytes."""
+    # On Linux, getrusage starts from the parent's peak; VmHWM counts this process alone.
     if _STATUS.is_file():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,8 +1,8 @@
-"""Which TensorRT is installed, and what it can do: found out, never assumed from a version.
+"""Finds the installed TensorRT and its abilities, by inspection instead of by version.
 
-`tensorrt` (10.13 and later; of language models, 10.15) builds for the GPU that is there.
-`tensorrt_rtx` also builds ahead of time for compute capabilities, on a machine without any GPU.
-Both have the same Python interface.
+`tensorrt` (10.13 and later; for language models, 10.15) builds for the GPU in this machine.
+`tensorrt_rtx` also builds for other compute capabilities, on a machine without a GPU. Both have the
+same Python interface.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ from typing import Any
 from perception_rt.errors import BackendError
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-_OLDEST = (10, 13)  # of tensorrt; tensorrt_rtx counts anew
-# What a network has for each operator that is one layer: attention since tensorrt 10.14, rotation
-# and the update of a cache since 10.15.
+_OLDEST = (10, 13)  # of tensorrt; tensorrt_rtx has version numbers of its own
+# Network methods of operators that are one layer: attention since tensorrt 10.14, rotation and the
+# update of a cache since 10.15.
 _LAYERS = {
     "Attention": "add_attention",
     "RotaryEmbedding": "add_rotary_embedding",
@@ -31,9 +31,9 @@ class TensorRt:
     """An installed TensorRT.
 
     Attributes:
-        api: its Python module.
+        api: Python module.
         name: "tensorrt" or "tensorrt_rtx".
-        version: as it states it.
+        version: version string of the module.
     """
 
     api: Any
@@ -42,24 +42,24 @@ class TensorRt:
 
     @property
     def label(self) -> str:
-        """Name and version; an engine runs on exactly the one that built it."""
+        """Name and version; an engine runs only on the TensorRT that built it."""
         return f"{self.name} {self.version}"
 
     @property
     def builds_ahead(self) -> bool:
-        """Whether it builds for compute capabilities that are not here."""
+        """Whether it builds for compute capabilities other than this machine's."""
         return hasattr(self.api.IBuilderConfig, "set_compute_capability")
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Those that it builds for ahead of time, as in "sm89"."""
+        """Compute capabilities that it builds for ahead of time, such as "sm89"."""
         if not self.builds_ahead:
             return ()
         names = (name for name in dir(self.api.ComputeCapability) if name.startswith("SM"))
         return tuple(sorted((name.lower() for name in names), key=lambda name: int(name[2:])))
 
     def lacks(self, operators: Iterable[str]) -> list[str]:
-        """Those of the ONNX operators that its networks have no layer for."""
+        """The given ONNX operators that its networks have no layer for."""
         network = self.api.INetworkDefinition
         return sorted(
             name for name in operators if name in _LAYERS and not hasattr(network, _LAYERS[name])
@@ -67,7 +67,7 @@ class TensorRt:
 
 
 def gpu_capability() -> str | None:
-    """Of the first GPU that CUDA's driver finds here, as in "sm89"; None if there is none."""
+    """Compute capability of the first GPU, such as "sm89"; None if there is no GPU."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -85,14 +85,14 @@ def gpu_capability() -> str | None:
 
 
 def find_tensorrt(*, ahead: bool = False, label: object = None) -> TensorRt:
-    """One that is installed: of two, `tensorrt`, unless the other one fits better.
+    """An installed TensorRT; if there are two, `tensorrt` unless the other one fits better.
 
     Args:
-        ahead: it should build ahead of time.
-        label: it should be this one.
+        ahead: whether it should build ahead of time.
+        label: preferred `TensorRt.label`; None for no preference.
 
     Raises:
-        BackendError: none is installed, or none that is new enough.
+        BackendError: no TensorRT that is new enough is installed.
     """
     found = installed()
     return max(found, key=lambda one: (one.label == label, one.builds_ahead or not ahead))
@@ -100,7 +100,7 @@ def find_tensorrt(*, ahead: bool = False, label: object = None) -> TensorRt:
 
 @cache
 def installed() -> tuple[TensorRt, ...]:
-    """All that are here, `tensorrt` first."""
+    """All installed ones, `tensorrt` first."""
     found, old = [], ""
     for name, load in LOADERS.items():
         try:
@@ -127,7 +127,7 @@ def _load_tensorrt() -> Any:
 def _load_rtx() -> Any:
     try:
         return import_module("tensorrt_rtx")
-    except ImportError:  # the wheels without NVIDIA's meta package; the libraries come first
+    except ImportError:  # without NVIDIA's meta package, its two wheels are imported in this order
         import_module("tensorrt_rtx_libs")
         return import_module("tensorrt_rtx_bindings")
 

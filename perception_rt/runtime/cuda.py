@@ -1,7 +1,7 @@
-"""The few calls of CUDA's driver that a backend needs: memory, copies, streams, graphs.
+"""CUDA driver calls for backends: memory, copies, streams and graphs.
 
-By `cuda-bindings` and NVIDIA's driver alone: no toolkit, no torch. Everything happens in the
-device's primary context, so that other libraries of the process see the same memory.
+Needs `cuda-bindings` and NVIDIA's driver, but neither the toolkit nor torch. All calls use the
+device's primary context, so that other libraries in the process see the same memory.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ DType = np.dtype[Any]
 
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 _ALLOCATORS = ("cuMemAlloc", "cuMemHostAlloc")
-# The calling thread's own: to wait for the whole device would break captures in other threads.
+# The calling thread's own stream: waiting for the whole device would break captures elsewhere.
 _THREAD_STREAM = 2  # CU_STREAM_PER_THREAD
 
 
@@ -28,13 +28,17 @@ class Cuda:
     """The first GPU of this machine. Safe to use from several threads.
 
     Attributes:
-        capability: as in "sm89".
-        driver_version: of CUDA, as in 13000.
-        name: of the GPU.
+        capability: compute capability, such as "sm89".
+        driver_version: CUDA version of the driver, such as 13000.
+        name: name of the GPU.
     """
 
     def __init__(self) -> None:
-        """Starts CUDA; BackendError says what is missing."""
+        """Initialises CUDA.
+
+        Raises:
+            BackendError: `cuda-bindings`, the driver or a GPU is missing.
+        """
         try:
             from cuda.bindings import driver
         except ImportError:
@@ -66,32 +70,32 @@ class Cuda:
         self.name = name.split(b"\0")[0].decode(errors="replace")
 
     def new_stream(self) -> int:
-        """A stream, as an integer."""
+        """Handle of a new stream."""
         self.bind()
         return int(self._call("cuStreamCreate", 1))  # CU_STREAM_NON_BLOCKING
 
     def free_stream(self, stream: int) -> None:
-        """Gives a stream back, after what it has to do."""
+        """Destroys a stream once its work is done."""
         self._free("cuStreamDestroy", stream)
 
     def allocate(self, nbytes: int) -> "Memory":
-        """Memory of the device; CapacityError if there is not enough."""
+        """Device memory; CapacityError if there is not enough."""
         self.bind()
         address = int(self._call("cuMemAlloc", nbytes))
         return Memory(address, nbytes, lambda: self._free("cuMemFree", address))
 
     def allocate_pinned(self, nbytes: int) -> "HostMemory":
-        """Memory of the host that the device copies from and to."""
+        """Pinned host memory, which the device can copy from and to."""
         self.bind()
         address = int(self._call("cuMemHostAlloc", nbytes, 0))
         return HostMemory(address, nbytes, lambda: self._free("cuMemFreeHost", address))
 
     def clear(self, box: "Box") -> None:
-        """Zeros over bytes of the device; returns when they are there."""
+        """Sets device bytes to zero and waits for it."""
         self.bind()
         for plane in range(box.depth):
             address = box.address + plane * box.plane
-            if box.height == 1:  # whose pitch would have a limit
+            if box.height == 1:  # a 2D call would limit the pitch
                 self._call("cuMemsetD8Async", address, 0, box.width, _THREAD_STREAM)
             else:
                 sizes = box.pitch, 0, box.width, box.height
@@ -99,7 +103,7 @@ class Cuda:
         self.wait(_THREAD_STREAM)
 
     def copy(self, source: "Box", target: "Box") -> None:
-        """Copies bytes of the device or the host to either; returns when they are there."""
+        """Copies bytes between device and host, or within one, and waits for it."""
         assert source.sizes == target.sizes
         self.bind()
         kinds, job = self._driver.CUmemorytype, self._driver.CUDA_MEMCPY3D()
@@ -114,17 +118,17 @@ class Cuda:
         self.wait(_THREAD_STREAM)
 
     def copy_in(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """Host to device, in the order of the stream."""
+        """Queues a copy from host to device on a stream."""
         self._call("cuMemcpyHtoDAsync", target, source, nbytes, stream)
 
     def copy_out(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """Device to host, in the order of the stream."""
+        """Queues a copy from device to host on a stream."""
         self._call("cuMemcpyDtoHAsync", target, source, nbytes, stream)
 
     def capture(self, work: Callable[[], None], stream: int) -> "Graph | None":
-        """What `work` puts on a stream, as one graph; not done yet. None if it cannot be one."""
-        # CU_STREAM_CAPTURE_MODE_RELAXED: other threads may allocate meanwhile, and this one's
-        # collector may free, which in another mode would end the capture.
+        """Records, without running it, what `work` queues on a stream; None if it cannot be."""
+        # CU_STREAM_CAPTURE_MODE_RELAXED: in other modes the capture would fail when another thread
+        # allocates or the garbage collector frees memory meanwhile.
         self._call("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode(2))
         try:
             work()
@@ -148,16 +152,16 @@ class Cuda:
         )
 
     def wait(self, stream: int) -> None:
-        """Until the stream has done everything; BackendError if any of it failed."""
+        """Waits until a stream has finished its work; BackendError if any of it failed."""
         self._call("cuStreamSynchronize", stream)
 
     def bind(self) -> None:
-        """Makes the primary context this thread's; others may have set another one."""
+        """Makes the primary context current in this thread; other libraries may change it."""
         self._call("cuCtxSetCurrent", self._context)
 
     def _free(self, name: str, handle: Any) -> None:
-        with suppress(BackendError):  # of a process that ends
-            # A collector runs in any thread, and leaves its context as it was.
+        with suppress(BackendError):  # the driver may be shut down already
+            # The garbage collector runs in any thread, whose context must stay as it was.
             self._call("cuCtxPushCurrent", self._context)
             try:
                 self._call(name, handle)
@@ -165,7 +169,7 @@ class Cuda:
                 self._call("cuCtxPopCurrent")
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """A function of the driver; its result, or the error that its status stands for."""
+        """Calls a driver function; returns its result or raises the error of its status."""
         status, *results = getattr(self._driver, name)(*arguments)
         if int(status) == 0:
             return results[0] if len(results) == 1 else tuple(results) or None
@@ -176,10 +180,10 @@ class Cuda:
 
 
 class Graph:
-    """Work on a stream that is launched as one, again and again; freed when nothing refers to it.
+    """Recorded work that can be launched repeatedly; freed when nothing refers to it.
 
     Attributes:
-        launch: puts it on a stream.
+        launch: queues the work on a stream.
     """
 
     def __init__(self, *, launch: Callable[[int], object], free: Callable[[], None]) -> None:
@@ -191,7 +195,7 @@ class Graph:
 
 
 class Memory:
-    """Bytes at an address, freed when nothing refers to them."""
+    """Allocated bytes, freed when nothing refers to this object."""
 
     def __init__(self, address: int, nbytes: int, free: Callable[[], None]) -> None:
         self.address = address
@@ -203,7 +207,7 @@ class Memory:
 
 
 class HostMemory(Memory):
-    """Bytes that NumPy sees, uint8 (nbytes,): its views keep this object alive."""
+    """Host memory as a NumPy array, uint8 (nbytes,); its views keep this object alive."""
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -214,16 +218,16 @@ class HostMemory(Memory):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """Bytes in planes of lines.
+    """A region of memory: planes of lines of bytes.
 
     Attributes:
-        address: of the first.
-        width: bytes of a line.
-        height: lines of a plane.
-        depth: planes.
+        address: address of the first byte.
+        width: bytes per line.
+        height: lines per plane.
+        depth: number of planes.
         pitch: bytes from one line to the next.
         plane: bytes from one plane to the next, a multiple of `pitch`.
-        on_host: or on the device.
+        on_host: whether the memory is the host's instead of the device's.
     """
 
     address: int
@@ -242,13 +246,13 @@ class Box:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceArray:
-    """A C-contiguous array in the device's memory, for an engine to read and write.
+    """A C-contiguous array in device memory that an engine reads and writes.
 
     Attributes:
-        memory: kept as long as the array.
-        address: of its first element.
-        shape: sizes.
-        dtype: of its elements.
+        memory: allocation, kept as long as the array.
+        address: address of the first element.
+        shape: sizes of the dimensions.
+        dtype: element type.
     """
 
     memory: Memory
@@ -257,7 +261,7 @@ class DeviceArray:
     dtype: DType
 
     def __getitem__(self, rows: slice) -> "DeviceArray":
-        """Some rows that follow each other, in the same memory."""
+        """Consecutive rows, in the same memory."""
         start, stop, step = rows.indices(self.shape[0])
         assert step == 1 and start < stop
         shape = (stop - start, *self.shape[1:])
@@ -270,5 +274,5 @@ class DeviceArray:
 
 @cache
 def open_cuda() -> Cuda:
-    """The one of this process; BackendError if it cannot be had."""
+    """The GPU, opened once per process; BackendError if that fails."""
     return Cuda()

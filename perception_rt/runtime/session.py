@@ -1,9 +1,8 @@
-"""One engine graph, opened: the seam between the runtime and a backend.
+"""Opens engine graphs: the interface between the runtime and the backends.
 
-A backend returns an `Engine`; `Session` checks what goes in and what comes out against the
-graph's spec, so that no backend sees a wrong shape and no caller sees a NaN. State, such as a
-decoder's keys and values, stays in its own memory, where the backend updates it: the host's, or a
-device's if the backend wants it there (`block_maker`).
+A backend returns an `Engine`. `Session` checks inputs and outputs against the graph's spec, so that
+no backend sees a wrong shape and no caller sees a NaN. State, such as a decoder's keys and values,
+is updated in place, in memory of the host or, if the backend has a `block_maker`, of a device.
 """
 
 import html
@@ -28,34 +27,34 @@ from perception_rt.targets import Target, get_target
 
 Array = np.ndarray[Any, Any]
 State = Array | DeviceArray
-AUTO = "auto"  # as a backend: each graph runs on the one that it was exported for
-MakeBlock = Callable[[CacheShape, int, int], CacheBlock]  # of rows and slots
+AUTO = "auto"  # backend argument: each graph runs on the backend that it was exported for
+MakeBlock = Callable[[CacheShape, int, int], CacheBlock]  # shape, rows, slots
 
 
 class Engine(Protocol):
-    """What a backend implements. Must allow `run` from several threads at once."""
+    """Interface of an opened graph. `run` must allow calls from several threads at once."""
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
-        """Computes the named outputs, and updates each array of `state` in its own memory.
+        """Computes the named outputs and updates the arrays of `state` in place.
 
         Raises:
-            BackendError: the backend fails; the state is undefined then.
+            BackendError: the backend failed; the state is undefined afterwards.
         """
 
     def close(self) -> None:
-        """Frees the backend's memory; called once."""
+        """Frees the memory; called once."""
 
 
 class BackendModule(Protocol):
-    """The functions of the module that `Target.session` names.
+    """Functions of the module that `Target.session` names.
 
-    It may also have a `block_maker(device)`, if caches must be in memory of its own.
+    A module whose caches must be in a device's memory also has `block_maker(device)`.
     """
 
     def check_device(self, device: str) -> None:
-        """BackendError unless the device can be had; InputError if there is none of that name."""
+        """BackendError unless the device is available; InputError for an unknown name."""
 
     def open_session(
         self,
@@ -66,20 +65,20 @@ class BackendModule(Protocol):
         threads: int | None,
         cache_dir: Path | None,
     ) -> Engine:
-        """Opens a graph of a package; BackendError if it cannot run here.
+        """Opens a graph; BackendError if it cannot run here.
 
-        What it compiles first may be kept below `cache_dir`, a private directory.
+        The backend may keep what it compiles below `cache_dir`, a private directory.
         """
 
 
 class Session:
-    """A graph of a package on a backend. Safe to call from several threads."""
+    """An open graph that checks its inputs and outputs. Safe to call from several threads."""
 
     def __init__(self, engine: Engine, spec: GraphSpec, name: str) -> None:
         self.spec = spec
         self._name = name
         self._engine: Engine | None = engine
-        # The states that were checked last, and the inputs that are not among them.
+        # The states that were checked last, and the inputs that are not states.
         self._checked: tuple[Callable[[], object], list[TensorSpec]] = (lambda: None, [])
 
     def run(
@@ -91,10 +90,13 @@ class Session:
         """Runs the graph.
 
         Args:
-            inputs: an array for each input of the spec; dtype and shape must match.
+            inputs: an array for each input of the spec, of its dtype and shape.
             outputs: names of the wanted outputs.
-            state: arrays that are inputs of the spec, and the outputs `updated(name)` after the
-                call: written in place, never copied, not looked at for what is not finite.
+            state: arrays for the other inputs, updated in place: after the call each holds the
+                output `updated(name)`. They are not copied and not checked for finite values.
+
+        Returns:
+            An array for each of `outputs`, with finite values.
 
         Raises:
             InputError: an input or a state does not match the spec, or a state cannot be written.
@@ -117,7 +119,7 @@ class Session:
         return arrays
 
     def _others(self, state: Mapping[str, State]) -> list[TensorSpec]:
-        """The inputs that are not states; the states are checked, once for the same `States`."""
+        """Checks the states, once for the same `States`; returns the other inputs."""
         same, others = self._checked
         if same() is not state:
             others = [spec for spec in self.spec.inputs if spec.name not in state]
@@ -160,11 +162,11 @@ class Sessions:
         self._opened: dict[str, Session] | None = {}
 
     def __getitem__(self, graph: str) -> Session:
-        """An open graph.
+        """The session of a graph, which is opened at the first call.
 
         Raises:
-            BackendError: all were closed, or it cannot run here.
-            PackageError: the package has no such graph.
+            BackendError: `close` was called, or the graph cannot run here.
+            PackageError: the package has no such graph, or its backend does not open it.
         """
         with self._lock:
             if self._opened is None:

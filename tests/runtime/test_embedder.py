@@ -310,7 +310,7 @@ def test_libraries_of_cuda_are_loaded_for_a_gpu_alone(
         print("Failed to load libcudnn")
 
     monkeypatch.setattr(onnxruntime.ort, "preload_dlls", preload)
-    onnxruntime._load_cuda.cache_clear()
+    onnxruntime.load_cuda.cache_clear()
     onnxruntime.check_device("cpu")
     assert not looked
     for device in ("cuda", "tensorrt"):

@@ -216,7 +216,7 @@ def test_engines_of_another_version_are_not_loaded(
     with (
         prt.load(bench.pe, device="cuda") as gpu,
         pytest.raises(
-            BackendError, match=r"built by .tensorrt_rtx 0., and here is tensorrt_rtx 1.8"
+            BackendError, match=r"built by .tensorrt_rtx 0., but tensorrt_rtx 1.8 is installed here"
         ),
     ):
         gpu.embed_images([PICTURE])
@@ -301,7 +301,7 @@ def test_memory_of_the_host_is_not_a_state(bench: Bench, monkeypatch: pytest.Mon
     )
     with (
         prt.load(bench.plm, device="cuda") as plm,
-        pytest.raises(BackendError, match="not in memory that a GPU updates"),
+        pytest.raises(BackendError, match="is in host memory, where a GPU cannot update"),
     ):
         plm.generate("What?", max_new_tokens=2)
 

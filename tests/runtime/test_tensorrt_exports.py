@@ -96,7 +96,7 @@ def test_new_weights_without_a_new_engine(
     if refittable:
         with (
             prt.load(tmp_path / "new", device="cuda") as gpu,
-            pytest.raises(BackendError, match="does not take the weights of graph 'vision'"),
+            pytest.raises(BackendError, match="refuses the weights of graph 'vision'"),
         ):
             gpu.embed_images([PICTURE])
     assert bench.cuda.live == 0

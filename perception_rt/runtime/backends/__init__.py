@@ -1,1 +1,1 @@
-"""One module per backend, each with `open_session`; `perception_rt.targets` names them."""
+"""One module per backend, with `check_device` and `open_session`; `targets.py` names them."""

@@ -1,7 +1,7 @@
-"""Kernels that TensorRT for RTX compiled on this GPU, kept for the next process.
+"""Keeps kernels that TensorRT for RTX compiled on this GPU for the next process.
 
-An engine of TensorRT for RTX is compiled for the GPU and its shapes when it first runs. The library
-looks itself whether what it is given back is of this GPU and this version of its own.
+TensorRT for RTX compiles an engine for the GPU and the input shapes when it first runs. The library
+itself checks that stored kernels fit this GPU and its own version.
 """
 
 import hashlib
@@ -13,29 +13,29 @@ import numpy as np
 from perception_rt.runtime.cache.disk_cache import DiskCache
 
 _KIND = "kernels"
-_MAX_BYTES = 1024 * 1024 * 1024  # of all packages
+_MAX_BYTES = 1024 * 1024 * 1024  # kernels of all packages together
 
 
-class KernelStore:
-    """The compiled kernels of one engine, in a private directory."""
+class KernelCache:
+    """Compiled kernels of one engine, in a private directory."""
 
     def __init__(self, directory: str | os.PathLike[str], *, package_id: str, made_by: str) -> None:
         """Opens the directory.
 
         Args:
-            directory: nobody else may write there: kernels are code.
-            package_id: of the engine.
-            made_by: what they depend on beside it: library, GPU, driver and file.
+            directory: private directory; no other user may write to it, as kernels are code.
+            package_id: id of the package that has the engine.
+            made_by: key of what else the kernels depend on: library, GPU, driver and file.
 
         Raises:
-            InputError: the directory cannot be made, or others can write to it.
+            InputError: the directory cannot be made, or other users can write to it.
         """
         self._disk = DiskCache(directory, package_id=package_id, kind=_KIND, max_bytes=_MAX_BYTES)
         self._name = hashlib.sha256(made_by.encode()).hexdigest()
         self._nbytes = 0
 
     def read(self) -> bytes | None:
-        """What was written last; None if there is nothing whole."""
+        """Kernels that were written last; None if there are no intact ones."""
         arrays = self._disk.read(self._name)
         if arrays is None or len(arrays) != 1:
             return None
@@ -44,7 +44,7 @@ class KernelStore:
         return data
 
     def write(self, kernels: Any) -> None:
-        """Keeps a serialized cache, a buffer, if it has grown since it was read."""
+        """Stores serialised kernels, a buffer, if they have grown since `read`."""
         data = np.frombuffer(kernels, np.uint8)
         if data.nbytes > self._nbytes:
             self._disk.write(self._name, [data])

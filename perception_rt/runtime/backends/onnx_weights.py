@@ -1,4 +1,4 @@
-"""The weights of an ONNX graph in a package, as its backends take them."""
+"""Weights of a package's ONNX graphs, as arrays for a backend."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from perception_rt.package.reader import Package
 
 Array = np.ndarray[Any, Any]
 
-# By the values of TensorProto.DataType, for those that our graphs keep outside. NumPy has no fp8:
-# its bytes stand for it.
+# Values of TensorProto.DataType that exported graphs keep outside. NumPy has no fp8; a dtype of
+# one-byte records stands for it.
 FP8 = 17
 FP8_BYTES = np.dtype([("e4m3", np.uint8)])
 _DTYPES = {
@@ -21,12 +21,23 @@ _DTYPES = {
 
 
 def external_tensors(package: Package, model: bytes) -> dict[str, Array]:
-    """The graph's external tensors as views of verified, mapped files: no copy is made."""
+    """External tensors of an ONNX graph by name, as views of verified, mapped files.
+
+    Args:
+        package: the package.
+        model: bytes of the graph, from `Package.read_graph`.
+
+    Raises:
+        PackageError: a tensor has a type that exports do not write, or a file is damaged.
+    """
     weights: dict[str, Array] = {}
     for tensor in scan_graph(model).externals:
         dtype = _DTYPES.get(tensor.kind)
         if dtype is None:
-            raise PackageError(f"tensor {tensor.name!a:.80} is of a type that is not used here")
+            raise PackageError(
+                f"tensor {tensor.name!a:.80} has ONNX data type {tensor.kind}; supported are "
+                f"{sorted(_DTYPES)}"
+            )
         data = package.map(tensor.entries["location"])
         offset = int(tensor.entries.get("offset", "0"))
         count = tensor.size_bytes // dtype.itemsize

@@ -1,7 +1,7 @@
-"""ONNX Runtime, on CPU or CUDA. A device that cannot be had is an error, never another device.
+"""ONNX Runtime on CPU, CUDA or its TensorRT provider; it never falls back to another device.
 
-On a GPU, a decoder's caches are in the device's memory, and are bound there as input and as output:
-nothing of them is copied from step to step. Not verified on one yet.
+On a GPU, a decoder's caches are in device memory and bound as both input and output, so that no
+step copies them. The GPU devices have not been verified on a GPU yet.
 """
 
 import io
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-# ONNX Runtime keeps and sends telemetry from the moment it is loaded, unless it is told before.
+# ONNX Runtime sends telemetry from the moment it is loaded, unless this is set before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
@@ -34,30 +34,30 @@ from perception_rt.targets import operator_domains
 Array = np.ndarray[Any, Any]
 
 _CPU_INFO = Path("/proc/cpuinfo")
-# By device, the providers that its graphs are given to, the first what must be there. TensorRT
-# takes the parts of a graph that it knows, and builds engines of them when the graph is opened.
 _CUDA = "CUDAExecutionProvider"
-# Products of float32 in float32: its default rounds them to TF32, which has 10 bits.
+# By default, CUDA rounds float32 products to TF32, which has 10 bits of mantissa.
 _OPTIONS = {_CUDA: {"use_tf32": "0"}}
+# Providers by device; the first is required. TensorRT takes the parts of a graph that it supports
+# and builds engines for them when the graph is opened.
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": (_CUDA,),
     "tensorrt": ("TensorrtExecutionProvider", _CUDA),
 }
-# What ONNX Runtime calls the place of a decoder's caches.
+# ONNX Runtime's name of the memory that holds a decoder's caches, by device.
 _PLACES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 
-_RELEASE_S = 0.02  # between two releases of mapped weights: some 40 MB are read meanwhile
+_RELEASE_S = 0.02  # time between releases of mapped weights, in which some 40 MB are read
 
 
 def devices() -> list[str]:
-    """The devices that the installed ONNX Runtime was built for."""
+    """Names of the devices that the installed ONNX Runtime was built for."""
     available = ort.get_available_providers()
     return [device for device, providers in _PROVIDERS.items() if providers[0] in available]
 
 
 def block_maker(device: str) -> Callable[[CacheShape, int, int], CacheBlock] | None:
-    """Makes cache blocks in a GPU's memory, of a shape, rows and slots; None for a CPU."""
+    """The function that makes cache blocks in GPU memory; None for the CPU."""
     return None if device == "cpu" else partial(DeviceBlock, open_cuda())
 
 
@@ -67,21 +67,21 @@ class OnnxRuntimeEngine:
     def __init__(
         self, session: ort.InferenceSession, weights: Mapping[str, Array], place: str = "cpu"
     ) -> None:
-        """An engine of a session.
+        """Wraps an open session.
 
         Args:
-            session: open.
-            weights: what it refers to.
-            place: ONNX Runtime's name of where states are.
+            session: the session.
+            weights: external tensors of the graph.
+            place: ONNX Runtime's name of the memory that holds states.
         """
         self._place = place
         self._session: ort.InferenceSession | None = session
-        self._weights = weights  # the session refers to those that it did not repack
+        self._weights = weights  # kept alive: the session refers to tensors that it did not repack
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
-        """Computes the named outputs, and updates the state where it is."""
+        """Computes the named outputs and updates the state in place."""
         session = self._session
         if session is None:
             raise BackendError("the ONNX Runtime session is closed")
@@ -90,21 +90,21 @@ class OnnxRuntimeEngine:
             if state:
                 return _run_bound(session, feeds, outputs, state, self._place)
             results: list[Array] = session.run(list(outputs), feeds)
-        except Exception as error:  # its errors share no base class
+        except Exception as error:  # ONNX Runtime's errors share no base class
             raise BackendError(f"ONNX Runtime failed: {type(error).__name__}") from error
         return results
 
     def close(self) -> None:
-        """Drops the session; runs in flight end first."""
+        """Drops the session; runs in progress finish first."""
         self._session = None
 
 
 def check_device(device: str) -> None:
-    """BackendError unless the installed ONNX Runtime has the device; InputError if none has."""
+    """BackendError unless this ONNX Runtime has the device; InputError for an unknown name."""
     if device not in _PROVIDERS:
         raise InputError(f"unknown device {device!r:.40}; known are {', '.join(_PROVIDERS)}")
     if device != "cpu":
-        _load_cuda()
+        load_cuda()
     if device not in devices():
         raise BackendError(
             f"{_PROVIDERS[device][0]} is not in this ONNX Runtime; it has "
@@ -113,9 +113,9 @@ def check_device(device: str) -> None:
 
 
 @cache
-def _load_cuda() -> None:
-    """Loads CUDA's libraries where pip put them, if it did: no search path leads there."""
-    with redirect_stdout(io.StringIO()):  # of what it does not find; others may be on the path
+def load_cuda() -> None:
+    """Loads CUDA libraries that pip installed; they are on no search path."""
+    with redirect_stdout(io.StringIO()):  # prints what it does not find, which may be on the path
         ort.preload_dlls(directory="")
 
 
@@ -127,24 +127,28 @@ def open_session(
     threads: int | None,
     cache_dir: Path | None = None,
 ) -> OnnxRuntimeEngine:
-    """Opens a graph from verified bytes: ONNX Runtime itself opens no file.
+    """Opens a graph from verified bytes; ONNX Runtime itself opens no file.
 
     Args:
-        package: an open package for this backend.
+        package: an open package.
         graph: name of the graph.
-        device: "cpu", "cuda", or "tensorrt" for ONNX Runtime's own use of TensorRT.
-        threads: of one run; None for one per physical core.
-        cache_dir: nothing is kept there.
+        device: "cpu", "cuda", or "tensorrt" for ONNX Runtime's TensorRT provider.
+        threads: threads of one run; None for one per physical core.
+        cache_dir: ignored.
+
+    Raises:
+        PackageError: the graph is damaged or has operators of other domains.
+        BackendError: ONNX Runtime cannot open the graph or start the device.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if _saturates():
-        # Integer products in another way, exact, slower and in twice the memory.
+        # Selects integer products that are exact, but slower and take twice the memory.
         options.add_session_config_entry("session.x64quantprecision", "1")
-    # Q/DQ pairs stay where they are: versions before 1.32 move fp8 ones across a Slice, which does
-    # not take them there. No kernel of a CPU would fuse them.
+    # Leaves Q/DQ pairs in place: versions before 1.32 move fp8 pairs across a Slice, which has no
+    # fp8 kernel. No CPU kernel would fuse them.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Sequential runs of a graph that is a chain; threads work inside an operator.
+    # The graph is a chain of operators; threads work inside each operator.
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -161,7 +165,7 @@ def open_session(
                     (name, _OPTIONS[name]) if name in _OPTIONS else name
                     for name in _PROVIDERS[device]
                 ],
-                enable_fallback=0,  # its own, to the CPU, with a line on standard output
+                enable_fallback=0,  # else it falls back to the CPU and prints a line
             )
     except Exception as error:
         raise BackendError(
@@ -169,7 +173,7 @@ def open_session(
         ) from error
     if session.get_providers()[0] != _PROVIDERS[device][0]:
         raise BackendError(
-            f"ONNX Runtime could not start {_PROVIDERS[device][0]}; none is used instead"
+            f"ONNX Runtime could not start {_PROVIDERS[device][0]}, and no other is used instead"
         )
     return OnnxRuntimeEngine(session, weights, _PLACES[device])
 
@@ -181,11 +185,11 @@ def _run_bound(
     state: Mapping[str, State],
     place: str,
 ) -> list[Array]:
-    """A run in which each state's memory is both an input and the output that updates it.
+    """Runs with each state's memory bound as both input and output.
 
-    Inputs and outputs are in the host's memory; ONNX Runtime copies them where that must be.
-    Values over NumPy memory are made for each call: that takes 1.5 microseconds for each, and
-    nothing has to be kept that could outlive the memory.
+    The other inputs and outputs are in host memory; ONNX Runtime copies them as needed. Making
+    values over NumPy memory in each call costs 1.5 microseconds each, and no value can outlive its
+    memory.
     """
     binding = session.io_binding()
     for name, array in feeds.items():
@@ -203,11 +207,10 @@ def _run_bound(
 
 @contextmanager
 def _releasing(package: Package, files: Sequence[str]) -> Iterator[None]:
-    """Gives the pages of mapped files back all the time while a session is made from them.
+    """Releases the pages of mapped files repeatedly while a session is made from them.
 
-    ONNX Runtime reads and repacks one weight after the other. What it has read is of no more use
-    but would stay in memory until the end, beside the repacked copies. A page that is needed
-    again comes from the file again.
+    ONNX Runtime reads and repacks one weight after the other. Pages that it has read would stay in
+    memory beside the repacked copies. A page that it needs again is read from the file again.
     """
     done = threading.Event()
 
@@ -229,14 +232,14 @@ def _releasing(package: Package, files: Sequence[str]) -> Iterator[None]:
 
 @cache
 def _saturates() -> bool:
-    """Whether products of uint8 and int8 overflow here: x86 without VNNI adds them in 16 bits."""
+    """Whether uint8 by int8 products overflow: x86 without VNNI adds pairs in 16 bits."""
     if platform.machine() not in ("x86_64", "AMD64") or not _CPU_INFO.is_file():
         return False
     return "vnni" not in _CPU_INFO.read_text(errors="replace")
 
 
 def _value(array: Array) -> ort.OrtValue:
-    """An array's memory as ONNX Runtime sees it."""
+    """An ONNX Runtime value over the array's memory."""
     if array.dtype == FP8_BYTES:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), FP8)
     return ort.OrtValue.ortvalue_from_numpy(array)

@@ -1,11 +1,11 @@
-"""Predictable outputs without an engine, functions of the inputs alone.
+"""Predictable outputs that depend on the inputs alone, without an engine.
 
-The test double of everything above a session: equal inputs give equal outputs in any batch, and
-different inputs give different ones. It has nothing to do with the model's real outputs.
+A test double for everything above a session: equal inputs give equal outputs in any batch, and
+different inputs give different outputs. They are unrelated to the model's real outputs.
 
-A decoder of this kind puts the first channel of each token into its caches, and what it predicts
-depends on every number that it finds there, of all layers and heads, up to the token itself. So a
-row mixed up, a slot overwritten or never written, or a NaN, shows as other tokens.
+The decoder writes the first channel of each token into its caches. Its prediction depends on every
+number in the caches up to the token, in all layers and heads. So a mixed-up row, an overwritten or
+unwritten slot or a NaN changes the predicted tokens.
 
 Legend: N sequences, T tokens, C channels, L logit positions, V vocabulary; K heads, S slots and
 E channels per head of a cache; t image tokens per tile.
@@ -25,14 +25,13 @@ from perception_rt.runtime.session import Engine, State
 
 Array = np.ndarray[Any, Any]
 
-_BITS = {2: np.uint16, 4: np.uint32}  # unsigned integers as wide as a float, by its bytes
+_BITS = {2: np.uint16, 4: np.uint32}  # unsigned integers by the itemsize of a float
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# Of an image token; below this, float16 has every integer.
-_FEATURE_VALUES = 2048
+_FEATURE_VALUES = 2048  # values of an image token: float16 has every integer up to this
 
 
 class ReferenceEngine:
-    """Draws each output row from a generator seeded by a hash of the input row."""
+    """Draws each output row from a generator seeded with a hash of the input row."""
 
     def __init__(self, spec: GraphSpec) -> None:
         self._spec = spec
@@ -46,11 +45,11 @@ class ReferenceEngine:
         return [np.stack([_row(row, spec) for row in source]) for spec in specs]
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Does nothing."""
 
 
 class ReferenceEmbedding:
-    """Token ids, and hashes of tiles, in the first channel; zeros in the others."""
+    """Puts token ids or hashes of tiles into the first channel, and zeros into the others."""
 
     def __init__(self, spec: GraphSpec) -> None:
         (self._output,) = spec.outputs
@@ -70,11 +69,11 @@ class ReferenceEmbedding:
         return [hidden]
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Does nothing."""
 
 
 class ReferenceDecoder:
-    """One part of a decoder; hands a hash of its caches to the next in the second channel."""
+    """One part of a decoder; passes a hash of its caches to the next in the second channel."""
 
     def __init__(self, spec: GraphSpec) -> None:
         self._spec = spec
@@ -92,19 +91,19 @@ class ReferenceDecoder:
             draws = _mixed(chosen[..., None] + np.arange(vocab_size, dtype=np.uint64) * _GOLDEN)
             return [(draws >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - 1]
         hidden = hidden.copy()
-        hidden[..., 1] = hashes >> np.uint64(40)  # 24 bits, which float32 has
+        hidden[..., 1] = hashes >> np.uint64(40)  # 24 bits, which float32 represents exactly
         return [hidden]
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Does nothing."""
 
 
 def check_device(device: str) -> None:
-    """Every device will do: none is used."""
+    """Accepts every device: none is used."""
 
 
 def open_session(package: Package, graph: str, **_: object) -> Engine:
-    """Opens any package; the other arguments of a backend are accepted and mean nothing."""
+    """Opens a graph of any package; other arguments are ignored."""
     spec = package.graph(graph)
     if graph.startswith(contract.DECODER):
         return ReferenceDecoder(spec)
@@ -121,15 +120,15 @@ def _row(row: Array, spec: TensorSpec) -> Array:
 
 
 def _tile_values(tile: Array, tokens: int) -> Array:
-    """One number for each token of a tile, (t,)."""
+    """One number for each image token of a tile, (t,)."""
     stream = hashlib.shake_128(np.ascontiguousarray(tile).tobytes()).digest(2 * tokens)
     return np.frombuffer(stream, "<u2") % _FEATURE_VALUES
 
 
 def _append(hidden: Array, past: Array, caches: Sequence[Any]) -> Array:
-    """Writes (N, T, C) into each cache, (N, K, S, E); returns hashes, uint64 (N, T).
+    """Writes hidden (N, T, C) into each cache (N, K, S, E); returns hashes, uint64 (N, T).
 
-    That of a token depends on what its row of each cache holds up to it, in the first channel.
+    The hash of a token depends on the first channel of its row in each cache, up to the token.
     """
     rows = np.arange(len(hidden))[:, None]
     places = past[:, None] + np.arange(hidden.shape[1])  # (N, T)
@@ -148,12 +147,12 @@ def _append(hidden: Array, past: Array, caches: Sequence[Any]) -> Array:
 
 @lru_cache(maxsize=1024)
 def _factors(count: int) -> Array:
-    """Odd numbers that have nothing in common, uint64 (count,)."""
+    """Odd pseudo-random numbers, uint64 (count,)."""
     return _mixed(np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN) | np.uint64(1)
 
 
 def _mixed(values: Array) -> Array:
-    """Each number's bits spread over all of its bits: the finaliser of splitmix64."""
+    """Mixes the bits of each number: the finaliser of splitmix64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: Array = values ^ (values >> np.uint64(31))

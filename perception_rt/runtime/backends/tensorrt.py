@@ -1,12 +1,11 @@
 """TensorRT engines on a GPU, without torch.
 
-Inputs go through pinned memory to the device, outputs the same way back, on a stream of the
-engine's own. Calls that follow each other alike in shapes and addresses, as the steps of a decoder
-and the tiles of an image, are one launch each from the third on: a CUDA graph. A decoder's caches
-are in the device's memory (`block_maker`), bound as inputs and as outputs, so that the engine
-updates them in place.
+Each engine has a stream, on which inputs and outputs are copied through pinned memory. From the
+third call with the same shapes and addresses on, as in the steps of a decoder and the tiles of an
+image, a call is one launch of a CUDA graph. A decoder's caches are in device memory
+(`block_maker`), bound as both inputs and outputs, so that the engine updates them in place.
 
-Not verified on a GPU yet; docs/tensorrt.md says what is.
+Not verified on a GPU yet; docs/tensorrt.md lists what is.
 """
 
 import threading
@@ -24,7 +23,7 @@ from perception_rt.errors import BackendError, CapacityError, InputError, Packag
 from perception_rt.package.contract import GraphSpec, updated
 from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package
-from perception_rt.runtime.backends.kernel_cache import KernelStore
+from perception_rt.runtime.backends.kernel_cache import KernelCache
 from perception_rt.runtime.backends.onnx_weights import external_tensors
 from perception_rt.runtime.cache.cuda_block import DeviceBlock
 from perception_rt.runtime.cache.kv_block import CacheBlock, States
@@ -39,7 +38,7 @@ Shape = tuple[int, ...]
 
 
 def check_device(device: str) -> None:
-    """BackendError unless TensorRT and a GPU are here; InputError for a device that is neither."""
+    """BackendError unless TensorRT and a GPU are available; InputError for an unknown device."""
     if device == "cpu":
         raise BackendError(
             "TensorRT runs on cuda: load(..., device='cuda'), or the graphs on the CPU by "
@@ -52,7 +51,7 @@ def check_device(device: str) -> None:
 
 
 def block_maker(device: str) -> Callable[[CacheShape, int, int], CacheBlock]:
-    """Makes cache blocks in the GPU's memory, of a shape, rows and slots."""
+    """The function that makes cache blocks in GPU memory."""
     return partial(DeviceBlock, open_cuda())
 
 
@@ -64,18 +63,18 @@ def open_session(
     threads: int | None,
     cache_dir: Path | None = None,
 ) -> "TensorRtEngine":
-    """Opens the engine of a graph that was built for this GPU.
+    """Opens a graph's engine that was built for this GPU.
 
     Args:
         package: an open package for this backend.
         graph: name of the graph.
         device: "cuda".
-        threads: means nothing here.
-        cache_dir: where kernels are kept that TensorRT for RTX compiles when an engine first runs.
+        threads: ignored.
+        cache_dir: directory for kernels that TensorRT for RTX compiles when an engine first runs.
 
     Raises:
         InputError: `cache_dir` cannot be used.
-        BackendError: there is none, or it was built by another TensorRT, or it does not load.
+        BackendError: no engine was built for this GPU by this TensorRT, or it does not load.
     """
     options, cuda = package.manifest.content.target.options, open_cuda()
     library = find_tensorrt(label=options.get("builder"))
@@ -83,7 +82,7 @@ def open_session(
     kernels = None
     if cache_dir is not None and hasattr(library.api, "IRuntimeCache"):
         made_by = f"{library.label} {cuda.capability} {cuda.driver_version} {file}"
-        kernels = KernelStore(cache_dir, package_id=package.manifest.id, made_by=made_by)
+        kernels = KernelCache(cache_dir, package_id=package.manifest.id, made_by=made_by)
     engine = TensorRtEngine(library, cuda, package.map(file), package.graph(graph), graph, kernels)
     if options.get("refittable"):
         try:
@@ -95,24 +94,24 @@ def open_session(
 
 
 def _weights(package: Package, graph: str) -> tuple[bytes, Mapping[str, Array]]:
-    """A graph and its external tensors, verified."""
+    """The verified bytes of a graph, and its external tensors by name."""
     domains = operator_domains(package.manifest.content.backend_of(graph))
     model = package.read_graph(graph, domains=domains)
     return model, external_tensors(package, model)
 
 
 def engine_file(options: Mapping[str, Any], graph: str, capability: str, label: str) -> str:
-    """The file of the engine that runs a graph here.
+    """Path in the package of the engine that runs a graph here.
 
     Args:
-        options: the manifest's `target.options`.
-        graph: its name.
-        capability: of this GPU.
-        label: of this TensorRT.
+        options: `target.options` of the manifest.
+        graph: name of the graph.
+        capability: compute capability of this GPU, such as "sm89".
+        label: name and version of this TensorRT.
 
     Raises:
-        BackendError: there is none; the error says what there is.
-        PackageError: the options are not what an export writes.
+        BackendError: no engine fits; names the ones that the package has.
+        PackageError: the options have another form than exports write.
     """
     engines, builder = options.get("engines", {}), options.get("builder", "nothing")
     if not isinstance(engines, dict) or not isinstance(builder, str):
@@ -125,16 +124,18 @@ def engine_file(options: Mapping[str, Any], graph: str, capability: str, label: 
             f"again with --target {capability}"
         )
     if builder != label:
-        raise BackendError(f"the engines were built by {builder!a:.60}, and here is {label}")
+        raise BackendError(
+            f"the engines were built by {builder!a:.60}, but {label} is installed here"
+        )
     file = files.get(graph)
     if not isinstance(file, str):
-        raise BackendError(f"there is no engine of graph {graph!r}, which is run on the CPU only")
+        raise BackendError(f"graph {graph!r} has no engine: it runs on the CPU only")
     return file
 
 
 @dataclass(slots=True)
 class _Buffer:
-    """A tensor's place on the device, and its staging on the host."""
+    """Device memory of a tensor, and pinned host memory for its copies."""
 
     device: Memory
     host: HostMemory
@@ -142,15 +143,15 @@ class _Buffer:
 
 @dataclass(slots=True)
 class _Context:
-    """An execution context of one profile, as its last call left it.
+    """An execution context of one profile, and its last call.
 
     Attributes:
-        context: TensorRT's.
-        config: what it was made by, to live as long.
-        asked: shapes of the inputs but for the states; None before the first call.
-        state: gives the states, while they are there and were `States`.
-        places: where each output is, but for the states; its shape and dtype.
-        graph: all that such a call does, captured; None before that, and where it cannot be.
+        context: TensorRT's context.
+        config: object that made the context and must outlive it.
+        asked: shapes of the inputs other than states; None before the first call.
+        state: returns the states of the last call if they still exist and were `States`.
+        places: buffer, shape and dtype of each output other than states.
+        graph: the call as a CUDA graph; None before it is captured, or where it cannot be.
     """
 
     context: Any
@@ -162,7 +163,7 @@ class _Context:
 
 
 class TensorRtEngine:
-    """An engine, with a context for each profile in use. Calls from several threads take turns."""
+    """An engine with a context for each profile in use; calls from several threads take turns."""
 
     def __init__(
         self,
@@ -171,20 +172,20 @@ class TensorRtEngine:
         data: memoryview,
         spec: GraphSpec,
         graph: str,
-        kernels: KernelStore | None = None,
+        kernels: KernelCache | None = None,
     ) -> None:
         """Loads an engine.
 
         Args:
-            library: that built it.
+            library: the TensorRT that built it.
             cuda: the GPU.
-            data: the engine.
-            spec: of its graph.
-            graph: its name.
-            kernels: where those are kept that the library compiles; None for nowhere.
+            data: serialised engine.
+            spec: specification of its graph.
+            graph: name of the graph.
+            kernels: store of kernels that the library compiles; None to keep none.
 
         Raises:
-            BackendError: it does not load.
+            BackendError: the engine does not load.
         """
         self._library = library
         trt = library.api
@@ -202,19 +203,19 @@ class TensorRtEngine:
         self._stream = cuda.new_stream()
         self._contexts: dict[int, _Context] = {}  # by profile
         self._kernels = kernels
-        self._compiled: Any = None  # TensorRT's own cache of kernels
-        # TensorRT for RTX does it itself, once it has compiled its kernels for a shape.
+        self._compiled: Any = None  # TensorRT's cache of kernels
+        # TensorRT for RTX captures CUDA graphs itself, once it has compiled kernels for a shape.
         self._captures = not hasattr(trt, "CudaGraphStrategy")
 
     def refit(self, model: bytes, tensors: Mapping[str, Array]) -> None:
-        """Puts in the weights of an engine that was built without.
+        """Sets the weights of an engine that was built without them.
 
         Args:
-            model: the ONNX graph that it was built of, or one of the same structure.
-            tensors: its external tensors, by name.
+            model: bytes of the ONNX graph that it was built from, or of one with equal structure.
+            tensors: external tensors of the graph, by name.
 
         Raises:
-            BackendError: TensorRT does not take them.
+            BackendError: TensorRT refuses the weights.
         """
         trt = self._library.api
         self._cuda.bind()
@@ -232,13 +233,13 @@ class TensorRtEngine:
         )
         if not taken:
             raise BackendError(
-                f"{self._library.label} does not take the weights of graph {self._graph!r}"
+                f"{self._library.label} refuses the weights of graph {self._graph!r}"
             )
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str], state: Mapping[str, State]
     ) -> list[Array]:
-        """Computes the named outputs, and updates the state where it is."""
+        """Computes the named outputs and updates the state in place."""
         with self._lock:
             if self._engine is None:
                 raise BackendError("the TensorRT engine is closed")
@@ -248,14 +249,14 @@ class TensorRtEngine:
                 for name in outputs:
                     self._fetch(*places[name])
             finally:
-                # Also after an error or an interrupt: the device may still be at the state.
+                # Also after an error or an interrupt: the device may still write the state.
                 self._cuda.wait(self._stream)
             return [_view(*places[name]).copy() for name in outputs]
 
     def _start(
         self, inputs: Mapping[str, Array], state: Mapping[str, State]
     ) -> dict[str, tuple[_Buffer, Shape, DType]]:
-        """Sets the engine going; where its outputs will be, but for the state."""
+        """Starts a call; returns buffers, shapes and dtypes of its outputs other than states."""
         asked = {name: array.shape for name, array in inputs.items()}
         known = self._contexts.values()
         same = [one for one in known if one.asked == asked and one.state() is state]
@@ -268,18 +269,18 @@ class TensorRtEngine:
         execute = partial(self._execute, context.context)
         execute()
         if same and self._captures:
-            # Now, for the next time: TensorRT prepares what it does with new shapes when it runs.
+            # Captured after a run, for the next call: TensorRT prepares for new shapes in a run.
             context.graph = self._cuda.capture(execute, self._stream)
             self._captures = context.graph is not None
         return context.places
 
     def _prepare(self, asked: dict[str, Shape], state: Mapping[str, State]) -> _Context:
-        """The context for such a call, which is told its shapes and addresses."""
+        """The context for a call, with the call's shapes and addresses set."""
         shapes = asked | {name: array.shape for name, array in state.items()}
         states = {name: _address(name, array) for name, array in state.items()}
         profile = self._find_profile(shapes)
         context = self._contexts.get(profile) or self._new_context(profile)
-        # A graph is void when its context changes.
+        # A CUDA graph is invalid once its context changes.
         context.asked, context.graph = None, None
         context.places = self._bind(context.context, shapes, states)
         context.asked = asked
@@ -287,7 +288,7 @@ class TensorRtEngine:
         return context
 
     def _new_context(self, profile: int) -> _Context:
-        """A context with memory for one profile."""
+        """Makes a context with memory for one profile."""
         trt = self._library.api
         options: Any = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         if hasattr(trt, "CudaGraphStrategy"):
@@ -307,7 +308,7 @@ class TensorRtEngine:
         return made
 
     def _attach_kernels(self, config: Any) -> None:
-        """One cache of compiled kernels for all contexts, with those of earlier processes."""
+        """Shares one cache of compiled kernels between contexts, with kernels of earlier runs."""
         if self._kernels is None:
             return
         if self._compiled is None:
@@ -320,10 +321,10 @@ class TensorRtEngine:
     def _bind(
         self, context: Any, shapes: Mapping[str, Shape], states: Mapping[str, int]
     ) -> dict[str, tuple[_Buffer, Shape, DType]]:
-        """Tells a context shapes and addresses; where its outputs will be, but for the states."""
+        """Sets shapes and addresses of a context; returns its outputs other than states."""
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise InputError(f"graph {self._graph!r} does not take {name!r} of shape {shape}")
+                raise InputError(f"graph {self._graph!r} refuses {name!r} of shape {shape}")
         addresses = dict(states) | {updated(name): place for name, place in states.items()}
         places: dict[str, tuple[_Buffer, Shape, DType]] = {}
         for spec in self._spec.inputs:
@@ -346,7 +347,7 @@ class TensorRtEngine:
             raise BackendError(f"TensorRT failed to run graph {self._graph!r}")
 
     def close(self) -> None:
-        """Frees the contexts and the engine; a run in flight ends first."""
+        """Frees the contexts and the engine; a run in progress finishes first."""
         with self._lock:
             if self._engine is None:
                 return
@@ -362,7 +363,7 @@ class TensorRtEngine:
                 self._cuda.free_stream(self._stream)
 
     def _find_profile(self, shapes: Mapping[str, Shape]) -> int:
-        """The first profile that all shapes are in; InputError names the input that is in none."""
+        """Index of the first profile that allows all shapes; InputError names an input outside."""
         found: list[str] = []
         for index, ranges in enumerate(self._profiles):
             outside = [
@@ -378,18 +379,18 @@ class TensorRtEngine:
         raise InputError(found[0])
 
     def _stage(self, name: str, array: Array) -> None:
-        """Starts an input's way to the device."""
+        """Queues the copy of an input to the device."""
         array, buffer = np.ascontiguousarray(array), self._buffers[name]
         np.asarray(buffer.host)[: array.nbytes] = array.reshape(-1).view(np.uint8)
         self._cuda.copy_in(buffer.device.address, buffer.host.address, array.nbytes, self._stream)
 
     def _fetch(self, buffer: _Buffer, shape: Shape, dtype: DType) -> None:
-        """Starts an output's way back to the host."""
+        """Queues the copy of an output to the host."""
         nbytes = prod(shape) * dtype.itemsize
         self._cuda.copy_out(buffer.host.address, buffer.device.address, nbytes, self._stream)
 
     def _buffer(self, name: str, nbytes: int) -> _Buffer:
-        """A buffer of at least as many bytes. It grows; then no context knows its addresses."""
+        """A tensor's buffer of at least `nbytes`; if it grows, all contexts are prepared anew."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.device.nbytes < nbytes:
             for context in self._contexts.values():
@@ -401,7 +402,7 @@ class TensorRtEngine:
 
 
 def _profiles(engine: Any, spec: GraphSpec) -> list[dict[str, tuple[Shape, Shape]]]:
-    """The least and the largest shape of each input, by profile."""
+    """Smallest and largest shape of each input, by profile."""
     profiles = []
     for index in range(engine.num_optimization_profiles):
         ranges = {}
@@ -413,13 +414,13 @@ def _profiles(engine: Any, spec: GraphSpec) -> list[dict[str, tuple[Shape, Shape
 
 
 def _view(buffer: _Buffer, shape: Shape, dtype: DType) -> Array:
-    """What a buffer holds on the host."""
+    """Host memory of a buffer as an array."""
     array: Array = np.asarray(buffer.host)[: prod(shape) * dtype.itemsize]
     return array.view(dtype).reshape(shape)
 
 
 def _address(name: str, state: State) -> int:
-    """Where the device finds a state; BackendError unless it is in the device's memory."""
+    """Device address of a state; BackendError if the state is not in device memory."""
     if not isinstance(state, DeviceArray):
-        raise BackendError(f"state {name!r} is not in memory that a GPU updates in place")
+        raise BackendError(f"state {name!r} is in host memory, where a GPU cannot update it")
     return state.address
