@@ -86,14 +86,13 @@ def export(*options: str) -> None:
 
 def image_size(package: Path) -> int:
     """The side of the images that a package takes, in pixels."""
-    engine: perception_rt.Embedder
-    with perception_rt.load(package) as engine:
+    with perception_rt.Embedder.load(package) as engine:
         return engine.image_spec.height
 
 
 def classify(package: Path, images: Pixels, labels: Labels) -> float:
     """Prints and returns the accuracy, from 0 to 1, and prints the throughput."""
-    with Progress() as progress, perception_rt.load(package) as engine:
+    with Progress() as progress, perception_rt.Embedder.load(package) as engine:
         classes = engine.embed_labels(WORDS, TEMPLATES)
         engine.embed_images([images[0]])  # opens the engine, which is not what is measured below
         start = time.perf_counter()
@@ -113,7 +112,7 @@ def draw_features(package: Path, picture: Path) -> None:
     """Writes the photograph beside its last block's features, their main directions as colours."""
     photo = np.asarray(load_sample_image(PHOTO))
     start = time.perf_counter()
-    with perception_rt.load(package) as engine:
+    with perception_rt.Embedder.load(package) as engine:
         (dense,) = engine.features([photo])
         (embedding,) = engine.embed_images([photo])
     side_by_side(Image.fromarray(photo), dense).save(picture)
@@ -129,7 +128,7 @@ def ask(package: Path) -> float:
 
     The scenes that are shown are saved beside the package.
     """
-    with perception_rt.load(package) as plm:
+    with perception_rt.Generator.load(package) as plm:
         for number, name in enumerate(LEARNED):
             found = held_out_record(name, number)
             pictures = images_of(found)

@@ -108,6 +108,7 @@ IMPORT_BY_TABLE = {
     "perception_rt",
     "perception_rt.export.build",
     "perception_rt.families",
+    "perception_rt.runtime.load",
     "perception_rt.runtime.session",
 }
 

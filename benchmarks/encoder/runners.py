@@ -86,7 +86,7 @@ def open_row(
         case "plain":
             return _open_plain(work / PLAIN_FILE, threads)
         case _:
-            engine = prt.load(work / engine_directory(row.precision), threads=threads)
+            engine = prt.Embedder.load(work / engine_directory(row.precision), threads=threads)
             if row.kind == "pixels":
                 return lambda pixels: engine.encode_pixels(pixels, batch_size=len(pixels))
             return lambda images: engine.embed_images(list(images), batch_size=len(images))

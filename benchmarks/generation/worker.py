@@ -20,7 +20,7 @@ from benchmarks.generation.scenarios import ask_about_photo, ask_again, ask_toge
 from perception_rt.errors import PerceptionError
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.plm_config import PlmConfig
-from perception_rt.runtime.load import load
+from perception_rt.runtime.generator import Generator
 
 _WARM_UP_STEPS = 2
 _PREFILL_CALLS = 3
@@ -101,7 +101,7 @@ def _ask(task: Mapping[str, Any]) -> dict[str, Any]:
     """A task for a generator; only a second question may find something in its caches."""
     start = time.perf_counter()
     cache = task["do"] == "again"
-    with load(task["package"], threads=task["threads"], cache=cache) as plm:
+    with Generator.load(task["package"], threads=task["threads"], cache=cache) as plm:
         load_ms = (time.perf_counter() - start) * 1e3
         records: dict[str, Any]
         match task["do"]:

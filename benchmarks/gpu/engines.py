@@ -90,13 +90,13 @@ def _export(arguments: list[str]) -> None:
 
 def _embeddings(bench: Bench, package: Path, device: str, peak: Row) -> Row:
     """Of random images: the least cosine, images/s in batches of 37, batch 1, and the first one."""
-    with prt.load(package, backend="onnxruntime") as cpu:
+    with prt.Embedder.load(package, backend="onnxruntime") as cpu:
         size = cpu.image_spec
         shape = (_MOST_IMAGES, size.height, size.width, 3)
         pictures = list(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
         exact = cpu.embed_images(pictures[:2])
     loading = time.perf_counter()
-    with prt.load(package, device=device) as engine:
+    with prt.Embedder.load(package, device=device) as engine:
         found = engine.embed_images(pictures[:2])
         ready = time.perf_counter()
         one = bench.seconds(lambda: engine.embed_images(pictures[:1]))
@@ -124,10 +124,10 @@ def _answers(bench: Bench, package: Path, device: str, peak: Row) -> Row:
             question, images=[picture], max_tiles=0, max_new_tokens=_COMPARED
         ).tokens
 
-    with prt.load(package, backend="onnxruntime") as cpu:
+    with prt.Generator.load(package, backend="onnxruntime") as cpu:
         exact = ask(cpu)
     loading = time.perf_counter()
-    with prt.load(package, device=device, cache=False) as engine:
+    with prt.Generator.load(package, device=device, cache=False) as engine:
         found = ask(engine)
         ready = time.perf_counter()
         image = PlmConfig.from_dict(engine.manifest.content.architecture).image_token_id

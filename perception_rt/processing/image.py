@@ -24,7 +24,7 @@ from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.containers import exif_orientation, read_container
 from perception_rt.processing.files import open_regular_file, path_name
 
-ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 Resize: TypeAlias = Literal["squash", "center_crop"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 

@@ -6,9 +6,10 @@ Pillow releases Python's interpreter lock while it decodes and resizes, so threa
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
@@ -22,7 +23,9 @@ from perception_rt.processing.image import ImageSource, ImageSpec, decode_image,
 _MAX_DEFAULT_WORKERS = 8  # each holds a decoded image
 THREAD_NAME = "perception-rt-decode"
 
-Loaded: TypeAlias = NDArray[np.uint8] | InputError
+Pixels: TypeAlias = NDArray[np.uint8]
+Loaded: TypeAlias = Pixels | InputError
+OnError: TypeAlias = Callable[[int, InputError], None]
 
 
 def default_workers() -> int:
@@ -65,6 +68,32 @@ def load_images(
         yield from _load_ahead(loader, images, workers=workers, ahead=ahead, owned=owned)
     else:
         yield from map(loader.load, images)
+
+
+def next_batch(
+    images: Iterator[Loaded], size: int, start: int, on_error: OnError | None
+) -> list[Pixels | None]:
+    """Takes the next images of `load_images`.
+
+    Args:
+        images: its iterator.
+        size: how many to take; fewer at the end.
+        start: index of the first of them, for errors.
+        on_error: called with the index and the error of each unusable image; None raises it.
+
+    Returns:
+        Pixels, and None for unusable images.
+    """
+    batch: list[Pixels | None] = []
+    for index, image in enumerate(islice(images, size), start):
+        if isinstance(image, InputError):
+            if on_error is None:
+                raise InputError(f"image {index}: {image}")
+            on_error(index, image)
+            batch.append(None)
+        else:
+            batch.append(image)
+    return batch
 
 
 class _Loader:

@@ -27,7 +27,7 @@ from perception_rt.processing.files import open_regular_file, path_name
 from perception_rt.processing.image import resize_image
 from perception_rt.processing.tiles import TileSpec
 
-VideoSource: TypeAlias = str | os.PathLike[str] | NDArray[Any]
+VideoSource: TypeAlias = str | os.PathLike[str] | NDArray[np.uint8]
 
 # Containers only: playlists and the like would make the decoder open what they point to.
 _CONTAINERS = "mov,matroska,avi,mpegts"

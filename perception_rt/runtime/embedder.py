@@ -10,28 +10,29 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from functools import partial
-from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError, PackageError
+from perception_rt.families import PE
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package import contract
 from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec
-from perception_rt.processing.image_loader import Loaded, default_workers, load_images
+from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
 from perception_rt.processing.video import VideoSource, load_video
+from perception_rt.runtime.load_options import LoadOptions, open_model
 from perception_rt.runtime.request import check_integer
-from perception_rt.runtime.session import LoadedModel, Sessions, is_batch_dependent
+from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 Progress = Callable[[int, int], None]
-OnError = Callable[[int, InputError], None]
 
 MAX_BATCH = 256
 MAX_WORKERS = 64
@@ -40,7 +41,7 @@ _IMAGE_NDIM, _VIDEO_NDIM = 3, 4
 
 
 class Embedder(LoadedModel):
-    """A loaded Perception Encoder package. Make one with `perception_rt.load`.
+    """A loaded Perception Encoder package. Make one with `Embedder.load` or `perception_rt.load`.
 
     Each graph opens on first use. Methods may be called from several threads.
 
@@ -50,17 +51,8 @@ class Embedder(LoadedModel):
             depend on each other, as with int8 on ONNX Runtime.
     """
 
-    def __init__(
-        self,
-        package: Package,
-        *,
-        backend: str,
-        device: str,
-        threads: int | None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        limits: Limits = DEFAULT_LIMITS,
-    ) -> None:
-        super().__init__(package.manifest, backend=backend, device=device)
+    def __init__(self, package: Package, options: LoadOptions) -> None:
+        super().__init__(package.manifest, backend=options.backend, device=options.device)
         content = package.manifest.content
         try:
             self._config = PeConfig.from_dict(content.architecture)
@@ -71,13 +63,50 @@ class Embedder(LoadedModel):
             raise PackageError(f"package {package.name!r}: {error}") from None
         self.batch_size = 1 if is_batch_dependent(content) else 8
         self._sessions = Sessions(
-            package, backend=backend, device=device, threads=threads, cache_dir=cache_dir
+            package,
+            backend=options.backend,
+            device=options.device,
+            threads=options.threads,
+            cache_dir=options.cache_dir,
         )
-        self._limits = limits
+        self._limits = options.limits
         self._tokenizer: ClipTokenizer | None = None
         if self._text is not None and self._text.tokenizer is not None:
             context = self._text.context_length
-            self._tokenizer = ClipTokenizer(context_length=context, limits=limits)
+            self._tokenizer = ClipTokenizer(context_length=context, limits=options.limits)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = AUTO,
+        device: str = "cpu",
+        threads: int | None = None,
+        expect: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Loads an encoder package; arguments and errors as `perception_rt.load`.
+
+        Raises:
+            InputError: also if the package holds a model of another family.
+        """
+        options = LoadOptions(
+            backend=backend,
+            device=device,
+            threads=threads,
+            expect=expect,
+            limits=limits,
+            cache_dir=cache_dir,
+        )
+        with open_model(path, options, PE) as package:
+            return cls.from_package(package, options)
+
+    @classmethod
+    def from_package(cls, package: Package, options: LoadOptions) -> Self:
+        """Takes over an open, verified package; closes it with itself."""
+        return cls(package, options)
 
     def embed_images(
         self,
@@ -238,10 +267,8 @@ class Embedder(LoadedModel):
         if not templates or not all(isinstance(t, str) and "{}" in t for t in templates):
             raise InputError("templates must be strings that contain {}")
         texts = [t.replace("{}", label) for label in labels for t in templates]
-        vectors = self.embed_texts(texts, on_progress=on_progress).reshape(
-            len(labels), len(templates), -1
-        )
-        return _unit(vectors.mean(axis=1))
+        vectors = self.embed_texts(texts, on_progress=on_progress)
+        return _unit(vectors.reshape(len(labels), len(templates), -1).mean(axis=1))
 
     def features(
         self,
@@ -285,7 +312,7 @@ class Embedder(LoadedModel):
         grid = vision.grid_of(self.image_spec.height, self.image_spec.width)
         return tokens[:, int(vision.use_cls_token) :].reshape(-1, *grid, vision.width)
 
-    def encode_pixels(self, pixels: Array, *, batch_size: int | None = None) -> Float32:
+    def encode_pixels(self, pixels: Float32, *, batch_size: int | None = None) -> Float32:
         """Returns the output of the reference's vision `forward`, float32 (N, D) or (N, T, C).
 
         Args:
@@ -295,7 +322,7 @@ class Embedder(LoadedModel):
         run = partial(self._run, contract.PIXELS, contract.PIXELS_F32, output=contract.EMBEDDING)
         return np.concatenate(list(self._batches(_array(pixels), batch_size, None, run)))
 
-    def encode_tokens(self, tokens: Array, *, batch_size: int | None = None) -> Float32:
+    def encode_tokens(self, tokens: NDArray[np.int64], *, batch_size: int | None = None) -> Float32:
         """Returns the output of the reference's `encode_text(normalize=False)`, float32 (N, D).
 
         Args:
@@ -345,12 +372,12 @@ class Embedder(LoadedModel):
             images, self.image_spec, workers=workers, ahead=size + workers, limits=self._limits
         )
         spec = self.manifest.content.graphs[graph].output(output)
-        shape = tuple(size for size in spec.shape if isinstance(size, int))
+        shape = tuple(length for length in spec.shape if isinstance(length, int))
         total = len(images) if isinstance(images, Sized) else None
         rows: list[Float32] = []
         done = 0
         with closing(loading):
-            while batch := _next_batch(loading, size, done, on_error):
+            while batch := next_batch(loading, size, done, on_error):
                 usable = [index for index, pixels in enumerate(batch) if pixels is not None]
                 part = np.zeros((len(batch), *shape), np.float32)
                 if usable:
@@ -394,35 +421,19 @@ class Embedder(LoadedModel):
 
     def _require_pooled(self) -> None:
         if self._config.vision.pool_type == "none":
-            raise InputError(
-                f"{self.manifest.content.name} has no pooled embedding; use features()"
-            )
+            name = self.manifest.content.name
+            raise InputError(f"{name} has no pooled embedding; use features()")
 
     def _require_tokenizer(self) -> ClipTokenizer:
-        if self._config.text is None:
-            raise InputError(f"{self.manifest.content.name} has no text tower")
+        name, text = self.manifest.content.name, self._config.text
+        if text is None:
+            raise InputError(f"{name} has no text tower")
         if self._tokenizer is None:
             raise InputError(
-                f"{self.manifest.content.name} has a vocabulary of {self._config.text.vocab_size} "
-                "that no tokenizer here belongs to; use encode_tokens()"
+                f"no tokenizer here fits {name}'s vocabulary of {text.vocab_size}; "
+                "use encode_tokens()"
             )
         return self._tokenizer
-
-
-def _next_batch(
-    images: Iterator[Loaded], size: int, start: int, on_error: OnError | None
-) -> list[NDArray[np.uint8] | None]:
-    """The next `size` images or fewer, None where unusable; the first has index `start`."""
-    batch: list[NDArray[np.uint8] | None] = []
-    for index, image in enumerate(islice(images, size), start):
-        if isinstance(image, InputError):
-            if on_error is None:
-                raise InputError(f"image {index}: {image}")
-            on_error(index, image)
-            batch.append(None)
-        else:
-            batch.append(image)
-    return batch
 
 
 def _check_items(items: object, name: str, item_ndim: int = 0) -> None:

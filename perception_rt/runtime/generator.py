@@ -9,11 +9,12 @@ Legend: T tokens, n tiles, S tile side in pixels, V vocabulary.
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from perception_rt.errors import InputError
+from perception_rt.families import PLM
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSource
@@ -27,6 +28,12 @@ from perception_rt.runtime.generation.preprocess import Intake
 from perception_rt.runtime.generation.request_state import Job
 from perception_rt.runtime.generation.scheduler import Scheduler
 from perception_rt.runtime.generation.worker import Handle, Turns
+from perception_rt.runtime.load_options import (
+    FEATURE_CACHE_BYTES,
+    PREFIX_CACHE_BYTES,
+    LoadOptions,
+    open_model,
+)
 from perception_rt.runtime.request import (
     Exchange,
     OnProgress,
@@ -35,7 +42,7 @@ from perception_rt.runtime.request import (
     check_integer,
     check_list,
 )
-from perception_rt.runtime.session import LoadedModel, is_replaced
+from perception_rt.runtime.session import AUTO, LoadedModel, is_replaced
 
 Array = np.ndarray[Any, Any]
 
@@ -107,6 +114,60 @@ class Generator(LoadedModel):
             clock=clock,
         )
         self._turns = Turns(self._scheduler)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = AUTO,
+        device: str = "cpu",
+        threads: int | None = None,
+        expect: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        kv_bytes: int | None = None,
+        max_batch: int = 8,
+        cache: bool = True,
+        feature_cache_bytes: int = FEATURE_CACHE_BYTES,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Loads a language model package; arguments and errors as `perception_rt.load`.
+
+        Raises:
+            InputError: also if the package holds a model of another family.
+        """
+        options = LoadOptions(
+            backend=backend,
+            device=device,
+            threads=threads,
+            expect=expect,
+            limits=limits,
+            kv_bytes=kv_bytes,
+            max_batch=max_batch,
+            cache=cache,
+            feature_cache_bytes=feature_cache_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+            cache_dir=cache_dir,
+        )
+        with open_model(path, options, PLM) as package:
+            return cls.from_package(package, options)
+
+    @classmethod
+    def from_package(cls, package: Package, options: LoadOptions) -> Self:
+        """Takes over an open, verified package; closes it with itself."""
+        return cls(
+            package,
+            backend=options.backend,
+            device=options.device,
+            threads=options.threads,
+            kv_bytes=options.kv_bytes,
+            max_batch=options.max_batch,
+            feature_cache_bytes=options.feature_cache_bytes if options.cache else 0,
+            prefix_cache_bytes=options.prefix_cache_bytes if options.cache else 0,
+            cache_dir=options.cache_dir,
+            limits=options.limits,
+        )
 
     def generate(
         self,

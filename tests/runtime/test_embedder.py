@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_plm import write_plm
 from PIL import Image
 
 import perception_rt as prt
@@ -270,6 +271,40 @@ def test_closing_while_images_are_decoded(tiny_package: Path) -> None:
     with pytest.raises((BackendError, PackageError), match="closed"):
         engine.embed_images(images(), workers=2)
     assert not [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
+
+
+def test_each_class_loads_its_family_and_names_the_other(
+    tiny_package: Path, tmp_path: Path
+) -> None:
+    plm = write_plm(tmp_path / "plm", name="PLM-1B")
+    with prt.Embedder.load(tiny_package, threads=1) as engine, prt.load(tiny_package) as loaded:
+        assert type(engine) is type(loaded) is prt.Embedder
+        images = _images(2)
+        assert np.array_equal(engine.embed_images(images), loaded.embed_images(images))
+    with prt.Generator.load(plm, max_batch=2) as generator, prt.load(plm, max_batch=2) as loaded:
+        assert type(generator) is type(loaded) is prt.Generator
+        assert generator.generate("a").tokens == loaded.generate("a").tokens
+    wrong = r"PLM-1B is a language model \(family plm\): use Generator.load"
+    with pytest.raises(InputError, match=wrong):
+        prt.Embedder.load(plm)
+    with pytest.raises(InputError, match=r"tiny is an encoder \(family pe\): use Embedder.load"):
+        prt.Generator.load(tiny_package)
+    with pytest.raises(InputError, match="threads must be an integer from 1 to 1024, not 0"):
+        prt.Embedder.load(tiny_package, threads=0)
+    with pytest.raises(InputError, match="cache must be True or False, not a str"):
+        prt.Generator.load(plm, cache="no")
+    with pytest.raises(PackageError, match="sha256:"):
+        prt.Generator.load(plm, expect="sha256:" + hashlib.sha256(b"").hexdigest())
+
+
+def test_repr_names_model_precision_backend_and_size(tiny_packages) -> None:
+    with prt.load(tiny_packages["int8"]) as engine:
+        size = sum(entry.size_bytes for entry in engine.manifest.content.files.values()) / 1e6
+        assert repr(engine) == (
+            "Embedder(model='tiny', precision='int8', backend='onnxruntime', device='cpu', "
+            f"size='{size:.1f} MB')"
+        )
+        assert "<td>tiny</td>" in engine._repr_html_()
 
 
 def test_nan_never_comes_back(ort_engine) -> None:

@@ -1,0 +1,102 @@
+"""Loading options, and the opening of a package that all model families share."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from perception_rt.errors import InputError, PackageError, describe
+from perception_rt.families import Family, get_family
+from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.package.contract import ENGINE_SEQUENCES
+from perception_rt.package.reader import Package, open_package
+from perception_rt.package.trust import is_remembered
+from perception_rt.runtime.request import check_integer
+from perception_rt.runtime.session import AUTO, check_backends
+
+MAX_THREADS = 1024
+MAX_BATCH = 256
+FEATURE_CACHE_BYTES = 512 * 2**20
+PREFIX_CACHE_BYTES = 1024 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The arguments of `perception_rt.load`, which documents them, but for the path."""
+
+    backend: str = AUTO
+    device: str = "cpu"
+    threads: int | None = None
+    expect: str | None = None
+    limits: Limits = DEFAULT_LIMITS
+    kv_bytes: int | None = None
+    max_batch: int = 8
+    cache: bool = True
+    feature_cache_bytes: int = FEATURE_CACHE_BYTES
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES
+    cache_dir: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            check_integer("threads", self.threads, 1, MAX_THREADS)
+        if self.cache_dir is not None:
+            _check_path("cache_dir", self.cache_dir)
+        if self.kv_bytes is not None:
+            check_integer("kv_bytes", self.kv_bytes, 1)
+        check_integer("max_batch", self.max_batch, 1, MAX_BATCH)
+        check_integer("feature_cache_bytes", self.feature_cache_bytes, 0)
+        check_integer("prefix_cache_bytes", self.prefix_cache_bytes, 0)
+        if type(self.cache) is not bool:
+            raise InputError(f"cache must be True or False, not {describe(self.cache)}")
+
+
+@contextmanager
+def open_model(
+    path: str | os.PathLike[str], options: LoadOptions, family: Family | None = None
+) -> Iterator[Package]:
+    """Opens a package and verifies all its bytes; closes it if the block raises.
+
+    Args:
+        path: the package directory.
+        options: the backend and device to check, the expected id and the limits.
+        family: the family that the package must be of; None for any.
+
+    Raises:
+        PackageError: the package is damaged, unsafe, or not the expected one.
+        BackendError: the backend or the device is not available.
+        InputError: an argument is unusable, or the package is of another family.
+    """
+    _check_path("path", path)
+    package = open_package(path, expect=options.expect, limits=options.limits)
+    try:
+        content = package.manifest.content
+        found = get_family(content.family)
+        if family is not None and found != family:
+            right = found.runtime.rpartition(":")[2]
+            raise InputError(
+                f"{content.name} is {found.label} (family {found.name}): use {right}.load"
+            )
+        targets = check_backends(content, backend=options.backend, device=options.device)
+        if any(target.has_engines for target in targets):
+            _check_trust(package, pinned=options.expect is not None)
+            check_integer("max_batch", options.max_batch, 1, ENGINE_SEQUENCES)
+        package.verify()
+        yield package
+    except BaseException:
+        package.close()
+        raise
+
+
+def _check_trust(package: Package, *, pinned: bool) -> None:
+    """PackageError unless the caller named the package or exported it on this machine."""
+    package_id = package.manifest.id
+    if not (pinned or is_remembered(package_id)):
+        raise PackageError(
+            "its engines are code for a GPU, and it was not exported here: name the package that "
+            f"you trust by expect={package_id!r}"
+        )
+
+
+def _check_path(name: str, value: object) -> None:
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{name} must be a path, not a {type(value).__name__}")
