@@ -1,17 +1,18 @@
-"""How much arithmetic a vision tower is, from its architecture alone.
+"""Counts the arithmetic of vision towers and decoders, from their architecture alone.
 
-Counts the products of matrices, as published GMACs of these models do; norms, softmax, GELU and
+Counts matrix products, as published GMACs of these models do; norms, softmax, activations and
 rotations are left out.
 """
 
 from perception_rt.config import VisionConfig
+from perception_rt.plm_config import DecoderConfig
 
 _RGB = 3
 _POOL_MLP_RATIO = 4
 
 
 def vision_macs(config: VisionConfig) -> int:
-    """Multiply-accumulates of one image at the native size, pooling and projection included."""
+    """Multiply-accumulates for one image at the native size, pooling and projection included."""
     patches = config.grid**2
     tokens = patches + int(config.use_cls_token)
     width = config.width
@@ -25,11 +26,33 @@ def vision_macs(config: VisionConfig) -> int:
 
 
 def vision_flops(config: VisionConfig) -> int:
-    """Floating point operations of one image: a multiply-accumulate is two."""
+    """Floating point operations for one image, two per multiply-accumulate."""
     return 2 * vision_macs(config)
 
 
+def decoder_weights(config: DecoderConfig) -> int:
+    """Number of weights that one token is multiplied with: all linear layers and the head."""
+    return config.n_layers * _layer_weights(config) + config.dim * config.vocab_size
+
+
+def prefill_macs(config: DecoderConfig, tokens: int) -> int:
+    """Multiply-accumulates of a prompt, in which each token attends to itself and those before it.
+
+    The head counts once, because only the logits of the last token are computed.
+    """
+    seen = tokens * (tokens + 1) // 2
+    attention = 2 * seen * config.n_heads * config.head_dim  # scores, then the weighted sum
+    layers = config.n_layers * (tokens * _layer_weights(config) + attention)
+    return layers + config.dim * config.vocab_size
+
+
 def _pooling(tokens: int, width: int) -> int:
-    """One probe over all tokens: keys and values of each, the rest of one row only."""
+    """One probe attends to all tokens: every token has a key and a value, the rest is one row."""
     one_row = 2 * width * width + 2 * _POOL_MLP_RATIO * width * width
     return tokens * 2 * width * width + 2 * tokens * width + one_row
+
+
+def _layer_weights(config: DecoderConfig) -> int:
+    queries = config.n_heads * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    return config.dim * (2 * queries + 2 * keys + 3 * config.ffn_dim)

@@ -1,27 +1,29 @@
 """`python benchmarks/generate.py [--model PLM-1B]`: a language model's engines, in one run.
 
-A photograph, a second question, guesses and batches through a package, and its decoder alone beside
-transformers and onnxruntime-genai at the same shape. Each task runs in a process of its own. The
-list of tasks runs `--rounds` times, every second time backwards, and samples are pooled, so that a
-machine that slows down or speeds up meanwhile does so to every task. The machine's limits are
-measured in each round, and the best counts. Peers that are not installed are skipped, and why.
+Measures a package with a photograph, a second question about it, speculation and batches, and its
+decoder alone beside transformers and onnxruntime-genai at the same shape. Each task runs in a
+process of its own, and all tasks run `--rounds` times. A task or a limit that this machine or
+installation cannot run is reported as unavailable with the reason; an engine that fails stops the
+benchmark.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 try:
-    from benchmarks.encoder.worker import run_task as run_limits
+    from benchmarks import subprocess_task
+    from benchmarks.command import Parser, check_number, check_out, or_default, run_command
     from benchmarks.generation.prepare import PACKAGE_DIRECTORY, photo_path
     from benchmarks.generation.report import (
         again_record,
@@ -33,105 +35,65 @@ try:
         together_records,
     )
     from benchmarks.generation.runners import PEERS, Row, engine_row
-    from benchmarks.generation.worker import run_task
     from benchmarks.machine import environment
+    from benchmarks.rounds import Measured, Task, best_limits, limit_tasks, progress, run_rounds
     from perception_rt.archs import get_config
-    from perception_rt.errors import BackendError, InputError, PerceptionError
+    from perception_rt.errors import BackendError, InputError
     from perception_rt.package.manifest import Content
-    from perception_rt.package.reader import open_package
+    from perception_rt.package.reader import Package, open_package
     from perception_rt.plm_config import PlmConfig
+    from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
     from perception_rt.targets import check_precision, get_target
 except ModuleNotFoundError as missing:
     print(f'error: no module {missing.name}; run `pip install -e ".[dev]"` first', file=sys.stderr)
     sys.exit(2)
 
-_SCHEMA = 1
+run_task = partial(subprocess_task.run_task, module="benchmarks.generation.worker")
+run_limit = partial(subprocess_task.run_task, module="benchmarks.limits")
+
+_SCHEMA = 2
 _MOST = {"batch": 256, "layers": 256, "prompt": 1 << 20, "rounds": 100, "steps": 10_000}
 _MOST |= {"threads": 1024, "tokens": 10_000}
 _LIBRARIES = ("transformers", "onnxruntime-genai")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, as everything else is."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What one process does in each round.
-
-    Attributes:
-        name: of its samples.
-        values: for `generate_worker`.
-        peer: whether it is skipped if it fails.
-    """
-
-    name: str
-    values: Mapping[str, Any] = field(repr=False)
-    peer: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
-class Measured:
-    """What the rounds gave.
-
-    Attributes:
-        samples: by task name, one for each round.
-        limits: of each round.
-        skipped: why, by task name.
-    """
-
-    samples: dict[str, list[Any]] = field(default_factory=dict)
-    limits: list[dict[str, float]] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
-    try:
-        options = _parsed(arguments)
-        result = run_benchmark(options)
-        print(markdown(result))
-        if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-    except PerceptionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(arguments, _parsed, run_benchmark, markdown)
 
 
 def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures everything that checked options ask for; raw samples are in the result."""
-    photo = photo_path()
+    """Measures what checked options ask for; the result holds the figures and the raw samples."""
     started = time.monotonic()
     machine = environment()
     peers = _peer_versions() if options.peers else {}
     with tempfile.TemporaryDirectory(prefix="perception_rt-benchmark-") as work:
         package = options.package or _exported(options, work)
         with open_package(package) as opened:
-            manifest = opened.manifest
+            manifest, no_requests = opened.manifest, why_no_requests(opened)
         content = manifest.content
         config = _architecture(content)
         _check_length(options, config)
-        measured = Measured()
-        tasks = _requests(options, content, photo, measured)
-        tasks += [_decoder(row, options) for row in _rows(options, content)]
         common = {
             "config": config.to_dict(),
             "package": str(package),
             "threads": options.threads,
             "work": work,
         }
+        measured = Measured(run=lambda values: run_task({**common, **values}))
+        if no_requests:
+            measured.unavailable["requests"] = no_requests
+        limits = Measured(run=run_limit, label="limit")
         if options.peers:
-            _progress("preparing onnxruntime-genai")
-            build = Task(name=PEERS[-1].name, values={"do": "build genai"}, peer=True)
-            _run(build, common, measured)
-        _run_rounds(tasks, common, options, measured)
+            progress("preparing onnxruntime-genai")
+            measured.try_task(Task(name=PEERS[-1].name, values={"do": "build genai"}))
+        run_rounds(
+            [*_requests(options, measured), *_decoders(options, content)],
+            measured,
+            limits,
+            setup=limit_tasks(threads=options.threads, quick=options.quick),
+            rounds=options.rounds,
+        )
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "package")}
     return {
         "schema": _SCHEMA,
@@ -141,10 +103,12 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "model": {"name": content.name, "precision": _precision(content), "package": manifest.id},
         "weights": dict(content.weights),
         "peers": list(peers),
-        "limits_by_round": measured.limits,
+        "limits": best_limits(limits),
+        "limit_samples": limits.samples,
+        "unavailable_limits": limits.unavailable,
         "samples": measured.samples,
-        "skipped": measured.skipped,
-        **_figures(config, content, options, measured),
+        "unavailable": measured.unavailable,
+        **_figures(config, content, options, measured.samples, best_limits(limits)),
     }
 
 
@@ -155,7 +119,7 @@ def _exported(options: argparse.Namespace, work: str) -> Path:
     name = options.model
     if options.layers is not None:
         name += f" cut to {options.layers} layers"
-    _progress(f"{name}: exporting {options.precision}")
+    progress(f"{name}: exporting {options.precision}")
     task = {
         "do": "prepare",
         "config": config.to_dict(),
@@ -171,87 +135,73 @@ def _exported(options: argparse.Namespace, work: str) -> Path:
     return Path(work) / PACKAGE_DIRECTORY
 
 
-def _requests(
-    options: argparse.Namespace, content: Content, photo: Path, measured: Measured
-) -> list[Task]:
-    """Tasks for the whole package, which take its tokenizer."""
-    if content.text is None:
-        measured.skipped["requests"] = "the package has no tokenizer"
+def why_no_requests(package: Package) -> str | None:
+    """Why the package cannot be asked here, or None if it can."""
+    text = package.manifest.content.text
+    if text is None:
+        missing = find_spec("tokenizers") is None
+        return "the package has no tokenizer" + (": tokenizers is not installed" if missing else "")
+    spec = TokenizerSpec.from_dict(text, "text")
+    try:
+        open_tokenizer(spec, None if spec.file is None else package.read(spec.file))
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def _requests(options: argparse.Namespace, measured: Measured) -> list[Task]:
+    """Tasks that ask the whole package; notes it if there is no photograph to ask about."""
+    if "requests" in measured.unavailable:
         return []
-    about = [{"photo": str(photo), "max_tiles": tiles} for tiles in options.max_tiles]
     tokens = {"tokens": options.tokens}
-    values: list[dict[str, Any]] = [
-        *({"do": "photo", **picture, **tokens} for picture in about),
-        *({"do": "again", **picture} for picture in about),
-        {"do": "guess", **tokens},
-        {"do": "together", "batches": options.batch, **tokens},
+    values: list[dict[str, Any]] = []
+    try:
+        about = [{"photo": str(photo_path()), "max_tiles": tiles} for tiles in options.max_tiles]
+        values += [{"do": "photo", **picture, **tokens} for picture in about]
+        values += [{"do": "again", **picture} for picture in about]
+    except BackendError as error:
+        measured.unavailable["photo"] = str(error)
+    values += [{"do": "guess", **tokens}, {"do": "together", "batches": options.batch, **tokens}]
+    return [Task(name=_task_name(v["do"], v.get("max_tiles")), values=v, ours=True) for v in values]
+
+
+def _decoders(options: argparse.Namespace, content: Content) -> list[Task]:
+    """Tasks of the decoder alone: the engine's and its peers'."""
+    values = {"do": "decoder", "prompts": options.prompt, "steps": options.steps}
+    return [
+        Task(name=row.name, values={**values, "row": asdict(row)}, ours=row not in PEERS)
+        for row in _rows(options, content)
     ]
-    return [Task(name=_task_name(v["do"], v.get("max_tiles")), values=v) for v in values]
 
 
 def _rows(options: argparse.Namespace, content: Content) -> list[Row]:
     return [engine_row(content.target.precision), *(PEERS if options.peers else ())]
 
 
-def _decoder(row: Row, options: argparse.Namespace) -> Task:
-    values = {"do": "decoder", "row": asdict(row), "prompts": options.prompt}
-    return Task(name=row.name, values={**values, "steps": options.steps}, peer=row in PEERS)
-
-
-def _run_rounds(
-    tasks: Sequence[Task],
-    common: Mapping[str, Any],
-    options: argparse.Namespace,
-    measured: Measured,
-) -> None:
-    for index in range(options.rounds):
-        where = f"round {index + 1} of {options.rounds}"
-        _progress(f"{where}: limits")
-        setup = {"threads": options.threads, "quick": options.quick}
-        measured.limits.append(run_limits({"do": "limits", **setup}))
-        for task in tasks if index % 2 == 0 else reversed(tasks):
-            if task.name not in measured.skipped:
-                _progress(f"{where}: {task.name}")
-                sample = _run(task, common, measured)
-                measured.samples.setdefault(task.name, []).append(sample)
-    for name in measured.skipped:
-        measured.samples.pop(name, None)
-
-
-def _run(task: Task, common: Mapping[str, Any], measured: Measured) -> Any:
-    """A task's result; a peer that fails has none, and is skipped from then on."""
-    try:
-        return run_task({**common, **task.values})
-    except BackendError as error:
-        if not task.peer:
-            raise BackendError(f"{task.name} failed: {error}") from None
-        measured.skipped[task.name] = str(error)
-        return None
-
-
 def _figures(
-    config: PlmConfig, content: Content, options: argparse.Namespace, measured: Measured
+    config: PlmConfig,
+    content: Content,
+    options: argparse.Namespace,
+    samples: dict[str, list[Any]],
+    limits: dict[str, float],
 ) -> dict[str, Any]:
-    """Everything that `markdown` shows."""
-    limits = {key: max(m[key] for m in measured.limits) for key in measured.limits[0]}
+    """Figures of each section of the report."""
     engine = engine_row(content.target.precision)
-    taken = measured.samples
     photo, again = (
-        [taken[name] for tiles in options.max_tiles if (name := _task_name(do, tiles)) in taken]
+        [samples[name] for tiles in options.max_tiles if (name := _task_name(do, tiles)) in samples]
         for do in ("photo", "again")
     )
     decoder = [
         record
         for row in _rows(options, content)
-        if row.name in taken
-        for record in decoder_records(config, row, limits, taken[row.name])
+        if row.name in samples
+        for record in decoder_records(config, row, limits, samples[row.name])
     ]
     return {
-        "limits": limits,
-        "photo": [photo_record(config, limits[engine.limit], samples) for samples in photo],
-        "again": [again_record(samples) for samples in again],
-        "guess": guess_records(taken["guess"]) if "guess" in taken else [],
-        "together": together_records(taken["together"]) if "together" in taken else [],
+        "photo": [photo_record(config, limits.get(engine.limit), rounds) for rounds in photo],
+        "again": [again_record(rounds) for rounds in again],
+        "guess": guess_records(samples["guess"]) if "guess" in samples else [],
+        "together": together_records(samples["together"]) if "together" in samples else [],
         "decoder": decoder,
         "ratios": ratio_records(decoder, engine.name),
     }
@@ -282,7 +232,7 @@ def _peer_versions() -> dict[str, str]:
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options with their defaults, checked before any work; InputError names what is wrong."""
-    parser = _Parser(prog="generate.py", description="Measure a language model on this machine.")
+    parser = Parser(prog="generate.py", description="Measure a language model on this machine.")
     parser.add_argument("--model", help="random weights of it (default: PLM-1B)")
     parser.add_argument("--layers", type=int, help="cut decoder and tower to so many, for a look")
     parser.add_argument("--precision", help="of the export (default: int4)")
@@ -306,10 +256,10 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.max_tiles = sorted(set(options.max_tiles or [0, 4]))
     options.batch = sorted(set(options.batch or [1, 2, 4, 8]))
     options.prompt = sorted(set(options.prompt or [128, 320, 1344]))
-    options.tokens = _or_default(options.tokens, 17 if options.quick else 65)
-    options.steps = _or_default(options.steps, 4 if options.quick else 24)
-    options.rounds = _or_default(options.rounds, 1 if options.quick else 2)
-    options.threads = _or_default(options.threads, len(os.sched_getaffinity(0)))
+    options.tokens = or_default(options.tokens, 17 if options.quick else 65)
+    options.steps = or_default(options.steps, 4 if options.quick else 24)
+    options.rounds = or_default(options.rounds, 1 if options.quick else 2)
+    options.threads = or_default(options.threads, len(os.sched_getaffinity(0)))
     _check(options)
     return options
 
@@ -331,14 +281,12 @@ def _check(options: argparse.Namespace) -> None:
     numbers = [(name, value) for name in ("batch", "prompt") for value in getattr(options, name)]
     numbers += [(name, getattr(options, name)) for name in ("rounds", "steps", "threads")]
     for name, value in numbers:
-        _check_number(name, value, 1, _MOST[name])
+        check_number(name, value, 1, _MOST[name])
     for value in options.max_tiles:
-        _check_number("max-tiles", value, 0, 1024)
+        check_number("max-tiles", value, 0, 1024)
     # Of a batch, all must have begun before one has ended.
-    _check_number("tokens", options.tokens, max(options.batch) + 2, _MOST["tokens"])
-    out = options.out
-    if out is not None and (out.suffix != ".json" or out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"--out must be a .json file in an existing folder, not {str(out)!r:.80}")
+    check_number("tokens", options.tokens, max(options.batch) + 2, _MOST["tokens"])
+    check_out(options.out)
 
 
 def _config(options: argparse.Namespace) -> PlmConfig:
@@ -349,7 +297,7 @@ def _config(options: argparse.Namespace) -> PlmConfig:
     if options.layers is None:
         return config
     most = min(config.decoder.n_layers, config.vision.layers)
-    _check_number("layers", options.layers, 1, most)
+    check_number("layers", options.layers, 1, most)
     return replace(
         config,
         decoder=replace(config.decoder, n_layers=options.layers),
@@ -361,19 +309,6 @@ def _check_length(options: argparse.Namespace, config: PlmConfig) -> None:
     longest, most = max(options.prompt) + options.steps, config.decoder.max_seqlen
     if longest > most:
         raise InputError(f"--prompt and --steps are {longest} tokens; the model has {most}")
-
-
-def _check_number(name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise InputError(f"--{name} must be {least} to {most}, not {value}")
-
-
-def _or_default(value: int | None, default: int) -> int:
-    return default if value is None else value
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ def prepare(config: PeConfig, work: Path, *, name: str, count: int, precisions: 
     _write_images(spec, count, work)
     tower = load_tower(config.vision, work / WEIGHTS_FILE["float32"])
     _write_reference(tower, work)
-    _write_plain(tower, spec, work)
     for precision in precisions:
         plan = ExportPlan(
             name=name,
@@ -62,6 +61,26 @@ def prepare(config: PeConfig, work: Path, *, name: str, count: int, precisions: 
             taps=(),
         )
         export_package(plan, source, work / engine_directory(precision))
+
+
+def export_plain(config: PeConfig, work: Path) -> None:
+    """Exports the tower that `prepare` wrote with torch's own exporter, as torch documents it."""
+    tower = load_tower(config.vision, work / WEIGHTS_FILE["float32"])
+    size = config.vision.image_size
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            tower,
+            (torch.zeros(2, 3, size, size),),
+            work / PLAIN_FILE,
+            dynamo=True,
+            opset_version=_PLAIN_OPSET,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[PLAIN_INPUT],
+            external_data=True,
+            verbose=False,
+        )
 
 
 def _write_weights(source: RandomWeights, config: PeConfig, work: Path) -> None:
@@ -87,21 +106,3 @@ def _write_reference(tower: VisionTower, work: Path) -> None:
     with torch.inference_mode():
         rows = [tower(image[None]).numpy() for image in pixels]
     np.save(work / REFERENCE_FILE, np.concatenate(rows))
-
-
-def _write_plain(tower: VisionTower, spec: ImageSpec, work: Path) -> None:
-    """The same tower through torch's own exporter, as its documentation shows it."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            tower,
-            (torch.zeros(2, 3, spec.height, spec.width),),
-            work / PLAIN_FILE,
-            dynamo=True,
-            opset_version=_PLAIN_OPSET,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=[PLAIN_INPUT],
-            external_data=True,
-            verbose=False,
-        )

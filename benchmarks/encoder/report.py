@@ -1,10 +1,11 @@
-"""Figures of a finished benchmark, from raw samples, and the Markdown that shows them."""
+"""Computes the figures of an encoder benchmark from raw samples, and formats them as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.encoder.runners import BASELINE, Row
 from benchmarks.flops import vision_flops
+from benchmarks.tables import MIB, limit_lines, share, table
 from benchmarks.timing import percentile
 from perception_rt.config import VisionConfig
 
@@ -19,51 +20,50 @@ _COLUMNS = (
     "peak RSS MiB",
     "share",
 )
-_GIGA = 1e9
-_MIB = 1024 * 1024
+
+Samples = Mapping[str, Sequence[Mapping[str, Any]]]  # by row name: by batch, for each round
 
 
 def summarize(
     config: VisionConfig,
     rows: Sequence[Row],
-    rounds: Sequence[Mapping[str, Mapping[str, Any]]],
+    samples: Samples,
     limits: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """One record per row and batch.
+    """One record per measured row and batch.
+
+    A record has no `speed_up` without the baseline, and no `share` without the row's limit.
 
     Args:
         config: the architecture, for its arithmetic.
-        rows: what ran, the baseline among it.
-        rounds: for each round, samples by row name and batch.
-        limits: measured peaks, as `machine.limits` gives them.
+        rows: all rows; those without samples have no record.
+        samples: for each measured row, one sample by batch per round.
+        limits: measured peaks by name.
     """
     flops = vision_flops(config)
-    baseline = {
-        batch: percentile(_pooled(rounds, BASELINE.name, batch), 50)
-        for batch in rounds[0][BASELINE.name]
-    }
     records = []
     for row in rows:
-        for batch in rounds[0][row.name]:
-            parts = [samples[row.name][batch] for samples in rounds]
-            pooled = _pooled(rounds, row.name, batch)
+        for batch in samples[row.name][0] if row.name in samples else ():
+            parts = [sample[batch] for sample in samples[row.name]]
+            pooled = _pooled(samples, row.name, batch)
             p50 = percentile(pooled, 50)
             per_second = int(batch) * 1e3 / p50
-            records.append(
-                {
-                    "row": row.name,
-                    "batch": int(batch),
-                    "p50_ms": p50,
-                    "p90_ms": percentile(pooled, 90),
-                    "images_per_s": per_second,
-                    "speed_up": baseline[batch] / p50,
-                    "cosine": min(part["cosine"] for part in parts),
-                    "peak_rss_bytes": max(part["peak_rss_bytes"] for part in parts),
-                    "limit": row.limit,
-                    "share": per_second * flops / limits[row.limit],
-                    "ms": [part["ms"] for part in parts],
-                }
-            )
+            record = {
+                "row": row.name,
+                "batch": int(batch),
+                "p50_ms": p50,
+                "p90_ms": percentile(pooled, 90),
+                "images_per_s": per_second,
+                "cosine": min(part["cosine"] for part in parts),
+                "peak_rss_bytes": max(part["peak_rss_bytes"] for part in parts),
+                "limit": row.limit,
+                "ms": [part["ms"] for part in parts],
+            }
+            if BASELINE.name in samples:
+                record["speed_up"] = percentile(_pooled(samples, BASELINE.name, batch), 50) / p50
+            if row.limit in limits:
+                record["share"] = per_second * flops / limits[row.limit]
+            records.append(record)
     return records
 
 
@@ -75,9 +75,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             "",
             f"## {model['name']}, {model['gmacs']:.2f} GMACs per image",
             "",
-            f"| {' | '.join(_COLUMNS)} |",
-            f"|---{'|---:' * (len(_COLUMNS) - 1)}|",
-            *(_line(record) for record in model["rows"]),
+            *table(_COLUMNS, map(_cells, model["rows"]), model["unavailable"]),
         ]
     return "\n".join([*lines, "", _LEGEND])
 
@@ -89,40 +87,37 @@ against PyTorch fp32.
 peak RSS: of a process that does this row alone, loading included.
 share: 2 x multiply-accumulates of the architecture x images/s, over the best rate that one large
 product of the row's type reached in this run. Softmax, norms and, in int8 engines, fp32 attention
-take time but count little or nothing, so 100 % is out of reach.
+take time but count little or nothing, so 100 % is out of reach. Without that limit there is none.
 "engine" runs on prepared pixels, as the PyTorch rows do; "embed_images" resizes photographs too."""
 
 
 def _heading(result: Mapping[str, Any]) -> list[str]:
-    machine, limits, settings = (result[key] for key in ("environment", "limits", "settings"))
+    machine, settings = result["environment"], result["settings"]
     versions = ", ".join(
         f"{name} {machine[name]}" for name in ("perception_rt", "torch", "onnxruntime", "python")
     )
-    rates = ", ".join(f"{name} {limits[name] / _GIGA:,.0f}" for name in ("fp32", "bf16", "int8"))
     threads = settings["threads"] or "each library's default"
     calls = f"{settings['rounds']} x {settings['repeats']}"
-    trial = " (a quick trial: small operands)" if settings["quick"] else ""
     return [
         f"{machine['cpu']}, {machine['cores']} cores; {versions}  ",
         f"threads: {threads}; rounds x calls: {calls}; load average: {machine['load_average']}  ",
-        f"measured limits{trial}: {rates} GFLOP/s; read {limits['read'] / _GIGA:.1f} GB/s",
+        *limit_lines(result),
     ]
 
 
-def _pooled(rounds: Sequence[Mapping[str, Mapping[str, Any]]], row: str, batch: str) -> list[float]:
-    return [ms for samples in rounds for ms in samples[row][batch]["ms"]]
+def _pooled(samples: Samples, row: str, batch: str) -> list[float]:
+    return [ms for sample in samples[row] for ms in sample[batch]["ms"]]
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    cells = (
+def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
         record["row"],
         str(record["batch"]),
         f"{record['p50_ms']:.1f}",
         f"{record['p90_ms']:.1f}",
         f"{record['images_per_s']:.2f}",
-        f"{record['speed_up']:.2f}",
+        f"{record['speed_up']:.2f}" if "speed_up" in record else "-",
         f"{record['cosine']:.6f}",
-        f"{record['peak_rss_bytes'] / _MIB:,.0f}",
-        f"{record['share']:.0%} {record['limit']}",
+        f"{record['peak_rss_bytes'] / MIB:,.0f}",
+        share(record, "share", record["limit"]),
     )
-    return f"| {' | '.join(cells)} |"

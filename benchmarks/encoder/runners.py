@@ -36,10 +36,10 @@ class Row:
     """One way to run the tower.
 
     Attributes:
-        name: as the table shows it.
-        kind: how it is opened.
-        limit: the measured peak that its rate is a share of.
-        precision: of an engine row; empty for the others.
+        name: name in the table.
+        kind: selects how the row is opened.
+        limit: name of the measured peak that its rate is compared with.
+        precision: precision of our engine; empty for a row that runs none.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Row:
 
 
 BASELINE = Row(name="PyTorch fp32", kind="eager", limit="fp32")
+PLAIN = Row(name="plain ONNX export, fp32", kind="plain", limit="fp32")
 
 
 def rows_for(config: VisionConfig, precisions: list[str]) -> list[Row]:
@@ -57,7 +58,7 @@ def rows_for(config: VisionConfig, precisions: list[str]) -> list[Row]:
         BASELINE,
         Row(name="PyTorch bf16 autocast", kind="autocast", limit="bf16"),
         Row(name="PyTorch bf16", kind="bf16", limit="bf16"),
-        Row(name="plain ONNX export, fp32", kind="plain", limit="fp32"),
+        PLAIN,
     ]
     # `embed_images` is for pooled towers.
     kinds: list[Kind] = ["pixels"] if config.pool_type == "none" else ["pixels", "images"]

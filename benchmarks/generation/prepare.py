@@ -1,17 +1,17 @@
-"""What a generation benchmark reads: a photograph, texts, a small tokenizer, and a package.
+"""Prepares the inputs of a generation benchmark: a photograph, texts, a tokenizer and a package.
 
-Random weights serve: no kernel here depends on values.
+Weights are random, since no kernel here depends on their values.
 """
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from perception_rt.errors import InputError
+from perception_rt.errors import BackendError
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.llm_vocabulary import CONTROLS, IMAGE
@@ -39,17 +39,17 @@ one has to ask for the key at the bakery across the street."""
 
 
 def short_question(index: int) -> str:
-    """One of several questions without a picture, each of another beginning."""
+    """A question without a picture; each index begins differently, so that no prefix is shared."""
     return f"{index + 1}. Where does the river rise, and what do the farmers do in spring?"
 
 
 def photo_path() -> Path:
-    """The photograph that scikit-learn brings along; InputError if it is not installed."""
-    found = importlib.util.find_spec("sklearn")
+    """Path of scikit-learn's sample photograph; BackendError if scikit-learn is not installed."""
+    found = find_spec("sklearn")
     for folder in (found and found.submodule_search_locations) or ():
         if (Path(folder) / _PHOTO).is_file():
             return Path(folder) / _PHOTO
-    raise InputError("the photograph is scikit-learn's: pip install scikit-learn")
+    raise BackendError("the photograph is scikit-learn's: pip install scikit-learn")
 
 
 def prepare(config: PlmConfig, work: Path, *, name: str, precision: str, blocks: Any) -> None:
@@ -59,8 +59,8 @@ def prepare(config: PlmConfig, work: Path, *, name: str, precision: str, blocks:
         config: the architecture.
         work: an existing directory.
         name: the model's name.
-        precision: of the package.
-        blocks: what int4 means for the decoder's blocks.
+        precision: precision of the package.
+        blocks: bits of the decoder's blocks in int4, "int8" or "int4".
     """
     from perception_rt.checkpoint.random import RandomWeights
     from perception_rt.export.build import export_package
@@ -74,15 +74,16 @@ def prepare(config: PlmConfig, work: Path, *, name: str, precision: str, blocks:
         precision=precision,
         blocks=blocks,
         tiles=TileSpec(tile_size=config.vision.image_size),
-        tokenizer=small_tokenizer(config),
+        # Without the library, the decoder alone can still be measured.
+        tokenizer=small_tokenizer(config) if find_spec("tokenizers") else None,
     )
     export_package(plan, RandomWeights(config, _SEED), work / PACKAGE_DIRECTORY)
 
 
 def small_tokenizer(config: PlmConfig) -> tuple[TokenizerSpec, bytes]:
-    """A `tokenizer.json` that has learned the texts of this benchmark, and nothing else.
+    """Trains a `tokenizer.json` on the texts of this benchmark.
 
-    A word is a token, so that prompts are about as long as with the real one.
+    Each word becomes one token, so prompts are about as long as with the real tokenizer.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -119,6 +120,6 @@ def small_tokenizer(config: PlmConfig) -> tuple[TokenizerSpec, bytes]:
 
 
 def _free_ids(config: PlmConfig) -> Iterator[int]:
-    """Ids from the end of the vocabulary, without the image token's."""
+    """Ids from the end of the vocabulary, without the image token."""
     ids = count(config.decoder.vocab_size - 1, -1)
     return (i for i in ids if i != config.image_token_id)

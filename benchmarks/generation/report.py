@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.flops import vision_flops
-from benchmarks.generate_flops import prefill_macs
-from benchmarks.generation.runners import BASELINE, Row
+from benchmarks.flops import prefill_macs, vision_flops
+from benchmarks.generation.runners import BASELINE, PEERS, Row
+from benchmarks.tables import GIGA, MIB, limit_lines, share, table
 from benchmarks.timing import percentile
 from perception_rt.plm_config import PlmConfig
 
@@ -21,29 +21,27 @@ Record = dict[str, Any]
 MAX_TOKEN_RATIO = 0.40
 MIN_PREFILL_RATIO = 0.6
 
-_GIGA = 1e9
-_MIB = 1024 * 1024
 
-
-def photo_record(config: PlmConfig, limit: float, samples: Samples) -> Record:
-    """A question about the photograph, of a generator without caches.
+def photo_record(config: PlmConfig, limit: float | None, samples: Samples) -> Record:
+    """A question about the photograph, to a generator without caches.
 
     Args:
         config: the architecture, for its arithmetic.
-        limit: peak of the tower's type, in operations/s.
-        samples: of `generate_requests.ask_about_photo`.
+        limit: peak of the tower's type, in operations/s; None leaves `vision_share` out.
+        samples: results of `scenarios.ask_about_photo`.
     """
     warm = [sample["records"]["warm"] for sample in samples]
     parts = ("ttft_ms", "preprocess_ms", "vision_ms", "prefill_ms")
     record: Record = {part: median(r[part] for r in warm) for part in parts}
-    operations = warm[0]["image_tiles"] * vision_flops(config.vision)
+    if limit is not None:
+        operations = warm[0]["image_tiles"] * vision_flops(config.vision)
+        record["vision_share"] = operations * 1e3 / record["vision_ms"] / limit
     return {
         "image_tiles": warm[0]["image_tiles"],
         "prompt_tokens": warm[0]["prompt_tokens"],
         "load_ms": median(sample["load_ms"] for sample in samples),
         "first_ttft_ms": median(sample["records"]["first"]["ttft_ms"] for sample in samples),
         **record,
-        "vision_share": operations * 1e3 / record["vision_ms"] / limit,
         **_token_figures(r["token_ms"] for r in warm),
         "peak_rss_bytes": _peak(samples),
     }
@@ -108,7 +106,7 @@ def together_records(samples: Samples) -> list[Record]:
 
 
 def decoder_records(config: PlmConfig, row: Row, limits: Limits, samples: Samples) -> list[Record]:
-    """One record per prompt length; samples of a row that `generate_worker` ran."""
+    """One record per prompt length of a row, without the shares whose limit is unavailable."""
     records = []
     for length in samples[0]["lengths"]:
         parts = [sample["lengths"][length] for sample in samples]
@@ -116,20 +114,21 @@ def decoder_records(config: PlmConfig, row: Row, limits: Limits, samples: Sample
         tokens = _token_figures(part["token_ms"] for part in parts)
         operations = 2 * prefill_macs(config.decoder, int(length))
         read = samples[0]["read_bytes"]
-        records.append(
-            {
-                "row": row.name,
-                "prompt_tokens": int(length),
-                "prefill_ms": prefill,
-                "prefill_tokens_per_s": int(length) * 1e3 / prefill,
-                "limit": row.limit,
-                "prefill_share": operations * 1e3 / prefill / limits[row.limit],
-                **tokens,
-                "read_bytes": read,
-                "read_share": read * 1e3 / tokens["token_p50_ms"] / limits["read"],
-                "peak_rss_bytes": _peak(samples),
-            }
-        )
+        record = {
+            "row": row.name,
+            "prompt_tokens": int(length),
+            "prefill_ms": prefill,
+            "prefill_tokens_per_s": int(length) * 1e3 / prefill,
+            "limit": row.limit,
+            **tokens,
+            "read_bytes": read,
+            "peak_rss_bytes": _peak(samples),
+        }
+        if row.limit in limits:
+            record["prefill_share"] = operations * 1e3 / prefill / limits[row.limit]
+        if "read" in limits:
+            record["read_share"] = read * 1e3 / tokens["token_p50_ms"] / limits["read"]
+        records.append(record)
     return records
 
 
@@ -179,19 +178,21 @@ def markdown(result: Mapping[str, Any]) -> str:
     source = result["weights"].get("source", "unknown")
     lines = [*_heading(result), ""]
     lines += [f"## {model['name']}, {model['precision']}; weights: {source}"]
-    for title, columns, rows in (
-        ("A photograph", _PHOTO, map(_photo_cells, result["photo"])),
-        ("A second question about it", _AGAIN, map(_again_cells, result["again"])),
-        ("Guesses from what was said", _GUESS, map(_guess_cells, result["guess"])),
-        ("Requests at once", _TOGETHER, map(_together_cells, result["together"])),
-        ("The decoder alone", _DECODER, map(_decoder_cells, result["decoder"])),
-        ("The engine against its peers", _RATIO, map(_ratio_cells, result["ratios"])),
+    unavailable = dict(result["unavailable"])
+    peers = {p.name: unavailable.pop(p.name) for p in PEERS if p.name in unavailable}
+    for title, columns, rows, reasons in (
+        ("A photograph", _PHOTO, map(_photo_cells, result["photo"]), {}),
+        ("A second question about it", _AGAIN, map(_again_cells, result["again"]), {}),
+        ("Guesses from what was said", _GUESS, map(_guess_cells, result["guess"]), {}),
+        ("Requests at once", _TOGETHER, map(_together_cells, result["together"]), {}),
+        ("The decoder alone", _DECODER, map(_decoder_cells, result["decoder"]), peers),
+        ("The engine against its peers", _RATIO, map(_ratio_cells, result["ratios"]), {}),
     ):
         shown = list(rows)
         if shown:
-            lines += ["", f"### {title}", "", *_table(columns, shown)]
-    for name, reason in result["skipped"].items():
-        lines += ["", f"Skipped: {name}: {reason}"]
+            lines += ["", f"### {title}", "", *table(columns, shown, reasons)]
+    for name, reason in unavailable.items():
+        lines += ["", f"Unavailable: {name}: {reason}"]
     return "\n".join([*lines, "", _LEGEND])
 
 
@@ -230,24 +231,14 @@ transformers without its `generate`, onnxruntime-genai with its own loop."""
 
 
 def _heading(result: Mapping[str, Any]) -> list[str]:
-    machine, limits, settings = (result[key] for key in ("environment", "limits", "settings"))
+    machine, settings = result["environment"], result["settings"]
     names = ("perception_rt", "onnxruntime", "torch", *result["peers"], "python")
     versions = ", ".join(f"{name} {machine[name]}" for name in names)
-    rates = ", ".join(f"{name} {limits[name] / _GIGA:,.0f}" for name in ("fp32", "bf16", "int8"))
-    trial = " (a quick trial: small operands)" if settings["quick"] else ""
     return [
         f"{machine['cpu']}, {machine['cores']} cores; {versions}  ",
         f"threads: {settings['threads']}; rounds: {settings['rounds']}; "
         f"seconds: {result['seconds']}; load average: {machine['load_average']}  ",
-        f"measured limits{trial}: {rates} GFLOP/s; read {limits['read'] / _GIGA:.1f} GB/s",
-    ]
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(columns)} |",
-        f"|---{'|---:' * (len(columns) - 1)}|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *limit_lines(result),
     ]
 
 
@@ -258,10 +249,10 @@ def _photo_cells(r: Record) -> list[str]:
         f"{r['prompt_tokens']}",
         f"{r['load_ms'] / 1e3:.2f}",
         *(f"{r[name]:,.0f}" for name in times),
-        f"{r['vision_share']:.0%}",
+        share(r, "vision_share"),
         *(f"{r[f'token_p{q}_ms']:.1f}" for q in (50, 90, 99)),
         f"{r['tokens_per_s']:.1f}",
-        f"{r['peak_rss_bytes'] / _MIB:,.0f}",
+        f"{r['peak_rss_bytes'] / MIB:,.0f}",
     ]
 
 
@@ -271,7 +262,7 @@ def _again_cells(r: Record) -> list[str]:
         f"{r['first_ttft_ms']:,.0f}",
         f"{r['second_ttft_ms']:,.0f}",
         f"{r['ratio']:.3f}",
-        f"{r['peak_rss_bytes'] / _MIB:,.0f}",
+        f"{r['peak_rss_bytes'] / MIB:,.0f}",
     ]
 
 
@@ -300,13 +291,13 @@ def _decoder_cells(r: Record) -> list[str]:
         f"{r['prompt_tokens']}",
         f"{r['prefill_ms']:,.0f}",
         f"{r['prefill_tokens_per_s']:.0f}",
-        f"{r['prefill_share']:.0%} {r['limit']}",
+        share(r, "prefill_share", r["limit"]),
         f"{r['token_p50_ms']:.1f}",
         f"{r['token_p90_ms']:.1f}",
         f"{r['tokens_per_s']:.1f}",
-        f"{r['read_bytes'] / _GIGA:.2f}",
-        f"{r['read_share']:.0%}",
-        f"{r['peak_rss_bytes'] / _MIB:,.0f}",
+        f"{r['read_bytes'] / GIGA:.2f}",
+        share(r, "read_share"),
+        f"{r['peak_rss_bytes'] / MIB:,.0f}",
     ]
 
 

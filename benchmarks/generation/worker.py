@@ -1,9 +1,8 @@
-"""One task of a generation benchmark in a process of its own, as `worker.py` does for encoders.
+"""Worker of `generate.py`: performs one task in a process of its own.
 
-A task is JSON on the command line, its result JSON in a file. What runs engines imports no torch.
+A task that runs engines imports no torch.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.encoder import worker
 from benchmarks.generation.prepare import prepare, small_tokenizer
 from benchmarks.generation.runners import GENAI_DIRECTORY, Row, Runner, build_genai, open_runner
 from benchmarks.generation.scenarios import ask_about_photo, ask_again, ask_together, guess
-from perception_rt.errors import PerceptionError
+from benchmarks.subprocess_task import serve
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.plm_config import PlmConfig
 from perception_rt.runtime.generator import Generator
@@ -25,11 +23,6 @@ from perception_rt.runtime.generator import Generator
 _WARM_UP_STEPS = 2
 _PREFILL_CALLS = 3
 _PREFILL_BUDGET_MS = 2000.0  # no further call after it
-
-
-def run_task(task: Mapping[str, Any]) -> Any:
-    """Performs a task in a new process and returns its result; BackendError if it fails."""
-    return worker.run_task(task, module="benchmarks.generation.worker")
 
 
 def perform(task: Mapping[str, Any]) -> Any:
@@ -123,20 +116,5 @@ def _ms(run: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def main() -> int:
-    """Entry point of the process: task and result file."""
-    task, result = sys.argv[1:]
-    try:
-        value = perform(json.loads(task))
-    except PerceptionError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except ImportError as error:  # one line of it, without the path that may be at its end
-        print(str(error).partition("\n")[0].partition(" (")[0], file=sys.stderr)
-        return 1
-    Path(result).write_text(json.dumps(value))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(perform))

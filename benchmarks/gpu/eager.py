@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.flops import vision_flops
-from benchmarks.generate_flops import decoder_weights
+from benchmarks.flops import decoder_weights, vision_flops
 from benchmarks.gpu.timing import Bench, Row
 from perception_rt.config import VisionConfig
 from perception_rt.models.decoder import Decoder, rope_1d

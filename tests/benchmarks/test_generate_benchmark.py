@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import generate
-from benchmarks.flops import vision_flops
-from benchmarks.generate_flops import decoder_weights, prefill_macs
+from benchmarks.flops import decoder_weights, prefill_macs, vision_flops
 from benchmarks.generation.prepare import QUESTION, prepare, small_tokenizer
 from benchmarks.generation.report import (
     again_record,
@@ -26,7 +25,7 @@ from benchmarks.generation.report import (
     together_records,
 )
 from benchmarks.generation.runners import BASELINE, PEERS, engine_bytes, engine_row
-from benchmarks.generation.worker import measure_decoder, perform, run_task
+from benchmarks.generation.worker import measure_decoder, perform
 from perception_rt import archs
 from perception_rt.archs import PLM_MODELS
 from perception_rt.config import VisionConfig
@@ -52,6 +51,8 @@ TINY = PlmConfig(
     ),
     image_token_id=2000,
 )
+
+SHORT = ("--no-peers", "--quick", "--prompt=8")
 
 # What the released Llamas have, norms left out: two per layer and the last.
 WEIGHTS = {
@@ -192,8 +193,8 @@ def test_prompts_are_about_as_long_as_with_the_real_tokenizer(config: PlmConfig)
     assert prompt.ids.max() < config.decoder.vocab_size
 
 
-def limits(task: dict) -> dict:
-    return dict.fromkeys(("fp32", "bf16", "int8", "read"), 1e9)
+def limit(task: dict) -> float:
+    return 1e9
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,7 @@ def test_whole_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     made = []
+    run_task = generate.run_task
 
     def run(task: dict) -> object:
         if task["do"] == "prepare":
@@ -225,7 +227,7 @@ def test_whole_run(
 
     monkeypatch.setitem(archs.PLM_MODELS, "PLM-Tiny", TINY)
     monkeypatch.setattr(generate, "run_task", run)
-    monkeypatch.setattr(generate, "run_limits", limits)
+    monkeypatch.setattr(generate, "run_limit", limit)
     out = tmp_path / "result.json"
     arguments = "--model PLM-Tiny --quick --no-peers --threads 1 --batch 1 --batch 3"
     arguments += " --prompt 20 --prompt 150 --layers 1"
@@ -250,7 +252,8 @@ def test_whole_run(
     assert [r["requests"] for r in result["together"]] == [1, 3]
     assert [r["prompt_tokens"] for r in result["decoder"]] == [20, 150]
     assert result["decoder"][0]["read_bytes"] > 64 * 2048 / 2
-    assert (result["ratios"], result["skipped"], result["peers"]) == ([], {}, [])
+    assert (result["ratios"], result["peers"]) == ([], [])
+    assert (result["unavailable"], result["unavailable_limits"]) == ({}, {})
     assert printed.out.count("\n| ") == 5 + 2 + 2 + 2 + 2 + 2
     assert "nan" not in printed.out
     assert str(Path.home()) not in out.read_text()
@@ -275,7 +278,13 @@ def without_tokenizer(path: Path) -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(manifest=replace(manifest, content=replace(manifest.content, text=None)))
 
 
-def test_what_cannot_be_measured_is_skipped_with_its_reason(
+def no_bf16(task: dict) -> float:
+    if task["limit"] == "bf16":
+        raise BackendError("bf16 path needs the cpu support")
+    return 1e9
+
+
+def test_what_cannot_be_measured_is_unavailable_with_its_reason(
     exported: Path,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -283,24 +292,94 @@ def test_what_cannot_be_measured_is_skipped_with_its_reason(
 ) -> None:
     monkeypatch.setattr(generate, "open_package", without_tokenizer)
     monkeypatch.setattr(generate, "run_task", canned)
-    monkeypatch.setattr(generate, "run_limits", limits)
+    monkeypatch.setattr(generate, "run_limit", no_bf16)
     out = tmp_path / "result.json"
     arguments = f"--package {exported} --prompt 8 --rounds 2 --out {out}"
     assert generate.main(arguments.split()) == 0
     printed = capsys.readouterr()
-    for line in (
-        "requests: the package has no tokenizer",
-        "onnxruntime-genai int4: No module named 'onnxruntime_genai'",
-        "transformers fp32: ended by signal 9: out of memory?",
+    dashes = " - |" * 9
+    lines = printed.out.splitlines()
+    assert "Unavailable: requests: the package has no tokenizer" in lines
+    for name, reason in (
+        ("onnxruntime-genai int4", "No module named 'onnxruntime_genai'"),
+        ("transformers fp32", "ended by signal 9: out of memory?"),
     ):
-        assert f"Skipped: {line}\n" in printed.out
+        assert f"| {name} | unavailable: {reason} |{dashes}" in lines
+    assert "unavailable limit: bf16: bf16 path needs the cpu support  " in lines
+    assert "bf16 unavailable, int8 1 GFLOP/s" in printed.out
     result = json.loads(out.read_text())
     assert {name: len(samples) for name, samples in result["samples"].items()} == {
         "engine": 2,
         BASELINE.name: 2,
     }
+    assert set(result["unavailable"]) == {
+        "requests",
+        "onnxruntime-genai int4",
+        "transformers fp32",
+    }
+    assert result["unavailable_limits"] == {"bf16": "bf16 path needs the cpu support"}
+    assert set(result["limits"]) == {"fp32", "int8", "read"}
+    engine, peer = result["decoder"]
+    assert {"prefill_share", "read_share"} <= set(engine)
+    assert "prefill_share" not in peer and "read_share" in peer
     assert "1.00 (wanted: <= 0.40) | 1.00 (wanted: >= 0.60) |" in printed.out
     assert printed.err.count("transformers fp32") == 1  # and not in the second round
+
+
+def test_without_the_photograph_other_requests_are_measured(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_photo() -> Path:
+        raise BackendError("pip install scikit-learn")
+
+    def run(task: dict) -> object:
+        if task["do"] == "guess":
+            answer = {"token_ms": [1.0], "steps": 1, "identical": True}
+            return {"records": dict.fromkeys(("plain", "prompt", "answer"), answer)}
+        if task["do"] == "together":
+            return {"records": {"1": {"tokens": 1, "ms": 1.0}}}
+        return canned(task)
+
+    monkeypatch.setattr(generate, "photo_path", no_photo)
+    monkeypatch.setattr(generate, "run_task", run)
+    monkeypatch.setattr(generate, "run_limit", limit)
+    assert generate.main(["--package", str(exported), *SHORT]) == 0
+    printed = capsys.readouterr().out
+    assert "Unavailable: photo: pip install scikit-learn\n" in printed
+    assert "### A photograph" not in printed
+    assert "### Guesses" in printed and "### Requests at once" in printed
+
+
+@pytest.mark.parametrize("failing", ["guess", "decoder"])
+def test_an_engine_that_fails_stops_the_benchmark(
+    failing: str,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(task: dict) -> object:
+        if task["do"] == failing:
+            raise BackendError("TypeError: no")
+        return {}
+
+    monkeypatch.setattr(generate, "run_task", run)
+    monkeypatch.setattr(generate, "run_limit", limit)
+    assert generate.main(["--package", str(exported), *SHORT]) == 1
+    name = "engine" if failing == "decoder" else failing
+    assert capsys.readouterr().err.endswith(f"error: {name} failed: TypeError: no\n")
+
+
+@pytest.mark.parametrize("library", ["tokenizers", None])
+def test_a_package_whose_tokenizer_cannot_be_read_has_no_requests(
+    library: str | None,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if library is not None:
+        monkeypatch.setitem(sys.modules, library, None)
+    with open_package(exported) as package:
+        reason = generate.why_no_requests(package)
+    assert (reason is not None and "tokenizers" in reason) == (library is not None)
 
 
 def test_a_token_reads_the_decoders_weights_and_no_others(exported: Path) -> None:
@@ -317,7 +396,7 @@ def test_a_failed_engine_task_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         "config": replace(TINY, image_token_id=5).to_dict() | {"dim": "x"},
     }
     with pytest.raises(BackendError, match="dim must be int"):
-        run_task(task)
+        generate.run_task(task)
     assert generate.main(["--package", str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 

@@ -11,7 +11,7 @@ import torch
 
 import perception_rt as prt
 from benchmarks import gpu_check
-from benchmarks.generate_flops import decoder_weights
+from benchmarks.flops import decoder_weights
 from benchmarks.gpu import engines, timing
 from perception_rt.errors import ExportError
 
