@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from perception_rt.processing.boxes import Box, draw_box, format_box
     from perception_rt.processing.image import ImageSpec
     from perception_rt.runtime.embedder import Embedder
-    from perception_rt.runtime.generation.worker import Handle
+    from perception_rt.runtime.generation.handle import Handle
     from perception_rt.runtime.generator import Generator
     from perception_rt.runtime.load import load
     from perception_rt.runtime.request import (
         Exchange,
         GenerationProgress,
+        GeneratorStats,
         Request,
         Result,
+        Score,
         Timings,
     )
 
@@ -39,10 +41,12 @@ _LAZY = {
     "Exchange": "perception_rt.runtime.request",
     "GenerationProgress": "perception_rt.runtime.request",
     "Generator": "perception_rt.runtime.generator",
-    "Handle": "perception_rt.runtime.generation.worker",
+    "GeneratorStats": "perception_rt.runtime.request",
+    "Handle": "perception_rt.runtime.generation.handle",
     "ImageSpec": "perception_rt.processing.image",
     "Request": "perception_rt.runtime.request",
     "Result": "perception_rt.runtime.request",
+    "Score": "perception_rt.runtime.request",
     "Timings": "perception_rt.runtime.request",
     "draw_box": "perception_rt.processing.boxes",
     "format_box": "perception_rt.processing.boxes",
@@ -59,6 +63,7 @@ __all__ = [
     "ExportError",
     "GenerationProgress",
     "Generator",
+    "GeneratorStats",
     "Handle",
     "ImageSpec",
     "InputError",
@@ -66,6 +71,7 @@ __all__ = [
     "PerceptionError",
     "Request",
     "Result",
+    "Score",
     "Timings",
     "__version__",
     "draw_box",

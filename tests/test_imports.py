@@ -71,6 +71,17 @@ PARTS = {
         lazy_libraries=("huggingface_hub",),
     ),
     "perception_rt.runtime": Part(uses=LAYER_2, libraries=("numpy",)),
+    # Decides what runs; only `model_runner` touches engines, arrays and caches of contents.
+    "perception_rt.runtime.generation.scheduler": Part(
+        uses=(
+            *LAYER_1,
+            "package",
+            "runtime.cache.kv_pool",
+            "runtime.generation.model_runner",
+            "runtime.generation.request_state",
+            "runtime.request",
+        )
+    ),
     "perception_rt.runtime.backends.onnxruntime": Part(
         uses=(*LAYER_2, "runtime"), libraries=("numpy", "onnxruntime")
     ),

@@ -25,7 +25,7 @@ from perception_rt.package.manifest import Content
 from perception_rt.package.reader import open_package
 from perception_rt.plm_config import DecoderConfig
 from perception_rt.runtime.cache.kv_block import CacheBlock
-from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.plm_engine import PlmEngine
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["engine", "eager", "genai"]
@@ -122,7 +122,7 @@ class _Engine:
         package.verify()
         content = package.manifest.content
         self.read_bytes = engine_bytes(content)
-        self._decoder = Decoder(
+        self._decoder = PlmEngine(
             package, backend=content.target.backend, device="cpu", threads=threads
         )
 

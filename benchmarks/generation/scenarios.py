@@ -14,7 +14,6 @@ import numpy as np
 from benchmarks.generation.prepare import COPY, NEXT_QUESTION, QUESTION, short_question
 from perception_rt.errors import BackendError
 from perception_rt.processing.image import decode_image
-from perception_rt.runtime.generation.prompt_lookup import PromptLookup
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import GenerationProgress, Request, Result
 
@@ -41,18 +40,15 @@ def ask_again(plm: Generator, photo: Path, max_tiles: int) -> dict[str, Any]:
 def guess(plm: Generator, tokens: int) -> dict[str, Any]:
     """A text to be copied, token by token and with guesses, which change no token.
 
-    "prompt" guesses from the prompt, as a user's request does. Random weights copy nothing: for
-    "answer" the tokens to search are those of a prompt that has the whole answer in it.
+    "prompt" drafts from the prompt. Random weights copy nothing from it, so "answer" also searches
+    the whole expected answer (`Request.lookup_tokens`), as if the model copied perfectly.
     """
     request = Request(COPY, max_new_tokens=tokens)
     guessing = replace(request, lookup=True)
     _answer(plm, replace(guessing, max_new_tokens=_WARM_UP_TOKENS))
     plain = _answer(plm, request)
-    # No request can be made that a random model answers with a copy, so the job is changed.
-    job = plm._intake.job(guessing)
-    known = np.concatenate([job.ids, plain.tokens, job.ids])
-    job.lookup = PromptLookup(known, tokens)
-    results = {"prompt": _answer(plm, guessing), "answer": plm._run(job)}
+    knowing = replace(guessing, lookup_tokens=plain.tokens)
+    results = {"prompt": _answer(plm, guessing), "answer": _answer(plm, knowing)}
     return {
         "plain": _record(plain),
         **{

@@ -128,6 +128,7 @@ class _Conversation:
         check_request(
             _request(options, prompt=""),
             vocab_size=config.decoder.vocab_size,
+            max_length=engine.max_length,
             max_tiles=spec.max_tiles,
             max_frames=spec.max_frames,
             limits=DEFAULT_LIMITS,

@@ -138,13 +138,10 @@ class _Writer:
     def answer(self, text: str, *ends: _Control) -> None:
         """A text that is learned, and the control tokens after it, where a prompt would end."""
         prompt = self._tokenizer.encode_text("", before=self._fixed)
-        ids = self._tokenizer.encode_text(text, before=self._fixed)
-        if ids[: len(prompt)] != prompt:
-            # The text's beginning merged with the header, which a model that answers never sees.
-            ids = prompt + self._tokenizer.encode_text(text)
+        ids = encode_answer(self._tokenizer, text, before=self._fixed)
         self._fixed = ""
         start = len(self.ids) + len(prompt)
-        self.ids += ids
+        self.ids += prompt + ids
         for end in ends:
             self.put(end)
         self.answers.append((start, len(self.ids)))
@@ -171,6 +168,25 @@ def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], tokens_per_tile: 
         writer.put(piece)
     writer.flush()
     return Prompt(ids=np.asarray(writer.ids, np.int64), image_spans=tuple(writer.spans))
+
+
+def encode_answer(tokenizer: Tokenizer, text: str, *, before: str = _AFTER_HEADER) -> list[int]:
+    """Returns the token ids of an answer, as they follow the ids of `encode_prompt`.
+
+    Args:
+        tokenizer: the model's.
+        text: the answer.
+        before: the format's own text that the answer follows.
+
+    Raises:
+        InputError: the text is unusable.
+    """
+    prompt = tokenizer.encode_text("", before=before)
+    ids = tokenizer.encode_text(text, before=before)
+    if ids[: len(prompt)] == prompt:
+        return ids[len(prompt) :]
+    # The text's beginning merged with the header, which a model that answers never sees.
+    return tokenizer.encode_text(text)
 
 
 def encode_transcript(

@@ -1,15 +1,13 @@
-"""Questions about images and videos to answers, with an engine package.
-
-Puts the parts together: `intake.py` makes jobs of requests, `scheduler.py` runs them, `handle.py`
-steps it in a thread of its own, for all requests at once, and waits for them.
+"""The public class that answers questions about images and videos with a language model package.
 
 Legend: T tokens, n tiles, S tile side in pixels, V vocabulary.
 """
 
 import os
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import Parameter, signature
+from typing import Any, ParamSpec, Self, TypeVar, Unpack
 
 import numpy as np
 
@@ -20,14 +18,9 @@ from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSource
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.processing.video import VideoSource
-from perception_rt.runtime.cache.feature_cache import FeatureCache
-from perception_rt.runtime.cache.kv_pool import KvPool
-from perception_rt.runtime.cache.prefix_cache import PrefixCache
-from perception_rt.runtime.generation.plm_engine import Decoder
-from perception_rt.runtime.generation.preprocess import Intake
-from perception_rt.runtime.generation.request_state import Job
-from perception_rt.runtime.generation.scheduler import Scheduler
-from perception_rt.runtime.generation.worker import Handle, Turns
+from perception_rt.runtime.generation.handle import Handle
+from perception_rt.runtime.generation.pipeline import open_pipeline
+from perception_rt.runtime.generation.request_state import RequestState
 from perception_rt.runtime.load_options import (
     FEATURE_CACHE_BYTES,
     PREFIX_CACHE_BYTES,
@@ -36,84 +29,52 @@ from perception_rt.runtime.load_options import (
 )
 from perception_rt.runtime.request import (
     Exchange,
-    OnProgress,
+    GeneratorStats,
     Request,
+    RequestOptions,
     Result,
+    Score,
     check_integer,
     check_list,
 )
-from perception_rt.runtime.session import AUTO, LoadedModel, is_replaced
+from perception_rt.runtime.session import AUTO, LoadedModel
 
 Array = np.ndarray[Any, Any]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-_KV_BYTES = 2 * 2**30
+
+def _takes_request(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Gives a method that takes `RequestOptions` the signature of `Request`, for `help`."""
+    this, prompt, _ = signature(method).parameters.values()
+    options = list(signature(Request).parameters.values())[1:]
+    keywords = [option.replace(kind=Parameter.KEYWORD_ONLY) for option in options]
+    shown = signature(method).replace(parameters=[this, prompt, *keywords])
+    method.__signature__ = shown  # type: ignore[attr-defined]
+    return method
 
 
 class Generator(LoadedModel):
-    """A loaded Perception Language Model package; `perception_rt.load` makes it.
+    """A loaded Perception Language Model package; `perception_rt.load` creates it.
 
-    All methods may be called from several threads, and requests of several threads are decoded
-    together. A child process cannot use the generator of its parent: it gets a BackendError.
+    All methods are thread-safe, and requests of several threads are decoded together. A forked
+    child process cannot use its parent's generator: it gets a BackendError.
 
     Attributes:
-        manifest: what the package says of itself.
-        tile_spec: how images and videos are prepared.
-        max_length: tokens of the longest prompt and answer together.
+        manifest: the package's manifest.
+        backend: name of the backend that runs it.
+        device: name of the device that the backend runs on.
+        tile_spec: how images and videos become tiles.
+        max_length: most tokens of prompt and answer together.
     """
 
-    def __init__(
-        self,
-        package: Package,
-        *,
-        backend: str,
-        device: str,
-        threads: int | None,
-        kv_bytes: int | None,
-        max_batch: int,
-        feature_cache_bytes: int,
-        prefix_cache_bytes: int,
-        cache_dir: str | os.PathLike[str] | None,
-        limits: Limits = DEFAULT_LIMITS,
-    ) -> None:
-        clock = time.monotonic
-        super().__init__(package.manifest, backend=backend, device=device)
-        if is_replaced(package.manifest.content, backend):
-            cache_dir = None  # a test double's numbers must not reach the engine that is meant
-        self._decoder = Decoder(
-            package, backend=backend, device=device, threads=threads, cache_dir=cache_dir
-        )
-        self.max_length = self._decoder.max_length
-        self._intake = Intake(
-            package,
-            self._decoder.config,
-            limits=limits,
-            cached=feature_cache_bytes + prefix_cache_bytes > 0,
-            clock=clock,
-        )
-        self.tile_spec: TileSpec = self._intake.tiles
-        shape, package_id = self._decoder.cache_shape, package.manifest.id
-        self._pool = KvPool(
-            shape.bytes_per_token,
-            max_length=self.max_length,
-            max_bytes=kv_bytes or max(_KV_BYTES, shape.bytes_per_token * self.max_length),
-            max_rows=max_batch,
-            smallest=self._decoder.smallest_row,
-            allocate=self._decoder.new_cache,
-        )
-        features = prefixes = None
-        if feature_cache_bytes > 0:
-            features = FeatureCache(feature_cache_bytes, package_id=package_id, directory=cache_dir)
-        if prefix_cache_bytes > 0:
-            prefixes = PrefixCache(prefix_cache_bytes, package_id=package_id, directory=cache_dir)
-        self._scheduler = Scheduler(
-            self._decoder,
-            self._pool,
-            max_queued=limits.queued_requests,
-            features=features,
-            prefixes=prefixes,
-            clock=clock,
-        )
-        self._turns = Turns(self._scheduler)
+    def __init__(self, package: Package, options: LoadOptions) -> None:
+        super().__init__(package.manifest, backend=options.backend, device=options.device)
+        self._pipeline = open_pipeline(package, options)
+        self._preprocessor = self._pipeline.preprocessor
+        self._thread = self._pipeline.thread
+        self.tile_spec: TileSpec = self._preprocessor.tiles
+        self.max_length = self._pipeline.engine.max_length
 
     @classmethod
     def load(
@@ -156,188 +117,214 @@ class Generator(LoadedModel):
     @classmethod
     def from_package(cls, package: Package, options: LoadOptions) -> Self:
         """Takes over an open, verified package; closes it with itself."""
-        return cls(
-            package,
-            backend=options.backend,
-            device=options.device,
-            threads=options.threads,
-            kv_bytes=options.kv_bytes,
-            max_batch=options.max_batch,
-            feature_cache_bytes=options.feature_cache_bytes if options.cache else 0,
-            prefix_cache_bytes=options.prefix_cache_bytes if options.cache else 0,
-            cache_dir=options.cache_dir,
-            limits=options.limits,
-        )
+        return cls(package, options)
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-        history: Sequence[Exchange] = (),
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        max_tiles: int | None = None,
-        num_frames: int | None = None,
-        deadline_s: float | None = None,
-        lookup: bool = False,
-        on_progress: OnProgress | None = None,
-    ) -> Result:
-        """Answers one question. Arguments are the fields of `Request`.
+    @_takes_request
+    def generate(self, prompt: str, **options: Unpack[RequestOptions]) -> Result:
+        """Answers one question.
+
+        Args:
+            prompt: the question; see `Request`.
+            **options: the other fields of `Request`.
+
+        Returns:
+            Text and tokens of the answer, and timings.
 
         Raises:
-            InputError: an argument, an image, a video or a text is unusable, or it is too long.
-            CapacityError: too many requests wait, or this one does not fit `kv_bytes`.
+            InputError: an argument, an image, a video or a text is unusable, or all together are
+                too long.
+            CapacityError: the queue is full, or the request does not fit into `kv_bytes`.
             BackendError: the engine failed, or the generator was closed.
         """
-        request = Request(
-            prompt,
-            images=images,
-            videos=videos,
-            history=history,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            max_tiles=max_tiles,
-            num_frames=num_frames,
-            deadline_s=deadline_s,
-            lookup=lookup,
-            on_progress=on_progress,
-        )
-        handle = self.submit(request)
+        handle = self.submit(Request(prompt, **options))
         try:
             return handle.result()
         finally:
-            handle.cancel()  # of an interrupt's; one that has ended is not changed
+            handle.cancel()  # after an interrupt; a request that ended is unaffected
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-        history: Sequence[Exchange] = (),
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        max_tiles: int | None = None,
-        num_frames: int | None = None,
-        deadline_s: float | None = None,
-        lookup: bool = False,
-        on_progress: OnProgress | None = None,
-    ) -> Iterator[str]:
-        """The answer of `generate` as it grows, in whole characters; errors as there.
+    @_takes_request
+    def stream(self, prompt: str, **options: Unpack[RequestOptions]) -> Iterator[str]:
+        """Answers one question, piece by piece.
 
-        Closing or dropping the iterator ends the request. For its `Result` use `submit`.
-        """
-        request = Request(
-            prompt,
-            images=images,
-            videos=videos,
-            history=history,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            max_tiles=max_tiles,
-            num_frames=num_frames,
-            deadline_s=deadline_s,
-            lookup=lookup,
-            on_progress=on_progress,
-        )
-        return _pieces(self.submit(request))
+        The request starts at once. Closing or dropping the iterator ends it. Use `submit` to get
+        the `Result` too.
 
-    def submit(self, request: Request) -> Handle:
-        """Takes a request, whose images and videos are opened at once; errors as `generate`."""
-        self._turns.check_place()
-        return self._handle(self._intake.job(request))
+        Args:
+            prompt: the question; see `Request`.
+            **options: the other fields of `Request`.
 
-    def generate_batch(self, requests: Sequence[Request]) -> list[Result]:
-        """Answers questions together, as many at a time as fit; results in their order.
+        Returns:
+            An iterator over pieces of text, in whole characters.
 
         Raises:
-            InputError: a request is unusable; it is named by its index, and none is answered.
-            CapacityError: one does not fit `kv_bytes`.
-            BackendError: as `generate`, for the first that failed.
+            PerceptionError: as `generate`. Errors of the engine come from the iterator.
+        """
+        return _pieces(self.submit(Request(prompt, **options)))
+
+    def submit(self, request: Request) -> Handle:
+        """Starts a request and returns at once, after opening its images and videos.
+
+        Args:
+            request: the question.
+
+        Returns:
+            A handle to wait for the result, read the text as it grows, or cancel.
+
+        Raises:
+            PerceptionError: as `generate`; a full queue is reported before images are opened.
+        """
+        self._thread.check_queue()
+        self._preprocessor.check(request)
+        return self._start(self._preprocessor.prepare(request))
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Result]:
+        """Answers several questions together, as many at a time as fit into memory.
+
+        Args:
+            requests: the questions; there may be more than the queue holds.
+
+        Returns:
+            Results in the order of the requests.
+
+        Raises:
+            InputError: a request is unusable. The message names its index; none is answered.
+            CapacityError: a request does not fit into `kv_bytes`.
+            BackendError: as `generate`, for the first request that failed.
         """
         for index, request in enumerate(check_list("requests", requests)):
-            try:
-                self._intake.check(request)
-            except InputError as error:
-                raise InputError(f"request {index}: {error}") from None
-        self._turns.check_open()
+            with _numbered(index):
+                self._preprocessor.check(request)
+        self._thread.check_open()
         handles: list[Handle] = []
         try:
             for index, request in enumerate(requests):
-                try:
-                    job = self._intake.job(request)
-                except InputError as error:
-                    raise InputError(f"request {index}: {error}") from None
-                handles.append(self._handle(job, wait=True))
+                with _numbered(index):
+                    state = self._preprocessor.prepare(request)
+                handles.append(self._start(state, wait=True))
             return [handle.result() for handle in handles]
         finally:
             for handle in handles:
                 handle.cancel()
 
+    def score(
+        self,
+        prompt: str,
+        answer: str,
+        *,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        history: Sequence[Exchange] = (),
+        max_tiles: int | None = None,
+        num_frames: int | None = None,
+    ) -> Score:
+        """Returns the log-probability of each token of a given answer.
+
+        Nothing is generated: prompt and answer run through the decoder once. Several answers to one
+        prompt share its keys and values in the prefix cache.
+
+        Args:
+            prompt: the question; this and the keyword arguments are fields of `Request`.
+            answer: the answer to score, at least one token; its end token is not scored.
+            images: see `Request`.
+            videos: see `Request`.
+            history: see `Request`.
+            max_tiles: see `Request`.
+            num_frames: see `Request`.
+
+        Returns:
+            Token ids of the answer and their natural log-probabilities, float64 (T,).
+
+        Raises:
+            PerceptionError: as `generate`.
+        """
+        request = Request(
+            prompt,
+            images=images,
+            videos=videos,
+            history=history,
+            max_tiles=max_tiles,
+            num_frames=num_frames,
+        )
+        self._thread.check_queue()
+        self._preprocessor.check(request)
+        state = self._preprocessor.prepare_score(request, answer)
+        self._run(state)
+        assert state.targets is not None
+        return Score(
+            tokens=tuple(state.targets.tolist()), logprobs=np.array(state.logprobs, np.float64)
+        )
+
     def generate_tokens(
         self, ids: Sequence[int] | Array, pixels: Array | None = None, *, max_new_tokens: int
     ) -> list[int]:
-        """Greedy continuation of a prompt in ids, which need no tokenizer.
+        """Continues a prompt of token ids greedily, without a tokenizer.
 
         Args:
-            ids: (T,), with the image token's id where tiles go, in their order.
+            ids: (T,) token ids, with the image token id at each image token, in tile order.
             pixels: float32 (n, 3, S, S), normalised, or None.
-            max_new_tokens: how many to generate. It ends before that at an end token, if the
-                package has a tokenizer that says which those are; that one is not returned.
+            max_new_tokens: most tokens to generate. An end token of the package's tokenizer, if it
+                has one, ends the continuation and is not returned.
 
         Returns:
-            Ids of the new tokens; the image token is not among them.
+            The new token ids; never the image token.
 
         Raises:
-            InputError: an argument is unusable, or tiles and image tokens differ in number.
+            InputError: an argument is unusable, or image tokens and tiles differ in number.
             CapacityError: as `generate`.
             BackendError: as `generate`.
         """
         check_integer("max_new_tokens", max_new_tokens, 1)
-        return list(self._run(self._intake.token_job(ids, pixels, max_new_tokens)).tokens)
+        state = self._preprocessor.prepare_tokens(ids, pixels, max_new_tokens)
+        return list(self._run(state).tokens)
 
     def prefill_logits(self, ids: Sequence[int] | Array, pixels: Array | None = None) -> Array:
-        """Logits of what comes after a prompt, float32 (V,); arguments as `generate_tokens`."""
-        job = self._intake.token_job(ids, pixels, 0)
-        self._run(job)
-        assert job.logits is not None
-        return job.logits
+        """Returns the logits after a prompt, float32 (V,); arguments as `generate_tokens`."""
+        state = self._preprocessor.prepare_tokens(ids, pixels, 0)
+        self._run(state)
+        assert state.logits is not None
+        return state.logits
+
+    @property
+    def stats(self) -> GeneratorStats:
+        """Current load and memory, for monitoring."""
+        pipeline = self._pipeline
+        features, prefixes = pipeline.features, pipeline.prefixes
+        return GeneratorStats(
+            queued=pipeline.scheduler.queued,
+            running=pipeline.pool.used_rows,
+            kv_bytes=pipeline.pool.accounted_bytes,
+            kv_bytes_limit=pipeline.pool.max_bytes,
+            feature_cache_bytes=0 if features is None else features.nbytes,
+            prefix_cache_bytes=0 if prefixes is None else prefixes.nbytes,
+        )
 
     def close(self) -> None:
-        """Fails what has not ended, frees every engine, closes the package; once is enough."""
-        self._turns.close()
-        self._pool.close()
-        self._decoder.close()
+        """Fails unfinished requests, frees the engines and closes the package.
 
-    def _run(self, job: Job) -> Result:
-        handle = self._handle(job)
+        A second call does nothing.
+        """
+        self._pipeline.close()
+
+    def _run(self, state: RequestState) -> Result:
+        handle = self._start(state)
         try:
             return handle.result()
         finally:
             handle.cancel()
 
-    def _handle(self, job: Job, *, wait: bool = False) -> Handle:
-        handle = Handle(self._turns, job)  # before: an interrupt in between drops it
-        self._turns.submit(job, wait=wait)
+    def _start(self, state: RequestState, *, wait: bool = False) -> Handle:
+        handle = Handle(self._thread, state)  # first: an interrupt in between drops and cancels it
+        self._thread.submit(state, wait=wait)
         return handle
+
+
+@contextmanager
+def _numbered(index: int) -> Iterator[None]:
+    """Names the request in an InputError by its index."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"request {index}: {error}") from None
 
 
 def _pieces(handle: Handle) -> Iterator[str]:

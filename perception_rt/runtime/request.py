@@ -1,7 +1,7 @@
-"""What is asked of a language model and what comes back, as data; every field is checked here.
+"""Requests to a language model and their results, as data; every field is checked here.
 
-Knows no model: bounds that depend on one are arguments. What images, videos and texts hold is
-checked where they are opened.
+Bounds that depend on a model are arguments. Images, videos and texts are checked where they are
+opened.
 """
 
 import math
@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+
+import numpy as np
 
 from perception_rt.errors import InputError, describe
 from perception_rt.limits import Limits
@@ -17,6 +19,7 @@ from perception_rt.processing.boxes import Box, parse_boxes
 from perception_rt.processing.image import ImageSource
 from perception_rt.processing.video import VideoSource
 
+Array = np.ndarray[Any, Any]
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 Phase = Literal["vision", "prefill", "decode"]
 
@@ -25,12 +28,12 @@ _INT_BOUND = 2**63
 
 @dataclass(frozen=True, slots=True)
 class GenerationProgress:
-    """How far a request is: tiles of "vision", tokens of "prefill", tokens of "decode".
+    """Progress of a request.
 
     Attributes:
-        phase: what was just done a part of.
-        done: parts that are done; what a cache knew counts as done.
-        total: parts in all; of "decode", the most that there can be.
+        phase: "vision" counts tiles, "prefill" prompt tokens, "decode" answer tokens.
+        done: tiles or tokens that are finished, cached ones included.
+        total: tiles or tokens in this phase; for "decode", `max_new_tokens`.
     """
 
     phase: Phase
@@ -43,13 +46,13 @@ OnProgress = Callable[[GenerationProgress], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Exchange:
-    """A question of before and its answer.
+    """An earlier question and its answer.
 
     Attributes:
         prompt: the question.
-        answer: what the model said.
-        images: that the question came with; see `Request`.
-        videos: the same.
+        answer: the model's answer.
+        images: images of the question; see `Request`.
+        videos: videos of the question; see `Request`.
     """
 
     prompt: str
@@ -63,31 +66,35 @@ class Request:
     """One question to a language model.
 
     Attributes:
-        prompt: the question. Several images and videos go where it has `<image>` or `<video>`, one
-            mark for each of them, or first if it has neither. A single one goes first, as the
-            models were trained, and its mark is dropped, unless it is one tile, or has a mark for
-            each of its tiles. Nothing else in it is special.
+        prompt: the question. Several images and videos are placed at its `<image>` and `<video>`
+            marks, one mark per item, or before the text if it has no marks. A single image or
+            video is placed first, as in training, and its mark is dropped, unless it is one tile
+            or has a mark per tile. No other text is special.
         images: paths, encoded JPEG, PNG or WebP bytes, Pillow images, or uint8 (H, W, 3) RGB.
-        videos: paths, or uint8 (T, H, W, 3) RGB frames; they follow the images.
-        history: what was said before, the oldest first.
-        max_new_tokens: the longest answer.
-        temperature: what logits are divided by; 0 takes the likeliest token each time, and then
-            top_k, top_p and seed change nothing.
-        top_p: draw from the fewest likeliest tokens that have this probability together, after
-            temperature and top_k; in (0, 1], None for no such cut.
-        top_k: draw from this many of the likeliest tokens; None for no such cut.
-        seed: makes the draws repeatable, in any company of other requests; None for chance.
-        stop: strings that end the answer, and that it never contains.
-        max_tiles: a tighter budget of tiles per image than the model's.
-        num_frames: a tighter budget of frames per video than the model's.
-        deadline_s: seconds after which the answer ends where it is, counted from when its images
-            are opened, which is not cut short; None for no end.
-        lookup: guess tokens from what was said, and check several at once: faster where an answer
-            repeats its question, and the same answer but for ties: sums in another order may
-            round differently in an integer engine. For temperature 0 only.
-        on_progress: called after each tile, part of the prompt and token, in the thread that works
-            on all requests and waits for it, perhaps before `submit` returns. An exception from it
-            ends the request and is raised where that is waited for.
+        videos: paths, or uint8 (T, H, W, 3) RGB frames; without marks they follow the images.
+        history: earlier exchanges of the conversation, oldest first.
+        max_new_tokens: most tokens of the answer.
+        temperature: divides the logits. 0 always takes the likeliest token; top_k, top_p and seed
+            then have no effect.
+        top_p: sample from the smallest set of likeliest tokens whose probabilities sum to at least
+            this, in (0, 1], after temperature and top_k; None for no such limit.
+        top_k: sample from this many of the likeliest tokens; None for no such limit.
+        seed: RNG seed; results repeat whatever other requests run. None draws a fresh one.
+        stop: strings that end the answer and are not part of it.
+        max_tiles: tiles per image, at most the model's own limit; None for that limit.
+        num_frames: frames per video, at most the model's own limit; None for that limit.
+        deadline_s: seconds after which the answer ends unfinished, counted from the call; None for
+            no deadline. Opening images and videos counts but is not interrupted.
+        lookup: draft tokens from the prompt and verify several per decoder call. This is faster
+            when an answer repeats its question. The answer stays the same except for ties: an
+            integer engine may round sums of another order differently. Needs temperature 0.
+        on_progress: called after each tile, prompt chunk and token, possibly before `submit`
+            returns. It runs in the thread that serves all requests and delays them. If it raises,
+            the request ends and `Handle.result` raises that exception.
+        ignore_eos: end tokens do not end the answer. They count as tokens of the answer, and their
+            text is empty.
+        lookup_tokens: token ids of text that drafts are also taken from, such as an expected
+            answer; the first drafts continue the prompt with it. Needs `lookup`.
     """
 
     prompt: str
@@ -105,24 +112,47 @@ class Request:
     deadline_s: float | None = None
     lookup: bool = False
     on_progress: OnProgress | None = None
+    ignore_eos: bool = False
+    lookup_tokens: Sequence[int] | None = None
+
+
+class RequestOptions(TypedDict, total=False):
+    """The fields of `Request` after `prompt`, as keyword arguments."""
+
+    images: Sequence[ImageSource]
+    videos: Sequence[VideoSource]
+    history: Sequence[Exchange]
+    max_new_tokens: int
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: Sequence[str]
+    max_tiles: int | None
+    num_frames: int | None
+    deadline_s: float | None
+    lookup: bool
+    on_progress: OnProgress | None
+    ignore_eos: bool
+    lookup_tokens: Sequence[int] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where the time of a request went, in seconds, and how much work there was.
+    """Seconds that a request spent in each phase, and the amount of work.
 
     Attributes:
         preprocess_s: opening images and videos, tokenising.
-        queue_s: from then until the first work on it.
+        queue_s: waiting between preprocessing and the first work.
         vision_s: encoding tiles.
         prefill_s: running the prompt through the decoder.
-        token_times_s: of each token, from the call on. An end token is among them.
+        token_times_s: time of each token since the call, an end token included.
         total_s: from the call to the end.
-        prompt_tokens: image tokens among them.
-        cached_tokens: those of the prompt whose keys and values were in the cache.
-        image_tiles: tiles and frames, encoded or cached.
-        new_tokens: of the answer.
-        steps: runs of the decoder after the prompt.
+        prompt_tokens: prompt length, image tokens included.
+        cached_tokens: prompt tokens whose keys and values came from the prefix cache.
+        image_tiles: image tiles and video frames, encoded or cached.
+        new_tokens: answer length.
+        steps: decoder calls after the prompt.
     """
 
     preprocess_s: float
@@ -139,12 +169,12 @@ class Timings:
 
     @property
     def ttft_s(self) -> float | None:
-        """From the call to the first token; None if there is none."""
+        """Time to first token, in seconds; None without a token."""
         return self.token_times_s[0] if self.token_times_s else None
 
     @property
     def per_token_s(self) -> float | None:
-        """Median from one token to the next; None if there are not two."""
+        """Median seconds between tokens; None for fewer than two tokens."""
         times = self.token_times_s
         gaps = [later - earlier for earlier, later in pairwise(times)]
         return median(gaps) if gaps else None
@@ -155,10 +185,11 @@ class Result:
     """An answer.
 
     Attributes:
-        text: what the tokens spell, up to a stop string.
-        tokens: their ids, without the end token, and with those of a stop string.
-        finish_reason: "stop" for an end token or a stop string, "length" for `max_new_tokens`;
-            "cancelled" and "deadline" for an answer that is not whole.
+        text: the decoded tokens, up to a stop string.
+        tokens: token ids, including those of a stop string. The end token is included only with
+            `ignore_eos`.
+        finish_reason: "stop" at an end token or stop string, "length" at `max_new_tokens`;
+            "cancelled" and "deadline" mark an unfinished answer.
         timings: where the time went.
     """
 
@@ -168,21 +199,71 @@ class Result:
     timings: Timings
 
     def boxes(self) -> list[Box]:
-        """The boxes that the text mentions, in order."""
+        """Returns the boxes that the text mentions, in order."""
         return parse_boxes(self.text)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Score:
+    """Log-probabilities of a given answer.
+
+    Attributes:
+        tokens: token ids of the answer, without an end token.
+        logprobs: float64 (T,), natural logarithm of each token's probability given the prompt and
+            the tokens before it, over the whole vocabulary.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: Array
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole answer."""
+        return float(self.logprobs.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorStats:
+    """Load and memory of a generator at one moment.
+
+    Attributes:
+        queued: requests that wait for memory.
+        running: requests with a row of the key-value cache.
+        kv_bytes: bytes of keys and values in use or promised to running requests.
+        kv_bytes_limit: bound on `kv_bytes`.
+        feature_cache_bytes: bytes of cached image features in memory.
+        prefix_cache_bytes: bytes of cached prompts in memory.
+    """
+
+    queued: int
+    running: int
+    kv_bytes: int
+    kv_bytes_limit: int
+    feature_cache_bytes: int
+    prefix_cache_bytes: int
+
+
 def check_request(
-    request: Request, *, vocab_size: int, max_tiles: int, max_frames: int, limits: Limits
+    request: Request,
+    *,
+    vocab_size: int,
+    max_length: int,
+    max_tiles: int,
+    max_frames: int,
+    limits: Limits,
 ) -> None:
-    """InputError unless every field is of its type and within its bounds.
+    """Checks type and bounds of every field.
 
     Args:
-        request: as a user made it.
-        vocab_size: bound on top_k.
-        max_tiles: the model's own.
-        max_frames: the model's own.
-        limits: bounds on numbers and sizes of strings.
+        request: a user's request.
+        vocab_size: bound on `top_k` and on the ids in `lookup_tokens`.
+        max_length: bound on the number of `lookup_tokens`.
+        max_tiles: the model's tiles per image.
+        max_frames: the model's frames per video.
+        limits: bounds on counts and on sizes of strings.
+
+    Raises:
+        InputError: names the field and its value.
     """
     if not isinstance(request, Request):
         raise InputError(f"a request must be a Request, not {describe(request)}")
@@ -205,23 +286,60 @@ def check_request(
     if request.deadline_s is not None:
         _check_number("deadline_s", request.deadline_s, 0, math.inf)
     _check_stop(request.stop, limits)
-    if type(request.lookup) is not bool:
-        raise InputError(f"lookup must be True or False, not {describe(request.lookup)}")
-    if request.lookup and request.temperature != 0:
-        raise InputError("lookup is for temperature 0 only")
+    for name in ("lookup", "ignore_eos"):
+        check_bool(name, getattr(request, name))
+    _check_lookup(request, vocab_size, max_length)
     if request.on_progress is not None and not callable(request.on_progress):
         raise InputError(f"on_progress must be callable, not {describe(request.on_progress)}")
 
 
 def check_integer(name: str, value: object, least: int, most: int = _INT_BOUND - 1) -> None:
-    """InputError unless a value is an integer, and no bool, within bounds."""
+    """InputError unless a value is an integer, not a bool, and within bounds."""
     if type(value) is not int or not least <= value <= most:
         bounds = f"of at least {least}" if most == _INT_BOUND - 1 else f"from {least} to {most}"
         raise InputError(f"{name} must be an integer {bounds}, not {describe(value)}")
 
 
+def check_bool(name: str, value: object) -> None:
+    """InputError unless a value is True or False."""
+    if type(value) is not bool:
+        raise InputError(f"{name} must be True or False, not {describe(value)}")
+
+
+def check_list(name: str, items: object) -> Sequence[Any]:
+    """Returns the items; InputError unless they are a list or a tuple."""
+    if not isinstance(items, list | tuple):
+        raise InputError(f"{name} must be a list, not {describe(items)}")
+    return items
+
+
+def check_ids(name: str, ids: object, vocab_size: int) -> Array:
+    """Returns token ids as int64 (T,); InputError unless there is one and all are in range."""
+    try:
+        array = np.asarray(ids)
+    except (ValueError, OverflowError):
+        array = np.empty(0)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
+        raise InputError(f"{name} must be a list of at least one integer")
+    if not 0 <= array.min() <= array.max() < vocab_size:
+        raise InputError(f"{name} must be from 0 to {vocab_size - 1}")
+    return array.astype(np.int64)
+
+
+def _check_lookup(request: Request, vocab_size: int, max_length: int) -> None:
+    if request.lookup and request.temperature != 0:
+        raise InputError("lookup is for temperature 0 only")
+    if request.lookup_tokens is None:
+        return
+    count = len(check_ids("lookup_tokens", request.lookup_tokens, vocab_size))
+    if count > max_length:
+        raise InputError(f"lookup_tokens has {count} tokens; the context has {max_length}")
+    if not request.lookup:
+        raise InputError("lookup_tokens need lookup=True")
+
+
 def _check_conversation(request: Request, limits: Limits) -> None:
-    """Types of everything that is said or shown, and how much of it there is."""
+    """Checks types and sizes of the prompt, the history and their images and videos."""
     check_list("history", request.history)
     if len(request.history) > limits.history_turns:
         raise InputError(
@@ -257,15 +375,8 @@ def _check_stop(stop: object, limits: Limits) -> None:
             )
 
 
-def check_list(name: str, items: object) -> Sequence[Any]:
-    """The items; InputError unless they are a list or a tuple, and not one item on its own."""
-    if not isinstance(items, list | tuple):
-        raise InputError(f"{name} must be a list, not {describe(items)}")
-    return items
-
-
 def _check_number(name: str, value: object, least: float, most: float) -> None:
-    """InputError unless a value is a finite int or float, and no bool, within bounds."""
+    """InputError unless a value is a finite int or float, not a bool, and within bounds."""
     fits = type(value) is float and math.isfinite(value)
     fits = fits or (type(value) is int and abs(value) < _INT_BOUND)
     if not fits or not least <= value <= most:  # type: ignore[operator]

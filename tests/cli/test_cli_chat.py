@@ -9,8 +9,8 @@ import pytest
 from one_line import fails
 
 from perception_rt.cli import main
+from perception_rt.runtime.generation.handle import Handle
 from perception_rt.runtime.generation.plm_engine import Decoder
-from perception_rt.runtime.generation.worker import Handle
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.load import load
 from perception_rt.runtime.request import Exchange, Request

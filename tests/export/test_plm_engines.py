@@ -27,7 +27,7 @@ from perception_rt.package.reader import open_package
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime.cache.kv_block import CacheBlock
-from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.plm_engine import PlmEngine
 
 MAX_LOGIT_ERROR = 1e-3
 # Between two orders of the same sums. Rounding to integers makes a step of a difference in the last
@@ -75,14 +75,14 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Packages:
 
 
 @contextmanager
-def decoder_of(path: Path) -> Iterator[Decoder]:
+def decoder_of(path: Path) -> Iterator[PlmEngine]:
     with open_package(path) as opened:
-        decoder = Decoder(opened, backend="onnxruntime", device="cpu", threads=2)
+        decoder = PlmEngine(opened, backend="onnxruntime", device="cpu", threads=2)
         yield decoder
         decoder.close()
 
 
-def logits_of(decoder: Decoder, hidden: np.ndarray, edges: list[int]) -> np.ndarray:
+def logits_of(decoder: PlmEngine, hidden: np.ndarray, edges: list[int]) -> np.ndarray:
     """Logits (V,) after the last token, the sequence fed in pieces that end at `edges`."""
     cache = CacheBlock(decoder.cache_shape, 1, hidden.shape[0] + 1)
     start = 0

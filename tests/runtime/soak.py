@@ -5,20 +5,27 @@ import gc
 import string
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import psutil
 import pytest
 
 import perception_rt as prt
-from perception_rt.runtime.cache.kv_pool import Lease
+from perception_rt.runtime import generator as generators
+from perception_rt.runtime.cache.kv_pool import KvPool, Lease
+from perception_rt.runtime.generation import plm_engine
+from perception_rt.runtime.generation.pipeline import Pipeline
+from perception_rt.runtime.generation.plm_engine import PlmEngine
 from perception_rt.runtime.generation.prompt_lookup import MAX_DRAFTS
-from perception_rt.runtime.generation.request_state import Job
+from perception_rt.runtime.generation.request_state import RequestState
+from perception_rt.runtime.generation.scheduler import Scheduler
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Exchange, Request, Result
 
@@ -145,66 +152,73 @@ def make_cases(package: Path, count: int, *, seed: int, text: int, new: int) -> 
     """Requests that were answered one by one by a generator that remembers and moves nothing."""
     rng = np.random.default_rng(seed)
     cases = []
-    with prt.load(package, cache=False, max_batch=1, threads=1) as plm:
-        del plm._pool._buckets[:-1]  # rows are as long as they will ever have to be
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plm_engine, "SMALLEST_ROW", 2**20)  # rows are as long as they can be
+        plm = prt.load(package, cache=False, max_batch=1, threads=1)
+    with plm:
         for _ in range(count):
             # Without guesses: whether they change an answer is what is to be seen.
             request = random_request(rng, text=text, new=new)
             answer = plm.submit(replace(request, lookup=False)).result()
             cases.append(Case(request=request, answer=answer))
-            assert plm._pool.used_rows == 0
+            assert plm.stats.running == 0
     return cases
 
 
 @dataclass
 class Watch:
-    """What a generator does, counted; its invariants are looked at after every step.
+    """Counts what generators do while the context is open, and checks invariants at every step.
 
     Attributes:
-        decoded: how many tokens were decoded together, and how often.
-        moves: of a request to a longer row.
-        most_queued: requests that waited for memory at once.
-        steps: of the scheduler.
-        left: rows that were given back and not cleared. Who gives one back must not fail.
+        decoded: number of decoder calls by how many tokens they decoded together.
+        moves: moves of a request to a longer row.
+        most_queued: most requests that waited for memory at once.
+        steps: steps of the schedulers.
+        left: rows that were released without being cleared. A release itself must not fail.
     """
 
-    plm: Generator
     decoded: Counter[int] = field(default_factory=Counter)
     moves: int = 0
     most_queued: int = 0
     steps: int = 0
     left: int = 0
 
-    def __post_init__(self) -> None:
-        scheduler, pool, decoder = self.plm._scheduler, self.plm._pool, self.plm._decoder
-        step, make_room, release = scheduler.step, pool.make_room, pool.release
-        forward = decoder.forward
+    def __enter__(self) -> Self:
+        self._patch = pytest.MonkeyPatch()
+        step, forward = Scheduler.step, PlmEngine.forward
+        make_room, release = KvPool.make_room, KvPool.release
 
-        def watched_step() -> None:
-            step()
+        def watched_step(scheduler: Scheduler) -> None:
+            step(scheduler)
             scheduler.invariants()
             self.steps += 1
-            self.most_queued = max(self.most_queued, len(scheduler._queue))
+            self.most_queued = max(self.most_queued, scheduler.queued)
 
-        def watched_room(lease: Lease, length: int) -> None:
+        def watched_room(pool: KvPool, lease: Lease, length: int) -> None:
             bucket, row = lease.bucket, lease.row
-            make_room(lease, length)
+            make_room(pool, lease, length)
             if lease.bucket is not bucket:
                 self.moves += 1
                 self.left += not is_clear(bucket, row, lease.length)
 
-        def watched_release(lease: Lease) -> None:
+        def watched_release(pool: KvPool, lease: Lease) -> None:
             bucket, row = lease.bucket, lease.row
-            release(lease)
+            release(pool, lease)
             self.left += not is_clear(bucket, row, lease.length)
 
-        def watched_forward(hidden, *rest):
+        def watched_forward(engine: PlmEngine, hidden: np.ndarray, *rest: Any) -> np.ndarray:
             if hidden.shape[1] == 1:
                 self.decoded[len(hidden)] += 1
-            return forward(hidden, *rest)
+            return forward(engine, hidden, *rest)
 
-        scheduler.step, pool.make_room, pool.release = watched_step, watched_room, watched_release
-        decoder.forward = watched_forward
+        self._patch.setattr(Scheduler, "step", watched_step)
+        self._patch.setattr(KvPool, "make_room", watched_room)
+        self._patch.setattr(KvPool, "release", watched_release)
+        self._patch.setattr(PlmEngine, "forward", watched_forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
 
 
 def is_clear(bucket, row: int, length: int) -> bool:
@@ -215,25 +229,48 @@ def is_clear(bucket, row: int, length: int) -> bool:
     return not np.nan_to_num(tokens).any()
 
 
-def assert_idle(plm: Generator) -> None:
-    """Nothing is left of any request."""
-    plm._scheduler.invariants()
-    assert plm._scheduler.jobs == [] and plm._pool.used_rows == 0
-    assert plm._pool.accounted_bytes == 0
-    assert all(bucket.block is None for bucket in plm._pool._buckets)
+_pipelines: weakref.WeakKeyDictionary[Generator, Pipeline] = weakref.WeakKeyDictionary()
 
 
-def load(package: Path, **options) -> Generator:
-    """A generator whose answers are as long as they may be."""
-    plm = prt.load(package, threads=1, **options)
-    plm._intake.tokenizer.end_ids = frozenset()
+def load(package: Path, **options: Any) -> Generator:
+    """A generator whose answers are as long as they may be, and whose `parts` are known.
+
+    Not to be called by several threads at once.
+    """
+    opened: list[Pipeline] = []
+    open_pipeline = generators.open_pipeline
+
+    def remember(*arguments: Any, **keywords: Any) -> Pipeline:
+        opened.append(open_pipeline(*arguments, **keywords))
+        return opened[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generators, "open_pipeline", remember)
+        plm = prt.load(package, **{"threads": 1, **options})
+    (_pipelines[plm],) = opened
+    opened[0].preprocessor.tokenizer.end_ids = frozenset()
     return plm
 
 
-def live_jobs() -> int:
+def parts(plm: Generator) -> Pipeline:
+    """The parts of a generator that `load` opened."""
+    return _pipelines[plm]
+
+
+def assert_idle(plm: Generator) -> None:
+    """Nothing is left of any request; also in the parts, if `load` opened it."""
+    stats = plm.stats
+    assert (stats.queued, stats.running, stats.kv_bytes) == (0, 0, 0)
+    pipeline = _pipelines.get(plm)
+    if pipeline is not None:
+        pipeline.scheduler.invariants()
+        assert pipeline.scheduler.requests == [] and pipeline.pool.used_rows == 0
+
+
+def live_requests() -> int:
     """Jobs that something still refers to."""
     gc.collect()
-    return sum(type(item) is Job for item in gc.get_objects())
+    return sum(type(item) is RequestState for item in gc.get_objects())
 
 
 def run_threads(works: Iterable[Callable[[], object]], *, timeout_s: float = 60.0) -> None:

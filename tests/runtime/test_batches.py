@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plm_jobs import PoisonedBlock
+from plm_requests import PoisonedBlock
 from soak import Case, Watch, assert_idle, golden_package, make_cases, run_threads
 
 import perception_rt as prt
@@ -65,8 +65,7 @@ def test_an_answer_does_not_depend_on_company(
     if setting == "poisoned":
         monkeypatch.setattr(plm_engine, "CacheBlock", PoisonedBlock)
     rng = np.random.default_rng(list(SETTINGS).index(setting))
-    with prt.load(package, threads=1, **SETTINGS[setting]) as plm:
-        watch = Watch(plm)
+    with Watch() as watch, prt.load(package, threads=1, **SETTINGS[setting]) as plm:
         results: list[Result] = []
         for _ in range(BATCHES[setting]):
             batch = [cases[i] for i in rng.integers(len(cases), size=rng.integers(2, 9))]

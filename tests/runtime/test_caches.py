@@ -41,7 +41,7 @@ def features(seed: int, tiles: int = 2) -> np.ndarray:
 
 
 def name(seed: int) -> str:
-    return feature_key(PACKAGE, "spec", "vision", np.array([seed]))
+    return feature_key(PACKAGE, "vision", np.array([seed]))
 
 
 def text(*ids: int) -> np.ndarray:
@@ -125,19 +125,19 @@ def test_more_memory_than_there_is_has_its_own_error() -> None:
 def test_feature_keys_tell_everything_apart() -> None:
     tiles = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
     keys = [
-        feature_key(PACKAGE, "spec", "vision", tiles),
-        feature_key(OTHER, "spec", "vision", tiles),
-        feature_key(PACKAGE, "specv", "ision", tiles),
-        feature_key(PACKAGE, "spec", "pixels", tiles),
-        feature_key(PACKAGE, "spec", "vision", tiles.reshape(1, 4, 2, 3)),
-        feature_key(PACKAGE, "spec", "vision", tiles.view(np.int8)),
-        feature_key(PACKAGE, "spec", "vision", tiles[::-1]),
-        feature_key(PACKAGE, "spec", "vision", tiles[:1]),
+        feature_key(PACKAGE, "vision", tiles),
+        feature_key(OTHER, "vision", tiles),
+        feature_key(PACKAGE[:-1], PACKAGE[-1] + "vision", tiles),
+        feature_key(PACKAGE, "pixels", tiles),
+        feature_key(PACKAGE, "vision", tiles.reshape(1, 4, 2, 3)),
+        feature_key(PACKAGE, "vision", tiles.view(np.int8)),
+        feature_key(PACKAGE, "vision", tiles[::-1]),
+        feature_key(PACKAGE, "vision", tiles[:1]),
     ]
     assert len(set(keys)) == len(keys)
     assert all(len(key) == 64 and set(key) <= set("0123456789abcdef") for key in keys)
-    assert keys[0] == feature_key(PACKAGE, "spec", "vision", tiles.copy())
-    assert keys[6] == feature_key(PACKAGE, "spec", "vision", tiles[::-1].copy())
+    assert keys[0] == feature_key(PACKAGE, "vision", tiles.copy())
+    assert keys[6] == feature_key(PACKAGE, "vision", tiles[::-1].copy())
 
 
 def test_the_least_recently_used_features_go_first() -> None:
@@ -384,7 +384,7 @@ def test_damaged_prompts_are_removed_and_the_next_best_is_found(tmp_path: Path) 
         cache = PrefixCache(2**20, package_id=PACKAGE, directory=tmp_path)
         length, entry = cache.longest(long)
         assert length == 2 and entry is not None and entry.keys.tolist() == short.tolist()
-        assert kept.exists() and (path.stem in cache._stored) == path.exists()
+        assert kept.exists() and (path.stem in cache.stored) == path.exists()
         cache.put(long, block, 0, 4)
         assert path.read_bytes() == good and cache.longest(long)[0] == 4
 
@@ -396,7 +396,7 @@ def test_files_of_prompts_are_bounded(tmp_path: Path) -> None:
     for start in range(1000, 1500, 10):
         cache.put(text(*range(start, start + 10)), block, 0, 10)
         assert sum(path.stat().st_size for path in entries(tmp_path)) <= 3 * size
-    assert len(cache._stored) == len(entries(tmp_path)) <= 3  # the index does not grow
+    assert len(cache.stored) == len(entries(tmp_path)) <= 3  # the index does not grow
 
 
 # Threads.
@@ -428,7 +428,7 @@ def test_features_in_eight_threads(tmp_path: Path) -> None:
             assert cache.nbytes <= 5 * size
 
     in_threads(work)
-    assert cache.nbytes == sum(array.nbytes for array in cache._entries.values())
+    assert cache.nbytes == sum(array.nbytes for _, array in cache.memory.items())
     assert all(path.suffix == ".features" for path in entries(tmp_path))
 
 
@@ -451,4 +451,4 @@ def test_prompts_in_eight_threads(tmp_path: Path) -> None:
             assert cache.nbytes <= 60 * cost
 
     in_threads(work)
-    assert cache.nbytes == sum(entry.nbytes for entry in cache._entries.values())
+    assert cache.nbytes == sum(entry.nbytes for _, entry in cache.memory.items())

@@ -1,6 +1,7 @@
 """The public methods of a language model: what they give, what they refuse, what they remember."""
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from soak import eventually
 import perception_rt as prt
 from perception_rt.errors import CapacityError, InputError, PackageError
 from perception_rt.limits import Limits
+from perception_rt.package.reader import open_package
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
+from perception_rt.runtime.generation.preprocess import RequestPreprocessor
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Exchange, GenerationProgress, Request
 
@@ -30,6 +33,13 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plm(package: Path):
     with prt.load(package) as plm:
         yield plm
+
+
+@pytest.fixture(scope="module")
+def preprocessor(package: Path) -> RequestPreprocessor:
+    """One that no generator has."""
+    with open_package(package) as opened:
+        return RequestPreprocessor(opened, PLM, limits=Limits(), cached=True, clock=time.monotonic)
 
 
 @pytest.fixture
@@ -51,13 +61,13 @@ def pixels(seed: int, count: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1, (count, 3, 28, 28)).astype(np.float32)
 
 
-def test_an_answer(plm: Generator) -> None:
+def test_an_answer(plm: Generator, preprocessor: RequestPreprocessor) -> None:
     seen = []
     result = plm.generate(
         "What is this?", images=[picture(0)], max_new_tokens=30, on_progress=seen.append
     )
     assert result.finish_reason in ("stop", "length")
-    assert result.text == plm._intake.tokenizer.decode(result.tokens)
+    assert result.text == preprocessor.tokenizer.decode(result.tokens)
     assert len(result.tokens) == result.timings.new_tokens <= 30
     assert IMAGE_ID not in result.tokens
     timings = result.timings
@@ -146,7 +156,7 @@ def test_a_batch_is_its_requests_in_order(package: Path) -> None:
     ]
     with prt.load(package, cache=False, limits=Limits(queued_requests=3)) as plm:
         together = plm.generate_batch(requests)
-        assert plm._pool.used_rows == 0 and plm.generate_batch([]) == []
+        assert plm.stats.running == 0 and plm.generate_batch([]) == []
         alone = [plm.generate_batch([request])[0] for request in requests]
     assert [r.tokens for r in together] == [r.tokens for r in alone]
     assert len({r.tokens for r in alone}) == 24
@@ -159,8 +169,8 @@ def test_a_batch_names_the_request_that_is_unusable(plm: Generator, bad: Request
     with pytest.raises(InputError, match=r"^request 1: ") as caught:
         plm.generate_batch([Request("a", max_new_tokens=1000), bad])
     assert caught.traceback  # which keeps what the call held
-    assert eventually(lambda: plm._scheduler.jobs == [])
-    assert plm._pool.used_rows == 0
+    assert eventually(lambda: plm.stats.queued + plm.stats.running == 0)
+    assert plm.stats.running == 0
 
 
 @pytest.mark.parametrize("name", ["images", "requests"])
@@ -188,12 +198,12 @@ def test_unusable_media_are_named(plm: Generator) -> None:
             plm.generate(**{"prompt": "a", **arguments})
 
 
-def test_images_and_videos_go_to_their_marks(plm: Generator) -> None:
+def test_images_and_videos_go_to_their_marks(preprocessor: RequestPreprocessor) -> None:
     image, video = picture(0), clip(0)
-    first, frames = plm._intake.tiles.tile_size, 3
+    first, frames = preprocessor.tiles.tile_size, 3
 
     def tiles(prompt: str) -> np.ndarray:
-        return plm._intake.job(Request(prompt, images=[image], videos=[video])).tiles
+        return preprocessor.prepare(Request(prompt, images=[image], videos=[video])).tiles
 
     assert tiles("a").shape == (5 + frames, first, first, 3)
     assert np.array_equal(tiles("<image> and <video>"), tiles("a"))
@@ -276,12 +286,39 @@ def test_a_chat_goes_on_where_it_was(fresh: Generator) -> None:
     assert second.tokens != first.tokens
 
 
-def test_guessing_changes_no_token(plm: Generator) -> None:
+def test_guessing_changes_no_token(plm: Generator, preprocessor: RequestPreprocessor) -> None:
     request = Request("again and again and again", images=[picture(7)], lookup=True)
-    job = plm._intake.job(request)
-    assert job.lookup is not None and job.lookup.draft(3) == []
+    state = preprocessor.prepare(request)
+    assert state.lookup is not None and state.lookup.draft(3) == []
     plain = plm.generate_batch([replace(request, lookup=False)])
     assert plm.generate_batch([request])[0].tokens == plain[0].tokens
+
+
+def test_expected_tokens_are_drafted(plm: Generator) -> None:
+    """An answer that is known beforehand takes a step per nine tokens, and no other token."""
+    request = Request("again", images=[picture(7)], max_new_tokens=60, ignore_eos=True)
+    plain = plm.submit(request).result()
+    for tokens, most in ((plain.tokens, 9), (plain.tokens[30:], 45), ([5, 6, 7], 59)):
+        guessing = replace(request, lookup=True, lookup_tokens=tokens)
+        found = plm.submit(guessing).result()
+        assert found.tokens == plain.tokens and found.timings.steps <= most
+    assert plain.timings.steps == 59
+
+
+def test_end_tokens_can_be_ignored(plm: Generator, preprocessor: RequestPreprocessor) -> None:
+    ends, ended = preprocessor.tokenizer.end_ids, 0
+    for index in range(20):
+        prompt, options = f"Question {index}", {"max_new_tokens": 60}
+        result = plm.generate(prompt, **options)
+        whole = plm.generate(prompt, ignore_eos=True, **options)
+        assert whole.finish_reason == "length" and len(whole.tokens) == 60
+        assert whole.tokens[: len(result.tokens)] == result.tokens
+        if result.finish_reason == "stop":
+            ended += 1
+            assert whole.tokens[len(result.tokens)] in ends
+            assert whole.text.startswith(result.text)
+        assert plm.generate(prompt, ignore_eos=True, stop=[whole.text[2]]).finish_reason == "stop"
+    assert ended > 3
 
 
 def test_caches_change_no_token(package: Path, plm: Generator) -> None:
@@ -316,19 +353,20 @@ def test_tokens_in_tokens_out(plm: Generator) -> None:
     longer = plm.prefill_logits([*ids, tokens[0]], pixels(0))
     masked = np.where(np.arange(320) == IMAGE_ID, -np.inf, longer)
     assert int(np.argmax(masked)) == tokens[1]
-    assert plm._pool.used_rows == 0
+    assert plm.stats.running == 0
 
 
-def test_pictures_and_their_pixels_are_not_the_same_key(plm: Generator) -> None:
+def test_pictures_and_their_pixels_are_not_the_same_key(preprocessor: RequestPreprocessor) -> None:
     """The reference backend makes other features of them; a cache must not mix them up."""
     square = picture(6, 28, 28)
-    job = plm._intake.job(Request("a", images=[square], max_tiles=0))
-    plm.generate("a", images=[square], max_tiles=0, max_new_tokens=1)
-    normalised = (job.tiles.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
-    assert plm._intake.token_job(job.ids, normalised, 1).tile_keys != job.tile_keys
+    state = preprocessor.prepare(Request("a", images=[square], max_tiles=0))
+    normalised = (state.tiles.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
+    assert preprocessor.prepare_tokens(state.ids, normalised, 1).tile_keys != state.tile_keys
 
 
-def test_a_package_without_tokenizer_takes_ids_only(tmp_path: Path, plm: Generator) -> None:
+def test_a_package_without_tokenizer_takes_ids_only(
+    tmp_path: Path, plm: Generator, preprocessor: RequestPreprocessor
+) -> None:
     with prt.load(write_plm(tmp_path / "plm", config=PLM, text=None)) as bare:
         for seed in range(40):  # some would end early
             ids = np.random.default_rng(seed).integers(0, 300, 9)
@@ -336,7 +374,7 @@ def test_a_package_without_tokenizer_takes_ids_only(tmp_path: Path, plm: Generat
             assert len(tokens) == 40 and IMAGE_ID not in tokens
             ended = plm.generate_tokens(ids, max_new_tokens=40)
             assert ended == tokens[: len(ended)]
-            assert len(ended) == 40 or tokens[len(ended)] in plm._intake.tokenizer.end_ids
+            assert len(ended) == 40 or tokens[len(ended)] in preprocessor.tokenizer.end_ids
         for call in (lambda: bare.generate("a"), lambda: bare.stream("a")):
             with pytest.raises(InputError, match="PLM-Fake has no tokenizer"):
                 call()

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 from fake_plm import CONFIG, write_plm
-from soak import assert_idle, eventually, threads
+from soak import assert_idle, eventually, load, parts, threads
 
-import perception_rt as prt
 from perception_rt.errors import BackendError
-from perception_rt.runtime.generation import worker as handles
+from perception_rt.runtime.generation import worker
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Request
 
@@ -31,11 +30,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plm(package: Path):
-    with prt.load(package, cache=False) as plm:
-        # The reference's tokens are random and would soon end an answer.
-        plm._intake.tokenizer.end_ids = frozenset()
+    # The reference's tokens are random: without `load` an end token would soon end an answer.
+    with load(package, threads=None, cache=False) as plm:
         yield plm
-        assert eventually(lambda: plm._scheduler.jobs == [])
+        assert eventually(lambda: parts(plm).scheduler.requests == [])
         assert_idle(plm)
 
 
@@ -114,7 +112,7 @@ def test_cancelling_twice_is_cancelling_once(plm: Generator, call: int) -> None:
     assert handle.result().finish_reason == ("length" if call == 99 else "cancelled")
     if call == 0:
         assert other.result().finish_reason == "length" and handle.result().tokens == ()
-    assert plm._pool.used_rows == 0
+    assert plm.stats.running == 0
 
 
 def test_cancelled_during_the_last_step_it_is_freed_after_it(plm: Generator) -> None:
@@ -126,7 +124,7 @@ def test_cancelled_during_the_last_step_it_is_freed_after_it(plm: Generator) -> 
 
     last = plm.submit(Request("a", max_new_tokens=1, on_progress=on_progress))
     assert last.result().finish_reason == "length"
-    assert other.result().finish_reason == "cancelled" and plm._pool.used_rows == 0
+    assert other.result().finish_reason == "cancelled" and plm.stats.running == 0
 
 
 def test_what_nobody_holds_any_more_is_freed(plm: Generator) -> None:
@@ -135,35 +133,35 @@ def test_what_nobody_holds_any_more_is_freed(plm: Generator) -> None:
     def begun():
         stream = plm.stream("a", max_new_tokens=3000)
         next(stream)
-        assert plm._pool.used_rows == 1
+        assert plm.stats.running == 1
         return stream
 
     begun().close()
-    assert eventually(lambda: plm._pool.used_rows == 0, timeout_s=0.3)
+    assert eventually(lambda: plm.stats.running == 0, timeout_s=0.3)
     stream = begun()
     del stream
     gc.collect()
-    assert eventually(lambda: plm._pool.used_rows == 0, timeout_s=0.3)
+    assert eventually(lambda: plm.stats.running == 0, timeout_s=0.3)
     plm.stream("a", max_new_tokens=3000).close()
     plm.stream("a", max_new_tokens=3000)
     plm.submit(Request("a", max_new_tokens=3000))
     gc.collect()
-    assert eventually(lambda: plm._scheduler.jobs == [], timeout_s=0.3)
+    assert eventually(lambda: parts(plm).scheduler.requests == [], timeout_s=0.3)
     for _ in begun():
         break
     gc.collect()
-    assert eventually(lambda: plm._pool.used_rows == 0, timeout_s=0.3)
+    assert eventually(lambda: plm.stats.running == 0, timeout_s=0.3)
 
 
 def test_what_is_dropped_while_another_works_is_freed(plm: Generator) -> None:
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(plm.generate, "b", max_new_tokens=2000)
-        assert eventually(lambda: plm._pool.used_rows == 1)
+        assert eventually(lambda: plm.stats.running == 1)
         for _ in range(5):
             stream = plm.stream("a", max_new_tokens=3000)
             next(stream)
             del stream
-            assert eventually(lambda: len(plm._scheduler.jobs) <= 1)
+            assert eventually(lambda: len(parts(plm).scheduler.requests) <= 1)
         assert len(other.result().tokens) == 2000
 
 
@@ -172,7 +170,7 @@ def test_an_error_in_the_consumer_frees_the_row(plm: Generator) -> None:
         for piece in plm.stream("a", max_new_tokens=3000):
             len(piece) / 0
     gc.collect()
-    assert eventually(lambda: plm._pool.used_rows == 0, timeout_s=0.3)
+    assert eventually(lambda: plm.stats.running == 0, timeout_s=0.3)
 
 
 def test_clients_that_go_away(plm: Generator) -> None:
@@ -196,15 +194,14 @@ def test_clients_that_go_away(plm: Generator) -> None:
 
 def test_closing_fails_what_is_under_way(package: Path) -> None:
     """CON-05: twice, during a run, and use after it."""
-    plm = prt.load(package)
-    plm._intake.tokenizer.end_ids = frozenset()
+    plm = load(package, threads=None)
     done = plm.submit(Request("a", max_new_tokens=2))
     done.result()
     waiting = plm.submit(Request("a", max_new_tokens=3500))
     stream = plm.stream("a", max_new_tokens=3500)
     with ThreadPoolExecutor(4) as pool:
         runs = [pool.submit(plm.generate, "a", max_new_tokens=3500) for _ in range(3)]
-        assert eventually(lambda: plm._pool.used_rows == 5)
+        assert eventually(lambda: plm.stats.running == 5)
         plm.close()
         for run in runs:
             with pytest.raises(BackendError, match="was closed"):
@@ -226,7 +223,7 @@ def test_closing_fails_what_is_under_way(package: Path) -> None:
     ):
         with pytest.raises(BackendError, match="this generator is closed"):
             use()
-    assert plm._pool.used_rows == 0
+    assert plm.stats.running == 0
 
 
 def test_a_callback_cannot_wait_for_its_own_generator(plm: Generator) -> None:
@@ -295,36 +292,36 @@ print("done")
 
 def test_a_generator_at_rest_has_no_thread_and_can_be_dropped(package: Path) -> None:
     running, gate = threads(), Gate()
-    plm = prt.load(package, threads=1)
+    plm = load(package)
     handle = plm.submit(Request("a", max_new_tokens=5, on_progress=gate))
     gate.reach()
     assert threads() == running + 1
     gate.open()
     handle.result()
     assert eventually(lambda: threads() == running)
-    turns = weakref.ref(plm._turns)
+    thread = weakref.ref(parts(plm).thread)
     del plm, handle
     gc.collect()
-    assert turns() is None
+    assert thread() is None
 
 
 def test_a_mistake_of_ours_leaves_nobody_waiting(
     plm: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of a step, and of no request, is an error of all; the next one is not concerned."""
-    decode, count = plm._scheduler._decode, 0
+    step, count = parts(plm).scheduler.step, 0
 
     def fail() -> None:
         nonlocal count
+        step()
         count += 1
         if count == 9:
             raise ZeroDivisionError
-        decode()
 
-    monkeypatch.setattr(plm._scheduler, "_decode", fail)
+    monkeypatch.setattr(parts(plm).scheduler, "step", fail)
     with ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(plm.generate, "a", max_new_tokens=3000) for _ in range(2)]
-        assert eventually(lambda: len(plm._scheduler.jobs) == 2 or count > 8)
+        assert eventually(lambda: len(parts(plm).scheduler.requests) == 2 or count > 8)
         for run in runs:
             try:
                 run.result(10)
@@ -338,21 +335,20 @@ def test_a_mistake_of_ours_leaves_nobody_waiting(
 def test_a_row_that_cannot_be_given_back_leaves_nobody_waiting(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plm = prt.load(package)
-    plm._intake.tokenizer.end_ids = frozenset()
+    plm = load(package, threads=None)
 
     def fail(_: object) -> None:
         raise ZeroDivisionError
 
     stream = plm.stream("a", max_new_tokens=3000)
     next(stream)
-    monkeypatch.setattr(plm._pool, "release", fail)
+    monkeypatch.setattr(parts(plm).pool, "release", fail)
     with pytest.raises(ZeroDivisionError):
         plm.generate("a", max_new_tokens=3)
     plm.close()
     with pytest.raises(ZeroDivisionError):
         list(stream)
-    assert plm._scheduler.jobs == []
+    assert parts(plm).scheduler.requests == []
 
 
 def test_without_another_thread_there_is_an_error(
@@ -363,15 +359,15 @@ def test_without_another_thread_there_is_an_error(
     def fail(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(handles, "start_new_thread", fail)
+    monkeypatch.setattr(worker, "start_new_thread", fail)
     for use in (lambda: plm.generate("a"), lambda: plm.submit(Request("a"))):
         with pytest.raises(BackendError, match="no thread can be started"):
             use()
-    assert len(plm._scheduler.jobs) == 2
+    assert len(parts(plm).scheduler.requests) == 2
     monkeypatch.undo()
     assert len(plm.generate("a", max_new_tokens=3).tokens) == 3
     assert_idle(plm)
-    monkeypatch.setattr(handles, "start_new_thread", fail)
+    monkeypatch.setattr(worker, "start_new_thread", fail)
     with pytest.raises(BackendError, match="no thread can be started"):
         plm.stream("a")
     plm.close()

@@ -27,26 +27,34 @@ def package(
 INTERRUPT = """
 import signal, sys, threading, time
 import perception_rt as prt
-from perception_rt.runtime.request import Request
+from perception_rt.runtime.generation.plm_engine import PlmEngine
+from perception_rt.runtime.generation.scheduler import Scheduler
 plm = prt.load(sys.argv[1], threads=1, cache=False)
-plm._intake.tokenizer.end_ids = frozenset()
-expected = plm.generate("a", max_new_tokens=30).tokens
+options = {"max_new_tokens": 500, "ignore_eos": True}
+short = {"max_new_tokens": 30, "ignore_eos": True}
+expected = plm.generate("a", **short).tokens
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
-forward, calls, slow, go_on = plm._decoder.forward, 0, 0, threading.Event()
+forward, step, schedulers = PlmEngine.forward, Scheduler.step, set()
+calls, slow, go_on, engine = 0, 0, threading.Event(), None
 
 def wait_for_signal(*arguments):
-    global calls
+    global calls, engine
     calls += 1
+    engine = arguments[0]
     if calls == slow:
         print("ready", flush=True)
         assert go_on.wait(60)
     return forward(*arguments)
 
-plm._decoder.forward = wait_for_signal
+def note_scheduler(scheduler):
+    schedulers.add(scheduler)
+    step(scheduler)
+
+PlmEngine.forward, Scheduler.step = wait_for_signal, note_scheduler
 uses = [
-    lambda: plm.generate("a", max_new_tokens=500),
-    lambda: list(plm.stream("a", max_new_tokens=500)),
-    lambda: plm.generate_batch([Request("a", max_new_tokens=500)] * 3),
+    lambda: plm.generate("a", **options),
+    lambda: list(plm.stream("a", **options)),
+    lambda: plm.generate_batch([prt.Request("a", **options)] * 3),
     lambda: plm.generate_tokens([1, 2, 3], max_new_tokens=500),
 ]
 
@@ -58,18 +66,19 @@ for use in [*uses, close]:
     for slow in (1, 4, 7):  # the other's prompt, one's own, a token of both
         calls = 0
         go_on.clear()
-        other = plm.submit(Request("b", max_new_tokens=5))
+        other = plm.submit(prt.Request("b", max_new_tokens=5, ignore_eos=True))
         try: use()
         except KeyboardInterrupt: pass
         else: raise SystemExit("not interrupted")
         go_on.set()
         if use is close: break
-        assert plm.generate("a", max_new_tokens=30).tokens == expected
+        assert plm.generate("a", **short).tokens == expected
         assert len(other.result().tokens) == 5
-        plm._scheduler.invariants()
-        assert plm._pool.used_rows == 0, plm._pool.used_rows
+        (scheduler,) = schedulers
+        scheduler.invariants()
+        assert plm.stats.running == 0, plm.stats
 plm.close()  # again: it was interrupted
-assert plm._decoder._sessions.closed and plm._pool.used_rows == 0 and other.done
+assert engine.closed and plm.stats.running == 0 and other.done
 print("done", flush=True)
 """
 
@@ -77,34 +86,35 @@ print("done", flush=True)
 INTERRUPT_A_THREAD_S_COMPANY = """
 import signal, sys, threading, time
 import perception_rt as prt
+from perception_rt.runtime.generation.plm_engine import PlmEngine
 plm = prt.load(sys.argv[1], threads=1, cache=False)
-plm._intake.tokenizer.end_ids = frozenset()
-expected = plm.generate("b", max_new_tokens=30).tokens
+options = {"max_new_tokens": 30, "ignore_eos": True}
+expected = plm.generate("b", **options).tokens
 signal.signal(signal.SIGINT, signal.default_int_handler)
-forward, started, answers = plm._decoder.forward, None, []
+forward, started, answers = PlmEngine.forward, None, []
 
 def wait_for_another(*arguments):
     if not started.is_set():
         started.set()
-        while len(plm._scheduler.jobs) < 2: time.sleep(0.001)
+        while plm.stats.queued + plm.stats.running < 2: time.sleep(0.001)
         time.sleep(0.1)
         print("ready", flush=True)
         time.sleep(0.3)
     return forward(*arguments)
 
-plm._decoder.forward = wait_for_another
+PlmEngine.forward = wait_for_another
 for _ in range(3):
     started = threading.Event()
-    other = threading.Thread(target=lambda: answers.append(plm.generate("b", max_new_tokens=30)))
+    other = threading.Thread(target=lambda: answers.append(plm.generate("b", **options)))
     other.start()
     started.wait()
-    try: plm.generate("a", max_new_tokens=500)
+    try: plm.generate("a", max_new_tokens=500, ignore_eos=True)
     except KeyboardInterrupt: pass
     else: raise SystemExit("not interrupted")
     other.join()
     assert answers.pop().tokens == expected
-    assert plm.generate("b", max_new_tokens=30).tokens == expected
-    assert plm._pool.used_rows == 0
+    assert plm.generate("b", **options).tokens == expected
+    assert plm.stats.running == 0
 print("done", flush=True)
 """
 
@@ -132,9 +142,18 @@ def test_an_interrupt_ends_the_call_and_nothing_else(code: str, times: int, pack
 INTERRUPT_ANYWHERE = """
 import faulthandler, random, signal, sys, threading, time
 import perception_rt as prt
+from perception_rt.runtime.generation.scheduler import Scheduler
 plm = prt.load(sys.argv[1], cache=False)
-plm._intake.tokenizer.end_ids = frozenset()
-expected = plm.generate("a", max_new_tokens=6).tokens
+options = {"max_new_tokens": 6, "ignore_eos": True}
+step, schedulers = Scheduler.step, set()
+
+def note_scheduler(scheduler):
+    schedulers.add(scheduler)
+    step(scheduler)
+
+Scheduler.step = note_scheduler
+expected = plm.generate("a", **options).tokens
+(scheduler,) = schedulers
 armed, going_on, hits, errors = False, True, 0, []
 
 def interrupt(*_):
@@ -142,7 +161,7 @@ def interrupt(*_):
 
 def ask():
     while going_on:
-        try: assert plm.generate("a", max_new_tokens=6).tokens == expected
+        try: assert plm.generate("a", **options).tokens == expected
         except BaseException as error: return errors.append(repr(error))
 
 signal.signal(signal.SIGALRM, interrupt)
@@ -155,21 +174,21 @@ while time.monotonic() < end and not errors:
     try:
         armed = True
         signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 7e-3))
-        if random.random() < 0.5: plm.generate("a", max_new_tokens=6)
-        else: list(plm.stream("a", max_new_tokens=6))
+        if random.random() < 0.5: plm.generate("a", **options)
+        else: list(plm.stream("a", **options))
         armed = False
     except KeyboardInterrupt: hits += 1
     finally:
         armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-    assert plm.generate("a", max_new_tokens=6).tokens == expected
+    assert plm.generate("a", **options).tokens == expected
 going_on = False
 other.join(5)
 assert not other.is_alive() and not errors, errors
 deadline = time.monotonic() + 1
-while plm._scheduler.jobs and time.monotonic() < deadline: time.sleep(0.01)
-plm._scheduler.invariants()
-assert plm._scheduler.jobs == [] and plm._pool.used_rows == 0
+while scheduler.requests and time.monotonic() < deadline: time.sleep(0.01)
+scheduler.invariants()
+assert scheduler.requests == [] and plm.stats.running == 0
 assert hits > 50, hits
 print("done")
 """

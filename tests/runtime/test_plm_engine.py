@@ -23,7 +23,7 @@ from perception_rt.package.manifest import Target
 from perception_rt.package.reader import Package, open_package
 from perception_rt.runtime.backends import onnxruntime as backend
 from perception_rt.runtime.cache.kv_block import CacheBlock
-from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.plm_engine import PlmEngine
 from perception_rt.runtime.session import Session, open_session
 
 _TARGET = Target(backend="onnxruntime", precision="fp32", options={})
@@ -34,22 +34,24 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_plm(tmp_path_factory.mktemp("plm") / "package")
 
 
-def open_decoder(directory: Path) -> Decoder:
-    return Decoder(open_package(directory), backend="reference", device="cpu", threads=None)
+def open_engine(directory: Path) -> PlmEngine:
+    return PlmEngine(open_package(directory), backend="reference", device="cpu", threads=None)
 
 
 @pytest.fixture
-def decoder(directory: Path):
-    decoder = open_decoder(directory)
-    yield decoder
-    decoder.close()
+def engine(directory: Path):
+    engine = open_engine(directory)
+    yield engine
+    engine.close()
 
 
-def predict(decoder: Decoder, block: CacheBlock, row: int, ids: list[int], past: int) -> np.ndarray:
+def predict(
+    engine: PlmEngine, block: CacheBlock, row: int, ids: list[int], past: int
+) -> np.ndarray:
     """Logits after each of the ids, which are appended to a row, (T, V)."""
-    hidden = decoder.embed(np.array(ids))[None]
+    hidden = engine.embed(np.array(ids))[None]
     where = np.arange(len(ids))[None]
-    return decoder.forward(hidden, np.array([past], np.int32), block, slice(row, row + 1), where)[0]
+    return engine.forward(hidden, np.array([past], np.int32), block, slice(row, row + 1), where)[0]
 
 
 # The engine: a layer of grouped-query attention in ONNX, made by hand.
@@ -285,13 +287,13 @@ def weighted_package(dest: Path) -> Path:
     return write_plm(dest, graphs={"add": spec}, files=files, target=_TARGET)
 
 
-# The decoder, on the reference backend.
+# The engine, on the reference backend.
 
 
-def test_attributes_are_of_the_package(decoder: Decoder) -> None:
-    assert decoder.config == CONFIG
-    assert (decoder.max_length, decoder.vocab_size) == (512, 320)
-    shape = decoder.cache_shape
+def test_attributes_are_of_the_package(engine: PlmEngine) -> None:
+    assert engine.config == CONFIG
+    assert (engine.max_length, engine.vocab_size) == (512, 320)
+    shape = engine.cache_shape
     assert (shape.layers, shape.kv_heads, shape.head_dim, shape.dtype) == (2, 2, 4, "float32")
     assert shape.bytes_per_token == 2 * 2 * 2 * 4 * 4
 
@@ -323,94 +325,94 @@ def test_package_that_disagrees_with_itself_is_refused(tmp_path: Path) -> None:
     ):
         dest = write_plm(tmp_path / str(index), **changes)
         with pytest.raises(PackageError, match=message):
-            open_decoder(dest)
+            open_engine(dest)
 
 
 def test_one_part_and_float16_caches_will_do(tmp_path: Path) -> None:
     graphs = graph_specs(parts=1, cache_dtype="float16")
-    decoder = open_decoder(write_plm(tmp_path / "package", graphs=graphs))
-    block = CacheBlock(decoder.cache_shape, 2, 64)
+    engine = open_engine(write_plm(tmp_path / "package", graphs=graphs))
+    block = CacheBlock(engine.cache_shape, 2, 64)
     assert block.keys[0].dtype == np.float16
-    whole = predict(decoder, block, 0, [5, 6, 7], 0)
-    assert np.array_equal(predict(decoder, block, 0, [7], 2)[0], whole[2])
+    whole = predict(engine, block, 0, [5, 6, 7], 0)
+    assert np.array_equal(predict(engine, block, 0, [7], 2)[0], whole[2])
 
 
-def test_embed_and_its_limits(decoder: Decoder) -> None:
-    hidden = decoder.embed(np.array([3, 319, 0]))
+def test_embed_and_its_limits(engine: PlmEngine) -> None:
+    hidden = engine.embed(np.array([3, 319, 0]))
     assert hidden.shape == (3, 16) and hidden.dtype == np.float32
     assert list(hidden[:, 0]) == [3, 319, 0]
     for bad in ([320], [-1]):
         with pytest.raises(InputError, match="not in 0 to 319"):
-            decoder.embed(np.array(bad))
+            engine.embed(np.array(bad))
     with pytest.raises(InputError, match="must be int64, not int32"):
-        decoder.embed(np.array([1], np.int32))
+        engine.embed(np.array([1], np.int32))
     with pytest.raises(InputError, match="must have shape"):
-        decoder.embed(np.zeros(0, np.int64))
+        engine.embed(np.zeros(0, np.int64))
 
 
-def test_tiles_are_encoded_one_by_one_and_may_be_stopped(decoder: Decoder) -> None:
+def test_tiles_are_encoded_one_by_one(engine: PlmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 3), np.uint8)
-    seen: list[tuple[int, int]] = []
-    features = decoder.encode_tiles(tiles, on_tile=lambda *n: seen.append(n))
+    seen: list[int] = []
+    run = Session.run
+
+    def counted(self: Session, inputs: dict[str, np.ndarray], *rest: Any) -> list[np.ndarray]:
+        seen.append(len(inputs[contract.IMAGES_U8]))
+        return run(self, inputs, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "run", counted)
+        features = engine.encode_tiles(tiles)
     assert features.shape == (3, 1, 16) and features.dtype == np.float32
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert np.array_equal(features[1:2], decoder.encode_tiles(tiles[1:2]))
+    assert seen == [1, 1, 1]
+    assert np.array_equal(features[1:2], engine.encode_tiles(tiles[1:2]))
     assert len({float(f) for f in features[:, 0, 0]}) == 3
     pixels = tiles.transpose(0, 3, 1, 2).astype(np.float32)
-    assert decoder.encode_pixels(pixels).shape == (3, 1, 16)
-    assert decoder.encode_tiles(tiles[:0]).shape == (0, 1, 16)
+    assert engine.encode_pixels(pixels).shape == (3, 1, 16)
+    assert engine.encode_tiles(tiles[:0]).shape == (0, 1, 16)
     with pytest.raises(InputError, match="uint8, not float32"):
-        decoder.encode_tiles(pixels)
-
-    def stop(done: int, total: int) -> None:
-        seen.append((done, total))
-        raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        decoder.encode_tiles(tiles, on_tile=stop)
-    assert seen[3:] == [(1, 3)]
+        engine.encode_tiles(pixels)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 7, 19])
-def test_chunks_give_what_the_whole_gives(decoder: Decoder, cut: int) -> None:
+def test_chunks_give_what_the_whole_gives(engine: PlmEngine, cut: int) -> None:
     """PAR-05, and GEN-02: what is not in use is NaN, and is never read."""
     ids = list(range(40, 60))
-    block = CacheBlock(decoder.cache_shape, 3, 64)
+    block = CacheBlock(engine.cache_shape, 3, 64)
     for array in block.keys + block.values:
         array[...] = np.nan
-    whole = predict(decoder, block, 0, ids, 0)
+    whole = predict(engine, block, 0, ids, 0)
     assert np.isfinite(whole).all() and len(set(whole.argmax(axis=1))) > 10
-    parts = [predict(decoder, block, 2, ids[:cut], 0), predict(decoder, block, 2, ids[cut:], cut)]
+    parts = [predict(engine, block, 2, ids[:cut], 0), predict(engine, block, 2, ids[cut:], cut)]
     assert np.array_equal(np.concatenate(parts), whole)
     assert np.isnan(block.keys[0][1]).all() and np.isnan(block.keys[0][2, :, 20:]).all()
 
 
-def test_a_row_does_not_depend_on_its_batch(decoder: Decoder) -> None:
+def test_a_row_does_not_depend_on_its_batch(engine: PlmEngine) -> None:
     """GEN-01: rows of other lengths, and a slice of a block."""
     prompts = [list(range(n, n + 5 * n)) for n in range(1, 6)]
-    block = CacheBlock(decoder.cache_shape, 8, 64)
+    block = CacheBlock(engine.cache_shape, 8, 64)
     alone = []
     for row, ids in enumerate(prompts):
-        predict(decoder, block, row + 2, ids, 0)
-        alone.append(predict(decoder, block, row + 2, [9], len(ids))[0])
+        predict(engine, block, row + 2, ids, 0)
+        alone.append(predict(engine, block, row + 2, [9], len(ids))[0])
     past = np.array([len(ids) for ids in prompts], np.int32)
-    hidden = decoder.embed(np.full(5, 9))[:, None]
-    together = decoder.forward(hidden, past, block, slice(2, 7), np.zeros((5, 1), np.int64))
+    hidden = engine.embed(np.full(5, 9))[:, None]
+    together = engine.forward(hidden, past, block, slice(2, 7), np.zeros((5, 1), np.int64))
     assert np.array_equal(together[:, 0], np.stack(alone))
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("kind", ["keys", "values"])
-def test_the_double_sees_every_mistake(decoder: Decoder, layer: int, kind: str) -> None:
+def test_the_double_sees_every_mistake(engine: PlmEngine, layer: int, kind: str) -> None:
     ids = [11, 12, 13, 14, 15]
-    block = CacheBlock(decoder.cache_shape, 3, 32)
+    block = CacheBlock(engine.cache_shape, 3, 32)
     for row, prompt in enumerate((ids, ids[::-1], ids)):
-        predict(decoder, block, row, prompt, 0)
-    right = predict(decoder, block, 2, [16], 5)
+        predict(engine, block, row, prompt, 0)
+    right = predict(engine, block, 2, [16], 5)
     good = block.read(0, 5)
 
     def differs() -> bool:
-        wrong = not np.array_equal(predict(decoder, block, 0, [16], 5), right)
+        wrong = not np.array_equal(predict(engine, block, 0, [16], 5), right)
         block.write(0, good, 5)
         return wrong
 
@@ -424,12 +426,12 @@ def test_the_double_sees_every_mistake(decoder: Decoder, layer: int, kind: str) 
     assert differs()
     array[0, :, [1, 2]] = array[0, :, [2, 1]]
     assert differs()
-    assert not np.array_equal(predict(decoder, block, 0, [16], 4), right)
+    assert not np.array_equal(predict(engine, block, 0, [16], 4), right)
 
 
-def test_wrong_calls_are_our_own_mistakes(decoder: Decoder) -> None:
-    block = CacheBlock(decoder.cache_shape, 4, 16)
-    hidden = decoder.embed(np.zeros(17, np.int64))[None]
+def test_wrong_calls_are_our_own_mistakes(engine: PlmEngine) -> None:
+    block = CacheBlock(engine.cache_shape, 4, 16)
+    hidden = engine.embed(np.zeros(17, np.int64))[None]
     past, first = np.zeros(1, np.int32), np.zeros((1, 1), np.int64)
     two = np.repeat(hidden[:, :2], 2, axis=0)
     for arguments in (
@@ -440,14 +442,14 @@ def test_wrong_calls_are_our_own_mistakes(decoder: Decoder) -> None:
         (two, np.array([0, 1], np.int32), block, slice(0, 2), np.zeros((2, 1), np.int64)),
     ):
         with pytest.raises(AssertionError):
-            decoder.forward(*arguments)
+            engine.forward(*arguments)
     assert not any(array.any() for array in block.keys)
 
 
 def test_graphs_are_opened_once_and_by_any_thread(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CON-03 for one decoder: eight threads, each with its row."""
+    """CON-03 for one engine: eight threads, each with its row."""
     opened: list[str] = []
     real = open_session
 
@@ -457,14 +459,14 @@ def test_graphs_are_opened_once_and_by_any_thread(
         return real(package, graph, **options)
 
     monkeypatch.setattr("perception_rt.runtime.session.open_session", slow)
-    decoder = open_decoder(directory)
+    engine = open_engine(directory)
     assert opened == []
-    block = CacheBlock(decoder.cache_shape, 8, 32)
+    block = CacheBlock(engine.cache_shape, 8, 32)
     with ThreadPoolExecutor(8) as pool:
-        rows = list(pool.map(lambda row: predict(decoder, block, row, [1, 2, 3], 0), range(8)))
+        rows = list(pool.map(lambda row: predict(engine, block, row, [1, 2, 3], 0), range(8)))
     assert all(np.array_equal(row, rows[0]) for row in rows)
     assert sorted(opened) == ["decoder_0", "decoder_1", "embed"]
-    decoder.close()
-    decoder.close()
+    engine.close()
+    engine.close()
     with pytest.raises(BackendError, match="closed"):
-        decoder.embed(np.array([1]))
+        engine.embed(np.array([1]))

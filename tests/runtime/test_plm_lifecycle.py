@@ -21,8 +21,9 @@ from soak import (
     descriptors,
     eventually,
     golden_package,
-    live_jobs,
+    live_requests,
     load,
+    parts,
     picture,
     resident_bytes,
     run_threads,
@@ -34,7 +35,7 @@ from perception_rt.errors import BackendError, PackageError
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import read_manifest
 from perception_rt.package.store import Stage
-from perception_rt.runtime.generation.worker import Handle
+from perception_rt.runtime.generation.handle import Handle
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Request
 
@@ -108,8 +109,9 @@ def test_a_generator_outlives_republishes_of_its_package(
 
 def test_sixteen_loads_at_once(package: Path) -> None:
     def work(_: int) -> tuple[int, ...]:
-        with load(package) as plm:
-            return plm.generate("a", images=[picture(0)], max_new_tokens=8).tokens
+        with prt.load(package, threads=1) as plm:
+            options = {"max_new_tokens": 8, "ignore_eos": True}
+            return plm.generate("a", images=[picture(0)], **options).tokens
 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(work, range(16)))
@@ -182,10 +184,10 @@ def test_loading_and_closing_leaves_nothing(
     for index in range(10):
         cycle(index)
     gc.collect()
-    held, running, before, jobs = descriptors(), threads(), resident_bytes(), live_jobs()
+    held, running, before, requests = descriptors(), threads(), resident_bytes(), live_requests()
     for index in range(cycles):
         cycle(index)
-    assert live_jobs() <= jobs
+    assert live_requests() <= requests
     assert descriptors() <= held
     assert eventually(lambda: threads() <= running)
     assert resident_bytes() - before < 20 * MIB
@@ -223,46 +225,52 @@ def test_closing_does_not_pull_memory_from_under_a_run(
     """CON-05: it waits for the engine's call that is under way."""
     plm = load(packages("onnxruntime"))
     at_work, go_on = threading.Event(), threading.Event()
-    forward = plm._decoder.forward
+    engine = parts(plm).engine
+    forward = engine.forward
 
     def slow(*arguments):
         at_work.set()
         assert go_on.wait(10)
         return forward(*arguments)
 
-    monkeypatch.setattr(plm._decoder, "forward", slow)
+    monkeypatch.setattr(engine, "forward", slow)
     with ThreadPoolExecutor(2) as pool:
         run = pool.submit(plm.generate, "a", max_new_tokens=9)
         assert at_work.wait(10)
         closing = pool.submit(plm.close)
         time.sleep(0.05)
-        assert not closing.done() and not plm._decoder._sessions.closed
+        assert not closing.done() and not engine.closed
         go_on.set()
         closing.result(10)
         with pytest.raises(BackendError, match="was closed"):
             run.result(10)
-    assert plm._decoder._sessions.closed
+    assert engine.closed
     assert_idle(plm)
 
 
 # Leaving without closing.
 
 LEAVES = {
-    "with a stream that is half read": "s = plm.stream('a', max_new_tokens=700); next(s)",
-    "with a request that waits": "h = plm.submit(Request('a'))",
-    "in a cycle": "class C: pass\nc = C(); c.c = c; c.s = plm.stream('a'); next(c.s)",
+    "with a stream that is half read": (
+        "s = plm.stream('a', max_new_tokens=700, ignore_eos=True); next(s)"
+    ),
+    "with a request that waits": "h = plm.submit(Request('a', ignore_eos=True))",
+    "in a cycle": (
+        "class C: pass\nc = C(); c.c = c; c.s = plm.stream('a', ignore_eos=True); next(c.s)"
+    ),
     "with a thread at work": (
-        "t = threading.Thread(target=plm.generate, args=['a'], kwargs={'max_new_tokens': 200})\n"
+        "options = {'max_new_tokens': 200, 'ignore_eos': True}\n"
+        "t = threading.Thread(target=plm.generate, args=['a'], kwargs=options)\n"
         "t.start()"
     ),
     "with a daemon at work": (
         "def work():\n"
-        "    while True: plm.generate('a', max_new_tokens=50)\n"
+        "    while True: plm.generate('a', max_new_tokens=50, ignore_eos=True)\n"
         "threading.Thread(target=work, daemon=True).start()\n"
         "time.sleep(0.1)"
     ),
     "with a daemon that waits": (
-        "h = plm.submit(Request('a', max_new_tokens=700))\n"
+        "h = plm.submit(Request('a', max_new_tokens=700, ignore_eos=True))\n"
         "for _ in range(3): threading.Thread(target=h.result, daemon=True).start()\n"
         "time.sleep(0.05)"
     ),
@@ -278,8 +286,7 @@ import sys, threading, time
 import perception_rt as prt
 from perception_rt.runtime.request import Request
 plm = prt.load(sys.argv[1], threads=1)
-plm._intake.tokenizer.end_ids = frozenset()
-plm.generate("a", max_new_tokens=2)
+plm.generate("a", max_new_tokens=2, ignore_eos=True)
 print("done", flush=True)
 """
     with ThreadPoolExecutor(4) as pool:
@@ -293,15 +300,14 @@ import os, sys, threading, time
 import perception_rt as prt
 from perception_rt.errors import BackendError
 plm = prt.load(sys.argv[1], threads=1)
-plm._intake.tokenizer.end_ids = frozenset()
 stop = False
 def work():
-    while not stop: plm.generate("b", max_new_tokens=30)
+    while not stop: plm.generate("b", max_new_tokens=30, ignore_eos=True)
 thread = threading.Thread(target=work)
 thread.start()
-expected = plm.generate("a", max_new_tokens=30).tokens
+expected = plm.generate("a", max_new_tokens=30, ignore_eos=True).tokens
 for _ in range(20):
-    stream = plm.stream("a", max_new_tokens=500)
+    stream = plm.stream("a", max_new_tokens=500, ignore_eos=True)
     next(stream)
     pid = os.fork()
     if pid == 0:
@@ -314,10 +320,10 @@ for _ in range(20):
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
     del stream
-    assert plm.generate("a", max_new_tokens=30).tokens == expected
+    assert plm.generate("a", max_new_tokens=30, ignore_eos=True).tokens == expected
 stop = True
 thread.join()
-assert plm._pool.used_rows == 0
+assert plm.stats.running == 0
 print("done")
 """
 
@@ -424,7 +430,7 @@ def test_what_is_abandoned_is_freed_within_a_second(busy: bool, reference: Path)
     """CON-05: the row, and the request with it; also while another thread is at work."""
     going_on = threading.Event()
     with load(reference) as plm, ThreadPoolExecutor(1) as pool:
-        before = live_jobs()
+        before = live_requests()
         going_on.set()
         other = pool.submit(keep_busy, plm, going_on) if busy else None
         try:
@@ -432,15 +438,15 @@ def test_what_is_abandoned_is_freed_within_a_second(busy: bool, reference: Path)
                 for _ in range(5):
                     abandon(plm)
                 gc.collect()
-                freed = eventually(lambda: plm._pool.used_rows <= busy, timeout_s=1)
+                freed = eventually(lambda: plm.stats.running <= busy, timeout_s=1)
                 assert freed, abandon.__name__
         finally:
             going_on.clear()
         if other is not None:
             other.result(10)
-        assert eventually(lambda: not plm._scheduler.jobs, timeout_s=1)
+        assert eventually(lambda: not parts(plm).scheduler.requests, timeout_s=1)
         assert_idle(plm)
-        assert live_jobs() == before
+        assert live_requests() == before
 
 
 def keep_busy(plm: Generator, going_on: threading.Event) -> None:

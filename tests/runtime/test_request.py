@@ -3,20 +3,29 @@
 import math
 import re
 from dataclasses import fields, replace
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
-from perception_rt.runtime.request import Exchange, Request, Result, Timings, check_request
+from perception_rt.runtime.request import (
+    Exchange,
+    Request,
+    RequestOptions,
+    Result,
+    Timings,
+    check_request,
+)
 
 BIG = 2**63
 
 
 def check(limits: Limits = DEFAULT_LIMITS, **changes: object) -> None:
     request = replace(Request("Why?"), **changes)
-    check_request(request, vocab_size=320, max_tiles=36, max_frames=32, limits=limits)
+    bounds = {"vocab_size": 320, "max_length": 2048, "max_tiles": 36, "max_frames": 32}
+    check_request(request, **bounds, limits=limits)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +54,9 @@ def check(limits: Limits = DEFAULT_LIMITS, **changes: object) -> None:
         {"stop": ["a" * 256]},
         {"lookup": True},
         {"on_progress": print},
+        {"ignore_eos": True},
+        {"lookup": True, "lookup_tokens": [0, 319]},
+        {"lookup": True, "lookup_tokens": (5,) * 2048},
         {"history": (Exchange(prompt="a", answer=""),)},
         {"history": [Exchange(prompt="a", answer="b")] * 256},
         {"prompt": "a" * 256 * 1024},
@@ -103,6 +115,15 @@ REFUSED = [
     ("stop", ["a"] * 17, "17 strings; the limit is 16"),
     ("lookup", 1, "not 1"),
     ("on_progress", 3, "not 3"),
+    ("ignore_eos", 1, "not 1"),
+    ("ignore_eos", None, "a NoneType"),
+    ("lookup_tokens", [1], "need lookup=True"),
+    ("lookup_tokens", [], "at least one integer"),
+    ("lookup_tokens", "1", "at least one integer"),
+    ("lookup_tokens", [1.0], "at least one integer"),
+    ("lookup_tokens", [320], "from 0 to 319"),
+    ("lookup_tokens", [-1], "from 0 to 319"),
+    ("lookup_tokens", [1] * 2049, "2049 tokens; the context has 2048"),
     ("images", "cat.png", "a str"),
     ("images", b"\x89PNG", "a bytes"),
     ("images", np.zeros((2, 2, 3), np.uint8), "a ndarray"),
@@ -131,9 +152,18 @@ def test_every_field_is_checked() -> None:
     assert {name for name, _, _ in REFUSED} == {field.name for field in fields(Request)}
 
 
+def test_options_are_the_fields_of_a_request() -> None:
+    names = [field.name for field in fields(Request)]
+    assert ["prompt", *get_type_hints(RequestOptions)] == names
+    types = get_type_hints(Request)
+    assert get_type_hints(RequestOptions) == {name: types[name] for name in names[1:]}
+
+
 def test_what_is_no_request_is_refused() -> None:
     with pytest.raises(InputError, match="must be a Request, not a str"):
-        check_request("Why?", vocab_size=1, max_tiles=1, max_frames=1, limits=DEFAULT_LIMITS)
+        check_request(
+            "Why?", vocab_size=1, max_length=1, max_tiles=1, max_frames=1, limits=DEFAULT_LIMITS
+        )
 
 
 def test_guessing_is_for_greedy_decoding() -> None:

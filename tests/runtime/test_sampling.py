@@ -85,12 +85,13 @@ def test_a_seed_repeats_and_another_does_not() -> None:
 def test_each_draw_takes_one_number_whatever_the_options() -> None:
     """So that a stream does not depend on what else was computed."""
     for options in ({}, {"top_k": 2}, {"top_p": 0.5}):
-        sampler = Sampler(temperature=1.0, seed=9, **options)
+        rng = np.random.default_rng(9)
+        sampler = Sampler(temperature=1.0, seed=rng, **options)
         for _ in range(10):
             sampler.choose(LOGITS)
         expected = np.random.default_rng(9)
         expected.random(10)
-        assert sampler._random.random() == expected.random()
+        assert rng.random() == expected.random()
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-300, 5e-324])

@@ -1,39 +1,40 @@
 """How requests end: nothing that has ended still has memory."""
 
 import pytest
-from plm_jobs import make_job, make_scheduler, open_decoder, run
+from plm_requests import make_pool, make_request, make_scheduler, open_engine, run
 
 from perception_rt.errors import BackendError
-from perception_rt.runtime.generation.plm_engine import Decoder
-from perception_rt.runtime.generation.request_state import Job, State
+from perception_rt.runtime.generation.plm_engine import PlmEngine
+from perception_rt.runtime.generation.request_state import RequestState, Status
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory):
-    with open_decoder(tmp_path_factory.mktemp("plm")) as decoder:
-        yield decoder
+def engine(tmp_path_factory: pytest.TempPathFactory):
+    with open_engine(tmp_path_factory.mktemp("plm")) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize("end", ["length", "cancelled", "deadline", "error", "close"])
-def test_what_has_ended_has_given_back_its_row(decoder: Decoder, end: str) -> None:
+def test_what_has_ended_has_given_back_its_row(engine: PlmEngine, end: str) -> None:
     """Another thread may look at any time: at no time is there one that has ended with a row."""
-    scheduler, seen = make_scheduler(decoder), []
-    job = make_job(
+    pool, seen = make_pool(engine), []
+    scheduler = make_scheduler(engine, pool=pool)
+    request = make_request(
         new=3, end_ids=frozenset(), on_progress=(lambda _: 1 / 0) if end == "error" else None
     )
-    enter = Job.enter
+    enter = RequestState.enter
 
-    def watched(job: Job, state: State) -> None:
-        if state in (State.DONE, State.FAILED, State.CANCELLED):
-            seen.append((job.lease, scheduler._pool.used_rows, scheduler.jobs))
-        enter(job, state)
+    def watched(request: RequestState, status: Status) -> None:
+        if status in (Status.DONE, Status.FAILED, Status.CANCELLED):
+            seen.append((request.lease, pool.used_rows, scheduler.requests))
+        enter(request, status)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "enter", watched)
-        scheduler.submit(job)
+        patch.setattr(RequestState, "enter", watched)
+        scheduler.submit(request)
         scheduler.step()
-        job.cancelled = end == "cancelled"
-        job.deadline = 0.0 if end == "deadline" else None
+        request.cancelled = end == "cancelled"
+        request.deadline = 0.0 if end == "deadline" else None
         if end == "close":
             scheduler.close(BackendError("over"))
         run(scheduler)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake_plm import CONFIG, write_plm
-from soak import assert_idle, live_jobs, load
+from soak import assert_idle, live_requests, load
 
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Request
@@ -46,7 +46,7 @@ async def serve(plm: Generator) -> list[str | BaseException]:
 
 def test_a_hundred_clients_of_whom_ten_disconnect(reference: Path) -> None:
     """CON-06: it ends empty, and does the same work again."""
-    jobs = live_jobs()
+    requests = live_requests()
     with load(reference, max_batch=4) as plm:
         expected = [plm.generate(f"Question {i}", max_new_tokens=20).text for i in range(7)]
         for _ in range(3):
@@ -56,7 +56,7 @@ def test_a_hundred_clients_of_whom_ten_disconnect(reference: Path) -> None:
             stayed = [index for index in range(100) if index % 10]
             assert [answers[i] for i in stayed] == [expected[i % 7] for i in stayed]
         del answers
-        assert live_jobs() == jobs
+        assert live_requests() == requests
 
 
 def test_a_hundred_threads_of_a_server(reference: Path) -> None:

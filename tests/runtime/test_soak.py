@@ -22,7 +22,7 @@ from soak import (
     assert_idle,
     descriptors,
     eventually,
-    live_jobs,
+    live_requests,
     make_cases,
     resident_bytes,
     run_threads,
@@ -32,7 +32,7 @@ from soak import (
 
 import perception_rt as prt
 from perception_rt.errors import InputError
-from perception_rt.runtime.generation.worker import Handle
+from perception_rt.runtime.generation.handle import Handle
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import GenerationProgress, Request
 
@@ -176,7 +176,7 @@ class Soak:
         clients = [lambda index=index: client(index) for index in range(CLIENTS)]
         run_threads(clients, timeout_s=MOST_S * count)
         # One that was dropped lasts until the next step.
-        assert eventually(lambda: not self.plm._scheduler.jobs)
+        assert eventually(lambda: self.plm.stats.queued + self.plm.stats.running == 0)
 
     def _request(self, rng: np.random.Generator) -> None:
         case = self.cases[rng.integers(len(self.cases))]
@@ -267,15 +267,14 @@ class Soak:
 
 def serve(package: Path, cases: list[Case], *, warm_up: int, count: int) -> Soak:
     """Serves requests, and checks that nothing is left of them."""
-    running, jobs = threads(), live_jobs()
-    with prt.load(package, **LITTLE) as plm:
+    running, requests = threads(), live_requests()
+    with Watch() as watch, prt.load(package, **LITTLE) as plm:
         held = descriptors()
-        watch = Watch(plm)
         Soak(plm, cases).run(warm_up, seed=0)
         soak = Soak(plm, cases)
         soak.run(count, seed=1)
         assert_idle(plm)
-        assert watch.left == 0 and live_jobs() == jobs
+        assert watch.left == 0 and live_requests() == requests
         # A thread that has ended for Python ends for the kernel a moment later.
         assert eventually(lambda: threads() <= running)
         assert descriptors() == held

@@ -28,7 +28,7 @@ from perception_rt.errors import (
 from perception_rt.package import contract
 from perception_rt.package.trust import built_file
 from perception_rt.runtime.backends import onnxruntime, tensorrt
-from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.plm_engine import PlmEngine
 
 
 def test_embeddings_are_those_of_the_graphs(bench: Bench) -> None:
@@ -78,7 +78,7 @@ def test_what_was_captured_is_there_for_the_next_request(
             answers.append(plm.generate_tokens(range(10, 40), max_new_tokens=12))
         assert not enqueued  # in the third: launches alone
         assert answers[0] == answers[1] == answers[2]
-        assert plm._pool.used_rows == 0 and bench.cuda.live > 0
+        assert plm.stats.running == 0 and bench.cuda.live > 0
     assert bench.cuda.live == 0
 
 
@@ -179,13 +179,13 @@ def test_tiles_are_encoded_together(bench: Bench, monkeypatch: pytest.MonkeyPatc
     with prt.load(bench.plm, backend="onnxruntime") as cpu:
         wanted = cpu.generate("What?", images=[wide], max_tiles=4, max_new_tokens=4)
     sizes: list[int] = []
-    encode = Decoder.encode_tiles
+    encode = PlmEngine.encode_tiles
 
-    def counted(self: Decoder, tiles: Any) -> Any:
+    def counted(self: PlmEngine, tiles: Any) -> Any:
         sizes.append(len(tiles))
         return encode(self, tiles)
 
-    monkeypatch.setattr(Decoder, "encode_tiles", counted)
+    monkeypatch.setattr(PlmEngine, "encode_tiles", counted)
     with prt.load(bench.plm, device="cuda") as gpu:
         found = gpu.generate("What?", images=[wide], max_tiles=4, max_new_tokens=4)
     assert found.tokens == wanted.tokens and found.timings.image_tiles > 2

@@ -1,7 +1,7 @@
-"""A cache block in a GPU's own memory.
+"""A cache block in GPU memory.
 
-Its engine updates it there. What the host does with rows, to move, keep, restore and clear them, is
-copied or zeroed by the device.
+The engine updates it there. When the host moves, reads, restores or clears rows, the device copies
+or zeroes them.
 
 Legend: R rows, S slots, K key and value heads, E channels per head, T tokens.
 """
@@ -19,23 +19,23 @@ Array = np.ndarray[Any, Any]
 
 
 class DeviceBlock(CacheBlock):
-    """A `CacheBlock` on a GPU: its memory is spent at once, and zeroed by the device.
+    """A `CacheBlock` on a GPU, whose memory is spent at once.
 
-    It stays: with another one, whatever was captured for its addresses would be void.
+    It stays while no row is in use, because CUDA graphs are captured for its addresses.
     """
 
     stays = True
 
     def __init__(self, cuda: Cuda, shape: CacheShape, rows: int, slots: int) -> None:
-        """A block of zeros; see `CacheBlock`."""
+        """Allocates a block and zeroes it on the device; see `CacheBlock`."""
         self._cuda = cuda
         super().__init__(shape, rows, slots)
 
     def _allocate(self) -> None:
         shape, dtype = self.shape, np.dtype(self.shape.dtype)
         sizes = (self.rows, shape.kv_heads, self.slots, shape.head_dim)
-        self._line = self.slots * shape.head_dim * dtype.itemsize  # of one head
-        self._layer = prod(sizes) * dtype.itemsize  # keys, or values
+        self._line = self.slots * shape.head_dim * dtype.itemsize  # bytes of one head
+        self._layer = prod(sizes) * dtype.itemsize  # bytes of one layer's keys, or values
         memory = self._cuda.allocate(self.nbytes)
         places = range(memory.address, memory.address + self.nbytes, self._layer)
         arrays = [
@@ -56,7 +56,7 @@ class DeviceBlock(CacheBlock):
             self._cuda.copy(self._box(src_row, length), dst_block._box(dst_row, length))
 
     def read(self, row: int, length: int) -> Array:
-        """A copy of the first `length` tokens of a row, C-contiguous (layers, 2, K, T, E)."""
+        """Returns a copy of the first `length` tokens of a row, contiguous (layers, 2, K, T, E)."""
         shape = self.shape
         sizes = (shape.layers, 2, shape.kv_heads, length, shape.head_dim)
         snapshot = np.empty(sizes, shape.dtype)
@@ -66,7 +66,7 @@ class DeviceBlock(CacheBlock):
         return snapshot
 
     def write(self, row: int, snapshot: Array, length: int) -> None:
-        """Puts the first `length` tokens of what `read` returned into a row."""
+        """Writes the first `length` tokens of an array from `read` to a row."""
         assert snapshot.dtype == self.shape.dtype and length <= snapshot.shape[3]
         snapshot = np.ascontiguousarray(snapshot)
         box = self._box(row, length)
@@ -74,13 +74,13 @@ class DeviceBlock(CacheBlock):
             self._cuda.copy(_host_box(snapshot, length), box)
 
     def clear(self, row: int, length: int) -> None:
-        """Zeros over the first `length` tokens of a row that another sequence may get."""
+        """Zeroes the first `length` tokens of a row, before another sequence gets it."""
         box = self._box(row, length)
         if length:
             self._cuda.clear(box)
 
     def _box(self, row: int, length: int) -> Box:
-        """The first tokens of a row: a plane for each layer's keys and values, a line a head."""
+        """The first tokens of a row: one plane per layer's keys or values, one line per head."""
         assert 0 <= row < self.rows and 0 <= length <= self.slots
         return Box(
             address=self.keys[0][row : row + 1].address,
@@ -93,7 +93,7 @@ class DeviceBlock(CacheBlock):
 
 
 def _host_box(snapshot: Array, length: int) -> Box:
-    """The first tokens of (layers, 2, K, T, E)."""
+    """The first tokens of a host array (layers, 2, K, T, E)."""
     layers, two, heads, tokens, channels = snapshot.shape
     token = channels * snapshot.itemsize
     return Box(

@@ -1,8 +1,8 @@
-"""Arrays in files that may be lost at any time: one file per entry, a directory per package.
+"""Arrays in files that may be lost at any time: one file per entry, one folder per package.
 
-What is read back is what was written, or nothing: a file that is damaged, cut short or of another
-package is removed. Nothing is unpickled and nothing is memory-mapped. It is a cache, so a disk that
-refuses is no error. The digest in a file shows damage, not malice: the directory must be private.
+A read returns exactly what was written, or nothing: a file that is damaged, cut short or of another
+package is removed. Nothing is unpickled or memory-mapped. As it is a cache, a failing disk is no
+error. The digest in a file detects damage, not malice: the directory must be private.
 """
 
 import hashlib
@@ -33,22 +33,21 @@ _NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class DiskCache:
-    """Entries of one kind and one package, below a directory that others share.
+    """Entries of one kind and one package, below a directory that packages share.
 
-    Safe in several threads and, but for the bound, which each keeps for itself, in several
-    processes.
+    Thread-safe. Several processes may share a directory; each keeps the bound by itself.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], *, package_id: str, kind: str, max_bytes: int
     ) -> None:
-        """Opens the directory, which is made if it is not there.
+        """Opens the directory, creating it if needed.
 
         Args:
-            directory: of all packages; nobody else should be able to write there.
+            directory: shared by all packages; no other user may write there.
             package_id: "sha256:" and 64 hex digits.
-            kind: the suffix of the files.
-            max_bytes: bound on the files of this kind, of all packages together.
+            kind: file suffix.
+            max_bytes: bound on all files of this kind, over all packages.
 
         Raises:
             InputError: the directory cannot be made, or others can write to it.
@@ -68,31 +67,31 @@ class DiskCache:
             raise InputError("a folder of the cache directory can be written to by others")
 
     def names(self) -> list[str]:
-        """Names of the entries, whether or not they can be read."""
+        """Returns the names of all entries, readable or not."""
         try:
             return [path.stem for path, _ in self._files(self._folder) if path.suffix != ".tmp"]
         except OSError:
             return []
 
     def read(self, name: str) -> list[Array] | None:
-        """The arrays of an entry, or None; one that is not as it was written is removed."""
+        """Returns the arrays of an entry; None if it is missing or damaged, which removes it."""
         arrays = self._read(name, None)
         if arrays is not None:
             with suppress(OSError):
-                os.utime(self._path(name))  # the oldest are removed first
+                os.utime(self._path(name))  # files are removed oldest first
         return arrays
 
     def peek(self, name: str) -> Array | None:
-        """The first array of an entry, whose digest is not looked at."""
+        """Returns the first array of an entry without checking its digest."""
         arrays = self._read(name, 1)
         return arrays[0] if arrays else None
 
     def write(self, name: str, arrays: Sequence[Array]) -> None:
-        """Stores an entry, if it fits; the oldest make room for it.
+        """Stores an entry if it fits, removing the oldest files.
 
         Args:
             name: 64 lower-case hex digits.
-            arrays: C-contiguous and not empty, of uint8, uint64, float16 or float32.
+            arrays: C-contiguous, non-empty arrays of uint8, uint64, float16 or float32.
         """
         header = self._header(name, arrays)
         size = len(header) + sum(array.nbytes for array in arrays) + _DIGEST_BYTES
@@ -109,7 +108,7 @@ class DiskCache:
                 temporary.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
-        """Removes an entry if it is there."""
+        """Removes an entry if it exists."""
         with suppress(OSError):
             self._path(name).unlink(missing_ok=True)
 
@@ -118,7 +117,7 @@ class DiskCache:
         return self._folder / f"{name}.{self._kind}"
 
     def _header(self, name: str, arrays: Sequence[Array]) -> bytes:
-        """One line: what the entry is, then dtype and shape of each array."""
+        """One line of JSON that identifies the entry and gives dtype and shape of each array."""
         record = {
             "version": 1,
             "package": self._package_id,
@@ -129,12 +128,12 @@ class DiskCache:
         return json.dumps(record).encode() + b"\n"
 
     def _read(self, name: str, count: int | None) -> list[Array] | None:
-        """The first `count` arrays; all of them, and the digest is compared, for None."""
+        """Returns the first `count` arrays; with None, all arrays after comparing the digest."""
         try:
             fd = os.open(self._path(name), _READ_FLAGS)
         except FileNotFoundError:
             return None
-        except OSError:  # a link, for one
+        except OSError:  # such as a symbolic link
             self.remove(name)
             return None
         arrays = None
@@ -185,7 +184,7 @@ class DiskCache:
             total -= file_size
 
     def _files(self, folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-        """Regular files of this kind, unfinished ones too; whatever else is there is not ours."""
+        """Yields regular files of this kind, unfinished ones included, and no other file."""
         own = re.compile(rf"{_NAME.pattern}(\.{self._kind}|\.[0-9a-f]{{32}}\.{self._kind}\.tmp)")
         if folder.is_symlink():
             return
@@ -197,12 +196,12 @@ class DiskCache:
 
 
 def bytes_of(array: Array) -> memoryview:
-    """The memory of a C-contiguous array, as bytes."""
+    """Returns the memory of a C-contiguous array as bytes."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def _described(header: bytes, size: int) -> list[Array] | None:
-    """Empty arrays as a header describes them, if they have `size` bytes in all."""
+    """Allocates the arrays that a header describes; None unless they total `size` bytes."""
     try:
         described = json.loads(header)["arrays"]
         kinds = [(dtype, [int(n) for n in shape]) for dtype, shape in described]
@@ -216,9 +215,9 @@ def _described(header: bytes, size: int) -> list[Array] | None:
 
 
 def _write_file(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    """Writes a new file, and at its end the digest of what is before it.
+    """Writes a new file that ends with the digest of everything before it.
 
-    It is not synced: what a crash leaves half-written is found when it is read.
+    Not synced to disk: the digest reveals a file that a crash left half-written.
     """
     digest = hashlib.sha256()
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -1,6 +1,6 @@
-"""Memory for the keys and values of several sequences: what a decoder engine updates in place.
+"""Memory for keys and values of several sequences, which a decoder engine updates in place.
 
-A block has a fixed number of rows, one sequence each, of a fixed number of slots, one token each.
+A block has a fixed number of rows, one per sequence, with a fixed number of slots, one per token.
 It does not know which rows are in use, nor how long their sequences are.
 
 Legend: R rows, S slots, K key and value heads, E channels per head, T tokens.
@@ -20,10 +20,10 @@ Array = np.ndarray[Any, Any]
 
 
 class States(dict[str, Any]):
-    """What an engine updates, by the names of its inputs. It never changes.
+    """Arrays that an engine updates in place, by input name; the mapping never changes.
 
-    So an engine that is given the same object again need not look at it: a decoder's step has up to
-    72 caches. (A dict itself cannot be referred to weakly.)
+    An engine that gets the same object again need not check it: a decode step has up to 72 caches.
+    (A class of its own, because a plain dict has no weak references.)
     """
 
     __slots__ = ("__weakref__",)
@@ -33,18 +33,18 @@ NO_STATES = States()
 
 
 class CacheBlock:
-    """Keys and values of R sequences of at most S tokens; all zero at first. On the host.
+    """Keys and values of R sequences of at most S tokens, in host memory, initially zero.
 
-    Memory is spent page by page as tokens are written, and returned when the block and all that
-    refers to its arrays are gone. Not safe to use from several threads at once.
+    Memory is spent page by page as tokens are written, and freed with the last reference to the
+    block and its arrays. Not thread-safe.
 
     Attributes:
-        shape: of one token.
+        shape: shape of one token's keys and values.
         rows: R.
         slots: S.
-        keys: one array per layer, (R, K, S, E), as the backend updates it.
-        values: the same.
-        stays: whether it is worth keeping while no row is in use, since to make it takes long.
+        keys: one array per layer, (R, K, S, E).
+        values: one array per layer, (R, K, S, E).
+        stays: whether to keep the block while no row is in use, because allocating is expensive.
     """
 
     stays = False
@@ -52,16 +52,7 @@ class CacheBlock:
     values: list[Any]
 
     def __init__(self, shape: CacheShape, rows: int, slots: int) -> None:
-        """A block of zeros.
-
-        Args:
-            shape: of one token.
-            rows: R.
-            slots: S.
-
-        Raises:
-            CapacityError: there is no memory for it.
-        """
+        """Allocates a block; CapacityError if there is no memory."""
         assert rows >= 1 and slots >= 1
         self.shape = shape
         self.rows = rows
@@ -72,6 +63,7 @@ class CacheBlock:
     def _allocate(self) -> None:
         """Sets `keys` and `values`."""
         memory = _pages(self.nbytes).view(self.shape.dtype)
+        # bytes -> (layers, 2, R, K, S, E)
         sizes = (self.shape.layers, 2, self.rows, self.shape.kv_heads, self.slots)
         self._memory: Array = memory.reshape(*sizes, self.shape.head_dim)
         self.keys = list(self._memory[:, 0])
@@ -79,11 +71,11 @@ class CacheBlock:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, touched or not."""
+        """Bytes of all rows, used or not."""
         return self.rows * self.slots * self.shape.bytes_per_token
 
     def states(self, layers: range, rows: slice) -> States:
-        """Some layers' keys and values of adjacent rows, by name; the same object every time."""
+        """Returns keys and values of some layers and adjacent rows; always the same object."""
         asked = layers.start, layers.stop, rows.start, rows.stop
         if asked not in self._states:
             keys = {contract.key_cache(layer): self.keys[layer][rows] for layer in layers}
@@ -96,34 +88,34 @@ class CacheBlock:
         dst_block._tokens(dst_row, length)[...] = self._tokens(src_row, length)
 
     def read(self, row: int, length: int) -> Array:
-        """A copy of the first `length` tokens of a row, C-contiguous (layers, 2, K, T, E)."""
+        """Returns a copy of the first `length` tokens of a row, contiguous (layers, 2, K, T, E)."""
         return self._tokens(row, length).copy()
 
     def write(self, row: int, snapshot: Array, length: int) -> None:
-        """Puts the first `length` tokens of what `read` returned into a row."""
+        """Writes the first `length` tokens of an array from `read` to a row."""
         assert snapshot.dtype == self._memory.dtype and length <= snapshot.shape[3]
         self._tokens(row, length)[...] = snapshot[:, :, :, :length]
 
     def clear(self, row: int, length: int) -> None:
-        """Zeros over the first `length` tokens of a row that another sequence may get."""
+        """Zeroes the first `length` tokens of a row, before another sequence gets it."""
         self._tokens(row, length)[...] = 0
 
     def _tokens(self, row: int, length: int) -> Array:
-        """View of the first tokens of a row, (layers, 2, K, T, E)."""
+        """Returns a view of the first tokens of a row, (layers, 2, K, T, E)."""
         assert 0 <= row < self.rows and 0 <= length <= self.slots
         return self._memory[:, :, row, :, :length]
 
 
 def _pages(nbytes: int) -> Array:
-    """Zeroed bytes of memory that is spent 4 KiB at a time.
+    """Allocates zeroed bytes whose memory is spent 4 KiB at a time.
 
-    NumPy asks for huge pages, and the heads of a long row are further apart than one of those: its
-    first token would cost most of the memory that all of its tokens need.
+    NumPy asks for huge pages. The heads of a long row are further apart than one huge page, so its
+    first token would cost most of the memory of the whole row.
     """
     try:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError):
         raise CapacityError(f"there is no memory for a cache of {nbytes} bytes") from None
-    with suppress(OSError):  # of a kernel without huge pages
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.uint8)

@@ -1,8 +1,8 @@
-"""Who has which row of which key-value cache block, within one budget of bytes.
+"""Allocates key-value cache rows to requests within a byte budget.
 
-A block is rows of equal size. A request starts in the smallest row that holds its prompt and moves,
-once, to the row that holds all it may become; both are promised to it when it is admitted, so that
-it never runs out of memory half way. Knows rows, lengths and owners, and not what is in them.
+All rows of a block have the same size. A request starts in the smallest row that holds its prompt
+and moves, once, to a row that holds its longest possible answer. Both rows are promised when it is
+admitted, so it never runs out of memory half-way. Knows rows, lengths and owners, not contents.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from perception_rt.errors import BackendError
 from perception_rt.runtime.cache.kv_block import CacheBlock
 
-Allocate = Callable[[int, int], CacheBlock]  # of rows and slots
+Allocate = Callable[[int, int], CacheBlock]  # (rows, slots)
 
 SMALLEST_ROW = 256
 
 
 def bucket_sizes(max_length: int, smallest: int = SMALLEST_ROW) -> tuple[int, ...]:
-    """Slots of a row, doubling from `smallest`; the last is `max_length`."""
+    """Returns slots per row of each bucket: doubling from `smallest`, the last `max_length`."""
     sizes = [smallest]
     while sizes[-1] < max_length:
         sizes.append(2 * sizes[-1])
@@ -29,13 +29,13 @@ class _Bucket:
     """The rows of one size.
 
     Attributes:
-        slots: tokens that a row holds.
-        owners: of each row; None for a free one.
-        takes: how often each row was taken, so that an owner from before is not taken for this one.
-        promised: rows that admitted requests have here or may still move to.
-        touched: rows that were used since the block was made, which is the memory that it costs.
-        block: None while no row is taken, unless it stays.
-        dirty: free rows that could not be cleared, and are before they are taken.
+        slots: tokens per row.
+        owners: the lease of each row; None for a free row.
+        takes: how often each row was taken, to tell an earlier owner from the current one.
+        promised: rows that admitted requests use here or may still move to.
+        touched: rows used since the block was allocated, which decides its memory.
+        block: the memory; None while no row is taken, unless the block stays.
+        dirty: free rows that could not be cleared, and must be before they are taken.
     """
 
     slots: int
@@ -49,12 +49,16 @@ class _Bucket:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Lease:
-    """One request's row. Read it; only `KvPool` and `advance` change it.
+    """One request's row; only `KvPool` and `advance` change it.
 
     Attributes:
-        row: which one of `block`.
+        bucket: the row's bucket.
+        promises: buckets where a row is promised; the last one holds the longest answer.
+        row: index of the row in `block`.
+        take: value of the bucket's `takes` when the row was taken.
         length: tokens in the cache.
-        closed: whether the row was given back.
+        written: slots ever written, which are cleared on release.
+        closed: whether the row was released.
     """
 
     bucket: _Bucket
@@ -67,16 +71,16 @@ class Lease:
 
     @property
     def block(self) -> CacheBlock:
-        """Where the row is."""
+        """The block that holds the row."""
         assert not self.closed and self.bucket.block is not None
         return self.bucket.block
 
     def advance(self, length: int, written: int = 0) -> None:
-        """Says that the row holds `length` tokens now, and what is behind them is void.
+        """Sets the number of valid tokens in the row; slots after them are void.
 
         Args:
-            length: tokens, those from before among them.
-            written: slots that were written, if more than those.
+            length: all valid tokens.
+            written: slots that were or will be written, if more.
         """
         self.length = length
         self.written = max(self.written, length, written)
@@ -84,7 +88,7 @@ class Lease:
 
 
 class KvPool:
-    """Rows for requests, taken by `admit` and given back by `release`. Not for several threads."""
+    """Rows for requests: `admit` takes one, `release` frees it. Not thread-safe."""
 
     def __init__(
         self,
@@ -96,14 +100,14 @@ class KvPool:
         allocate: Allocate,
         smallest: int = SMALLEST_ROW,
     ) -> None:
-        """An empty pool; it holds no memory.
+        """Creates an empty pool, which holds no memory.
 
         Args:
-            bytes_per_token: of the keys and values of all layers.
-            max_length: tokens of the longest sequence.
-            max_bytes: bound on the memory of all rows.
-            max_rows: rows of one size.
-            allocate: makes a block, whose rows should cost memory only once they are used.
+            bytes_per_token: bytes of one token's keys and values in all layers.
+            max_length: longest sequence, in tokens.
+            max_bytes: total bytes of all rows.
+            max_rows: most rows of one size.
+            allocate: allocates a block; its rows should cost memory only when used.
             smallest: slots of the smallest row.
         """
         self.max_bytes = max_bytes
@@ -117,24 +121,24 @@ class KvPool:
 
     @property
     def accounted_bytes(self) -> int:
-        """Memory of all rows that are used, were used, or are promised; at most `max_bytes`."""
+        """Bytes of all rows that are or were used, or are promised; at most `max_bytes`."""
         return self._bytes(())
 
     @property
     def used_rows(self) -> int:
-        """Rows that requests have."""
+        """Number of rows in use."""
         return len(self._leases)
 
     def cost(self, start: int, total: int) -> int:
-        """Bytes that a request takes; see `admit`."""
+        """Returns the bytes that a request takes; arguments as `admit`."""
         return sum(b.slots for b in self._needed(start, total)) * self._bytes_per_token
 
     def admit(self, start: int, total: int) -> Lease | None:
-        """A row for a request, or None while there is no room for it.
+        """Takes a row for a request; returns None while there is no room.
 
         Args:
-            start: tokens that it has at first.
-            total: tokens that it may ever have, up to the pool's `max_length`.
+            start: tokens at the start.
+            total: most tokens that it can have, up to `max_length`.
         """
         needed = self._needed(start, total)
         if self._bytes(needed) > self.max_bytes:
@@ -149,7 +153,7 @@ class KvPool:
         return lease
 
     def make_room(self, lease: Lease, length: int) -> None:
-        """Moves a request, with what its row holds, if that is too small for `length` tokens."""
+        """Moves a request to a larger row if its row is too small for `length` tokens."""
         _check_owner(lease)
         if length <= lease.bucket.slots:
             return
@@ -168,7 +172,7 @@ class KvPool:
         small.promised -= 1
 
     def release(self, lease: Lease) -> None:
-        """Takes a row back and zeroes it; a second call does nothing."""
+        """Frees a row and zeroes it; a second call does nothing."""
         if lease.closed:
             return
         _check_owner(lease)
@@ -179,12 +183,12 @@ class KvPool:
         _vacate(lease.bucket, lease.row, lease.written)
 
     def close(self) -> None:
-        """Gives the memory of all blocks back; no request has a row any more."""
+        """Frees the memory of all blocks; no row may be in use."""
         for bucket in self._buckets:
             bucket.block, bucket.touched, bucket.dirty = None, 0, set()
 
     def invariants(self) -> None:
-        """AssertionError if two requests have one row, rows were lost, or there are too many."""
+        """AssertionError if two requests share a row, a row was lost, or a bound is exceeded."""
         owned = [
             (bucket, row, owner)
             for bucket in self._buckets
@@ -210,9 +214,9 @@ class KvPool:
         assert self.accounted_bytes <= self.max_bytes
 
     def _needed(self, start: int, total: int) -> list[_Bucket]:
-        """The smallest bucket for the start, and that for all, if it is another one.
+        """The smallest buckets for the start and for all tokens; one if they are the same.
 
-        The last alone where both at once are more than there is: then there is no moving.
+        Only the second if both rows together exceed the budget: the request then never moves.
         """
         first = next(b for b in self._buckets if b.slots >= start)
         last = next(b for b in self._buckets if b.slots >= total)
@@ -220,16 +224,16 @@ class KvPool:
         return [last] if first is last or both > self.max_bytes else [first, last]
 
     def _bytes(self, more: Sequence[_Bucket]) -> int:
-        """`accounted_bytes` if another request had a row of each of `more`.
+        """`accounted_bytes` if one more row of each of `more` were promised.
 
-        Rows are taken lowest first, so those in use are never more than what was promised at once,
-        and moving to a promised row adds nothing to this.
+        The lowest free row is taken first, so rows in use never exceed rows promised at one time,
+        and moving to a promised row does not change this sum.
         """
         rows = ((b.slots, max(b.touched, b.promised + (b in more))) for b in self._buckets)
         return sum(slots * count for slots, count in rows) * self._bytes_per_token
 
     def _take(self, bucket: _Bucket, lease: Lease) -> tuple[int, int]:
-        """The lowest free row, and how often it has been taken by now."""
+        """Takes the lowest free row; returns it and how often it has been taken."""
         if bucket.block is None:
             bucket.block = self._allocate(len(bucket.owners), bucket.slots)
         row = bucket.owners.index(None)
@@ -243,19 +247,19 @@ class KvPool:
 
 
 def _check_owner(lease: Lease) -> None:
-    assert not lease.closed, "this row was given back"
+    assert not lease.closed, "this row was released"
     assert lease.bucket.owners[lease.row] is lease
     assert lease.bucket.takes[lease.row] == lease.take
 
 
 def _vacate(bucket: _Bucket, row: int, written: int) -> None:
-    """Frees a row; the block goes with the last one."""
+    """Frees a row, and the block with its last row."""
     assert bucket.block is not None
     bucket.owners[row] = None
     if bucket.block.stays or any(owner is not None for owner in bucket.owners):
         try:
             bucket.block.clear(row, written)
-        except BackendError:  # of a device; whoever is next is told, not who leaves
+        except BackendError:  # of a device: the next owner gets the error, not this one
             bucket.dirty.add(row)
     else:
         bucket.block = None

@@ -1,7 +1,7 @@
-"""Keys and values of prompts by their tokens: what prompts have in common is decoded once.
+"""Keys and values of prompts: a beginning that prompts share runs through the decoder once.
 
-Tokens are compared, not hashed prefixes, so that any common beginning counts; an image token is
-what its tile's hash and its place in the tile make it. The least recently used entries go first.
+Tokens are compared one by one, so that any common prefix counts. An image token is identified by
+its tile's hash and its position in the tile. The least recently used entries go first.
 
 Legend: T tokens.
 """
@@ -17,22 +17,23 @@ import numpy as np
 
 from perception_rt.runtime.cache.disk_cache import DiskCache, bytes_of
 from perception_rt.runtime.cache.kv_block import CacheBlock
+from perception_rt.runtime.cache.lru import ByteLru
 
 Array = np.ndarray[Any, Any]
 
 _KIND = "prefix"
-_WORTH_READING = 2  # an entry of which at least one half is asked for
+_WORTH_READING = 2  # a file is read if at least this fraction of it, 1/2, is wanted
 
 
 def sequence_keys(
     ids: Array, image_spans: Sequence[tuple[int, int]], feature_keys: Sequence[str]
 ) -> Array:
-    """What each token is, image tokens included, uint64 (T, 2).
+    """Returns what identifies each token, uint64 (T, 2).
 
     Args:
         ids: int64 (T,) token ids.
-        image_spans: where the tokens of each image begin and end.
-        feature_keys: of each image, from `feature_key`.
+        image_spans: index of the first token of each image, and of the first after it.
+        feature_keys: key of each image, from `feature_key`.
     """
     keys = np.zeros((len(ids), 2), np.uint64)
     keys[:, 0] = ids
@@ -45,11 +46,11 @@ def sequence_keys(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PrefixEntry:
-    """The beginning of a sequence.
+    """Keys and values of a prompt.
 
     Attributes:
-        keys: of its tokens, uint64 (T, 2).
-        snapshot: as `CacheBlock.read` gives it.
+        keys: uint64 (T, 2), from `sequence_keys`.
+        snapshot: keys and values of the T tokens, from `CacheBlock.read`.
     """
 
     keys: Array
@@ -57,15 +58,15 @@ class PrefixEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
+        """Bytes of both arrays."""
         return self.keys.nbytes + self.snapshot.nbytes
 
 
 class PrefixCache:
-    """Prompts of one package, in memory and, if wanted, in files. Safe in several threads.
+    """Prompts of one package, in memory and optionally in files. Thread-safe.
 
     Attributes:
-        max_bytes: bound on the memory, and again on the files; 0 keeps nothing.
+        memory: the entries in memory.
     """
 
     def __init__(
@@ -75,22 +76,20 @@ class PrefixCache:
         package_id: str,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        """An empty cache, or what the directory has.
+        """Opens a cache, and reads the tokens of the entries in the directory.
 
         Args:
-            max_bytes: bound on the memory, and again on the files.
-            package_id: of the engine; nothing is shared with another one.
-            directory: for files, below a folder named by the package id; None for none.
+            max_bytes: bound on the memory, and separately on the files; 0 keeps nothing.
+            package_id: names the folder of the files; packages share nothing.
+            directory: where files are kept; None for memory only.
 
         Raises:
             InputError: the directory cannot be made.
         """
-        self.max_bytes = max_bytes
+        self.memory: ByteLru[PrefixEntry] = ByteLru(max_bytes)
         self._lock = threading.Lock()
-        self._entries: dict[str, PrefixEntry] = {}  # the least recently used first
-        self._nbytes = 0
         self._disk: DiskCache | None = None
-        self._stored: dict[str, Array] = {}  # keys of the entries in files
+        self._stored: dict[str, Array] = {}  # token keys of the entries in files
         if directory is not None and max_bytes > 0:
             self._disk = DiskCache(
                 directory, package_id=package_id, kind=_KIND, max_bytes=max_bytes
@@ -103,19 +102,31 @@ class PrefixCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the entries in memory."""
-        return self._nbytes
+        return self.memory.nbytes
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """Names of the entries that are known to be in files."""
+        return frozenset(self._stored)
 
     def longest(self, keys: Array) -> tuple[int, PrefixEntry | None]:
-        """The entry that begins with the most of `keys`, uint64 (T, 2), and with how many."""
+        """Finds the entry with the longest common prefix.
+
+        Args:
+            keys: uint64 (T, 2), from `sequence_keys`.
+
+        Returns:
+            The number of common tokens and the entry; (0, None) without any.
+        """
         with self._lock:
-            lengths = {n: _common(keys, entry.keys) for n, entry in self._entries.items()}
+            lengths = {n: _common(keys, entry.keys) for n, entry in self.memory.items()}
             for name, other in self._stored.items():
                 common = _common(keys, other)
-                # A whole file is read, so it must be worth it: not a system sentence alone.
+                # The whole file would be read: not for a common system sentence alone.
                 if name not in lengths and common * _WORTH_READING >= len(other):
                     lengths[name] = common
-            # Those in memory first, of equals: to read one takes long and may fail.
-            names = sorted(lengths, key=lambda name: (-lengths[name], name not in self._entries))
+            # Among equals, entries in memory first: reading a file takes long and may fail.
+            names = sorted(lengths, key=lambda name: (-lengths[name], name not in self.memory))
             for name in names:
                 entry = self._open(name) if lengths[name] else None
                 if entry is not None:
@@ -123,29 +134,29 @@ class PrefixCache:
         return 0, None
 
     def restore(self, entry: PrefixEntry, length: int, block: CacheBlock, row: int) -> None:
-        """Puts the first `length` tokens of an entry into a row."""
+        """Writes the first `length` tokens of an entry to a row."""
         block.write(row, entry.snapshot, length)
 
     def put(self, keys: Array, block: CacheBlock, row: int, length: int) -> None:
         """Keeps the first `length` tokens of a row, unless they alone exceed the bound.
 
         Args:
-            keys: uint64 (T, 2) of the row's tokens, T at least `length`.
-            block: where the row is.
-            row: which one.
-            length: tokens to keep.
+            keys: uint64 (T, 2), from `sequence_keys`, T at least `length`.
+            block: block of the row.
+            row: index of the row.
+            length: number of tokens to keep.
         """
         keys = keys[:length].copy()
         size = keys.nbytes + length * block.shape.bytes_per_token
-        if not 0 < size <= self.max_bytes:
+        if not 0 < size <= self.memory.max_bytes:
             return
         name = hashlib.sha256(bytes_of(keys)).hexdigest()
         with self._lock:
             if self._covered(keys):
                 return
-            self._make_room(size)
+            self.memory.make_room(size)  # before the copy, so that the bound holds at all times
             entry = PrefixEntry(keys=keys, snapshot=block.read(row, length))
-            self._insert(name, entry)
+            self.memory.put(name, entry)
         if self._disk is not None:
             self._disk.write(name, [entry.keys, entry.snapshot])
             present = self._disk.names()
@@ -154,14 +165,14 @@ class PrefixCache:
                 self._stored = {n: stored[n] for n in present if n in stored}
 
     def _covered(self, keys: Array) -> bool:
-        """Whether an entry in memory begins with `keys`; removes those that `keys` begins with."""
-        for name, entry in list(self._entries.items()):
+        """Whether an entry in memory begins with `keys`; removes entries that `keys` covers."""
+        for name, entry in self.memory.items():
             common = _common(keys, entry.keys)
             if common == len(keys):
-                self._entries[name] = self._entries.pop(name)
+                self.memory.get(name)
                 return True
             if common == len(entry.keys):
-                self._nbytes -= self._entries.pop(name).nbytes
+                self.memory.remove(name)
         for name, other in list(self._stored.items()):
             if self._disk is not None and _common(keys, other) == len(other):
                 self._disk.remove(name)
@@ -169,10 +180,9 @@ class PrefixCache:
         return False
 
     def _open(self, name: str) -> PrefixEntry | None:
-        """An entry from memory, or else from its file, if that is whole."""
-        entry = self._entries.pop(name, None)
+        """Returns an entry from memory or its file; None if the file is damaged or gone."""
+        entry = self.memory.get(name)
         if entry is not None:
-            self._entries[name] = entry
             return entry
         arrays = None if self._disk is None else self._disk.read(name)
         known = self._stored[name]
@@ -180,21 +190,12 @@ class PrefixCache:
             del self._stored[name]
             return None
         entry = PrefixEntry(keys=arrays[0], snapshot=arrays[1])
-        self._make_room(entry.nbytes)
-        self._insert(name, entry)
+        self.memory.put(name, entry)
         return entry
-
-    def _make_room(self, size: int) -> None:
-        while self._nbytes + size > self.max_bytes:
-            self._nbytes -= self._entries.pop(next(iter(self._entries))).nbytes
-
-    def _insert(self, name: str, entry: PrefixEntry) -> None:
-        self._entries[name] = entry
-        self._nbytes += entry.nbytes
 
 
 def _common(keys: Array, other: Array) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Length of the common prefix of two sequences of keys."""
     count = min(len(keys), len(other))
     differs = (keys[:count] != other[:count]).any(axis=1)
     return int(differs.argmax()) if differs.any() else count

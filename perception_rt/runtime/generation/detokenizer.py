@@ -1,6 +1,6 @@
-"""Text of a growing number of bytes: whole characters at once, and never a part of a stop string.
+"""Bytes to text as they arrive: whole characters at once, and never part of a stop string.
 
-Knows nothing of tokens: bytes come in, in pieces of any size, and text that is final goes out.
+Knows nothing of tokens: it takes bytes in pieces of any size and gives text that is final.
 """
 
 import codecs
@@ -8,21 +8,20 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """UTF-8 bytes to text that will not change any more.
+    """Decodes growing UTF-8 into text that no later byte changes.
 
-    Bytes that are not UTF-8 become U+FFFD, as `bytes.decode(errors="replace")` does it.
+    Bytes that are not UTF-8 become U+FFFD, as in `bytes.decode(errors="replace")`.
 
     Attributes:
-        stopped: whether a stop string was met. What comes before it has been given out, and
-            nothing else will be.
+        stopped: whether a stop string was found. All text before it was given, and no more comes.
     """
 
     def __init__(self, stop: Sequence[str] = (), *, prefix: bytes = b"") -> None:
-        """An empty text.
+        """Creates an empty text.
 
         Args:
-            stop: strings that end the text and do not belong to it.
-            prefix: bytes that are left out where the text begins with them.
+            stop: strings that end the text and are not part of it.
+            prefix: bytes to leave out at the beginning, if they are there.
         """
         self.stopped = False
         self._prefix = prefix
@@ -32,7 +31,7 @@ class TextStream:
         self._held = ""
 
     def push(self, data: bytes) -> str:
-        """Takes the next bytes; gives the text that they complete, often none."""
+        """Takes the next bytes; returns the text that they complete, often none."""
         if self._prefix:
             self._first += data
             if len(self._first) < len(self._prefix) and self._prefix.startswith(self._first):
@@ -41,7 +40,7 @@ class TextStream:
         return self._release(self._decoder.decode(data))
 
     def finish(self) -> str:
-        """The rest, with U+FFFD for a character that was cut off."""
+        """Returns the rest, with U+FFFD for an incomplete character."""
         rest = self._first if self._prefix else b""
         text = self._release(self._decoder.decode(rest, final=True))
         held, self._held = self._held, ""
@@ -51,7 +50,7 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + text
-        # Where each ends and begins: the first to be whole counts, however the bytes were cut.
+        # By end, then start: the stop string that is complete first counts, whatever the pieces.
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop]
         found = [(end, start) for end, start in found if start >= 0]
         if found:
@@ -64,6 +63,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, less than all of it."""
+    """Length of the longest proper prefix of `stop` that `text` ends with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,14 +1,13 @@
-"""The engine calls of a Perception Language Model package: embed, encode tiles, decode.
+"""Engine calls of a Perception Language Model package: embed, encode tiles, decode.
 
-Owns the graphs of a package and the order in which they are called. It knows neither prompts nor
-requests: which rows of a cache block belong to whom is its caller's affair.
+Opens the graphs of a package and calls them in order. Knows neither prompts nor requests: the
+caller decides which cache row belongs to which sequence.
 
-Legend: N sequences, T tokens, C channels of the decoder, L logit positions, V vocabulary;
-n tiles, S tile side in pixels, t image tokens per tile.
+Legend: N sequences, T tokens, C decoder width, L logit positions, V vocabulary, n tiles,
+S tile side in pixels, t image tokens per tile.
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,23 +28,23 @@ from perception_rt.runtime.session import (
 from perception_rt.targets import get_target
 
 Array = np.ndarray[Any, Any]
-OnTile = Callable[[int, int], None]
 
 
-class Decoder:
-    """The graphs of a Perception Language Model package, each opened when it is first needed.
+class PlmEngine:
+    """The graphs of a Perception Language Model package, each opened on first use.
 
-    All methods may be called from several threads, `forward` with different rows.
+    All methods are thread-safe, `forward` and `pick` as long as their rows differ.
 
     Attributes:
         config: the architecture.
-        cache_shape: what `forward` keeps of one token.
-        max_length: the longest sequence, in tokens.
+        cache_shape: keys and values of one token.
+        max_length: longest sequence, in tokens.
         vocab_size: V.
-        smallest_row: slots that a row of a cache has at least: all, where their number is fixed or
-            memory is spent on them at once, as on a GPU.
+        smallest_row: fewest slots of a cache row; `max_length` if the number of slots is fixed, or
+            if memory is spent on all slots at once, as on a GPU.
         picks_tokens: whether `pick` works.
-        tile_batch: tiles that are best encoded in one call.
+        tile_batch: tiles per vision call.
+        max_positions: most positions per sequence that one call predicts from.
     """
 
     def __init__(
@@ -72,51 +71,56 @@ class Decoder:
             head_dim=decoder.head_dim,
             dtype=layout.cache_dtype,
         )
-        decoder_graphs = [contract.decoder_part(index) for index in range(len(self._parts))]
-        target = get_target(shared_backend(package.manifest.content, decoder_graphs, backend))
+        parts = [contract.decoder_part(index) for index in range(len(self._parts))]
+        target = get_target(shared_backend(content, parts, backend))
         self._make_block = block_maker(target.name, device)
         is_whole = layout.fixed_slots or self._make_block is not None
         self.smallest_row = (
             decoder.max_seqlen if is_whole else min(SMALLEST_ROW, decoder.max_seqlen)
         )
         self.picks_tokens = target.picks_tokens and layout.picks_tokens
-        vision = get_target(choose_backend(package.manifest.content, contract.VISION, backend))
+        vision = get_target(choose_backend(content, contract.VISION, backend))
         self.tile_batch = vision.tile_batch
+        self.max_positions = (
+            contract.ENGINE_POSITIONS if target.has_engines else contract.CHUNK_TOKENS
+        )
         self.vocab_size = decoder.vocab_size
         self._sessions = Sessions(
             package, backend=backend, device=device, threads=threads, cache_dir=cache_dir
         )
 
     def new_cache(self, rows: int, slots: int) -> CacheBlock:
-        """Keys and values for `forward`; CapacityError if there is no memory for them."""
+        """Allocates keys and values for `forward`; CapacityError if there is no memory."""
         return (self._make_block or CacheBlock)(self.cache_shape, rows, slots)
 
     def embed(self, tokens: Array) -> Array:
-        """Embeddings, float32 (T, C), of int64 ids (T,), T at least 1.
+        """Returns embeddings, float32 (T, C).
+
+        Args:
+            tokens: int64 (T,) token ids, T at least 1.
 
         Raises:
-            InputError: an id is not in the vocabulary, or of another dtype.
+            InputError: an id is not in the vocabulary, or the dtype is another.
         """
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise InputError(f"a token id is not in 0 to {self.vocab_size - 1}")
-        inputs = {contract.TOKENS: tokens[None]}
+        inputs = {contract.TOKENS: tokens[None]}  # (T,) -> (1, T)
         (hidden,) = self._sessions[contract.EMBED].run(inputs, [contract.HIDDEN])
-        rows: Array = hidden[0]
+        rows: Array = hidden[0]  # (1, T, C) -> (T, C)
         return rows
 
-    def encode_tiles(self, tiles: Array, *, on_tile: OnTile | None = None) -> Array:
-        """Image features, float32 (n, t, C), of uint8 tiles (n, S, S, 3).
+    def encode_tiles(self, tiles: Array) -> Array:
+        """Returns image features, float32 (n, t, C).
 
         Args:
-            tiles: RGB. One call of the engine takes `tile_batch`; of one, on a CPU, so that no
-                tile depends on another.
-            on_tile: called with the numbers of tiles done and in all; what it raises ends this.
+            tiles: uint8 RGB (n, S, S, 3). They run in batches of `tile_batch`, which is 1 on a
+                CPU, so that no tile depends on another.
         """
-        return self._encode(contract.VISION, contract.IMAGES_U8, tiles, on_tile)
+        return self._encode(contract.VISION, contract.IMAGES_U8, tiles)
 
-    def encode_pixels(self, pixels: Array, *, on_tile: OnTile | None = None) -> Array:
-        """What `encode_tiles` returns, of already normalised float32 pixels (n, 3, S, S)."""
-        return self._encode(contract.PIXELS, contract.PIXELS_F32, pixels, on_tile)
+    def encode_pixels(self, pixels: Array) -> Array:
+        """Returns the same as `encode_tiles` from normalised float32 pixels (n, 3, S, S)."""
+        return self._encode(contract.PIXELS, contract.PIXELS_F32, pixels)
 
     def forward(
         self, hidden: Array, past: Array, cache: CacheBlock, rows: slice, positions: Array
@@ -125,10 +129,10 @@ class Decoder:
 
         Args:
             hidden: float32 (N, T, C), from `embed` and `encode_tiles`.
-            past: int32 (N,), tokens that are in the cache already. With any there, T is 1 or N is.
-            cache: what was appended before, and afterwards the new tokens too.
-            rows: the N rows of `cache`; no others are read or written.
-            positions: int64 (N, L), which of the T tokens to predict the next token from.
+            past: int32 (N,), tokens already in the cache. Unless all are 0, T or N must be 1.
+            cache: keys and values, updated in place.
+            rows: the N rows of `cache` to use; no other row is read or written.
+            positions: int64 (N, L), indices of the T tokens to predict from.
 
         Raises:
             BackendError: the engine failed; the rows are undefined then.
@@ -139,14 +143,23 @@ class Decoder:
     def pick(
         self, hidden: Array, past: Array, cache: CacheBlock, rows: slice, positions: Array
     ) -> Array:
-        """As `forward`, but the likeliest tokens, int64 (N, L): never the one for images.
+        """Same as `forward`, but returns the likeliest tokens, int64 (N, L), never the image's.
 
-        Their logits stay on the device, where the engine finds the largest of them.
+        The logits stay on the device, where the engine finds the largest.
         """
         assert self.picks_tokens
-        names = [contract.TOP_ID, contract.TOP_LOGIT]  # the latter is seen to be finite
+        names = [contract.TOP_ID, contract.TOP_LOGIT]  # the session checks that logits are finite
         tokens, _ = self._append(hidden, past, cache, rows, positions, names)
         return tokens
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._sessions.closed
+
+    def close(self) -> None:
+        """Frees every engine and closes the package; a second call does nothing."""
+        self._sessions.close()
 
     def _append(
         self,
@@ -157,7 +170,7 @@ class Decoder:
         positions: Array,
         outputs: list[str],
     ) -> list[Array]:
-        """The last part's outputs after all parts have appended the tokens to their caches."""
+        """Runs all decoder parts; returns outputs of the last one."""
         count, length, _ = hidden.shape
         assert length == 1 or count == 1 or not past.any()
         assert past.shape == (count,) and past.min() >= 0
@@ -176,17 +189,11 @@ class Decoder:
             hidden = results[0]
         return results
 
-    def close(self) -> None:
-        """Frees every engine and closes the package; a second call does nothing."""
-        self._sessions.close()
-
-    def _encode(self, graph: str, name: str, images: Array, on_tile: OnTile | None) -> Array:
+    def _encode(self, graph: str, name: str, images: Array) -> Array:
         shape = (len(images), self.config.tokens_per_tile, self.config.decoder.dim)
         features = np.empty(shape, np.float32)
         for start in range(0, len(images), self.tile_batch):
             stop = min(start + self.tile_batch, len(images))
             inputs = {name: images[start:stop]}
             (features[start:stop],) = self._sessions[graph].run(inputs, [contract.IMAGE_FEATURES])
-            if on_tile is not None:
-                on_tile(stop, len(images))
         return features

@@ -1,7 +1,7 @@
-"""From a request to a job: opens its images and videos, writes its prompt, counts its tokens.
+"""From a user's request to a `RequestState`: opens images and videos, encodes the prompt.
 
-Everything that can be wrong with a request is found here, in the thread of its caller, before it
-takes part in anything. Knows a package's processing and its sizes, and runs no engine.
+Every error in a request is found here, in its caller's thread, before the scheduler sees it. Knows
+the processing of a package and its sizes, and runs no engine.
 
 Legend: T tokens, n tiles, S tile side in pixels, V vocabulary.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from perception_rt.errors import InputError, PackageError
+from perception_rt.errors import InputError, PackageError, describe
 from perception_rt.limits import Limits
 from perception_rt.package import contract
 from perception_rt.package.reader import Package
@@ -22,7 +22,9 @@ from perception_rt.processing.llm_tokenizer import Tokenizer, TokenizerSpec, ope
 from perception_rt.processing.prompt import (
     IMAGE_MARK,
     VIDEO_MARK,
+    Prompt,
     Turn,
+    encode_answer,
     encode_prompt,
     place_media,
 )
@@ -31,21 +33,27 @@ from perception_rt.processing.video import VideoSource, load_frames
 from perception_rt.runtime.cache.feature_cache import feature_key
 from perception_rt.runtime.generation.detokenizer import TextStream
 from perception_rt.runtime.generation.prompt_lookup import PromptLookup
-from perception_rt.runtime.generation.request_state import Job
+from perception_rt.runtime.generation.request_state import RequestState
 from perception_rt.runtime.generation.sampling import Sampler
-from perception_rt.runtime.request import Exchange, Request, check_integer, check_request
+from perception_rt.runtime.request import (
+    Exchange,
+    Request,
+    check_ids,
+    check_integer,
+    check_request,
+)
 
 Array = np.ndarray[Any, Any]
 
 _MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 
 
-class Intake:
-    """Makes jobs for the model of a package. Safe in several threads.
+class RequestPreprocessor:
+    """Prepares requests for the model of a package. Thread-safe.
 
     Attributes:
-        tiles: how images and videos are prepared.
-        tokenizer: None for a package without one, which takes and gives ids alone.
+        tiles: how images and videos become tiles.
+        tokenizer: None for a package without one, which takes and gives token ids only.
     """
 
     def __init__(
@@ -57,14 +65,17 @@ class Intake:
         cached: bool,
         clock: Callable[[], float],
     ) -> None:
-        """Opens the processing of a package; PackageError if its parts do not fit together.
+        """Opens the processing of a package.
 
         Args:
-            package: with the files that the tokenizer needs.
+            package: has the tokenizer's files.
             config: the architecture.
-            limits: bounds on requests and on what they bring.
-            cached: whether jobs get keys for caches.
-            clock: seconds, the same as the scheduler's.
+            limits: bounds on requests and their images, videos and texts.
+            cached: whether tiles get cache keys.
+            clock: returns seconds; the scheduler's clock.
+
+        Raises:
+            PackageError: the tokenizer or the tiles do not fit the architecture.
         """
         content = package.manifest.content
         try:
@@ -87,10 +98,11 @@ class Intake:
         self._allowed[config.image_token_id] = False
 
     def check(self, request: Request) -> None:
-        """InputError unless each field of a request is usable, as far as no file is opened."""
+        """InputError unless every field of a request is usable, as far as no file is opened."""
         check_request(
             request,
             vocab_size=self._config.decoder.vocab_size,
+            max_length=self._config.decoder.max_seqlen,
             max_tiles=self.tiles.max_tiles,
             max_frames=self.tiles.max_frames,
             limits=self._limits,
@@ -101,27 +113,28 @@ class Intake:
             _check_marks(exchange)
         _check_marks(request)
 
-    def job(self, request: Request) -> Job:
-        """The job of a request.
+    def prepare(self, request: Request) -> RequestState:
+        """Opens the images and videos of a request that passed `check`, and encodes its prompt.
 
         Raises:
-            InputError: a field, an image, a video or a text is unusable, or it is all too long.
+            InputError: an image, a video or a text is unusable, or all together are too long.
             BackendError: the library that a video needs is not installed.
         """
         called_at = self._clock()
-        self.check(request)
-        tokenizer = self.tokenizer
-        assert tokenizer is not None
-        turns, tiles = self._conversation(request)
-        prompt = encode_prompt(tokenizer, turns, self._config.tokens_per_tile)
+        tokenizer = self._required_tokenizer()
+        prompt, tiles = self._prompt(tokenizer, request)
         self._check_length(len(prompt.ids), request.max_new_tokens)
         is_image = prompt.ids == self._config.image_token_id
         deadline = None if request.deadline_s is None else called_at + request.deadline_s
         lookup = None
         if request.lookup:
-            known = np.where(is_image, -1, prompt.ids)
-            lookup = PromptLookup(known, request.max_new_tokens)
-        return Job(
+            expected = request.lookup_tokens
+            lookup = PromptLookup(
+                np.where(is_image, -1, prompt.ids),
+                request.max_new_tokens,
+                expected=None if expected is None else np.asarray(expected, np.int64),
+            )
+        return RequestState(
             ids=prompt.ids,
             image_positions=np.flatnonzero(is_image),
             tiles=tiles,
@@ -134,7 +147,7 @@ class Intake:
                 seed=request.seed,
                 allowed=self._allowed,
             ),
-            end_ids=tokenizer.end_ids,
+            end_ids=frozenset() if request.ignore_eos else tokenizer.end_ids,
             spell=tokenizer.decode_bytes,
             stream=TextStream(request.stop, prefix=tokenizer.prefix),
             lookup=lookup,
@@ -144,20 +157,53 @@ class Intake:
             preprocess_s=self._clock() - called_at,
         )
 
-    def token_job(self, ids: Any, pixels: Array | None, max_new_tokens: int) -> Job:
-        """The job of a prompt in ids, greedy; 0 new tokens ask for logits.
+    def prepare_score(self, request: Request, answer: str) -> RequestState:
+        """Same as `prepare`, but to score an answer instead of generating one.
 
         Args:
-            ids: integers (T,), with the image token's id where tiles go.
-            pixels: float32 (n, 3, S, S), normalised, or None.
-            max_new_tokens: the longest answer.
+            request: passed `check`; only its prompt, images, videos, history and budgets matter.
+            answer: the answer to score.
 
         Raises:
-            InputError: an argument is unusable, there are more or fewer image tokens than tiles
-                have, or it is all too long.
+            InputError: as `prepare`, or the answer is not a string or has no token.
+            BackendError: as `prepare`.
         """
         called_at = self._clock()
-        ids = self._checked_ids(ids)
+        if not isinstance(answer, str):
+            raise InputError(f"answer must be a string, not {describe(answer)}")
+        tokenizer = self._required_tokenizer()
+        targets = np.asarray(encode_answer(tokenizer, answer), np.int64)
+        if len(targets) == 0:
+            raise InputError("answer must have at least one token")
+        prompt, tiles = self._prompt(tokenizer, request)
+        self._check_length(len(prompt.ids), len(targets), "answer has {} tokens")
+        return RequestState(
+            # The last token is predicted and never runs.
+            ids=np.concatenate([prompt.ids, targets[:-1]]),
+            image_positions=np.flatnonzero(prompt.ids == self._config.image_token_id),
+            tiles=tiles,
+            tile_keys=self._tile_keys(tiles, contract.VISION),
+            max_new_tokens=0,
+            sampler=Sampler(),
+            targets=targets,
+            called_at=called_at,
+            preprocess_s=self._clock() - called_at,
+        )
+
+    def prepare_tokens(self, ids: Any, pixels: Array | None, max_new_tokens: int) -> RequestState:
+        """Prepares a greedy continuation of token ids; with 0 new tokens, only its logits.
+
+        Args:
+            ids: integers (T,), with the image token id at each image token.
+            pixels: float32 (n, 3, S, S), normalised, or None.
+            max_new_tokens: most tokens of the answer.
+
+        Raises:
+            InputError: an argument is unusable, image tokens and tiles differ in number, or all
+                together are too long.
+        """
+        called_at = self._clock()
+        ids = check_ids("ids", ids, self._config.decoder.vocab_size)
         self._check_pixels(pixels)
         check_integer("max_new_tokens", max_new_tokens, 0)
         self._check_length(len(ids), max_new_tokens)
@@ -168,7 +214,7 @@ class Intake:
                 f"ids have {len(positions)} image tokens; {tiles} tiles of {per_tile} tokens "
                 f"need {tiles * per_tile}"
             )
-        return Job(
+        return RequestState(
             ids=ids,
             image_positions=positions,
             tiles=pixels,
@@ -180,8 +226,17 @@ class Intake:
             preprocess_s=self._clock() - called_at,
         )
 
+    def _required_tokenizer(self) -> Tokenizer:
+        assert self.tokenizer is not None, "the request was not checked"
+        return self.tokenizer
+
+    def _prompt(self, tokenizer: Tokenizer, request: Request) -> tuple[Prompt, Array | None]:
+        """The prompt's ids, and the tiles, uint8 (n, S, S, 3)."""
+        turns, tiles = self._conversation(request)
+        return encode_prompt(tokenizer, turns, self._config.tokens_per_tile), tiles
+
     def _conversation(self, request: Request) -> tuple[list[Turn], Array | None]:
-        """Turns with places for tiles, and the tiles, uint8 (n, S, S, 3)."""
+        """The turns, with places for tiles, and the tiles, uint8 (n, S, S, 3)."""
         parts: list[Exchange | Request] = [*request.history, request]
         items = sum(len(part.images) + len(part.videos) for part in parts)
         self._check_tiles(items)
@@ -215,14 +270,13 @@ class Intake:
     def _tile_keys(self, tiles: Array | None, graph: str) -> list[str]:
         if tiles is None or not self._cached:
             return []
-        # The package's id stands for its preprocessing, of which `tiles` are the outcome.
         return [
-            feature_key(self._package_id, "", graph, tiles[index : index + 1])
+            feature_key(self._package_id, graph, tiles[index : index + 1])
             for index in range(len(tiles))
         ]
 
     def _check_tiles(self, tiles: int) -> None:
-        """InputError if tiles alone are too many, before more are made."""
+        """InputError if the tiles alone are too many, before more are made."""
         tokens, most = tiles * self._config.tokens_per_tile, self._config.decoder.max_seqlen
         if tokens > most:
             raise InputError(
@@ -230,32 +284,22 @@ class Intake:
                 f"context has {most}. Lower max_tiles or num_frames"
             )
 
-    def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
+    def _check_length(
+        self, prompt_tokens: int, more: int, shown: str = "max_new_tokens is {}"
+    ) -> None:
         most = self._config.decoder.max_seqlen
-        if prompt_tokens + max_new_tokens > most:
+        if prompt_tokens + more > most:
             raise InputError(
-                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {max_new_tokens}; "
+                f"the prompt has {prompt_tokens} tokens and {shown.format(more)}; "
                 f"the context has {most}"
             )
-
-    def _checked_ids(self, ids: Any) -> Array:
-        try:
-            array = np.asarray(ids)
-        except (ValueError, OverflowError):
-            array = np.empty(0)
-        if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
-            raise InputError("ids must be a list of at least one integer")
-        most = self._config.decoder.vocab_size - 1
-        if not 0 <= array.min() <= array.max() <= most:
-            raise InputError(f"ids must be from 0 to {most}")
-        return array.astype(np.int64)
 
     def _check_pixels(self, pixels: object) -> None:
         if pixels is None:
             return
         side = self._config.vision.image_size
         if not isinstance(pixels, np.ndarray):
-            raise InputError(f"pixels must be an array, not a {type(pixels).__name__}")
+            raise InputError(f"pixels must be an array, not {describe(pixels)}")
         fits = pixels.dtype == np.float32 and pixels.ndim == 4 and len(pixels) > 0
         if not fits or pixels.shape[1:] != (3, side, side):
             raise InputError(
@@ -267,7 +311,7 @@ class Intake:
 
 
 def _tokenizer(package: Package, config: PlmConfig, limits: Limits) -> Tokenizer | None:
-    """The package's tokenizer; InputError or PackageError if it is not the model's."""
+    """Opens the package's tokenizer; InputError or PackageError if it is not the model's."""
     text = package.manifest.content.text
     if text is None:
         return None
@@ -283,23 +327,24 @@ def _tokenizer(package: Package, config: PlmConfig, limits: Limits) -> Tokenizer
 
 
 def _check_marks(part: Exchange | Request) -> None:
-    """InputError for more marks of a kind than there are images or videos.
+    """InputError if there are more marks of a kind than images or videos.
 
-    A single image may have a mark for each of its tiles, which are not known yet.
+    A single image may have a mark for each of its tiles, whose number is not known yet.
     """
     for mark, items in ((IMAGE_MARK, part.images), (VIDEO_MARK, part.videos)):
         count = part.prompt.count(mark)
         alone = len(part.images) + len(part.videos) == len(items) == 1
         if count > len(items) and not (alone and mark == IMAGE_MARK):
-            raise InputError(f"the question has {count} {mark} marks for {len(items)} of them")
+            kind = mark.strip("<>")
+            raise InputError(f"the question has {count} {mark} marks for {len(items)} {kind}s")
 
 
 def _in_order(
     prompt: str, images: Sequence[ImageSource], videos: Sequence[VideoSource]
 ) -> list[tuple[str, int, Any]]:
-    """Kind, number among its kind, and source: as the marks of the prompt have them.
+    """Kind, number among its kind, and source of each item, in the order of the prompt's marks.
 
-    Images come first if the prompt does not have a mark for each.
+    Images come first if the prompt does not have one mark per item.
     """
     kinds = [IMAGE_MARK] * len(images) + [VIDEO_MARK] * len(videos)
     marks = _MARK.findall(prompt)

@@ -1,7 +1,7 @@
-"""Guesses at the next tokens: what followed the last time that the text was here.
+"""Drafts the next tokens from text seen before: what followed an earlier copy of the last tokens.
 
-Answers about a document repeat it, so the guesses are often right, and the decoder checks many
-tokens in the time of one. A wrong guess costs time and changes nothing. Knows no model.
+Answers about a document repeat it, so drafts are often right, and the decoder verifies several in
+the time of one. A wrong draft costs time and changes no token. Knows no model.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,30 @@ from perception_rt.package.contract import ENGINE_POSITIONS
 Array = np.ndarray[Any, Any]
 
 MAX_DRAFTS = ENGINE_POSITIONS - 1
-_MIN_MATCH, _MAX_MATCH = 2, 8  # tokens that must, and that need at most, be the same
+# Number of last tokens that an earlier copy must share, and beyond which more do not matter.
+_MIN_MATCH, _MAX_MATCH = 2, 8
 
 
 class PromptLookup:
-    """The tokens of one request, prompt and answer, to be searched for their own end."""
+    """Tokens of one request, prompt and answer, searched for earlier copies of their end."""
 
-    def __init__(self, prompt: Array, max_new_tokens: int) -> None:
-        """Takes the prompt's ids, int64 (T,); one below 0 equals nothing and ends a guess."""
-        self._tokens = np.empty(len(prompt) + max_new_tokens, np.int64)
-        self._tokens[: len(prompt)] = prompt
-        self._count = len(prompt)
+    def __init__(
+        self, prompt: Array, max_new_tokens: int, *, expected: Array | None = None
+    ) -> None:
+        """Creates a lookup.
+
+        Args:
+            prompt: int64 (T,) token ids; negative ones match nothing and end a draft.
+            max_new_tokens: most tokens that are appended.
+            expected: int64 token ids of more text to search, as if it had followed the prompt once.
+        """
+        known = [prompt]
+        if expected is not None:
+            known = [prompt, expected, np.array([-1]), prompt]
+        size = sum(map(len, known))
+        self._tokens = np.empty(size + max_new_tokens, np.int64)
+        np.concatenate(known, out=self._tokens[:size])
+        self._count = size
 
     def append(self, token: int) -> None:
         """Adds a token of the answer."""
@@ -32,9 +45,9 @@ class PromptLookup:
         self._count += 1
 
     def draft(self, limit: int) -> list[int]:
-        """At most `limit` tokens that may come next, none where the end is new.
+        """Returns at most `limit` likely next tokens; none if the last tokens are new.
 
-        The longest repeated end decides, of equals the latest.
+        The longest earlier copy of the last tokens decides; among equals, the latest.
         """
         tokens = self._tokens[: self._count]
         if tokens[-1] < 0:
@@ -50,19 +63,19 @@ class PromptLookup:
         if matched < _MIN_MATCH:
             return []
         following = tokens[int(places[-1]) + 1 :][:limit]
-        known = np.flatnonzero(following < 0)
-        return [int(t) for t in following[: known[0] if len(known) else None]]
+        unknown = np.flatnonzero(following < 0)
+        return [int(t) for t in following[: unknown[0] if len(unknown) else None]]
 
 
 def agreed(drafts: Sequence[int], predicted: Sequence[int]) -> list[int]:
-    """The tokens that greedy decoding would have given one by one.
+    """Returns the tokens that greedy decoding would have given one by one.
 
     Args:
-        drafts: the guesses.
-        predicted: what the model says comes next, before the first guess and after each.
+        drafts: the drafted tokens.
+        predicted: the model's next token before the first draft and after each draft.
 
     Returns:
-        The guesses before the first wrong one, and the model's own token in its place.
+        The drafts before the first wrong one, and the model's own token in its place.
     """
     right = 0
     while right < len(drafts) and drafts[right] == predicted[right]:

@@ -1,10 +1,10 @@
-"""A request on its way: what was asked, how far it is, and which steps may follow which.
+"""One request from preprocessing to its end: its inputs, its progress and its status.
 
-Knows nothing of engines and memory. One thread at a time moves a job on; any thread may look at
-`pieces` and `ended`, which only grow, and may set `cancelled`.
+Knows nothing of engines and memory. One thread at a time advances a request; any thread may read
+`pieces` and `ended`, which only grow, and may cancel.
 
-Legend: T tokens of the prompt, n tiles, t image tokens per tile, S tile side in pixels,
-C channels of the decoder, V vocabulary.
+Legend: T prompt tokens, A tokens to score, n tiles, t image tokens per tile, S tile side in pixels,
+C decoder width, V vocabulary.
 """
 
 from collections import deque
@@ -31,61 +31,62 @@ from perception_rt.runtime.request import (
 Array = np.ndarray[Any, Any]
 
 
-class State(StrEnum):
-    """Where a job is."""
+class Status(StrEnum):
+    """Stage of a request."""
 
-    QUEUED = "queued"  # waits for a row of the cache
+    QUEUED = "queued"  # waits for a cache row
     ENCODING = "encoding"  # has a row; tiles become features
-    PREFILL = "prefill"  # the prompt goes through the decoder
+    PREFILL = "prefill"  # the prompt runs through the decoder
     DECODE = "decode"  # has its first token
     DONE = "done"
     FAILED = "failed"
-    CANCELLED = "cancelled"  # by its caller or by its deadline
+    CANCELLED = "cancelled"  # by its caller or its deadline
 
 
-_ENDS = frozenset({State.DONE, State.FAILED, State.CANCELLED})
-_BREAKS = frozenset({State.FAILED, State.CANCELLED})
-TRANSITIONS: Mapping[State, frozenset[State]] = {
-    State.QUEUED: frozenset({State.ENCODING}) | _BREAKS,
-    State.ENCODING: frozenset({State.PREFILL}) | _BREAKS,
-    State.PREFILL: frozenset({State.DECODE, State.DONE}) | _BREAKS,
-    State.DECODE: frozenset({State.DONE}) | _BREAKS,
-    **{state: frozenset() for state in _ENDS},
+_ENDS = frozenset({Status.DONE, Status.FAILED, Status.CANCELLED})
+_BREAKS = frozenset({Status.FAILED, Status.CANCELLED})
+TRANSITIONS: Mapping[Status, frozenset[Status]] = {
+    Status.QUEUED: frozenset({Status.ENCODING}) | _BREAKS,
+    Status.ENCODING: frozenset({Status.PREFILL}) | _BREAKS,
+    Status.PREFILL: frozenset({Status.DECODE, Status.DONE}) | _BREAKS,
+    Status.DECODE: frozenset({Status.DONE}) | _BREAKS,
+    **{status: frozenset() for status in _ENDS},
 }
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Job:
-    """One request.
+class RequestState:
+    """Inputs and progress of one request.
 
     Attributes:
-        ids: int64 (T,), the prompt, with the image token's id where features go.
-        image_positions: int64 (n t,), where those are.
-        tiles: uint8 (n, S, S, 3), or float32 (n, 3, S, S) if they are normalised already; None
-            once they are no longer needed.
-        tile_keys: what the caches know each tile by; for a scheduler without caches, none.
-        max_new_tokens: 0 for the logits alone.
-        sampler: chooses the tokens.
+        ids: int64 (T,), tokens to prefill, with the image token id at feature positions.
+        image_positions: int64 (n t,), indices of image tokens in `ids`.
+        tiles: uint8 (n, S, S, 3), or normalised float32 (n, 3, S, S); None once encoded.
+        tile_keys: cache key of each tile; empty without caches.
+        max_new_tokens: most tokens of the answer; 0 to prefill only.
+        sampler: chooses tokens.
         end_ids: tokens that end the answer.
-        spell: what tokens spell; None if nobody reads the text.
-        stream: bytes to text.
-        lookup: guesses tokens; None for a job that takes them one by one.
-        deadline: time at which the answer ends where it is.
-        on_progress: called as the job moves on.
-        called_at: when the request was made.
-        preprocess_s: how long it took to make this job of it.
-        state: where it is; `enter` changes it.
+        targets: int64 (A,), tokens to score at the last A positions of `ids`; None otherwise.
+        spell: bytes of token ids; None if the text is not wanted.
+        stream: turns bytes into text.
+        lookup: drafts tokens; None to decode one token per step.
+        deadline: clock time at which the answer ends unfinished.
+        on_progress: called after each piece of work.
+        called_at: clock time of the call.
+        preprocess_s: seconds of preprocessing.
+        status: current stage; `enter` changes it.
         tile_count: n.
-        lease: its row of the cache.
-        features: float32 (n t, C), as far as tiles are encoded.
-        pending_tiles: which are not; None before it is known which ones will be needed.
-        cached_tokens: of the prompt, those that the cache had.
-        logits: float32 (V,), after the prompt, if `max_new_tokens` is 0.
-        tokens: of the answer.
-        pieces: its text so far.
+        lease: cache row.
+        features: float32 (n t, C), filled in as tiles are encoded.
+        pending_tiles: indices of tiles to encode; None until the prefix cache was searched.
+        cached_tokens: prompt tokens restored from the prefix cache.
+        logits: float32 (V,), logits after the prompt if `max_new_tokens` is 0.
+        logprobs: log-probabilities of the targets so far.
+        tokens: answer tokens.
+        pieces: answer text so far.
         finish_reason: why it ended, unless it failed.
         error: why it failed.
-        cancelled: whether its caller has lost interest.
+        cancelled: whether the caller cancelled it.
     """
 
     ids: Array
@@ -95,6 +96,7 @@ class Job:
     max_new_tokens: int
     sampler: Sampler
     end_ids: frozenset[int] = frozenset()
+    targets: Array | None = None
     spell: Callable[[Sequence[int]], bytes] | None = None
     stream: TextStream = field(default_factory=TextStream)
     lookup: PromptLookup | None = None
@@ -103,13 +105,14 @@ class Job:
     called_at: float
     preprocess_s: float = 0.0
 
-    state: State = State.QUEUED
+    status: Status = Status.QUEUED
     tile_count: int = field(init=False)
     lease: Lease | None = None
     features: Array | None = None
     pending_tiles: deque[int] | None = None
     cached_tokens: int = 0
     logits: Array | None = None
+    logprobs: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -128,27 +131,33 @@ class Job:
 
     @property
     def total_tokens(self) -> int:
-        """The most tokens that its row will ever have to hold."""
+        """Most tokens that its cache row can come to hold."""
         return len(self.ids) + self.max_new_tokens
 
     @property
-    def ended(self) -> bool:
-        """Whether nothing more will come."""
-        return self.state in _ENDS
+    def predict_from(self) -> int:
+        """Index of the first token in `ids` whose logits are needed."""
+        return len(self.ids) - (1 if self.targets is None else len(self.targets))
 
-    def enter(self, state: State) -> None:
-        """Moves on; AssertionError, and nothing changed, where that cannot follow."""
-        self._check(state)
-        self.state = state
-        if state not in (State.QUEUED, State.ENCODING):
+    @property
+    def ended(self) -> bool:
+        """Whether it is done, failed or cancelled."""
+        return self.status in _ENDS
+
+    def enter(self, status: Status) -> None:
+        """Moves to the next stage; AssertionError, without a change, if it may not follow."""
+        self._check(status)
+        self.status = status
+        if status not in (Status.QUEUED, Status.ENCODING):
             self.tiles = None
-        if state not in (State.ENCODING, State.PREFILL):
+        if status not in (Status.ENCODING, Status.PREFILL):
             self.features = None
         if self.ended:
-            self.on_progress = None  # it may refer to the handle, and through it to this
+            # It may refer to the handle, whose finalizer refers to this object.
+            self.on_progress = None
 
     def accept(self, token: int, now: float) -> FinishReason | None:
-        """Takes the next token; why the answer ends with it, None if it goes on."""
+        """Appends the next token; returns why the answer ends with it, None if it goes on."""
         self.token_times_s.append(now - self.called_at)
         if token in self.end_ids:
             return "stop"
@@ -162,29 +171,36 @@ class Job:
             return "stop"
         return "length" if len(self.tokens) >= self.max_new_tokens else None
 
+    def cancel(self) -> None:
+        """Asks for an end before the next step.
+
+        Takes no lock: a finalizer may call it at any point, even while this thread holds one.
+        """
+        self.cancelled = True
+
     def finish(self, reason: FinishReason, now: float) -> None:
-        """Ends the answer; what a stop string or a character was awaited for is text now."""
-        state = State.CANCELLED if reason in ("cancelled", "deadline") else State.DONE
-        self._check(state)
+        """Ends the answer and emits text that was held back."""
+        status = Status.CANCELLED if reason in ("cancelled", "deadline") else Status.DONE
+        self._check(status)
         self._emit(self.stream.finish())
         self.finish_reason = reason
         self.ended_at = now
-        self.enter(state)  # last: who sees it in another thread may read the rest
+        self.enter(status)  # last: another thread that sees the end reads the rest
 
     def fail(self, error: BaseException, now: float) -> None:
-        """Ends the job with an error for its caller."""
-        self._check(State.FAILED)
+        """Ends with an error for the caller."""
+        self._check(Status.FAILED)
         self.error = error
         self.ended_at = now
-        self.enter(State.FAILED)
+        self.enter(Status.FAILED)
 
     def report(self, phase: Phase, done: int, total: int) -> None:
-        """Tells the caller's function how far the job is."""
+        """Calls `on_progress`."""
         if self.on_progress is not None:
             self.on_progress(GenerationProgress(phase, done, total))
 
     def result(self) -> Result:
-        """What has come of a job that ended; raises its error if it failed."""
+        """Returns the result of a request that ended; raises its error if it failed."""
         assert self.ended
         if self.error is not None:
             raise self.error.with_traceback(None)
@@ -213,5 +229,13 @@ class Job:
         if text:
             self.pieces.append(text)
 
-    def _check(self, state: State) -> None:
-        assert state in TRANSITIONS[self.state], f"a job that is {self.state} cannot be {state}"
+    def _check(self, status: Status) -> None:
+        assert status in TRANSITIONS[self.status], (
+            f"a request that is {self.status} cannot be {status}"
+        )
+
+
+def lease_of(request: RequestState) -> Lease:
+    """Returns the cache row of a request that has one."""
+    assert request.lease is not None
+    return request.lease

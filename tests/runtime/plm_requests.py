@@ -1,6 +1,7 @@
-"""Jobs for a scheduler over the reference backend: made-up prompts, small rows, poisoned memory."""
+"""Requests for a scheduler over the reference backend: random prompts, small or poisoned rows."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from perception_rt.runtime.cache.feature_cache import FeatureCache, feature_key
 from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.cache.kv_pool import KvPool
 from perception_rt.runtime.cache.prefix_cache import PrefixCache
-from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.model_runner import ModelRunner
+from perception_rt.runtime.generation.plm_engine import PlmEngine
 from perception_rt.runtime.generation.prompt_lookup import PromptLookup
-from perception_rt.runtime.generation.request_state import Job
+from perception_rt.runtime.generation.request_state import RequestState
 from perception_rt.runtime.generation.sampling import Sampler
 from perception_rt.runtime.generation.scheduler import Scheduler
 
@@ -55,39 +57,54 @@ class FakeClock:
 
 
 @contextmanager
-def open_decoder(directory: Path) -> Iterator[Decoder]:
+def open_engine(directory: Path) -> Iterator[PlmEngine]:
     package = open_package(write_plm(directory / "plm", config=PLM))
-    decoder = Decoder(package, backend="reference", device="cpu", threads=1)
-    yield decoder
-    decoder.close()
+    engine = PlmEngine(package, backend="reference", device="cpu", threads=1)
+    yield engine
+    engine.close()
 
 
-def make_scheduler(
-    decoder: Decoder,
-    *,
-    slots: int = 4096,
-    rows: int = 4,
-    block: type[CacheBlock] = CacheBlock,
-    cached: bool = False,
-    **options: Any,
-) -> Scheduler:
-    """A scheduler with rows of 32, 64, 128, 256 and 512 tokens, in a budget of `slots`."""
-    shape = decoder.cache_shape
-    pool = KvPool(
+def make_pool(
+    engine: PlmEngine, *, slots: int = 4096, rows: int = 4, block: type[CacheBlock] = CacheBlock
+) -> KvPool:
+    """Rows of 32, 64, 128, 256 and 512 tokens, in a budget of `slots`."""
+    shape = engine.cache_shape
+    return KvPool(
         shape.bytes_per_token,
-        max_length=decoder.max_length,
+        max_length=engine.max_length,
         max_bytes=slots * shape.bytes_per_token,
         max_rows=rows,
         allocate=lambda rows, slots: block(shape, rows, slots),
         smallest=32,
     )
+
+
+def make_scheduler(
+    engine: PlmEngine,
+    *,
+    pool: KvPool | None = None,
+    features: FeatureCache | None = None,
+    prefixes: PrefixCache | None = None,
+    cached: bool = False,
+    max_queued: int = 1000,
+    chunk_tokens: int = 16,
+    clock: Callable[[], float] = time.monotonic,
+    **memory: Any,
+) -> Scheduler:
+    """A scheduler; `memory` are arguments of `make_pool`."""
     if cached:
-        options["features"] = FeatureCache(1 << 20, package_id="sha256:0")
-        options["prefixes"] = PrefixCache(1 << 20, package_id="sha256:0")
-    return Scheduler(decoder, pool, **{"max_queued": 1000, "chunk_tokens": 16, **options})
+        features = FeatureCache(1 << 20, package_id="sha256:0")
+        prefixes = PrefixCache(1 << 20, package_id="sha256:0")
+    return Scheduler(
+        ModelRunner(engine, features=features, prefixes=prefixes),
+        make_pool(engine, **memory) if pool is None else pool,
+        max_queued=max_queued,
+        chunk_tokens=chunk_tokens,
+        clock=clock,
+    )
 
 
-def make_job(
+def make_request(
     seed: int = 0,
     *,
     prompt: int | Sequence[int] = 10,
@@ -96,17 +113,17 @@ def make_job(
     new: int = 8,
     lookup: bool = False,
     **fields: Any,
-) -> Job:
-    """A job that is a function of its arguments.
+) -> RequestState:
+    """A request that is a function of its arguments.
 
     Args:
-        seed: of the prompt, the tiles and the draws.
-        prompt: how many tokens besides those of tiles, or which.
-        tiles: how many, at random places.
-        image: seed of the tiles, if another.
-        new: the most new tokens.
-        lookup: whether to guess.
-        fields: of the `Job`; `temperature` and so on are the sampler's.
+        seed: RNG seed of the prompt, the tiles and the sampler.
+        prompt: number of text tokens, or their ids.
+        tiles: number of tiles, at random positions.
+        image: RNG seed of the tiles, if another.
+        new: most new tokens.
+        lookup: whether to draft tokens.
+        fields: fields of `RequestState`; `temperature` and so on are the sampler's.
     """
     rng = np.random.default_rng(seed)
     ids = rng.integers(20, 300, prompt) if isinstance(prompt, int) else np.array(prompt)
@@ -116,12 +133,12 @@ def make_job(
     side = PLM.vision.image_size
     source = rng if image is None else np.random.default_rng(image)
     pixels = source.integers(0, 256, (tiles, side, side, 3), np.uint8) if tiles else None
-    keys = [] if pixels is None else [feature_key("", "", contract.VISION, tile) for tile in pixels]
+    keys = [] if pixels is None else [feature_key("", contract.VISION, tile) for tile in pixels]
     is_image = ids == PLM.image_token_id
     allowed = np.arange(PLM.decoder.vocab_size) != PLM.image_token_id
     sampling = {k: fields.pop(k) for k in ("temperature", "top_k", "top_p") if k in fields}
     guess = PromptLookup(np.where(is_image, -1, ids), new) if lookup else None
-    return Job(
+    return RequestState(
         **{
             "ids": ids.astype(np.int64),
             "image_positions": np.flatnonzero(is_image),
@@ -137,20 +154,20 @@ def make_job(
     )
 
 
-def run(scheduler: Scheduler, jobs: Sequence[Job] = (), *, most: int = 10_000) -> int:
-    """Submits jobs and steps until all have ended, checking all there is to check; the steps."""
-    for job in jobs:
-        scheduler.submit(job)
+def run(scheduler: Scheduler, requests: Sequence[RequestState] = (), *, most: int = 10_000) -> int:
+    """Submits requests and steps until all end, checking invariants; returns the step count."""
+    for request in requests:
+        scheduler.submit(request)
     for step in range(most):
         scheduler.invariants()
-        if not scheduler.jobs:
+        if not scheduler.requests:
             return step
         scheduler.step()
-    raise AssertionError(f"jobs are left after {most} steps")
+    raise AssertionError(f"requests are left after {most} steps")
 
 
-def alone(decoder: Decoder, *arguments: Any, **fields: Any) -> tuple[int, ...]:
-    """The tokens of a job that has a scheduler for itself and nothing cached."""
-    job = make_job(*arguments, **fields)
-    run(make_scheduler(decoder), [job])
-    return job.result().tokens
+def alone(engine: PlmEngine, *arguments: Any, **fields: Any) -> tuple[int, ...]:
+    """Tokens of a request that has a scheduler for itself and nothing cached."""
+    request = make_request(*arguments, **fields)
+    run(make_scheduler(engine), [request])
+    return request.result().tokens
