@@ -33,19 +33,16 @@ class Cuda:
         name: name of the GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, driver: Any = None) -> None:
         """Initialises CUDA.
+
+        Args:
+            driver: the module of driver calls; None for `cuda.bindings.driver`.
 
         Raises:
             BackendError: `cuda-bindings`, the driver or a GPU is missing.
         """
-        try:
-            from cuda.bindings import driver
-        except ImportError:
-            raise BackendError(
-                "cuda-bindings is not installed: pip install 'perception_rt[tensorrt]'"
-            ) from None
-        self._driver: Any = driver
+        self._driver: Any = driver or _bindings()
         try:
             self._call("cuInit", 0)
         except RuntimeError as error:  # cuda-bindings finds no driver
@@ -58,7 +55,8 @@ class Cuda:
             self._call(
                 "cuDeviceGetAttribute",
                 getattr(
-                    driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{name}"
+                    self._driver.CUdevice_attribute,
+                    f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{name}",
                 ),
                 self._device,
             )
@@ -270,6 +268,16 @@ class DeviceArray:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        raise BackendError(
+            "cuda-bindings is not installed: pip install 'perception_rt[tensorrt]'"
+        ) from None
+    return driver
 
 
 @cache

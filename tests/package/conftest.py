@@ -1,4 +1,4 @@
-"""A tiny engine package (four files, a few KB) and the tools to damage one, as fixtures."""
+"""Fixtures: a tiny engine package (four files, a few KB) and tools to damage one."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ Y = TensorSpec(name="y", dtype="float32", shape=("batch", 4))
 
 
 def external(name: str, entries: Iterable[tuple[str, str]], dims: Iterable[int]) -> TensorProto:
-    """A float32 tensor with its data elsewhere; entries may be anything."""
+    """A float32 tensor with external data; `entries` may be invalid."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=list(dims))
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in entries:
@@ -32,7 +32,7 @@ def external(name: str, entries: Iterable[tuple[str, str]], dims: Iterable[int])
 
 @dataclass(kw_only=True)
 class Tiny:
-    """What a test varies of the tiny package; the defaults are valid."""
+    """Builds the tiny package; tests vary its fields, whose defaults are valid."""
 
     seed: int = 0
     offset: int = 0
@@ -106,7 +106,7 @@ class Tiny:
         return manifest
 
     def forge(self, dest: Path) -> Path:
-        """Writes the package without `Stage`, so without its checks."""
+        """Writes the package without `Stage` and its checks."""
         for path, data in self.files().items():
             (dest / path).parent.mkdir(parents=True, exist_ok=True)
             (dest / path).write_bytes(data)
@@ -115,7 +115,7 @@ class Tiny:
 
 
 def resign(value: dict[str, Any]) -> bytes:
-    """Canonical bytes of a changed manifest, with the id and digest that fit it."""
+    """Canonical bytes of a changed manifest, with matching id and digest."""
 
     def digest(part: Any) -> str:
         return "sha256:" + hashlib.sha256(dump(part)).hexdigest()
@@ -126,25 +126,25 @@ def resign(value: dict[str, Any]) -> bytes:
 
 
 def dump(value: Any) -> bytes:
-    """The canonical form, written down independently of the library."""
+    """The canonical form, computed independently of the library."""
     return (json.dumps(value, sort_keys=True, indent=2) + "\n").encode()
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Replaces a read-only file by another one."""
+    """Replaces a read-only file."""
     path.unlink()
     path.write_bytes(data)
 
 
 def change_manifest(package: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes a published manifest and makes its digests fit."""
+    """Changes a published manifest and updates its digests."""
     value = json.loads((package / "manifest.json").read_bytes())
     change(value)
     overwrite(package / "manifest.json", resign(value))
 
 
 class Unsynced(FileSystem):
-    """Does not wait for the disk, for tests that publish often."""
+    """Does not flush to the disk, for tests that publish often."""
 
     def fsync(self, fd: int) -> None:
         pass
@@ -155,7 +155,7 @@ class Unsynced(FileSystem):
 
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
-    """What tests need of this file, without importing a conftest."""
+    """The classes and functions of this file, as tests cannot import a conftest."""
     return SimpleNamespace(
         Tiny=Tiny,
         Unsynced=Unsynced,

@@ -1,4 +1,4 @@
-"""PKG-03, PKG-04, PKG-09 and the strictness of manifest.json."""
+"""PKG-03, PKG-04, PKG-09: the strict schema of manifest.json."""
 
 import copy
 import hashlib
@@ -36,7 +36,7 @@ def test_id_depends_on_content_only(tools, valid):
 
 
 def test_created_equals_what_a_reader_sees(tools):
-    # Tuples become lists on the way, so the manifest in memory must hold lists already.
+    # JSON turns tuples into lists, so the manifest in memory must hold lists already.
     manifest = Manifest.create(tools.Tiny().content(), record={"runs": (1, 2)})
     assert manifest.record == {"runs": [1, 2]}
     assert parse(manifest.to_bytes()) == manifest
@@ -235,7 +235,7 @@ class Opaque:
 @pytest.mark.parametrize(
     "value", [{1: 2}, {"a": Opaque()}, [float("nan")], {"a": {1, 2}}, b"x", 2**64, "\udc80", Path()]
 )
-def test_canonical_json_refuses_what_json_cannot_carry(value):
+def test_canonical_json_refuses_values_without_json_form(value):
     with pytest.raises(PackageError) as info:
         canonical_json(value)
     assert "0x" not in str(info.value)

@@ -1,4 +1,4 @@
-"""PKG-07, PKG-08 and the wire format reader against onnx itself."""
+"""PKG-07, PKG-08 and the wire format reader compared with onnx itself."""
 
 import random
 
@@ -57,7 +57,7 @@ def test_field_numbers_are_those_of_onnx():
 
 
 def test_fields_that_can_hold_tensors_or_graphs_are_all_known():
-    """A release of onnx that adds a place for a tensor must not go unnoticed."""
+    """Fails for a release of onnx that adds a field with tensors."""
     kinds = {"TensorProto", "GraphProto", "SparseTensorProto", "NodeProto", "FunctionProto"}
     found = {
         f"{message.DESCRIPTOR.name}.{field.name}"
@@ -85,7 +85,7 @@ def value(name):
 
 
 def nested(depth, tensor):
-    """A graph with an If inside an If, and so on, and the tensor in the innermost."""
+    """A graph with nested Ifs and the tensor in the innermost."""
     node = helper.make_node("Constant", [], ["c"], value=tensor)
     graph = helper.make_graph([node], "inner", [], [value("c")])
     for _ in range(depth - 1):
@@ -95,7 +95,7 @@ def nested(depth, tensor):
 
 
 def test_everything_is_found(tools):
-    """Tensors in each place where ONNX can hold one, and operators of each kind of graph."""
+    """Tensors in each field that can hold one, and operators in each kind of graph."""
     where = [HERE, ("offset", "0"), ("length", "16")]
     tensors = {name: tools.external(name, where, [4]) for name in "abcdefghi"}
     sparse = onnx.SparseTensorProto(values=tensors["b"], indices=tensors["c"], dims=[9])
@@ -207,7 +207,7 @@ def test_good_external_data(tools, entries):
 
 @pytest.mark.parametrize("case", ["parent", "negative offset", "huge length", "unknown key"])
 def test_refused_at_publish_and_at_load(tools, tmp_path, case):
-    """PKG-07: with digests that fit, since whoever changes a package can compute them."""
+    """PKG-07: with matching digests, which an attacker can compute."""
     tiny = tools.Tiny(tensor=tools.external("w", BAD_ENTRIES[case], [4]))
     with pytest.raises(PackageError, match="tensor 'w'"):
         tiny.publish(tmp_path / "published")
@@ -243,7 +243,7 @@ def test_domains_are_checked_when_sealing(tools, tmp_path):
     ],
 )
 def test_overlapping_ranges(tools, ranges, good):
-    """PKG-07: tied weights share a whole range, or nothing."""
+    """PKG-07: tied weights share a whole range or no byte."""
     tensors = [
         tools.external(f"w{i}", [HERE, ("offset", str(start)), ("length", str(4 * n))], [n])
         for i, (start, n) in enumerate(ranges)
@@ -355,7 +355,7 @@ def field(number, payload):
 
 
 def test_a_graph_in_two_parts_is_refused(tools):
-    """Parsers merge the parts, or take the last one."""
+    """Some parsers merge repeated fields, others take the last."""
     data = tools.Tiny().model()
     extra = onnx.GraphProto(initializer=[tools.external("w", [HERE], [4])]).SerializeToString()
     with pytest.raises(PackageError, match="model field 7 occurs twice"):
@@ -385,7 +385,7 @@ def test_truncated_enum_is_refused():
         *(b"\x38\x01", field(0, b""), field(2**29, b""), field(7, b"\x0b"), field(20, b"")),
         field(7, field(1, field(4, b"\xff"))),
         varint(7 << 3 | 2) + varint(2**63) + b"x",
-        b"\x3a\x64",  # a graph of 100 bytes that are not there
+        b"\x3a\x64",  # a graph of 100 bytes without the bytes
         field(7, b"") + b"\x08" + b"\xff" * 9 + b"\x7f",  # an integer of 70 bits
         field(7, b"") + field(20, b""),  # a training graph
     ],

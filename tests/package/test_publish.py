@@ -23,9 +23,9 @@ CALLS = (
 
 
 class Traced(FileSystem):
-    """Records every call, and does something before the n-th (counted from 1).
+    """Records every call, and runs an action before call number `at`, counted from 1.
 
-    Does not wait for the disk, since the tests publish hundreds of times.
+    It does not flush to the disk, since the tests publish hundreds of times.
     """
 
     def __init__(self, at=0, action=None, only=CALLS, exchanges=True):
@@ -83,7 +83,7 @@ def siblings(dest):
 
 
 def calls_of(tools, tmp_path, *, force, exchanges=True, only=CALLS):
-    """How many calls a publish makes."""
+    """Number of calls that publishing makes."""
     dest = tmp_path / "counted" / "tiny"
     dest.parent.mkdir()
     if force:
@@ -95,7 +95,7 @@ def calls_of(tools, tmp_path, *, force, exchanges=True, only=CALLS):
 
 @pytest.mark.parametrize(("force", "exchanges"), [(False, True), (True, True), (True, False)])
 def test_killed_before_every_call(tools, tmp_path, force, exchanges):
-    """EXP-01: old, new or (only if there was no old one) absent; the next run cleans up."""
+    """EXP-01: the old package, the new one, or none if there was no old one; then a clean-up."""
     old, new = tools.Tiny(seed=1).manifest().id, tools.Tiny(seed=2).manifest().id
     count = calls_of(tools, tmp_path, force=force, exchanges=exchanges)
     assert count > 30
@@ -110,7 +110,7 @@ def test_killed_before_every_call(tools, tmp_path, force, exchanges):
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         found = verify_package(dest).id if dest.exists() else None
         seen.add(found)
-        # The next run starts by repairing, so even a run that is refused leaves it whole.
+        # The next run starts with a repair, so even a refused run leaves the package whole.
         Stage.create(dest, force=True, fs=tools.Unsynced()).discard()
         assert siblings(dest) in ([], ["tiny"])
         found = verify_package(dest).id if dest.exists() else None
@@ -118,7 +118,7 @@ def test_killed_before_every_call(tools, tmp_path, force, exchanges):
         tools.Tiny(seed=3).publish(dest, force=True, fs=tools.Unsynced())
         assert verify_package(dest).content.weights["seed"] == 3
         assert siblings(dest) == ["tiny"]
-    # Only without an exchange there is a moment at which the old package is aside.
+    # Only without an exchange is the destination absent for a moment.
     assert seen == ({old, new} if force else {None, new}) | (set() if exchanges else {None})
 
 
@@ -159,14 +159,14 @@ def test_any_single_failing_call(tools, tmp_path, force, exchanges):
             published = "is published, but" in str(error)
         outcomes.add(published)
         assert (verify_package(dest).id if dest.exists() else None) == (new if published else old)
-        # What could not be removed is removed next time.
+        # The next run removes what could not be removed.
         Stage.create(dest, force=True).discard()
         assert siblings(dest) == (["tiny"] if dest.exists() else [])
     assert outcomes == {True, False}
 
 
 def test_file_size_limit(tools, tmp_path):
-    """EXP-02 with a limit of the system's own."""
+    """EXP-02 with the system's file size limit."""
     dest = tmp_path / "tiny"
 
     def work():
@@ -184,7 +184,7 @@ def test_file_size_limit(tools, tmp_path):
 
 
 def outside_trouble(tmp_path):
-    """Destinations that are refused, by what is wrong with them."""
+    """Refused destinations and the error of each."""
     (tmp_path / "file").write_bytes(b"mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_bytes(b"mine")
@@ -213,7 +213,7 @@ def test_empty_directory_is_taken(tools, tmp_path):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_refused_before_any_work(tools, tmp_path, force):
-    """EXP-03: an export never replaces what is not a package, and says so at once."""
+    """EXP-03: an export replaces only packages, and raises before any work otherwise."""
     tools.Tiny().publish(tmp_path / "package")
     tools.Tiny().publish(tmp_path / "guarded")
     (tmp_path / "guarded" / "notes.txt").write_bytes(b"mine")
@@ -250,7 +250,7 @@ def test_names_that_are_no_destination(dest):
         Stage.create(dest)
 
 
-def test_parent_that_nobody_can_write():
+def test_parent_that_cannot_be_written():
     """EXP-03."""
     with pytest.raises(ExportError, match="cannot write beside /proc/tiny"):
         Stage.create("/proc/tiny")
@@ -272,7 +272,7 @@ def test_read_only_parent(tmp_path, mode):
     assert in_child(work) == 0
 
 
-def test_what_takes_the_place_meanwhile_is_not_replaced(tools, package):
+def test_a_directory_that_appears_meanwhile_is_not_replaced(tools, package):
     with Stage.create(package, force=True) as stage:
         tools.Tiny(seed=1).fill(stage)
         package.rename(package.with_name("moved"))
@@ -285,7 +285,7 @@ def test_what_takes_the_place_meanwhile_is_not_replaced(tools, package):
 
 
 def test_without_an_exchange_a_failure_restores_at_once(tools, package):
-    # The renames: onto the package (refused), the package aside, the stage to its place.
+    # The three renames: onto the package (refused), package aside, stage to the destination.
     fs = Traced(at=3, action=raiser(errno.EIO), only=("rename",), exchanges=False)
     with Stage.create(package, force=True, fs=fs) as stage:
         tools.Tiny(seed=1).fill(stage)
@@ -296,7 +296,7 @@ def test_without_an_exchange_a_failure_restores_at_once(tools, package):
 
 
 def test_eight_processes_one_name(tools, tmp_path):
-    """EXP-04: one publishes; the others learn whether it was the same package."""
+    """EXP-04: one publishes; the errors of the others say whether it was the same package."""
     dest = tmp_path / "tiny"
     reports, report = os.pipe()
     gate, opener = os.pipe()
@@ -421,7 +421,7 @@ def test_a_lock_that_was_cleaned_up_while_it_was_taken_is_given_up(tmp_path):
 
 
 def test_a_sealed_stage_opens_and_its_record_can_change(tools, tmp_path):
-    """What the fidelity gate does before it lets a package be published."""
+    """The fidelity gate opens a sealed stage and seals it again with a record."""
     tiny = tools.Tiny()
     with Stage.create(tmp_path / "tiny") as stage:
         first = tiny.fill(stage)

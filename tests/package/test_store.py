@@ -1,4 +1,4 @@
-"""PKG-14, PKG-15 and what a reader of a healthy package sees."""
+"""PKG-14, PKG-15 and reading healthy packages."""
 
 import gc
 import hashlib
@@ -61,7 +61,7 @@ def test_a_closed_package(package):
             access("weights.bin")
     with pytest.raises(PackageError, match="closed"):
         opened.verify()
-    assert bytes(view) == expected  # what was handed out stays valid
+    assert bytes(view) == expected  # mappings stay valid
 
 
 def test_a_forgotten_package_closes_its_files(package):
@@ -85,7 +85,7 @@ def test_a_failed_open_closes_its_files(package):
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "nul"])
-def test_what_is_no_package(tmp_path, kind, monkeypatch):
+def test_paths_without_a_package(tmp_path, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
@@ -93,7 +93,7 @@ def test_what_is_no_package(tmp_path, kind, monkeypatch):
     with pytest.raises(PackageError) as info:
         open_package(path)
     assert kind in str(info.value)
-    assert str(tmp_path) not in str(info.value)  # the path as typed
+    assert str(tmp_path) not in str(info.value)  # only the given path
 
 
 def test_expected_id(tools, package):
@@ -135,7 +135,7 @@ def test_threads_share_one_mapping(package):
 
 
 def test_a_file_swapped_at_any_time_is_never_handed_out(tools, package):
-    """PKG-14: the bytes are always those of the digest, or there is an error."""
+    """PKG-14: a read returns the bytes of the digest or raises an error."""
     good = tools.Tiny().weights()
     bad = bytes(reversed(good))
     assert hashlib.sha256(bad).digest() != hashlib.sha256(good).digest()
@@ -168,7 +168,7 @@ def test_a_file_swapped_at_any_time_is_never_handed_out(tools, package):
 
 
 def test_readers_are_not_disturbed_by_republishing(tools, package):
-    """PKG-15: 50 times under the same name; also, opening succeeds at every moment."""
+    """PKG-15: 50 replacements under one name, during which opening always succeeds."""
     old = tools.Tiny()
     opened = open_package(package)
     view, weights = opened.map("weights.bin"), old.weights()

@@ -1,4 +1,4 @@
-"""PKG-01 to PKG-06: whatever is done to a published package, no bytes reach a backend."""
+"""PKG-01 to PKG-06: no bytes of a damaged package reach a backend."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from perception_rt.package.reader import open_package, verify_package
 
 
 class Spy:
-    """Stands for a backend: counts what it was given."""
+    """Stands in for a backend and counts the bytes that it gets."""
 
     calls = 0
 
@@ -64,7 +64,7 @@ def test_truncated_files(tools, package):
 
 
 def test_flipped_bits(tools, package):
-    """PKG-02: 2,000 flips, a fair share in each file."""
+    """PKG-02: 2,000 flips, equally many in each file."""
     rng = random.Random(1)
     names = [name for name in names_in(package) if (package / name).stat().st_size]
     for name in names:
@@ -150,7 +150,7 @@ HOSTILE = [
 
 
 class Audit:
-    """Records what is opened while it is on; an audit hook cannot be removed again."""
+    """Records opened paths while it is on; an audit hook cannot be removed."""
 
     def __init__(self):
         self.on = False
@@ -162,7 +162,7 @@ class Audit:
             self.seen.append((event, str(args[0])))
 
     def refused(self, path, message):
-        """What was opened while the package was refused."""
+        """Paths that were opened while the package was refused."""
         self.seen.clear()
         self.on = True
         try:
@@ -179,7 +179,7 @@ def audit():
 
 
 def test_hostile_paths(tools, package, audit):
-    """PKG-05: refused while parsing, and nothing but the manifest was opened."""
+    """PKG-05: refused while parsing; only the manifest was opened."""
     assert len(HOSTILE) >= 40
     clean = (package / "manifest.json").read_bytes()
     for path in HOSTILE:
@@ -200,7 +200,7 @@ def test_hostile_paths(tools, package, audit):
 
 
 def replaced_by(package, name, tmp_path, kind):
-    """Puts something else in the place of a file; what it points to has the right bytes."""
+    """Replaces a file by another kind of entry; a link leads to the right bytes."""
     path = package / name
     kept = tmp_path / "outside"
     path.rename(kept)
@@ -224,8 +224,8 @@ def replaced_by(package, name, tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["weights.bin", "vision.onnx", "manifest.json", "text/vocab.txt"])
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "fifo", "directory", "sparse", "device"])
-def test_what_is_not_a_plain_file(package, tmp_path, audit, name, kind):
-    """PKG-06. A pipe would block forever if it were opened without care."""
+def test_entries_that_are_not_plain_files(package, tmp_path, audit, name, kind):
+    """PKG-06. Opening a pipe could block forever."""
     replaced_by(package, name, tmp_path, kind)
     message = assert_refused(package)
     assert name in message or "manifest: " in message

@@ -1,4 +1,4 @@
-"""For tests of the runtime: packages with engines, on a GPU of paper."""
+"""Fixtures for tests of the runtime: packages with engines, and a fake GPU that runs them."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from perception_rt.config import PeConfig
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_config: PeConfig) -> tuple[Bench, Path]:
-    """The packages, and where their exports are noted."""
+    """The packages, and the state directory that notes their exports."""
     state = tmp_path_factory.mktemp("state")
     return make_bench(tmp_path_factory.mktemp("tensorrt"), state, tiny_config), state
 
 
 @pytest.fixture
 def bench(made: tuple[Bench, Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """The packages, on a machine with the GPU."""
+    """The packages, on a machine with the fake GPU."""
     use_bench(*made, monkeypatch)
     return made[0]

@@ -1,7 +1,7 @@
-"""A GPU and a TensorRT made of host memory and ONNX Runtime, as far as our backend uses them.
+"""A fake GPU and a fake TensorRT, made of host memory and ONNX Runtime.
 
-What is fake is the device and the engine's file, which names a graph; addresses, profiles, copies
-and states in place are real.
+They have the calls that the TensorRT backend makes. The device is fake, and so is an engine file,
+which holds the name of a graph. Addresses, profiles, copies and states in place are real.
 """
 
 import ctypes
@@ -29,11 +29,19 @@ M = TypeVar("M", bound=Memory)
 
 
 class FakeCuda:
-    """Host memory in the place of a GPU's. `room` is what may still be allocated."""
+    """A GPU in host memory.
+
+    Attributes:
+        room: largest allocation in bytes; a larger one is a CapacityError.
+        live: allocations, streams and graphs that were not freed.
+        capturing: whether work is recorded instead of run.
+        captured: recorded work.
+        launched: number of graph launches.
+    """
 
     capability = CAPABILITY
     driver_version = 13000
-    name = "a GPU of paper"
+    name = "fake GPU"
 
     def __init__(self) -> None:
         self.room = 1 << 40
@@ -85,7 +93,7 @@ class FakeCuda:
     copy_out = copy_in
 
     def capture(self, work: Callable[[], None], stream: int) -> Graph | None:
-        """What `work` would do with the addresses and shapes of now, whatever those are later."""
+        """Records `work` with its current addresses and shapes."""
         self.capturing = True
         work()
         self.capturing = False
@@ -104,7 +112,7 @@ class FakeCuda:
 
 
 def lines(box: Box) -> np.ndarray[Any, Any]:
-    """Its bytes, uint8 (depth, height, width), where they are."""
+    """The bytes of a box in place, uint8 (depth, height, width)."""
     depth, height, width = box.depth, box.height, box.width
     nbytes = (depth - 1) * box.plane + (height - 1) * box.pitch + width
     data = np.frombuffer((ctypes.c_char * nbytes).from_address(box.address), np.uint8)
@@ -164,7 +172,7 @@ class FakeContext:
 def at(
     spec: TensorSpec, shape: Sequence[int], addresses: Mapping[str, int]
 ) -> np.ndarray[Any, Any]:
-    """What is at a tensor's address."""
+    """The memory at a tensor's address, as an array."""
     dtype = np.dtype(spec.dtype)
     nbytes = int(np.prod(shape)) * dtype.itemsize
     data = (ctypes.c_char * nbytes).from_address(addresses[spec.name])
@@ -172,9 +180,9 @@ def at(
 
 
 class FakeEngine:
-    """`file` is its graph, or None for an engine without weights.
+    """An engine that runs the ONNX graph `file`; None for an engine without weights.
 
-    From a batch on that is `broken_from`, it gives the negative of each output.
+    From batch size `broken_from` on, it returns wrong outputs: their negatives.
     """
 
     broken_from = sys.maxsize
@@ -210,7 +218,7 @@ class FakeEngine:
 
 
 class FakeCache:
-    """Of compiled kernels, by an engine's graph."""
+    """TensorRT for RTX's cache of compiled kernels; the kernels name an engine's graph."""
 
     def __init__(self) -> None:
         self.kernels = b""
@@ -228,7 +236,7 @@ class FakeCache:
 
 
 class FakeConfig:
-    """Of TensorRT for RTX, how an engine is run; `compiled` counts what it had to compile."""
+    """TensorRT for RTX's runtime configuration; `compiled` lists kernels that were compiled."""
 
     compiled: ClassVar[list[bytes]] = []
 
@@ -246,7 +254,7 @@ class FakeConfig:
         self.cache = cache
 
     def compile(self) -> None:
-        """What the cache does not have."""
+        """Compiles the kernels unless the cache has them."""
         if self.cache is None or self.cache.kernels != self.kernels:
             self.compiled.append(self.kernels)
         if self.cache is not None:
@@ -254,7 +262,7 @@ class FakeConfig:
 
 
 class FakeRefitter:
-    """Both of TensorRT's: the engine's own, and the one that reads ONNX."""
+    """Both of TensorRT's refitters: for an engine, and for an ONNX graph's weights."""
 
     def __init__(self, engine: Any, logger: Any) -> None:
         self.engine: FakeEngine = engine.engine if isinstance(engine, FakeRefitter) else engine
@@ -285,10 +293,7 @@ class FakeRefitter:
 
 
 class FakeTensorRt:
-    """Builds and loads engines; `folder` is where the published package will be.
-
-    `cuda` is the GPU that they run on.
-    """
+    """Builds and loads engines for `cuda`; `folder` is the path of the package to be published."""
 
     __version__ = "0"
 
@@ -346,7 +351,7 @@ class FakeTensorRt:
 
 
 class FakeRtx:
-    """What TensorRT for RTX has beside that: it captures graphs itself, and keeps kernels."""
+    """TensorRT for RTX: also captures CUDA graphs itself, and keeps compiled kernels."""
 
     IRuntimeCache = FakeCache
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graphs")

@@ -1,15 +1,11 @@
-"""Packages with engines, on a machine with a GPU of paper."""
+"""Packages with engines, and a machine with a fake GPU and a fake TensorRT."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_gpu import (
-    CAPABILITY,
-    FakeCuda,
-    FakeTensorRt,
-)
+from fake_gpu import CAPABILITY, FakeCuda, FakeTensorRt
 
 from perception_rt.checkpoint.locate import find_config
 from perception_rt.checkpoint.random import RandomWeights
@@ -29,7 +25,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
 
 class Bench:
-    """A TensorRT, a GPU, and the packages that were exported with them."""
+    """Packages of an encoder and a language model, and the TensorRT and GPU they are for."""
 
     def __init__(self, folder: Path) -> None:
         self.plm, self.pe = folder / "plm", folder / "pe"
@@ -38,7 +34,7 @@ class Bench:
 
 
 def make_bench(folder: Path, state: Path, tiny_config: PeConfig) -> Bench:
-    """Packages of a tiny encoder and of a language model; `state` is where exports are noted."""
+    """Exports both packages; `state` is the state directory that notes their exports."""
     bench = Bench(folder)
     config = find_config(language_model_path())
     assert isinstance(config, PlmConfig)
@@ -68,7 +64,7 @@ def make_bench(folder: Path, state: Path, tiny_config: PeConfig) -> Bench:
 
 
 def use_bench(bench: Bench, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine has the GPU, and the TensorRT of the encoder's package."""
+    """Gives the machine the GPU and the TensorRT that built the encoder's package."""
     monkeypatch.setenv("XDG_STATE_HOME", str(state))
     bench.cuda = FakeCuda()
     for trt in bench.trt.values():
@@ -78,13 +74,13 @@ def use_bench(bench: Bench, state: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def put(monkeypatch: pytest.MonkeyPatch, bench: Bench, name: str, **changes: str) -> None:
-    """Installs the TensorRT that built a package, or another one."""
+    """Installs the TensorRT that built a package, with other fields of `TensorRt`."""
     library: TensorRt = replace(bench.trt[name].library, **changes)
     monkeypatch.setattr(tensorrt, "find_tensorrt", lambda **_: library)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, bench: Bench, folder: Path) -> FakeTensorRt:
-    """A TensorRT that builds and runs the package that will be in a folder."""
+    """Installs a TensorRT that builds and runs the package to be published as `folder`."""
     trt = FakeTensorRt(folder)
     trt.cuda = bench.cuda
     for module in (tensorrt_engines, build):

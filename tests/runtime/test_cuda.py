@@ -1,7 +1,7 @@
-"""The calls to the driver of CUDA, by the real cuda-bindings on one of paper, and device blocks.
+"""Calls of the real cuda-bindings to a fake CUDA driver, and cache blocks in device memory.
 
-The driver is a small library in C (`paper_driver.c`), found in the place of NVIDIA's by a child
-process, so every call goes the whole way that it goes on a GPU, but for the GPU.
+The driver is a small library in C (`fake_driver.c`) that a child process loads in place of
+NVIDIA's. So everything but the GPU takes part in every call.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,20 +34,20 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings has wheels for some s
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a driver of paper."""
+    """Folder of the compiled fake driver."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("there is no C compiler")
     folder = tmp_path_factory.mktemp("driver")
-    source = Path(__file__).with_name("paper_driver.c")
+    source = Path(__file__).with_name("fake_driver.c")
     command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{DRIVER}", "-o", folder / DRIVER, source]
     subprocess.run(command, check=True)
     return folder
 
 
 @pytest.mark.parametrize("what", ["streams_and_memory", "captures", "blocks", "no_memory"])
-def test_the_driver_is_called_as_it_wants_to_be(what: str, driver: Path) -> None:
-    """`what` names a function of this file, run where the driver is of paper."""
+def test_the_driver_gets_valid_calls(what: str, driver: Path) -> None:
+    """`what` names a function of this file, which runs with the fake driver."""
     environment = {**os.environ, "LD_LIBRARY_PATH": str(driver)}
     command = [sys.executable, __file__, what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -56,7 +57,7 @@ def test_the_driver_is_called_as_it_wants_to_be(what: str, driver: Path) -> None
 
 def streams_and_memory() -> None:
     cuda = open_cuda()
-    assert (cuda.capability, cuda.name) == ("sm89", "GPU of paper")
+    assert (cuda.capability, cuda.name) == ("sm89", "fake GPU")
     assert cuda.driver_version == 13000
     stream, device, host = cuda.new_stream(), cuda.allocate(1000), cuda.allocate_pinned(1000)
     seen = np.asarray(host)
@@ -76,7 +77,7 @@ def captures() -> None:
     assert graph is not None
     graph.launch(stream)
     graph.launch(stream)
-    assert ctypes.CDLL(DRIVER).paper_launched() == 2
+    assert ctypes.CDLL(DRIVER).fake_launched() == 2
 
     def fails() -> None:
         raise BackendError("no")
@@ -96,7 +97,7 @@ def no_memory() -> None:
 
 
 def check_block(cuda: Any) -> None:
-    """A device's rows are moved, kept, restored and cleared as the host's are."""
+    """Rows in device memory are copied, read, written and cleared like rows in host memory."""
     mine, theirs = DeviceBlock(cuda, SHAPE, 4, 32), CacheBlock(SHAPE, 4, 32)
     mine_larger, theirs_larger = DeviceBlock(cuda, SHAPE, 2, 50), CacheBlock(SHAPE, 2, 50)
     rng = np.random.default_rng(0)
@@ -121,7 +122,7 @@ def check_block(cuda: Any) -> None:
             wrong()
 
 
-def test_a_block_of_a_device_is_one_of_the_host() -> None:
+def test_a_block_in_device_memory_acts_like_one_in_host_memory() -> None:
     cuda = FakeCuda()
     check_block(cuda)
     gc.collect()
@@ -151,12 +152,18 @@ def test_any_part_of_a_row_is_kept(
 def test_a_capture_without_memory_is_no_capture() -> None:
     class Driver:
         CUstreamCaptureMode = int
+        CUdevice_attribute = SimpleNamespace(
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
+        )
         calls: ClassVar[list[str]] = []
 
         def __getattr__(self, name: str) -> Any:
             def call(*arguments: Any) -> tuple[Any, ...]:
                 self.calls.append(name)
-                return (OutOfMemory(),) if name == "cuGraphInstantiate" else (0, 7)
+                if name == "cuGraphInstantiate":
+                    return (OutOfMemory(),)
+                return 0, b"fake GPU" if name == "cuDeviceGetName" else 7
 
             return call
 
@@ -166,8 +173,7 @@ def test_a_capture_without_memory_is_no_capture() -> None:
         def __int__(self) -> int:
             return 2
 
-    cuda = Cuda.__new__(Cuda)
-    cuda._driver = Driver()
+    cuda = Cuda(Driver())
     assert cuda.capture(lambda: None, 1) is None
     assert Driver.calls[-1] == "cuGraphDestroy"
 
@@ -183,5 +189,5 @@ def test_a_capture_without_memory_is_no_capture() -> None:
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     gc.collect()
-    assert ctypes.CDLL(DRIVER).paper_live() == 0
+    assert ctypes.CDLL(DRIVER).fake_live() == 0
     print("nothing is left")

@@ -1,4 +1,4 @@
-"""The TensorRT backend on a GPU of paper: what it loads, what it refuses, where its memory is."""
+"""The TensorRT backend on a fake GPU: results, refusals, CUDA graphs and memory."""
 
 import gc
 import json
@@ -9,22 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import (
-    CAPABILITY,
-    FakeCache,
-    FakeConfig,
-    FakeContext,
-    FakeRtx,
-)
+from fake_gpu import CAPABILITY, FakeCache, FakeConfig, FakeContext, FakeRtx
 from gpu_bench import PICTURE, Bench, put
 
 import perception_rt as prt
-from perception_rt.errors import (
-    BackendError,
-    CapacityError,
-    InputError,
-    PackageError,
-)
+from perception_rt.errors import BackendError, CapacityError, InputError, PackageError
 from perception_rt.package import contract
 from perception_rt.package.trust import built_file
 from perception_rt.runtime.backends import onnxruntime, tensorrt
@@ -44,7 +33,7 @@ def test_embeddings_are_those_of_the_graphs(bench: Bench) -> None:
     assert bench.cuda.live == 0
 
 
-def test_a_decoder_updates_its_cache_where_the_gpu_has_it(
+def test_a_decoder_updates_its_cache_in_gpu_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(monkeypatch, bench, "plm")
@@ -55,11 +44,11 @@ def test_a_decoder_updates_its_cache_where_the_gpu_has_it(
             again = plm.generate("What is that?", images=[PICTURE], max_tiles=0, max_new_tokens=12)
             answers.append((first.tokens, again.tokens))
     assert answers[0] == answers[1]
-    assert bench.cuda.launched > 10  # steps, but for the first two
+    assert bench.cuda.launched > 10  # all steps except the first two
     assert bench.cuda.live == 0
 
 
-def test_what_was_captured_is_there_for_the_next_request(
+def test_captured_graphs_serve_the_next_request(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(monkeypatch, bench, "plm")
@@ -76,13 +65,13 @@ def test_what_was_captured_is_there_for_the_next_request(
         for _ in range(3):
             enqueued.clear()
             answers.append(plm.generate_tokens(range(10, 40), max_new_tokens=12))
-        assert not enqueued  # in the third: launches alone
+        assert not enqueued  # the third request needs launches only
         assert answers[0] == answers[1] == answers[2]
         assert plm.stats.running == 0 and bench.cuda.live > 0
     assert bench.cuda.live == 0
 
 
-def test_calls_that_are_alike_become_one_launch(bench: Bench) -> None:
+def test_repeated_calls_become_one_launch_each(bench: Bench) -> None:
     pictures = [np.roll(PICTURE, shift, axis=1) for shift in range(6)]
     with prt.load(bench.pe, backend="onnxruntime") as cpu:
         wanted = cpu.embed_images(pictures, batch_size=1)
@@ -91,7 +80,7 @@ def test_calls_that_are_alike_become_one_launch(bench: Bench) -> None:
             found = gpu.embed_images([picture])
             np.testing.assert_allclose(found, wanted[index : index + 1], atol=2e-3)
             assert bench.cuda.launched == max(0, index - 1)
-        # A batch needs more memory, so what was captured does not know where things are now.
+        # A batch needs larger buffers, so captured graphs have outdated addresses.
         np.testing.assert_allclose(gpu.embed_images(pictures), wanted, atol=2e-3)
         assert bench.cuda.launched == 2
         for picture, row in zip(pictures[3:], wanted[3:], strict=True):
@@ -100,7 +89,7 @@ def test_calls_that_are_alike_become_one_launch(bench: Bench) -> None:
     assert bench.cuda.live == 0
 
 
-def test_what_rtx_compiles_is_kept_for_the_next_process(
+def test_compiled_kernels_are_kept_for_the_next_process(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rtx = FakeRtx(bench.trt["pe"])
@@ -110,7 +99,7 @@ def test_what_rtx_compiles_is_kept_for_the_next_process(
     monkeypatch.setattr(FakeConfig, "compiled", compiled)
 
     def embed(cache_dir: Path | None) -> int:
-        """How often the two calls, of two profiles, had something compiled."""
+        """Number of compilations in two calls, which use two profiles."""
         compiled.clear()
         with prt.load(bench.pe, device="cuda", cache_dir=cache_dir) as gpu:
             gpu.embed_images([PICTURE])
@@ -120,8 +109,8 @@ def test_what_rtx_compiles_is_kept_for_the_next_process(
     cache = tmp_path / "cache"
     assert [embed(None), embed(None)] == [2, 2]
     assert [embed(cache), embed(cache)] == [1, 0]
-    assert bench.cuda.launched == 0  # its own graphs, not ours
-    # Kernels of another driver are not looked for; and what is damaged is compiled again.
+    assert bench.cuda.launched == 0  # TensorRT for RTX captures graphs itself
+    # Another driver needs other kernels; damaged kernels are compiled again.
     bench.cuda.driver_version += 10
     assert [embed(cache), embed(cache)] == [1, 0]
     files = list(cache.rglob("*.kernels"))
@@ -141,7 +130,7 @@ def test_what_rtx_compiles_is_kept_for_the_next_process(
     assert bench.cuda.live == 0
 
 
-def test_what_cannot_be_captured_runs_all_the_same(
+def test_calls_that_cannot_be_captured_still_run(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.cuda, "capture", lambda work, stream: None)
@@ -151,7 +140,7 @@ def test_what_cannot_be_captured_runs_all_the_same(
             np.testing.assert_array_equal(first, other)
 
 
-def test_the_likeliest_tokens_are_found_where_the_logits_are(
+def test_the_engine_picks_the_likeliest_tokens(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(monkeypatch, bench, "plm")
@@ -200,7 +189,7 @@ def test_a_batch_beyond_the_profiles_is_refused(bench: Bench) -> None:
         gpu.embed_images([PICTURE] * 38, batch_size=38)
 
 
-def test_another_gpu_is_told_what_there_is(bench: Bench) -> None:
+def test_an_error_names_the_gpus_that_engines_are_for(bench: Bench) -> None:
     bench.cuda.capability = "sm90"
     with (
         prt.load(bench.pe, device="cuda") as gpu,
@@ -243,7 +232,7 @@ def test_engines_are_loaded_only_if_exported_here_or_named(
     package_id = str(caught.value).split("'")[1]
     assert package_id == manifest["id"]
     prt.load(bench.pe, device="cuda", expect=package_id).close()
-    # A list that others could have written is not believed.
+    # A file that others can write is ignored.
     monkeypatch.setenv("XDG_STATE_HOME", str(built_here.parents[1]))
     built_here.chmod(0o622)
     with pytest.raises(PackageError, match="code for a GPU"):
@@ -264,10 +253,8 @@ def test_a_tampered_engine_is_not_loaded(bench: Bench) -> None:
         file.write_bytes(data)
 
 
-def test_a_gpu_that_fails_leaves_nobody_waiting(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after an illegal access: from then on every call of the driver returns an error."""
+def test_a_failing_gpu_ends_every_request(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an illegal access, every driver call fails from then on."""
     put(monkeypatch, bench, "plm")
     questions = [prt.Request("What is this?", max_new_tokens=n) for n in (40, 50, 60)]
     with prt.load(bench.plm, device="cuda", cache=False) as plm:
@@ -289,12 +276,12 @@ def test_a_gpu_that_fails_leaves_nobody_waiting(
                 with pytest.raises(BackendError, match="LAUNCH_FAILED"):
                     handle.result()
         assert [r.tokens for r in plm.generate_batch(questions)] == wanted
-    del handle, handles  # whose errors refer to frames, and those to memory
+    del handle, handles  # their errors refer to frames that refer to memory
     gc.collect()
     assert bench.cuda.live == 0
 
 
-def test_memory_of_the_host_is_not_a_state(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_in_host_memory_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, bench, "plm")
     monkeypatch.setattr(
         "perception_rt.runtime.generation.plm_engine.block_maker", lambda backend, device: None
@@ -306,19 +293,19 @@ def test_memory_of_the_host_is_not_a_state(bench: Bench, monkeypatch: pytest.Mon
         plm.generate("What?", max_new_tokens=2)
 
 
-def test_without_a_gpu_or_on_the_cpu_it_says_so(made: tuple[Bench, Path]) -> None:
+def test_other_devices_than_cuda_are_refused(made: tuple[Bench, Path]) -> None:
     with pytest.raises(BackendError, match=r"TensorRT runs on cuda.*backend='onnxruntime'"):
         prt.load(made[0].pe)
     with pytest.raises(InputError, match="unknown device 'tpu'; TensorRT knows cuda"):
         prt.load(made[0].pe, device="tpu")
 
 
-def test_onnxruntime_updates_caches_where_the_gpu_has_them(
+def test_onnxruntime_updates_caches_in_gpu_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime, "open_cuda", lambda: bench.cuda)
-    monkeypatch.setitem(onnxruntime._PROVIDERS, "cuda", ("CPUExecutionProvider",))
-    monkeypatch.setitem(onnxruntime._PLACES, "cuda", "cpu")  # where the paper is
+    monkeypatch.setitem(onnxruntime.PROVIDERS, "cuda", ("CPUExecutionProvider",))
+    monkeypatch.setitem(onnxruntime.PLACES, "cuda", "cpu")  # the fake GPU is in host memory
     monkeypatch.setattr(onnxruntime, "check_device", lambda device: None)
     blocks: list[int] = []
     allocate = bench.cuda.allocate

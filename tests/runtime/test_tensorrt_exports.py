@@ -1,14 +1,11 @@
-"""Exports on a GPU of paper: their engines compared with eager, and new weights for old ones."""
+"""Exports on a machine with a fake GPU: engines compared with eager, and refitted packages."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_gpu import (
-    CAPABILITY,
-    FakeRefitter,
-)
+from fake_gpu import CAPABILITY, FakeRefitter
 from gpu_bench import PICTURE, Bench, install
 
 import perception_rt as prt
@@ -16,10 +13,7 @@ from perception_rt.checkpoint.locate import find_config
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.config import PeConfig
 from perception_rt.demo import language_model_path
-from perception_rt.errors import (
-    BackendError,
-    ExportError,
-)
+from perception_rt.errors import BackendError, ExportError
 from perception_rt.export import build, gate, refit
 from perception_rt.export.components.plm_decoder import GATE_STEPS
 from perception_rt.export.plan import ExportPlan, PlmPlan
@@ -31,7 +25,7 @@ from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime.backends import tensorrt
 
 
-def test_engines_are_compared_with_eager_where_their_gpu_is(
+def test_engines_are_compared_with_eager_if_their_gpu_is_here(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = find_config(language_model_path())
@@ -47,13 +41,13 @@ def test_engines_are_compared_with_eager_where_their_gpu_is(
     monkeypatch.setattr(build, "gpu_capability", lambda: CAPABILITY)
     trt = install(monkeypatch, bench, tmp_path / "package")
     manifest = build.export_package(plan, RandomWeights(config, 0), tmp_path / "package")
-    # A real prompt, which is longer than an engine takes at once.
+    # The prompt is longer than an engine takes in one call.
     assert manifest.record["engine_latency"]["decoder_0"]["prompt_tokens"] > CHUNK_TOKENS
     found = manifest.record["engine_fidelity"]
     assert set(found) == set(manifest.record["fidelity"]) - {"pixels.image_features"}
     assert manifest.record["engine_latency"]["decoder_0"]["runs"] == GATE_STEPS
     assert bench.cuda.live == 0
-    # One profile of six is wrong, which the reference's two images are not in.
+    # One profile of six is wrong; the reference's two images do not use it.
     trt.broken_from = 17
     with pytest.raises(ExportError, match=r"not faithful to eager: cosine of vision"):
         build.export_package(plan, RandomWeights(config, 0), tmp_path / "other")
@@ -62,8 +56,8 @@ def test_engines_are_compared_with_eager_where_their_gpu_is(
 
 def test_an_engine_that_picks_another_token_than_its_logits_is_refused() -> None:
     logits = np.array([[[0.5, 3.0, 2.0, 1.0], [4.0, 1.0, 2.0, 3.0]]], np.float32)
-    image = np.array([[2.0, 3.0]], np.float32), np.array([[2, 3]])  # where the largest is not asked
-    gate.check_picks(logits, *image)
+    # The largest logit may be the image token's, which is never picked.
+    gate.check_picks(logits, np.array([[2.0, 3.0]], np.float32), np.array([[2, 3]]))
     gate.check_picks(logits, np.array([[3.0, 4.0]], np.float32), np.array([[1, 0]]))
     for top, ids in (([[1.0, 4.0]], [[3, 0]]), ([[3.0, 4.0]], [[2, 0]])):
         with pytest.raises(ExportError, match=r"likeliest tokens .* are not those of its logits"):

@@ -39,13 +39,13 @@ _CUDA = "CUDAExecutionProvider"
 _OPTIONS = {_CUDA: {"use_tf32": "0"}}
 # Providers by device; the first is required. TensorRT takes the parts of a graph that it supports
 # and builds engines for them when the graph is opened.
-_PROVIDERS = {
+PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": (_CUDA,),
     "tensorrt": ("TensorrtExecutionProvider", _CUDA),
 }
 # ONNX Runtime's name of the memory that holds a decoder's caches, by device.
-_PLACES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
+PLACES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 
 _RELEASE_S = 0.02  # time between releases of mapped weights, in which some 40 MB are read
 
@@ -53,7 +53,7 @@ _RELEASE_S = 0.02  # time between releases of mapped weights, in which some 40 M
 def devices() -> list[str]:
     """Names of the devices that the installed ONNX Runtime was built for."""
     available = ort.get_available_providers()
-    return [device for device, providers in _PROVIDERS.items() if providers[0] in available]
+    return [device for device, providers in PROVIDERS.items() if providers[0] in available]
 
 
 def block_maker(device: str) -> Callable[[CacheShape, int, int], CacheBlock] | None:
@@ -101,13 +101,13 @@ class OnnxRuntimeEngine:
 
 def check_device(device: str) -> None:
     """BackendError unless this ONNX Runtime has the device; InputError for an unknown name."""
-    if device not in _PROVIDERS:
-        raise InputError(f"unknown device {device!r:.40}; known are {', '.join(_PROVIDERS)}")
+    if device not in PROVIDERS:
+        raise InputError(f"unknown device {device!r:.40}; known are {', '.join(PROVIDERS)}")
     if device != "cpu":
         load_cuda()
     if device not in devices():
         raise BackendError(
-            f"{_PROVIDERS[device][0]} is not in this ONNX Runtime; it has "
+            f"{PROVIDERS[device][0]} is not in this ONNX Runtime; it has "
             f"{', '.join(ort.get_available_providers())}"
         )
 
@@ -163,7 +163,7 @@ def open_session(
                 options,
                 providers=[
                     (name, _OPTIONS[name]) if name in _OPTIONS else name
-                    for name in _PROVIDERS[device]
+                    for name in PROVIDERS[device]
                 ],
                 enable_fallback=0,  # else it falls back to the CPU and prints a line
             )
@@ -171,11 +171,11 @@ def open_session(
         raise BackendError(
             f"ONNX Runtime cannot open graph {graph!r} on {device}: {type(error).__name__}"
         ) from error
-    if session.get_providers()[0] != _PROVIDERS[device][0]:
+    if session.get_providers()[0] != PROVIDERS[device][0]:
         raise BackendError(
-            f"ONNX Runtime could not start {_PROVIDERS[device][0]}, and no other is used instead"
+            f"ONNX Runtime could not start {PROVIDERS[device][0]}, and no other is used instead"
         )
-    return OnnxRuntimeEngine(session, weights, _PLACES[device])
+    return OnnxRuntimeEngine(session, weights, PLACES[device])
 
 
 def _run_bound(

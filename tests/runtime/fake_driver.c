@@ -1,8 +1,8 @@
-/* A CUDA driver of paper: as much of libcuda.so.1 as `runtime/cuda.py` calls, in host memory.
+/* A fake CUDA driver: the part of libcuda.so.1 that `runtime/cuda.py` calls, in host memory.
 
-   Through the real cuda-bindings it shows that every call is passed as the driver wants it. Work is
-   done at once, so a stream is a number and a graph is empty. `paper_live` counts what was not given
-   back, `paper_launched` launches. */
+   Called through the real cuda-bindings, it shows that all arguments are valid. Work is done at
+   once, so a stream is a number and a graph is empty. `fake_live` counts allocations that were not
+   freed, `fake_launched` counts launches. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -32,8 +32,8 @@ typedef struct {
 
 static int live, launched, bound;
 
-int paper_live(void) { return live; }
-int paper_launched(void) { return launched; }
+int fake_live(void) { return live; }
+int fake_launched(void) { return launched; }
 
 static void *make(size_t size) {
   live++;
@@ -50,7 +50,7 @@ int cuDriverGetVersion(int *version) { return *version = 13000, OK; }
 int cuDeviceGetCount(int *count) { return *count = 1, OK; }
 int cuDeviceGet(int *device, int index) { return *device = index, OK; }
 int cuDeviceGetName(char *name, int size, int device) {
-  return strncpy(name, "GPU of paper", (size_t)size), OK;
+  return strncpy(name, "fake GPU", (size_t)size), OK;
 }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? 8 : attribute == 76 ? 9 : -1; /* compute capability */
@@ -128,7 +128,7 @@ static const struct {
     {"cuGraphInstantiateWithFlags", (void *)cuGraphInstantiate},
 };
 
-/* How cuda-bindings finds every function. */
+/* cuda-bindings looks up every function by this call. */
 int cuGetProcAddress_v2(
     const char *name, void **function, int version, uint64_t flags, int *status) {
   for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
