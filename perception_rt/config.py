@@ -5,60 +5,15 @@ configuration file is an error that names the key instead of a silently differen
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, Self, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 from perception_rt.errors import InputError
+from perception_rt.records import Record
 
 PoolType = Literal["attn", "tok", "avg", "none"]
 
-_MAX_NUMBER = 2**24  # of any field; the released models stay below 2**17
 _MAX_LAYERS = 1024
-
-
-class Record:
-    """Strict conversion between a frozen dataclass and a plain dictionary."""
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> Self:
-        """Builds the record; InputError names unknown, missing and mistyped keys."""
-        if not isinstance(data, Mapping):
-            raise InputError(f"{where} must be an object, not {type(data).__name__}")
-        known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(data) - set(known))
-        if unknown:
-            raise InputError(f"{where}: unknown keys {unknown}; known are {sorted(known)}")
-        required = [n for n, f in known.items() if f.default is MISSING]
-        missing = sorted(set(required) - set(data))
-        if missing:
-            raise InputError(f"{where}: missing keys {missing}")
-        values = {n: _checked(data[n], known[n].type, f"{where}.{n}") for n in known if n in data}
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return asdict(self)  # type: ignore[call-overload,no-any-return]
-
-
-def _checked(value: Any, declared: Any, where: str) -> Any:
-    """Checks one scalar against its annotation; an int is accepted where a float is declared."""
-    options = get_args(declared) or (declared,)
-    if isinstance(options[0], str):  # a Literal of strings
-        if value not in options:
-            raise InputError(f"{where} must be one of {list(options)}, not {value!r:.60}")
-        return value
-    if value is None and type(None) in options:
-        return None
-    if float in options and type(value) in (int, float):
-        if not abs(value) <= _MAX_NUMBER:
-            raise InputError(f"{where} must be a number of at most {_MAX_NUMBER:g}")
-        return float(value)
-    if type(value) is int and abs(value) > _MAX_NUMBER:
-        raise InputError(f"{where} must be a number of at most {_MAX_NUMBER:g}")
-    if not any(type(value) is o for o in options):
-        names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
-        raise InputError(f"{where} must be {names}, not {type(value).__name__}")
-    return value
 
 
 def _require(condition: bool, message: str) -> None:

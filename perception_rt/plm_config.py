@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from perception_rt.config import Record, VisionConfig
+from perception_rt.config import VisionConfig
 from perception_rt.errors import InputError
+from perception_rt.records import Record
 
 _MAX_DECODER_LAYERS = 256
 IMAGE_TOKEN_ID = 128002  # `<|image|>` of the released models' tokenizer

@@ -44,6 +44,7 @@ LAYER_1 = (
     "memory",
     "plm_config",
     "progress",
+    "records",
     "targets",
     "tensorrt_library",
 )

@@ -25,10 +25,10 @@ from ftfy import fixes
 from ftfy.badness import is_bad
 from numpy.typing import NDArray
 
-from perception_rt.config import Record
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.byte_symbols import byte_symbols
+from perception_rt.records import Record
 
 VOCAB_SIZE = 49408
 SOT = 49406

@@ -6,11 +6,10 @@ Knows nothing of models: what a model wants is an `ImageSpec`.
 """
 
 import io
-import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, TypeAlias, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.containers import exif_orientation, read_container
 from perception_rt.processing.files import open_regular_file, path_name
+from perception_rt.records import Record, check_choice, check_integer, check_value
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 Resize: TypeAlias = Literal["squash", "center_crop"]
@@ -55,7 +55,7 @@ _UPRIGHT = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageSpec:
+class ImageSpec(Record):
     """How a model wants its images. The released encoders all use the defaults.
 
     Attributes:
@@ -75,58 +75,19 @@ class ImageSpec:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+    record_name: ClassVar[str] = "image"
+
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= _MAX_TARGET_SIDE:
-                raise InputError(
-                    f"image.{name} must be an integer from 1 to {_MAX_TARGET_SIDE}, "
-                    f"not {_scalar(value)}"
-                )
-        for name, options in (("resize", get_args(Resize)), ("interpolation", tuple(_FILTERS))):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in options:
-                raise InputError(
-                    f"image.{name} must be one of {list(options)}, not {_scalar(value)}"
-                )
-        object.__setattr__(self, "mean", _channels("mean", self.mean, zero_allowed=True))
-        object.__setattr__(self, "std", _channels("std", self.std, zero_allowed=False))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Strict inverse of `to_dict`; InputError names unknown, missing and mistyped keys."""
-        if not isinstance(data, Mapping):
-            raise InputError(f"image must be an object, not {type(data).__name__}")
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(str(key) for key in data if key not in known)
-        if unknown:
-            raise InputError(f"image: unknown keys {unknown}; known are {sorted(known)}")
-        missing = [name for name in ("height", "width") if name not in data]
-        if missing:
-            raise InputError(f"image: missing keys {missing}")
-        return cls(**data)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; tuples become lists."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _scalar(value: Any) -> str:
-    """A value in words: itself if it is a plain scalar, else its type, never a foreign repr."""
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return f"{value!r:.60}" if plain else f"a {type(value).__name__}"
-
-
-def _channels(name: str, values: Any, *, zero_allowed: bool) -> tuple[float, float, float]:
-    if not isinstance(values, list | tuple) or len(values) != 3:
-        raise InputError(f"image.{name} must be a list of 3 numbers, not {_scalar(values)}")
-    for value in values:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise InputError(f"image.{name} must hold finite numbers, not {_scalar(value)}")
-        if value < 0 or (value == 0 and not zero_allowed):
-            raise InputError(f"image.{name} must be positive, not {value}")
-    return float(values[0]), float(values[1]), float(values[2])
+        check_integer("image.height", self.height, 1, _MAX_TARGET_SIDE)
+        check_integer("image.width", self.width, 1, _MAX_TARGET_SIDE)
+        check_choice("image.resize", self.resize, get_args(Resize))
+        check_choice("image.interpolation", self.interpolation, get_args(Interpolation))
+        for name in ("mean", "std"):
+            field = f"image.{name}"
+            values = check_value(field, getattr(self, name), tuple[float, float, float])
+            if min(values) < 0 or (name == "std" and 0 in values):
+                raise InputError(f"{field} must be positive, not {list(values)}")
+            object.__setattr__(self, name, values)
 
 
 def load_image(

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from perception_rt.config import Record
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.files import open_regular_file, path_name
@@ -29,6 +28,7 @@ from perception_rt.processing.llm_vocabulary import (
     read_sentencepiece,
     read_tiktoken,
 )
+from perception_rt.records import Record
 
 Kind = Literal["tiktoken", "hf", "sentencepiece", "bytes"]
 FileKind = Literal["tiktoken", "hf", "sentencepiece"]

@@ -1,13 +1,14 @@
-"""A conversation as data, and the prompt that a language model sees of it.
+"""Conversations as data, and their encoding as token ids.
 
-There is no template language and nothing is parsed: a turn is a role and parts, and control tokens
-come from their names. Only `place_media` looks into a text, for the marks that say where images go.
+There is no template language, and texts are not parsed: a turn is a role and parts, and code names
+the control tokens. Only `place_media` searches a text, for the marks that place images and videos.
+
+Legend: T tokens.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -27,7 +28,7 @@ from perception_rt.processing.llm_vocabulary import (
 Role = Literal["system", "user", "assistant"]
 Format = Literal["plm_sft", "warmup"]
 
-# What the models were trained with, byte for byte.
+# The system prompt of the training, byte for byte.
 SYSTEM = (
     "You are a helpful language and vision assistant. "
     "You are able to understand the visual content that the user provides, "
@@ -44,7 +45,7 @@ _MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Where the image tokens of `count` tiles go, or of as many video frames."""
+    """The place of the image tokens of `count` tiles or video frames."""
 
     count: int
 
@@ -54,7 +55,7 @@ Part: TypeAlias = str | Tiles
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says: texts, which are never parsed, and in a user's turn tiles."""
+    """One side's texts, which are never parsed, and tiles in a user's turn."""
 
     role: Role
     content: tuple[Part, ...]
@@ -62,11 +63,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A conversation as ids.
+    """An encoded conversation that awaits an answer.
 
     Attributes:
         ids: int64 (T,).
-        image_spans: start and number of ids of each `Tiles`, in order.
+        image_spans: start and number of the image tokens of each `Tiles`, in order.
     """
 
     ids: NDArray[np.int64]
@@ -75,12 +76,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Transcript:
-    """A finished conversation as ids.
+    """An encoded conversation with its answers, for training.
 
     Attributes:
         ids: int64 (T,).
-        learned: bool (T,), the answers and what ends them.
-        ends: how many ids there are up to the end of each answer; the last is T.
+        learned: bool (T,), true for the answers and their end tokens.
+        ends: position after each answer and its end tokens; the last is T.
     """
 
     ids: NDArray[np.int64]
@@ -95,7 +96,7 @@ class _Control:
 
 @dataclass(frozen=True, slots=True)
 class _Fixed:
-    """Text of the format itself; what follows it up to a control token is tokenised with it."""
+    """Text of the chat format, encoded together with the text up to the next control token."""
 
     text: str
 
@@ -104,18 +105,17 @@ _Piece: TypeAlias = _Control | _Fixed | Part
 
 
 class _Writer:
-    """Pieces to ids. The texts between two control tokens are one text: words span their seams."""
+    """Encodes pieces. Texts between two control tokens are encoded as one, since words may span."""
 
     def __init__(self, tokenizer: Tokenizer, tokens_per_tile: int) -> None:
         self._tokenizer = tokenizer
         self._tokens_per_tile = tokens_per_tile
         self._fixed = self._text = ""
         self.ids: list[int] = []
-        self.spans: list[tuple[int, int]] = []  # start and number of each image's
-        self.answers: list[tuple[int, int]] = []  # start and end of what is learned
+        self.spans: list[tuple[int, int]] = []  # (start, number) of each image's tokens
+        self.answers: list[tuple[int, int]] = []  # (start, end) of each answer and its end tokens
 
     def put(self, piece: _Piece) -> None:
-        """The next piece."""
         if isinstance(piece, _Fixed):
             self._fixed = piece.text
             return
@@ -131,12 +131,11 @@ class _Writer:
             self.ids += [self._tokenizer.control(IMAGE)] * count
 
     def flush(self) -> None:
-        """Ends a text."""
         self.ids += self._tokenizer.encode_text(self._text, before=self._fixed)
         self._fixed = self._text = ""
 
     def answer(self, text: str, *ends: _Control) -> None:
-        """A text that is learned, and the control tokens after it, where a prompt would end."""
+        """Appends an answer and the control tokens that end it, where a prompt would end."""
         prompt = self._tokenizer.encode_text("", before=self._fixed)
         ids = encode_answer(self._tokenizer, text, before=self._fixed)
         self._fixed = ""
@@ -148,76 +147,78 @@ class _Writer:
 
 
 def encode_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], tokens_per_tile: int) -> Prompt:
-    """The prompt that makes a model answer the last turn.
+    """Encodes a conversation as the prompt for the next answer.
 
     Args:
-        tokenizer: the model's.
-        turns: user and assistant in turn, the user first and last; before them, if the system's
-            sentence is to be another than `SYSTEM`, a turn of the system.
-        tokens_per_tile: image tokens of one tile.
+        tokenizer: the model's tokenizer.
+        turns: user and assistant alternating, the user first and last. A system turn may come
+            before them; the default is `SYSTEM`.
+        tokens_per_tile: image tokens per tile.
 
     Returns:
-        The ids, and where image tokens stand among them.
+        The ids and the spans of image tokens.
 
     Raises:
-        InputError: the turns are in another order, a part is not text or tiles, or a text is
-            unusable.
+        InputError: a text is too long.
     """
     writer = _Writer(tokenizer, tokens_per_tile)
-    for piece in _pieces(turns, tokens_per_tile):
+    writer.put(_Control(BEGIN_OF_TEXT))
+    for turn in _with_system(turns, last="user"):
+        for piece in _turn(turn):
+            writer.put(piece)
+    for piece in _header("assistant"):
         writer.put(piece)
     writer.flush()
     return Prompt(ids=np.asarray(writer.ids, np.int64), image_spans=tuple(writer.spans))
 
 
 def encode_answer(tokenizer: Tokenizer, text: str, *, before: str = _AFTER_HEADER) -> list[int]:
-    """Returns the token ids of an answer, as they follow the ids of `encode_prompt`.
+    """Encodes an answer as it follows the ids of `encode_prompt`.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         text: the answer.
-        before: the format's own text that the answer follows.
+        before: text of the chat format that precedes the answer.
 
     Raises:
-        InputError: the text is unusable.
+        InputError: the text is too long.
     """
     prompt = tokenizer.encode_text("", before=before)
     ids = tokenizer.encode_text(text, before=before)
     if ids[: len(prompt)] == prompt:
         return ids[len(prompt) :]
-    # The text's beginning merged with the header, which a model that answers never sees.
+    # The answer's start merged with the header; a generating model never sees that token.
     return tokenizer.encode_text(text)
 
 
 def encode_transcript(
     tokenizer: Tokenizer, turns: Sequence[Turn], tokens_per_tile: int, form: Format = "plm_sft"
 ) -> Transcript:
-    """A finished conversation, for a model to learn its answers.
+    """Encodes a conversation with its answers, for training.
 
-    In `plm_sft`, the chat format, the ids before an answer are those that `encode_prompt` gives for
-    the turns before it, unless one of their answers begins with what merges with its header, such
-    as a new line. Learned are an answer's text and what ends it. The header is not, though it is in
-    the reference: at run time it is never the model's to write. In `warmup` there are no control
-    tokens but those of images, the system's sentence and the first question's text are left out,
-    and an answer ends with a new line.
+    `plm_sft` is the chat format. The ids before an answer equal `encode_prompt` of the turns before
+    it, unless an earlier answer starts with text that merges with its header, such as a newline.
+    The model learns each answer and its end tokens. It does not learn the header, unlike in the
+    reference, because a prompt always ends with it.
+
+    `warmup` has image tokens but no other control tokens, no system prompt and no text of the first
+    question. Each answer ends with a newline.
 
     Args:
-        tokenizer: the model's.
-        turns: as `encode_prompt` takes them, but the assistant last.
-        tokens_per_tile: image tokens of one tile.
+        tokenizer: the model's tokenizer.
+        turns: as for `encode_prompt`, but the assistant last.
+        tokens_per_tile: image tokens per tile.
         form: the format.
 
     Returns:
-        The ids, and which of them are learned.
+        The ids, and a mask of the ones to learn.
 
     Raises:
-        InputError: as `encode_prompt`.
+        InputError: a text is too long.
     """
-    _check_integer("tokens_per_tile", tokens_per_tile, 1)
-    given = _checked_turns(turns, last="assistant")
     writer = _Writer(tokenizer, tokens_per_tile)
     write = _write_chat if form == "plm_sft" else _write_captions
-    write(writer, given)
+    write(writer, _with_system(turns, last="assistant"))
     learned = np.zeros(len(writer.ids), np.bool_)
     for start, end in writer.answers:
         learned[start:end] = True
@@ -228,48 +229,30 @@ def encode_transcript(
     )
 
 
-def generation_prompt(question: str, num_tiles: int, tokens_per_tile: int) -> str:
-    """The text that the reference makes of a question; for comparison, never for a model.
-
-    Control tokens in it look like any text, a question's own among them.
-
-    Args:
-        question: may have `<image>` marks; if there are as many as tiles, each is a tile's place.
-            Otherwise they and `<video>` marks are dropped, and all tiles come first.
-        num_tiles: tiles or frames; 0 or more.
-        tokens_per_tile: image tokens of one tile.
-
-    Raises:
-        InputError: an argument is of another type, or a number is too small.
-    """
-    _check_integer("num_tiles", num_tiles, 0)
-    turn = Turn("user", _reference_parts(_checked_question(question), num_tiles))
-    return "".join(_shown(p, tokens_per_tile) for p in _pieces([turn], tokens_per_tile))
-
-
 def place_media(question: str, tiles_per_item: Sequence[int]) -> tuple[Part, ...]:
-    """The content of a user's turn: a question, and the images and videos it is about.
+    """Places the tiles of images and videos in a user's question.
 
-    Several items go where the question has `<image>` or `<video>`, in order, or first if it has
-    neither. A single item follows the reference: a tile per `<image>` where there are as many as
-    tiles, and otherwise all tiles first and the mark dropped. Without items the question is left
-    as it is, marks and all.
+    Several items replace the `<image>` and `<video>` marks of the question, in order; without
+    marks, they come first. A single item follows the reference: if the question has one `<image>`
+    per tile, each mark becomes a tile; otherwise all tiles come first and marks are removed.
+    Without items, the question stays as it is, with its marks.
 
     Args:
         question: the text.
         tiles_per_item: number of tiles or frames of each image or video.
 
+    Returns:
+        The content of the turn.
+
     Raises:
-        InputError: marks and items differ in number, or an argument is of another type.
+        InputError: the number of marks is neither 0 nor the number of items.
     """
-    marks = _MARK.findall(_checked_question(question))
-    for count in tiles_per_item:
-        _check_integer("the number of tiles", count, 1)
+    marks = _MARK.findall(question)
     items = len(tiles_per_item)
     if items == 0:
         return _nonempty((question,))
     if items == 1 and (len(marks) <= 1 or marks == [IMAGE_MARK] * tiles_per_item[0]):
-        return _reference_parts(question, tiles_per_item[0])
+        return reference_content(question, tiles_per_item[0])
     if len(marks) not in (0, items):
         raise InputError(
             f"the question has {len(marks)} {IMAGE_MARK} or {VIDEO_MARK} marks for {items} "
@@ -281,8 +264,8 @@ def place_media(question: str, tiles_per_item: Sequence[int]) -> tuple[Part, ...
     return _interleave(_MARK.split(question), media)
 
 
-def _reference_parts(question: str, num_tiles: int) -> tuple[Part, ...]:
-    """Where the reference puts the tiles of a single image or video."""
+def reference_content(question: str, num_tiles: int) -> tuple[Part, ...]:
+    """Places the tiles of a single image or video as the reference does."""
     texts = question.split(IMAGE_MARK)
     if len(texts) - 1 == num_tiles:
         return _interleave(texts, [Tiles(1)] * num_tiles)
@@ -293,22 +276,12 @@ def _reference_parts(question: str, num_tiles: int) -> tuple[Part, ...]:
 
 
 def _interleave(texts: Sequence[str], media: Sequence[Tiles]) -> tuple[Part, ...]:
-    """Text, tiles, text, ..., text."""
     pairs = (part for pair in zip(texts, media, strict=False) for part in pair)
     return _nonempty((*pairs, texts[-1]))
 
 
 def _nonempty(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return tuple(part for part in parts if part != "")
-
-
-def _pieces(turns: Sequence[Turn], tokens_per_tile: int) -> Iterator[_Piece]:
-    """The whole prompt in order, up to where the model's answer begins."""
-    _check_integer("tokens_per_tile", tokens_per_tile, 1)
-    yield _Control(BEGIN_OF_TEXT)
-    for turn in _checked_turns(turns):
-        yield from _turn(turn)
-    yield from _header("assistant")
 
 
 def _turn(turn: Turn) -> Iterator[_Piece]:
@@ -335,7 +308,8 @@ def _write_captions(writer: _Writer, turns: Sequence[Turn]) -> None:
             writer.answer(_text(turn) + _AFTER_CAPTION)
         elif turn.role == "user":
             for part in turn.content:
-                if isinstance(part, Tiles) or index > 1:  # 0 is the system's, 1 the first question
+                # Turn 0 is the system's, turn 1 the first question.
+                if isinstance(part, Tiles) or index > 1:
                     writer.put(part)
 
 
@@ -350,50 +324,12 @@ def _header(role: Role) -> Iterator[_Piece]:
     yield _Fixed(_AFTER_HEADER)
 
 
-def _shown(piece: _Piece, tokens_per_tile: int) -> str:
-    if isinstance(piece, _Control):
-        return piece.name
-    if isinstance(piece, Tiles):
-        return IMAGE * (piece.count * tokens_per_tile)
-    return piece if isinstance(piece, str) else piece.text
-
-
-def _checked_turns(turns: Sequence[Turn], last: Role = "user") -> list[Turn]:
-    """The turns, beginning with the system's; InputError if one is out of place."""
+def _with_system(turns: Sequence[Turn], *, last: Role) -> list[Turn]:
+    """The turns, with the default system turn first if they have none."""
     given = list(turns)
-    for turn in given:
-        if not isinstance(turn, Turn):
-            raise InputError(f"a turn must be a Turn, not {type(turn).__name__}")
-        if not isinstance(turn.content, tuple):
-            raise InputError(
-                f"the content of a turn must be a tuple, not {type(turn.content).__name__}"
-            )
-        for part in turn.content:
-            _check_part(part, turn.role)
-    start = 1 if given and given[0].role == "system" else 0
-    for index, (turn, role) in enumerate(zip(given[start:], cycle(("user", "assistant"))), start):
-        if turn.role != role:
-            raise InputError(f"turn {index} must be the {role}'s, not that of {turn.role!r:.40}")
-    if len(given) == start or given[-1].role != last:
-        raise InputError(f"the last turn must be the {last}'s")
-    return given if start else [Turn("system", (SYSTEM,)), *given]
-
-
-def _check_part(part: object, role: str) -> None:
-    if isinstance(part, Tiles):
-        if role != "user":
-            raise InputError(f"images belong to the user's turns, not to the {role}'s")
-        _check_integer("the number of tiles", part.count, 1)
-    elif not isinstance(part, str):
-        raise InputError(f"a part of a turn must be text or Tiles, not {type(part).__name__}")
-
-
-def _checked_question(question: str) -> str:
-    if not isinstance(question, str):
-        raise InputError(f"a question must be a string, not {type(question).__name__}")
-    return question
-
-
-def _check_integer(name: str, value: int, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise InputError(f"{name} must be an integer of at least {least}")
+    if not given or given[0].role != "system":
+        given.insert(0, Turn("system", (SYSTEM,)))
+    roles = [turn.role for turn in given[1:]]
+    assert roles and roles[-1] == last
+    assert all(role == ("user", "assistant")[i % 2] for i, role in enumerate(roles))
+    return given

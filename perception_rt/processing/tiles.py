@@ -7,10 +7,9 @@ Legend: n tiles, S tile side in pixels.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from perception_rt.processing.image import (
     decode_image,
     resize_image,
 )
+from perception_rt.records import Record, check_choice, check_integer
 
 TileMode: TypeAlias = Literal["vanilla", "thumb+tile"]
 
@@ -33,7 +33,7 @@ _MAX_PIXELS = 2**27  # of all tiles or frames of one image or video together, 3 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TileSpec:
+class TileSpec(Record):
     """How a language model wants images and videos. The released models use the defaults at 448.
 
     Attributes:
@@ -54,15 +54,12 @@ class TileSpec:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+    record_name: ClassVar[str] = "image"
+
     def __post_init__(self) -> None:
         for name, most in _MOST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise InputError(
-                    f"image.{name} must be an integer from 1 to {most}, not {_named(value)}"
-                )
-        if not isinstance(self.mode, str) or self.mode not in get_args(TileMode):
-            raise InputError(f"image.mode must be one of {list(get_args(TileMode))}")
+            check_integer(f"image.{name}", getattr(self, name), 1, most)
+        check_choice("image.mode", self.mode, get_args(TileMode))
         pixels = self.tile_size**2 * max(self.max_tiles + 1, self.max_frames)
         if pixels > _MAX_PIXELS:
             raise InputError(
@@ -83,31 +80,6 @@ class TileSpec:
             mean=self.mean,
             std=self.std,
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Strict inverse of `to_dict`; InputError names unknown, missing and mistyped keys."""
-        if not isinstance(data, Mapping):
-            raise InputError(f"image must be an object, not {type(data).__name__}")
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(str(key) for key in data if key not in known)
-        if unknown:
-            raise InputError(f"image: unknown keys {unknown}; known are {sorted(known)}")
-        if "tile_size" not in data:
-            raise InputError("image: missing keys ['tile_size']")
-        return cls(**data)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; tuples become lists."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _named(value: object) -> str:
-    """An argument in words: a plain number as it is, anything else by its type."""
-    if type(value) is int and value.bit_length() > 64:
-        return f"one of {value.bit_length()} bits"
-    return repr(value) if type(value) in (bool, int, float) else f"a {type(value).__name__}"
 
 
 def load_tiles(
@@ -140,10 +112,7 @@ def load_tiles(
     """
     if max_tiles is None:
         max_tiles = spec.max_tiles
-    elif type(max_tiles) is not int or not 0 <= max_tiles <= spec.max_tiles:
-        raise InputError(
-            f"max_tiles must be an integer from 0 to {spec.max_tiles}, not {_named(max_tiles)}"
-        )
+    check_integer("max_tiles", max_tiles, 0, spec.max_tiles)
     image = decode_image(source, limits=limits)
     thumbnail = resize_image(image, spec.tile)
     if spec.mode == "vanilla" or max_tiles == 0:
@@ -183,9 +152,7 @@ def choose_canvas(width: int, height: int, *, tile_size: int, max_tiles: int) ->
     """
     sizes = {"width": width, "height": height, "tile_size": tile_size, "max_tiles": max_tiles}
     for name, value in sizes.items():
-        most = _MOST.get(name, 2**31)
-        if type(value) is not int or not 1 <= value <= most:
-            raise InputError(f"{name} must be an integer from 1 to {most}, not {_named(value)}")
+        check_integer(name, value, 1, _MOST.get(name, 2**31))
     best, best_side = None, -1
     for canvases in _canvases(max_tiles).values():
         for canvas in canvases:

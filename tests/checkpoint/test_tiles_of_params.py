@@ -35,7 +35,7 @@ def test_without_a_file_too(tmp_path: Path) -> None:
     [
         ({"vision_input_type": "square"}, "image.mode must be one of"),
         ({"max_num_tiles": 0}, "image.max_tiles must be an integer from 1 to 1024, not 0"),
-        ({"max_video_frames": "32"}, "image.max_frames must be an integer"),
+        ({"max_video_frames": "32"}, "image.max_frames must be int, not"),
     ],
 )
 def test_a_setting_that_is_not_usable_is_named(tmp_path: Path, data: dict, message: str) -> None:

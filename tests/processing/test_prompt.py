@@ -16,7 +16,6 @@ from tokenizer_files import ALL, LLAMA_WORD, NUM_RANKS, SPELLINGS, ranks, tokeni
 
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS
-from perception_rt.processing import prompt as prompt_module
 from perception_rt.processing.llm_tokenizer import Tokenizer
 from perception_rt.processing.llm_vocabulary import LLAMA_SPECIALS, byte_vocabulary
 from perception_rt.processing.prompt import (
@@ -24,8 +23,8 @@ from perception_rt.processing.prompt import (
     Tiles,
     Turn,
     encode_prompt,
-    generation_prompt,
     place_media,
+    reference_content,
 )
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "prompts.json").read_text())
@@ -83,6 +82,20 @@ def reference_ids(text):
     return encoding.encode(text, allowed_special="all", disallowed_special=())
 
 
+def reference_text(question, num_tiles, tokens_per_tile):
+    """The text that the reference makes of a question; control tokens look like any text in it."""
+    parts = reference_content(question, num_tiles)
+    content = "".join(
+        "<|image|>" * (part.count * tokens_per_tile) if isinstance(part, Tiles) else part
+        for part in parts
+    )
+    return (
+        f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
+        f"<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
 def test_the_sentence_of_the_system_is_the_one_of_the_training():
     assert len(SYSTEM) == 186
     assert hashlib.sha256(SYSTEM.encode()).hexdigest() == SYSTEM_SHA256
@@ -91,13 +104,13 @@ def test_the_sentence_of_the_system_is_the_one_of_the_training():
 @pytest.mark.parametrize("case", GOLDEN, ids=[case["question"] for case in GOLDEN])
 def test_equals_the_reference(case):
     arguments = case["question"], case["num_tiles"], case["tokens_per_tile"]
-    assert generation_prompt(*arguments) == case["prompt"]
+    assert reference_text(*arguments) == case["prompt"]
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=[case["question"] for case in GOLDEN])
 def test_ids_equal_those_of_the_reference(case):
     # `place_media` refuses the golden question with two marks for one tile.
-    content = prompt_module._reference_parts(case["question"], case["num_tiles"])
+    content = reference_content(case["question"], case["num_tiles"])
     prompt = encode_prompt(LLAMA, [Turn("user", content)], case["tokens_per_tile"])
     assert prompt.ids.dtype == np.int64
     assert prompt.ids.tolist() == reference_ids(case["prompt"])
@@ -111,7 +124,7 @@ def test_ids_equal_those_of_the_reference(case):
 def test_ids_of_a_question_equal_those_of_its_text(parts, num_tiles, tokens_per_tile):
     """Ours are the reference's wherever marks and images agree in number."""
     question = "".join(parts)
-    text = generation_prompt(question, num_tiles, tokens_per_tile)
+    text = reference_text(question, num_tiles, tokens_per_tile)
     assert text.count("<|image|>") == num_tiles * tokens_per_tile
     marks = re.findall("<image>|<video>", question)
     if num_tiles == 0:
@@ -259,44 +272,22 @@ def test_where_media_go(question, tiles, content):
     ("<video><video>", [2], "has 2 .* for 1"),
     ("<image>", [1, 1], "has 1 .* for 2"),
     ("<image><video><image>", [4, 1], "has 3 .* for 2"),
-    (b"a", [1], "must be a string"),
-    ("a", [0], "at least 1"),
-    ("a", [1, True], "at least 1"),
 ])  # fmt: skip
 def test_marks_that_do_not_fit(question, tiles, words):
     with pytest.raises(InputError, match=words):
         place_media(question, tiles)
 
 
-@pytest.mark.parametrize(("turns", "words"), [
-    ([], "last turn must be the user's"),
-    ([Turn("system", ("a",))], "last turn must be the user's"),
-    ([USER, ASSISTANT], "last turn must be the user's"),
-    ([ASSISTANT, USER], "turn 0 must be the user's, not that of 'assistant'"),
-    ([USER, USER], "turn 1 must be the assistant's, not that of 'user'"),
-    ([Turn("system", ("a",)), USER, USER], "turn 2 must be the assistant's"),
-    ([USER, Turn("system", ("a",)), USER], "turn 1 must be the assistant's"),
-    ([Turn("tool", ("a",))], "not that of 'tool'"),
-    ([Turn("system", (Tiles(1),)), USER], "not to the system's"),
-    ([USER, Turn("assistant", (Tiles(1),)), USER], "not to the assistant's"),
-    ([Turn("user", (Tiles(0),))], "tiles must be an integer of at least 1"),
-    ([Turn("user", (Tiles(1.0),))], "tiles must be an integer"),
-    ([Turn("user", (b"a",))], "text or Tiles, not bytes"),
-    ([Turn("user", "a")], "must be a tuple, not str"),
-    (["a"], "must be a Turn, not str"),
+@pytest.mark.parametrize("turns", [
+    [],
+    [Turn("system", ("a",))],
+    [USER, ASSISTANT],
+    [ASSISTANT, USER],
+    [USER, USER],
+    [Turn("system", ("a",)), USER, USER],
+    [USER, Turn("system", ("a",)), USER],
+    [Turn("tool", ("a",))],
 ])  # fmt: skip
-def test_turns_are_checked(turns, words):
-    with pytest.raises(InputError, match=words):
+def test_turns_out_of_order_are_a_mistake_of_ours(turns):
+    with pytest.raises(AssertionError):
         encode_prompt(LLAMA, turns, 1)
-
-
-def test_numbers_are_checked():
-    for tokens in (0, -1, True, 2.0, None):
-        with pytest.raises(InputError, match="tokens_per_tile must be"):
-            encode_prompt(LLAMA, [USER], tokens)
-        with pytest.raises(InputError, match="tokens_per_tile must be"):
-            generation_prompt("a", 1, tokens)
-    with pytest.raises(InputError, match="num_tiles must be"):
-        generation_prompt("a", -1, 1)
-    with pytest.raises(InputError, match="must be a string"):
-        generation_prompt(None, 1, 1)

@@ -6,7 +6,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizer_files import ALL, tokenizer_of
 
-from perception_rt.errors import InputError
 from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
 from perception_rt.processing.prompt import (
     SYSTEM,
@@ -96,16 +95,15 @@ def test_a_system_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("turns", "message"),
+    "turns",
     [
-        ([], "the last turn must be the assistant's"),
-        ([QUESTION], "the last turn must be the assistant's"),
-        ([Turn("system", ("a",))], "the last turn must be the assistant's"),
-        ([ANSWER], "turn 0 must be the user's"),
-        ([QUESTION, ANSWER, ANSWER], "turn 2 must be the user's"),
-        ([QUESTION, Turn("assistant", (Tiles(1),))], "images belong to the user's turns"),
+        [],
+        [QUESTION],
+        [Turn("system", ("a",))],
+        [ANSWER],
+        [QUESTION, ANSWER, ANSWER],
     ],
 )
-def test_turns_out_of_place_are_refused(turns, message):
-    with pytest.raises(InputError, match=message):
+def test_turns_out_of_order_are_a_mistake_of_ours(turns):
+    with pytest.raises(AssertionError):
         encode_transcript(BYTES, turns, 1)

@@ -1,0 +1,105 @@
+"""Strict checks of values from users and files, and records that are read from plain values."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
+
+from perception_rt.errors import InputError, describe
+
+INTEGER_BOUND = 2**63
+_MAX_NUMBER = 2**24  # in a record; the released models stay below 2**17
+
+
+def check_integer(name: str, value: object, least: int, most: int = INTEGER_BOUND - 1) -> None:
+    """Raises InputError unless a value is an integer (not a bool) from `least` to `most`."""
+    if type(value) is not int or not least <= value <= most:
+        bounds = f"of at least {least}" if most == INTEGER_BOUND - 1 else f"from {least} to {most}"
+        raise InputError(f"{name} must be an integer {bounds}, not {describe(value)}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raises InputError unless a value is one of `choices`, of the same type."""
+    known = list(choices)
+    if not any(type(value) is type(choice) and value == choice for choice in known):
+        shown = f"{value!r:.60}" if isinstance(value, str) else describe(value)
+        raise InputError(f"{name} must be one of {known}, not {shown}")
+
+
+def check_value(name: str, value: Any, declared: Any, most: float = INTEGER_BOUND) -> Any:
+    """Checks a plain value against the annotation of a record's field.
+
+    Args:
+        name: the field's name, for errors.
+        value: an int is accepted for a float, and a list for a tuple.
+        declared: bool, int, float, str, None, a union of these, a Literal or a tuple.
+        most: bound on the magnitude of a number.
+
+    Returns:
+        The value, of the declared type.
+
+    Raises:
+        InputError: names the field, and the value or its type.
+    """
+    origin, arguments = get_origin(declared), get_args(declared)
+    if origin is Literal:
+        check_choice(name, value, arguments)
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            raise InputError(
+                f"{name} must be a list of {len(arguments)} numbers, not {describe(value)}"
+            )
+        return tuple(
+            check_value(f"{name}[{index}]", item, kind, most)
+            for index, (item, kind) in enumerate(zip(value, arguments, strict=True))
+        )
+    options = arguments if origin in (Union, UnionType) else (declared,)
+    accepted = (*options, int) if float in options else options
+    if type(value) not in accepted:
+        names = " or ".join("null" if o is NoneType else o.__name__ for o in options)
+        raise InputError(f"{name} must be {names}, not {type(value).__name__}")
+    if type(value) in (int, float) and not abs(value) <= most:  # neither is NaN
+        raise InputError(f"{name} must be a number of at most {most:g}")
+    return float(value) if type(value) is int and int not in options else value
+
+
+class Record:
+    """A frozen dataclass that converts strictly from and to a dictionary of plain JSON values."""
+
+    __slots__ = ()
+    record_name: ClassVar[str] = "config"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str | None = None) -> Self:
+        """Builds the record from plain values.
+
+        Args:
+            data: a value for each field that has no default; lists for tuples.
+            where: name of the record in errors; None for `record_name`.
+
+        Raises:
+            InputError: names unknown, missing and mistyped keys.
+        """
+        where = where or cls.record_name
+        if not isinstance(data, Mapping):
+            raise InputError(f"{where} must be an object, not {type(data).__name__}")
+        known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(str(key) for key in data if key not in known)
+        if unknown:
+            raise InputError(f"{where}: unknown keys {unknown}; known are {sorted(known)}")
+        missing = sorted(n for n, f in known.items() if f.default is MISSING and n not in data)
+        if missing:
+            raise InputError(f"{where}: missing keys {missing}")
+        return cls(
+            **{
+                name: check_value(f"{where}.{name}", data[name], field.type, _MAX_NUMBER)
+                for name, field in known.items()
+                if name in data
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; tuples become lists."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
