@@ -25,8 +25,8 @@ from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec
 from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
 from perception_rt.processing.video import VideoSource, load_video
+from perception_rt.records import check_integer
 from perception_rt.runtime.load_options import LoadOptions, open_model
-from perception_rt.runtime.request import check_integer
 from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
 
 Array = NDArray[Any]

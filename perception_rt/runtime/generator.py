@@ -18,6 +18,7 @@ from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSource
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.processing.video import VideoSource
+from perception_rt.records import check_integer
 from perception_rt.runtime.generation.handle import Handle
 from perception_rt.runtime.generation.pipeline import open_pipeline
 from perception_rt.runtime.generation.request_state import RequestState
@@ -34,7 +35,6 @@ from perception_rt.runtime.request import (
     RequestOptions,
     Result,
     Score,
-    check_integer,
     check_list,
 )
 from perception_rt.runtime.session import AUTO, LoadedModel

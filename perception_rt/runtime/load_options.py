@@ -11,7 +11,7 @@ from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.contract import ENGINE_SEQUENCES
 from perception_rt.package.reader import Package, open_package
 from perception_rt.package.trust import is_remembered
-from perception_rt.runtime.request import check_integer
+from perception_rt.records import check_integer
 from perception_rt.runtime.session import AUTO, check_backends
 
 MAX_THREADS = 1024

@@ -18,12 +18,11 @@ from perception_rt.limits import Limits
 from perception_rt.processing.boxes import Box, parse_boxes
 from perception_rt.processing.image import ImageSource
 from perception_rt.processing.video import VideoSource
+from perception_rt.records import INTEGER_BOUND, check_integer
 
 Array = np.ndarray[Any, Any]
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 Phase = Literal["vision", "prefill", "decode"]
-
-_INT_BOUND = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +275,7 @@ def check_request(
             raise InputError("top_p must be above 0")
     for name, least, most in (
         ("top_k", 1, vocab_size),
-        ("seed", 0, _INT_BOUND - 1),
+        ("seed", 0, INTEGER_BOUND - 1),
         ("max_tiles", 0, max_tiles),
         ("num_frames", 1, max_frames),
     ):
@@ -291,13 +290,6 @@ def check_request(
     _check_lookup(request, vocab_size, max_length)
     if request.on_progress is not None and not callable(request.on_progress):
         raise InputError(f"on_progress must be callable, not {describe(request.on_progress)}")
-
-
-def check_integer(name: str, value: object, least: int, most: int = _INT_BOUND - 1) -> None:
-    """InputError unless a value is an integer, not a bool, and within bounds."""
-    if type(value) is not int or not least <= value <= most:
-        bounds = f"of at least {least}" if most == _INT_BOUND - 1 else f"from {least} to {most}"
-        raise InputError(f"{name} must be an integer {bounds}, not {describe(value)}")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -378,7 +370,7 @@ def _check_stop(stop: object, limits: Limits) -> None:
 def _check_number(name: str, value: object, least: float, most: float) -> None:
     """InputError unless a value is a finite int or float, not a bool, and within bounds."""
     fits = type(value) is float and math.isfinite(value)
-    fits = fits or (type(value) is int and abs(value) < _INT_BOUND)
+    fits = fits or (type(value) is int and abs(value) < INTEGER_BOUND)
     if not fits or not least <= value <= most:  # type: ignore[operator]
         bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
         raise InputError(f"{name} must be a finite number {bounds}, not {describe(value)}")

@@ -30,6 +30,7 @@ from perception_rt.processing.prompt import (
 )
 from perception_rt.processing.tiles import TileSpec, load_tiles
 from perception_rt.processing.video import VideoSource, load_frames
+from perception_rt.records import check_integer
 from perception_rt.runtime.cache.feature_cache import feature_key
 from perception_rt.runtime.generation.detokenizer import TextStream
 from perception_rt.runtime.generation.prompt_lookup import PromptLookup
@@ -39,7 +40,6 @@ from perception_rt.runtime.request import (
     Exchange,
     Request,
     check_ids,
-    check_integer,
     check_request,
 )
 
