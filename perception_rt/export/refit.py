@@ -23,6 +23,7 @@ from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
+from perception_rt.targets import ONNX
 
 Report = Callable[[str], None]
 
@@ -74,6 +75,11 @@ def plan_of(package: Package) -> ExportPlan | PlmPlan:
     """The plan that a package was exported by; PackageError if there can be no such plan."""
     content = package.manifest.content
     options = content.target.options
+    if any(spec.backend is not None or spec.kind != ONNX for spec in content.graphs.values()):
+        raise PackageError(
+            f"package {package.name!r} has graphs for several backends or in other formats than "
+            "ONNX, which cannot be refitted: export it again"
+        )
     try:
         common: dict[str, Any] = {
             "name": content.name,

@@ -15,6 +15,7 @@ import perception_rt as prt
 from perception_rt import targets
 from perception_rt.cli import report
 from perception_rt.errors import InputError, PackageError
+from perception_rt.export import refit
 from perception_rt.package import contract
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import Package, open_package, read_manifest, verify_package
@@ -213,6 +214,17 @@ def test_inspect_and_doctor_name_backends_and_kinds(repack: Repack) -> None:
     assert line.startswith("graph       features by native of kind native-weights: images uint8")
     notes = report.lint(package)
     assert "backend native is not known to this version" in notes
+
+
+@pytest.mark.parametrize("change", [{"backend": "reference"}, {"kind": NATIVE_KIND}])
+def test_a_package_of_several_backends_is_not_refitted(
+    repack: Repack, change: dict[str, Any]
+) -> None:
+    with (
+        open_package(repack("pe", {contract.FEATURES: change})) as package,
+        pytest.raises(PackageError, match="graphs for several backends or in other formats"),
+    ):
+        refit.plan_of(package)
 
 
 def test_old_packages_name_no_backend_of_a_graph() -> None:
