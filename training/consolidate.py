@@ -1,7 +1,8 @@
-"""`python training/consolidate.py CHECKPOINT OUT`: what `perception-export --checkpoint` reads.
+"""Makes an exportable folder: `python training/consolidate.py CHECKPOINT OUT`.
 
-CHECKPOINT is a checkpoint's folder, or a run's, whose last checkpoint is taken. One process does
-it, whatever number of ranks has saved it; the optimizer's moments are not read.
+CHECKPOINT is a checkpoint's folder, or a run's folder, which stands for its last checkpoint. OUT
+can be passed to `perception-export --checkpoint`. Runs in one process, whatever number of ranks
+saved the checkpoint; the optimizer's moments are not read.
 """
 
 import argparse
@@ -27,18 +28,18 @@ def consolidate(path: Path, out: Path) -> Path:
     """Writes the weights of a checkpoint, or of a run's last one, into a folder.
 
     Returns:
-        The checkpoint.
+        The folder of the checkpoint.
 
     Raises:
         InputError: there is no checkpoint, or `out` is in use.
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     folder = find_checkpoint(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder")
     verify(folder)
     config = read_recipe_of(folder)
-    if hasattr(config, "init"):  # where weights once came from may be gone
+    if hasattr(config, "init"):  # the initial checkpoint may be gone by now
         config = dataclasses.replace(config, init=InitConfig())
     task = make_task(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def consolidate(path: Path, out: Path) -> Path:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint, under the names of checkpoints."""
+    """All weights of a checkpoint by parameter name."""
     reader = HuggingFaceStorageReader(str(folder))
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -60,10 +61,12 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Consolidates one checkpoint; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Makes an exportable folder of a checkpoint.")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's")
-    parser.add_argument("out", type=Path, help="a new or empty folder")
+    """Consolidates one checkpoint and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Makes a folder for `perception-export --checkpoint` from a checkpoint."
+    )
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint or of a run")
+    parser.add_argument("out", type=Path, help="new or empty folder to write")
     options = parser.parse_args(arguments)
     try:
         folder = consolidate(options.checkpoint, options.out)

@@ -1,7 +1,7 @@
 """The process group of a run: one process, or the ranks that torchrun started.
 
-The only module that reads torchrun's environment. A single process is a group of one, so that
-sharding and checkpoints are the same code everywhere.
+Only this module reads torchrun's environment variables. A single process forms a group of one, so
+sharding and checkpoints use the same code everywhere.
 """
 
 import os
@@ -19,21 +19,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from perception_rt.errors import InputError
 from training.recipe.schema import ParallelConfig
 
-_TIMEOUT = timedelta(minutes=10)  # of a message: the other ranks may be saving or reading
+_TIMEOUT = timedelta(minutes=10)  # per collective: another rank may be saving or reading data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """This process's place.
+    """The place of this process in the run.
 
     Attributes:
-        rank: of the data: ranks of one tensor-parallel group have the same.
-        ranks: that data is spread over.
-        tensor_rank: among the processes that share each layer, and so their data.
-        processes: of the run.
-        device: what this process computes on.
-        fair_threads: of the machine's cores, this process's share.
-        control: group of all processes for small values in host memory; None for the default one.
+        rank: data rank; equal for all processes of one tensor-parallel group.
+        ranks: number of data ranks.
+        tensor_rank: rank among the processes that share each layer, and therefore their data.
+        processes: number of processes.
+        device: device to compute on.
+        fair_threads: this process's share of the machine's CPU cores.
+        control: process group for small CPU tensors; None if the default group handles them.
         is_main: whether this process writes files and prints.
     """
 
@@ -49,18 +49,18 @@ class Group:
 
 @contextmanager
 def process_group(device: str = "auto", tensor: int = 1) -> Iterator[Group]:
-    """Joins the group that torchrun set up, or makes a group of one.
+    """Joins the group that torchrun set up, or makes a group of one process.
 
     Args:
         device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
-        tensor: processes that share each layer, and so their data.
+        tensor: number of processes that share each layer.
 
     Raises:
-        InputError: there is no GPU, or the processes cannot be divided so.
+        InputError: there is no GPU, or `tensor` does not divide the number of processes.
     """
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
-        raise InputError("run.device is cuda, and torch finds no GPU")
+        raise InputError("run.device is cuda, but torch finds no GPU; use run.device=cpu")
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else None
     if here is not None:
         torch.cuda.set_device(here)
@@ -79,7 +79,7 @@ def process_group(device: str = "auto", tensor: int = 1) -> Iterator[Group]:
             tensor_rank=rank % tensor,
             processes=processes,
             device=here or torch.device("cpu"),
-            fair_threads=max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+            fair_threads=max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
             control=dist.new_group(backend="gloo", timeout=_TIMEOUT) if cuda else None,
             is_main=rank == 0,
         )
@@ -87,20 +87,21 @@ def process_group(device: str = "auto", tensor: int = 1) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _cores() -> int:
-    """That this process may run on."""
+def available_cores() -> int:
+    """Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def build_mesh(config: ParallelConfig, group: Group) -> DeviceMesh:
-    """The processes as a grid: `replicate` and `tensor`, where they are more than one, and `shard`.
+    """Arranges the processes as a grid with the dimensions `replicate`, `shard` and `tensor`.
 
-    Processes that share layers are neighbours, and so are those that share weights.
+    Dimensions of size 1 are left out, except `shard`. Neighbouring processes share layers, then
+    weights.
 
     Raises:
-        InputError: the processes cannot be divided so.
+        InputError: the number of processes does not fit the recipe.
     """
     shard = {"replicate": 1, "shard": group.ranks, "hybrid": config.shard_ranks}[config.mode]
     if group.ranks % shard:
@@ -114,9 +115,9 @@ def build_mesh(config: ParallelConfig, group: Group) -> DeviceMesh:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
-    """Replaces every gradient by its mean over processes, in one message per dtype.
+    """Averages every gradient over processes, with one all-reduce per dtype.
 
-    A parameter without a gradient has one of zeros: others may have used it.
+    A missing gradient counts as zeros, since other processes may have one.
     """
     if group.processes == 1:
         return
@@ -134,13 +135,10 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
 
 
 def total(value: Tensor, group: Group) -> Tensor:
-    """The sum of a tensor, on any device, over the ranks that data is spread over.
-
-    Called by all processes.
-    """
+    """Sums a tensor over the data ranks. All processes call it with a tensor on any device."""
     summed = value.detach().clone()
     if group.tensor_rank > 0:
-        summed.zero_()  # the others that share these layers have the same
+        summed.zero_()  # ranks that share layers hold the same value; it counts once
     if group.processes > 1:
         dist.all_reduce(summed, group=group.control if summed.device.type == "cpu" else None)
     return summed

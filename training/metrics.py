@@ -1,7 +1,7 @@
-"""A run's record: JSON lines in a file, progress lines on the screen, TensorBoard on demand.
+"""Writes a run's metrics: JSON lines in a file, progress lines on the screen, optional TensorBoard.
 
-What depends on the clock or on the machine is in the fields `CLOCK` names and those that end with
-`_per_s`; all else is the same whenever a run is repeated.
+Values that depend on the clock or the machine are named in `CLOCK` or end with `_per_s`. All other
+values are the same whenever a run is repeated.
 """
 
 import json
@@ -23,23 +23,23 @@ from training.atomic_files import write_text
 from training.distributed import Group
 from training.planning.flops import Work, step_flops
 from training.recipe.schema import TrainConfig
-from training.tasks.task import Micro
+from training.tasks.task import MicroBatch
 
 CLOCK = frozenset({"mfu", "memory_gib", "elapsed_s", "remaining_s"})
 _DURATIONS = ("elapsed_s", "remaining_s")
 
 
 class MetricsLog:
-    """Appends events to a JSONL file and prints them. Every event has its step.
+    """Appends events to a JSONL file and prints them.
 
     Args:
-        path: the file; events after `step` are dropped, since a resumed run repeats them.
-        step: steps that are already done.
-        screen: where progress lines go.
-        tensorboard: write TensorBoard's events too, into a folder of that name beside the file.
+        path: JSONL file. Events after `step` are dropped, since a resumed run repeats them.
+        step: number of steps that are already done.
+        screen: stream for progress lines.
+        tensorboard: also write TensorBoard events, into a folder `tensorboard` beside the file.
 
     Raises:
-        InputError: TensorBoard is wanted and not installed.
+        InputError: `tensorboard` is set but not installed.
     """
 
     def __init__(self, path: Path, *, step: int, screen: TextIO, tensorboard: bool = False) -> None:
@@ -50,7 +50,7 @@ class MetricsLog:
         self.screen = screen
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Records one event; `step` counts finished steps."""
+        """Records one event; `step` is the number of finished steps."""
         event = {"kind": kind, "step": step, **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
@@ -63,12 +63,12 @@ class MetricsLog:
 
 
 class Meter:
-    """What a rank has computed since the last progress line, and how fast.
+    """Measures throughput, memory and time since the last progress line.
 
     Args:
         config: the recipe.
-        model: what is trained.
-        group: this process's place; rates are of all ranks, taken to be like this one.
+        model: the trained module.
+        group: this process's place. Rates cover all ranks, assuming that they all work alike.
     """
 
     def __init__(self, config: TrainConfig, model: nn.Module, group: Group) -> None:
@@ -78,8 +78,8 @@ class Meter:
         self._began = time.monotonic()
         self._clear()
 
-    def add(self, parts: Sequence[Micro], seconds: float) -> None:
-        """One step."""
+    def add(self, parts: Sequence[MicroBatch], seconds: float) -> None:
+        """Adds one step that took `seconds`."""
         for part in parts:
             self._counts.update(part.counts)
             self._weight += part.weight
@@ -87,7 +87,11 @@ class Meter:
         self._steps += 1
 
     def figures(self, done: int) -> dict[str, float]:
-        """Rates, memory and time since the last call, after `done` steps of the run."""
+        """Returns rates, memory in GiB and times in seconds since the last call.
+
+        Args:
+            done: number of finished steps.
+        """
         ranks = self._group.ranks
         rates = {f"{name}_per_s": n * ranks / self._seconds for name, n in self._counts.items()}
         left = self._config.schedule.steps - done
@@ -106,9 +110,9 @@ class Meter:
         self._steps = 0
 
     def _utilisation(self) -> dict[str, float]:
-        """The share of a device's peak that the model's own arithmetic is, if that is known.
+        """Model FLOPs utilisation, from 0 to 1; empty if the peak or the model's FLOPs are unknown.
 
-        Documents are taken to be of their mean length.
+        All documents are assumed to have their mean length.
         """
         peak, tokens = self._config.run.peak_tflops, self._counts["tokens"]
         if peak is None or not isinstance(self._model, PerceptionLM):
@@ -125,7 +129,7 @@ class Meter:
 
 
 def _lines_up_to(step: int, path: Path) -> list[str]:
-    """The events of a record up to a step. Who was killed may have left half a line at its end."""
+    """Events up to a step. A killed run may have left half a line at the end; it is dropped."""
     kept = []
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
@@ -138,7 +142,7 @@ def _lines_up_to(step: int, path: Path) -> list[str]:
 
 
 def _peak_memory() -> int:
-    """Bytes: on a GPU what torch has had at most, elsewhere what the process has had."""
+    """Peak bytes: allocated by torch on a GPU, resident in the process otherwise."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -146,7 +150,7 @@ def _peak_memory() -> int:
 
 
 def _shown(name: str, value: float) -> str:
-    """A value as people read it; a duration as hours, minutes and seconds."""
+    """Formats a value for the screen; durations as hours:minutes:seconds."""
     return str(timedelta(seconds=round(value))) if name in _DURATIONS else f"{value:.5g}"
 
 

@@ -1,4 +1,4 @@
-"""AdamW over groups of parameters, and the learning rate as a pure function of the step."""
+"""AdamW with parameter groups, and the learning rate schedule."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,14 +14,14 @@ from training.recipe.schema import OptimConfig, ScheduleConfig
 def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and none on norms, biases, gains and scalars.
+    """Creates AdamW with weight decay on matrices only, not on norms, biases, gains or scalars.
 
     Args:
-        parameters: names and parameters; those that need no gradient are left out.
-        config: the recipe's. Each group has an `lr_scale`, for `set_learning_rate`.
+        parameters: names and parameters; frozen parameters are skipped.
+        config: the recipe's section `optim`. Each group stores its factor as `lr_scale`.
 
     Raises:
-        InputError: a name in `lr_scales` is the beginning of no trained parameter's.
+        InputError: a prefix in `lr_scales` matches no trained parameter.
     """
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     for prefix in config.lr_scales:
@@ -30,7 +30,7 @@ def build_optimizer(
     groups: dict[tuple[float, float, Any], list[nn.Parameter]] = {}
     for name, parameter in trained:
         decay = config.weight_decay if decays(parameter) else 0.0
-        # One fused update takes parameters that are sharded alike.
+        # A fused update needs parameters on one device mesh.
         mesh = getattr(parameter, "device_mesh", None)
         groups.setdefault((lr_scale(name, config.lr_scales), decay, mesh), []).append(parameter)
     return torch.optim.AdamW(
@@ -46,24 +46,24 @@ def build_optimizer(
 
 
 def lr_scale(name: str, scales: Mapping[str, float]) -> float:
-    """The factor on a parameter's learning rate: that of the longest prefix of its name."""
+    """Returns a parameter's learning rate factor: the one of its longest matching prefix, or 1."""
     fitting = [prefix for prefix in scales if name.startswith(prefix)]
     return scales[max(fitting, key=len)] if fitting else 1.0
 
 
 def decays(parameter: Tensor) -> bool:
-    """Whether weight decay acts on a parameter: whatever is a vector or a scalar is exempt."""
+    """Whether weight decay applies to a parameter: to matrices, not to vectors or scalars."""
     return parameter.ndim >= 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of every group, scaled by the group's own factor."""
+    """Sets the learning rate of every group to `lr` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def learning_rate(step: int, peak: float, config: ScheduleConfig) -> float:
-    """The rate of `step`, counted from 0: linear up to `peak`, then cosine down."""
+    """Returns the learning rate of `step`, counted from 0: linear warm-up, then cosine decay."""
     if step < config.warmup:
         return peak * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)

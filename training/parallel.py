@@ -1,12 +1,12 @@
-"""How a learner is spread over ranks and computed: sharding, precision, recomputation, compiling.
+"""Distributes a learner over ranks and sets its precision, recomputation and compilation.
 
-A learner comes on the meta device and leaves with storage, so that no rank ever holds more than
-its share. Each block of a tower or a decoder is a unit: what is sharded is gathered for a block at
-a time, what is computed again is a block, and what is compiled is a block.
+A learner arrives on the meta device and leaves with storage, so that no rank ever holds more than
+its share. Every block of a tower or decoder is one unit of sharding, recomputation and compilation.
 
-In float32, mode `replicate` is plain tensors, whose gradients are averaged in one message per
-step. All else is FSDP2, bf16 in mode `replicate` too, as shards in groups of one: weights, sums
-of gradients and moments stay float32, and a block is computed in a bf16 copy of its weights.
+In float32, mode `replicate` uses plain tensors, whose gradients are averaged in one message per
+step. Everything else uses FSDP2, also bf16 in mode `replicate`, with shard groups of one rank:
+weights, gradient sums and moments stay float32, and a block computes with a bf16 copy of its
+weights.
 """
 
 import math
@@ -53,31 +53,31 @@ _PRODUCTS = frozenset(
 
 
 def prepare(learner: Learner, config: ParallelConfig, group: Group) -> None:
-    """Readies a learner that is on the meta device, in place; its storage is uninitialised.
+    """Prepares a learner on the meta device for training, in place; its storage is uninitialised.
 
     Raises:
-        InputError: the ranks, or the model's heads, cannot be divided as the recipe says.
+        InputError: the number of ranks, or of the model's heads, does not fit the recipe.
     """
     sharded = config.mode != "replicate" or config.precision == "bf16" or config.tensor > 1
     mesh = build_mesh(config, group) if sharded else None
     blocks = [m for m in learner.modules() if isinstance(m, Block | DecoderLayer)]
     if mesh is not None and config.tensor > 1:
-        _split_layers(learner.model, mesh["tensor"])
+        split_layers(learner.model, mesh["tensor"])
     for block in blocks:
         if config.checkpointing != "none":
             _recompute(block, selective=config.checkpointing == "selective")
         if config.compile:
-            # The forward alone: what FSDP does around it must stay outside.
+            # Only the forward: FSDP's hooks must stay outside the compiled code.
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
     if mesh is not None:
         _shard(learner, blocks, config, mesh)
     learner.to_empty(device=group.device)
 
 
-def _split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
+def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     """Gives each rank some heads and some hidden channels of every decoder layer."""
     ranks = mesh.size()
-    assert isinstance(model, Decoder)  # other recipes have parallel.tensor 1
+    assert isinstance(model, Decoder)  # other recipes require parallel.tensor 1
     config = model.decoder_config
     for name in ("kv_heads", "ffn_dim"):
         if getattr(config, name) % ranks:
@@ -103,11 +103,11 @@ def _split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _recompute(block: nn.Module, *, selective: bool) -> None:
-    """Computes a block's activations again in the backward pass, all or all but the products."""
+    """Recomputes a block's activations in the backward pass; `selective` keeps matrix products."""
     settings: dict[str, Any] = {"use_reentrant": False}
     if selective:
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
-    # No wrapper, so that names of parameters stay.
+    # Not a wrapper module, which would rename the parameters.
     block.forward = partial(checkpoint, block.forward, **settings)  # type: ignore[method-assign]
 
 
@@ -119,9 +119,9 @@ def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoint
 def _shard(
     learner: Learner, blocks: Sequence[nn.Module], config: ParallelConfig, mesh: DeviceMesh
 ) -> None:
-    """Blocks one by one, then what is left with the learner, whose call gathers it."""
+    """Shards the blocks one by one, then the remaining parameters with the learner."""
     names = mesh.mesh_dim_names or ()
-    # Inputs are not cast: rotary tables stay float32, and what comes in meets bf16 weights first.
+    # Inputs are not cast: rotary tables must stay float32; other inputs meet bf16 weights first.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if config.precision == "bf16":
         policy = MixedPrecisionPolicy(
@@ -130,22 +130,22 @@ def _shard(
     settings: dict[str, Any] = {
         "mesh": mesh["replicate", "shard"] if "replicate" in names else mesh["shard"],
         "mp_policy": policy,
-        # A scalar cannot be sharded: every rank has it, and `clip_gradients` averages its gradient.
+        # A scalar cannot be sharded; every rank has it, and `clip_gradients` averages its gradient.
         "ignored_params": {p for p in learner.parameters() if p.ndim == 0},
     }
     for block in blocks:
         fully_shard(block, **settings)
     model = learner.model
     if isinstance(model, Decoder) and not model.decoder_config.weight_tying:
-        fully_shard(model.tok_embeddings, **settings)  # a tied one is wanted at the end as well
+        fully_shard(model.tok_embeddings, **settings)  # tied ones are also needed by the head
     fully_shard(learner, **settings)
 
 
 @torch.no_grad()
 def fill(model: nn.Module, initial: Callable[[str, torch.Size], Tensor]) -> None:
-    """Sets every parameter to its first value; one is in memory at a time.
+    """Sets every parameter to its initial value, one at a time.
 
-    Every rank makes all of it and keeps its share, so nothing is sent.
+    Every rank computes the whole value and keeps its share, so nothing is sent.
     """
     for name, parameter in model.named_parameters():
         value = initial(name, parameter.shape)
@@ -153,15 +153,15 @@ def fill(model: nn.Module, initial: Callable[[str, torch.Size], Tensor]) -> None
             mesh, placements = parameter.device_mesh, parameter.placements
             value = value.to(parameter.device)
             value = distribute_tensor(value, mesh, placements, src_data_rank=None).to_local()
-        _local(parameter).copy_(value)
+        local_part(parameter).copy_(value)
 
 
 @contextmanager
 def last_part(learner: Learner, last: bool) -> Iterator[None]:
-    """Gradients are exchanged between ranks after the last part of a batch only.
+    """Exchanges gradients between ranks only after the last part of a batch.
 
-    Until then, ranks of mode `shard` have a gradient of the whole model in float32; groups of
-    shards that are replicated have their sum, in shards.
+    Until then, a rank in mode `shard` holds the whole model's gradient in float32; replicated shard
+    groups hold their own sum, sharded.
     """
     if isinstance(learner, FSDPModule):
         learner.set_is_last_backward(last)
@@ -178,8 +178,8 @@ def _is_replicated(learner: nn.Module) -> bool:
 
 
 @contextmanager
-def whole(learner: Learner) -> Iterator[None]:
-    """Within it, parts of a learner's model can be called as well as the learner itself."""
+def unsharded(learner: Learner) -> Iterator[None]:
+    """Gathers the weights, so that parts of the model can be called within the block."""
     if not isinstance(learner, FSDPModule):
         yield
         return
@@ -194,20 +194,24 @@ def whole(learner: Learner) -> Iterator[None]:
 def clip_gradients(
     learner: Learner, trained: Sequence[nn.Parameter], config: TrainConfig, group: Group
 ) -> float:
-    """Averages gradients over ranks where sharding has not done it; clips; the norm before that."""
+    """Averages gradients that sharding has not averaged, then clips them.
+
+    Returns:
+        The global gradient norm before clipping, equal on all ranks.
+    """
     average_gradients((p for p in trained if not isinstance(p, DTensor)), group)
     grads = [p.grad for p in trained if p.grad is not None]
     norm = _global_norm(grads, group)
     factor = min(1.0, config.optim.clip / (norm + 1e-6))
     if factor < 1.0:
-        torch._foreach_mul_([_local(grad) for grad in grads], factor)
+        torch._foreach_mul_([local_part(grad) for grad in grads], factor)
     return norm
 
 
 def _global_norm(grads: Sequence[Tensor], group: Group) -> float:
     """The 2-norm of all gradients together, the same on every rank."""
-    norms = torch.stack(torch._foreach_norm([_local(grad) for grad in grads]))
-    # What several processes have alike counts once.
+    norms = torch.stack(torch._foreach_norm([local_part(grad) for grad in grads]))
+    # A gradient that several processes hold counts once.
     shares = [_shards(grad) / group.processes for grad in grads]
     squares = (norms**2 * norms.new_tensor(shares)).sum()
     if group.processes > 1:
@@ -216,13 +220,13 @@ def _global_norm(grads: Sequence[Tensor], group: Group) -> float:
 
 
 def _shards(tensor: Tensor) -> int:
-    """How many processes have different parts of a tensor; 1 for one that all have."""
+    """Number of processes that hold different parts of a tensor; 1 if all hold the same."""
     if not isinstance(tensor, DTensor):
         return 1
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
     return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

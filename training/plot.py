@@ -1,7 +1,7 @@
-"""`python training/plot.py RUN_DIR... [--out curves.png]`: draws the curves of runs as one picture.
+"""Draws training curves: `python training/plot.py RUN_DIR... [--out curves.png]`.
 
-One panel per figure: loss, learning rate and gradient norm of training, then whatever was
-evaluated; one line per run. Exits with 2 when there is nothing to draw.
+One panel each for loss, learning rate, gradient norm and every evaluated figure, with one line per
+run. Exits with 2 if there is nothing to draw.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from training.atomic_files import METRICS_FILE
 _TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
 _COLUMNS = 3
 _PANEL = (5.0, 3.2)  # inches
-# (panel's title) -> (steps, values)
+# panel title -> (steps, values)
 Curves = dict[str, tuple[list[int], list[float]]]
 
 
 def read_curves(run: Path) -> Curves:
-    """The curves of one run, by title, in the order of panels.
+    """Reads the curves of one run by panel title, in panel order.
 
     Raises:
-        InputError: the folder has no record, or one that is damaged.
+        InputError: the folder has no metrics, or they are damaged.
     """
     file = run / METRICS_FILE
     curves: Curves = {title: ([], []) for title in _TRAINING.values()}
@@ -47,7 +47,7 @@ def read_curves(run: Path) -> Curves:
 
 
 def _points(kind: str, event: Mapping[str, object]) -> list[tuple[str, float]]:
-    """What an event adds to which panels."""
+    """The (title, value) points that an event adds."""
     if kind == "train":
         titles = _TRAINING
     elif kind == "eval":
@@ -59,10 +59,14 @@ def _points(kind: str, event: Mapping[str, object]) -> list[tuple[str, float]]:
 
 
 def draw(runs: Mapping[str, Curves], out: Path) -> None:
-    """Draws runs, by the names for the legend, into a PNG file.
+    """Draws runs into a PNG file.
+
+    Args:
+        runs: curves by the run's name in the legend.
+        out: the PNG file.
 
     Raises:
-        InputError: there is nothing to draw, no matplotlib, or the file cannot be written.
+        InputError: there is nothing to draw, matplotlib is missing, or the file cannot be written.
     """
     titles = list(dict.fromkeys(title for curves in runs.values() for title in curves))
     if not titles:
@@ -90,10 +94,17 @@ def draw(runs: Mapping[str, Curves], out: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draws the runs of a command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Draws the curves of runs.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a run's out_dir")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture")
+    """Draws the runs of a command line and returns the exit status."""
+    parser = argparse.ArgumentParser(description="Draws the training curves of runs as a PNG.")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN_DIR", help="run.out_dir of a run"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("curves.png"),
+        help="PNG file to write (default: curves.png)",
+    )
     options = parser.parse_args(arguments)
     try:
         draw({str(run): read_curves(run) for run in options.runs}, options.out)

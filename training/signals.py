@@ -1,7 +1,7 @@
-"""Signals that ask a run to end: SIGTERM, and SIGUSR1 as batch systems send it before a limit.
+"""Turns SIGTERM and SIGUSR1 into a request to stop after the current step.
 
-The first one is noted, and the loop ends after its step; from then on signals do what they do by
-default, so a second one ends the process at once.
+Batch systems send SIGUSR1 shortly before a time limit. After the first signal the default handlers
+are back, so a second signal ends the process at once.
 """
 
 import signal
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(slots=True)
 class StopRequest:
-    """Whether this process was asked to end, and the name of the signal that did."""
+    """True once this process was asked to stop; `name` is the signal's name."""
 
     name: str | None = None
 
@@ -26,9 +26,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Notes signals in the block; the handlers from before are back after it.
+    """Records signals within the block and restores the previous handlers afterwards.
 
-    Outside the main thread, where Python allows no handlers, nothing is ever requested.
+    Does nothing outside the main thread, where Python allows no handlers.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""`torchrun training/train.py RECIPE.yaml [--set key=value ...]`, or `python` for one process.
+"""Trains a model: `torchrun training/train.py RECIPE.yaml [--set key=value ...]`.
 
-Reads the recipe, then trains; with `--plan`, says what that takes instead. Exits with 2 on a wrong
-recipe or option, with 1 on a failed run.
+Runs one process if started with `python` instead. With `--plan`, prints memory and time needs and
+does not train. Exits with 2 for a wrong recipe or option, with 1 if the run fails.
 """
 
 import argparse
@@ -23,28 +23,33 @@ except ModuleNotFoundError as error:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, as everything else is."""
+    """Reports a wrong command line in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one recipe; returns the exit status."""
-    parser = _Parser(description="Trains a PE or a PLM by a recipe.")
+    """Runs the recipe of a command line and returns the exit status."""
+    parser = _Parser(description="Trains a PE or PLM as its recipe says.")
     parser.add_argument("recipe", type=Path, help="YAML file; training/configs has examples")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="overrides one setting, for example optim.lr=0.001; repeatable",
+        help="override one setting, for example optim.lr=0.001; repeatable",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="says what the recipe needs, and does not train"
+        "--plan", action="store_true", help="print memory and time needs, and do not train"
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[8, 64], metavar="N", help="GPUs to plan for"
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[8, 64],
+        metavar="N",
+        help="numbers of GPUs to plan for (default: 8 64)",
     )
     try:
         options = parser.parse_args(arguments)
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     except PerceptionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except OSError as error:  # a full disk, at a file that is not a checkpoint's
+    except OSError as error:  # for example a full disk while metrics are written
         name = Path(str(error.filename or "a file")).name
         print(f"error: {name}: {error.strerror or 'failed'}", file=sys.stderr)
         return 1

@@ -1,8 +1,8 @@
-"""The training loop, the same for every task.
+"""The training loop, shared by all tasks.
 
-A step is a pure function of the weights, the optimizer's moments, the step's number and the data
-position, so an interrupted run that resumes ends with the same bits. Knows nothing of file formats
-and nothing of how a learner is spread over ranks.
+A step is a pure function of the weights, the optimizer's moments, the step number and the data
+position, so a resumed run ends with the same bits as an uninterrupted one. File formats and
+sharding are elsewhere (`checkpoint/`, `parallel.py`).
 """
 
 import json
@@ -28,12 +28,12 @@ from training.metrics import Meter, MetricsLog
 from training.optim import build_optimizer, learning_rate, set_learning_rate
 from training.recipe.schema import TrainConfig
 from training.signals import StopRequest, stop_requests
-from training.tasks.task import Micro, Task
+from training.tasks.task import MicroBatch, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one step reports: mean loss, gradient norm before clipping, and learning rate."""
+    """Mean loss, gradient norm before clipping, and learning rate of one step."""
 
     loss: float
     grad_norm: float
@@ -41,11 +41,11 @@ class StepResult:
 
 
 class Trainer:
-    """Trains one model by one recipe, on one or more ranks.
+    """Trains one model on one or more ranks.
 
     Args:
         config: the recipe.
-        task: what is learned.
+        task: the recipe's task.
         group: this process's place among the ranks.
     """
 
@@ -66,16 +66,16 @@ class Trainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optim)
         self.checkpoints = Checkpoints(self.out_dir, config, group)
-        # Finished steps.
+        # Number of finished steps.
         self.done = self.checkpoints.resume(self.learner, self.optimizer, self.stream)
 
     @property
     def model(self) -> nn.Module:
-        """What is trained, under the names of checkpoints."""
+        """The trained module, with parameters named as in checkpoints."""
         return self.learner.model
 
     def run(self) -> None:
-        """Trains to the last step, then exports the weights; or to the step where a signal comes.
+        """Trains to the last step and exports the weights, or stops and saves after a signal.
 
         Raises:
             PerceptionError: a step failed, or a checkpoint could not be saved.
@@ -91,14 +91,14 @@ class Trainer:
                 self.stream.close()
         if self.done < self.config.schedule.steps:
             if self.group.is_main:
-                print(f"stopped after step {self.done}; run.resume=true goes on", flush=True)
+                print(f"stopped after step {self.done}; continue with run.resume=true", flush=True)
             return
         weights = full_weights(self.learner, keep=self.group.is_main)
         if self.group.is_main:
             self.task.export(weights, self.out_dir)
 
     def _train(self, log: MetricsLog | None, request: StopRequest) -> None:
-        """Does steps until the last, or until any rank is asked to stop."""
+        """Runs steps until the last one, or until any rank is asked to stop."""
         run = self.config.run
         meter = Meter(self.config, self.model, self.group)
         while self.done < self.config.schedule.steps:
@@ -109,7 +109,7 @@ class Trainer:
             if self._due(run.log_every):
                 self._report(log, result, meter)
             if self._due(run.eval_every):
-                with parallel.whole(self.learner):
+                with parallel.unsharded(self.learner):
                     figures = self.task.evaluate(self.learner)
                 if log is not None:
                     log.write("eval", self.done, figures)
@@ -118,16 +118,16 @@ class Trainer:
             if self._stops(request):
                 break
 
-    def step(self, parts: Sequence[Micro]) -> StepResult:
-        """Does one step on this rank's parts of the batch.
+    def step(self, parts: Sequence[MicroBatch]) -> StepResult:
+        """Runs one step on this rank's parts of the batch.
 
         Raises:
-            PerceptionError: the loss or the gradient is not finite; the weights are those before
-                the step.
+            PerceptionError: the loss or the gradient norm is not finite, or the norm exceeds
+                `optim.stop_above`. The weights are then unchanged.
         """
         lr = learning_rate(self.done, self.config.optim.lr, self.config.schedule)
         weight = total(torch.tensor(sum(part.weight for part in parts)), self.group).item()
-        # Gradients are averaged over ranks; the loss is a sum over all of them.
+        # Backward averages gradients over ranks, but the loss is a sum over ranks.
         scale = self.group.ranks / max(1.0, float(weight))
         loss = torch.zeros((), device=self.group.device)
         self.optimizer.zero_grad()
@@ -148,15 +148,15 @@ class Trainer:
         return StepResult(loss=mean_loss, grad_norm=norm, lr=lr)
 
     def _seed(self, part: int) -> None:
-        """Makes every random draw a function of (seed, step, part, rank): no state to save."""
+        """Derives all random state from (seed, step, part, rank), so none is saved."""
         entropy = (self.config.run.seed, self.done, part, self.group.rank)
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0])
         torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - what a dependency may draw from
+        np.random.seed(seed)  # noqa: NPY002 - a dependency may use the global generator
         random.seed(seed)
 
     def _due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, 0 for never, happens now."""
+        """Whether an action with this interval in steps is due; an interval of 0 means never."""
         return every > 0 and self.done % every == 0
 
     def _save(self) -> None:
@@ -173,7 +173,7 @@ class Trainer:
         return bool(stop)
 
     def _open_log(self) -> MetricsLog | None:
-        """Prepares `out_dir`; the main rank only."""
+        """Creates `out_dir` with recipe and metrics; returns None on all ranks but the main one."""
         if not self.group.is_main:
             return None
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -191,16 +191,15 @@ class Trainer:
         return log
 
     def _report(self, log: MetricsLog | None, result: StepResult, meter: Meter) -> None:
-        """A line of the record."""
         if log is None:
             return
         bad = {"bad_samples": self.stream.bad_samples} if self.stream.bad_samples else {}
         log.write("train", self.done, {**asdict(result), **bad, **meter.figures(self.done)})
 
     def _require_sound(
-        self, name: str, value: float, parts: Sequence[Micro], *, limit: float | None = None
+        self, name: str, value: float, parts: Sequence[MicroBatch], *, limit: float | None = None
     ) -> None:
-        """PerceptionError for no number, or one above a limit; the samples' names are in a file."""
+        """Raises PerceptionError for an unsound value, after saving the samples' names."""
         above = limit is not None and value > limit
         if math.isfinite(value) and not above:
             return

@@ -182,7 +182,7 @@ def _watch_checkpoints(faults: Faults) -> None:
         setattr(files, function, watched)
 
     kill("shard", "entry_of", lambda path: name in path.parent.name)
-    kill("rename", "_sync", lambda path: path.name == f".{name}.tmp")
+    kill("rename", "sync_folder", lambda path: path.name == f".{name}.tmp")
     kill("last", "write_text", lambda path, text: path.name == LAST and name in text)
 
 

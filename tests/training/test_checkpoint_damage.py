@@ -89,7 +89,7 @@ def test_trn_03_a_damaged_checkpoint_is_left_out_aloud(
         assert run_here(again).done == 4
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "WARNING: checkpoint step_0000000004 is damaged and left out: " in error
+        assert "WARNING: checkpoint step_0000000004 is damaged and skipped: " in error
         assert message in error
         # The steps from 2 on were done again, and the good checkpoint is in the place of the bad.
         assert (folder / "damaged_step_0000000004").is_dir()
@@ -104,7 +104,7 @@ def test_trn_03_without_a_whole_checkpoint_nothing_starts(tiny: Tiny) -> None:
     run_here(config)
     for name in names_of(checkpoints(config)):
         flip_a_bit(checkpoints(config) / name)
-    with pytest.raises(CheckpointError, match="no whole checkpoint is left of 2"):
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints is intact"):
         run_here(config)
     assert len(names_of(checkpoints(config))) == 2
     for name in names_of(checkpoints(config)):
@@ -188,7 +188,7 @@ def test_what_cannot_be_consolidated_is_named(
     assert not (tmp_path / "out").exists()
     files.discard(folder)
     assert consolidate([run, str(tmp_path / "out")]) == 2
-    assert "names 'step_0000000002', which is not there" in capsys.readouterr().err
+    assert "names 'step_0000000002', which does not exist" in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten_and_a_finished_one_is_left_as_it_is(

@@ -234,7 +234,7 @@ def test_bfloat16_trains_and_is_evaluated(tiny: Tiny) -> None:
     with process_group("cpu") as group:
         trainer = Trainer(config, task, group)
         losses = [trainer.step(trainer.stream.next()).loss for _ in range(4)]
-        with parallel.whole(trainer.learner):
+        with parallel.unsharded(trainer.learner):
             figures = task.evaluate(trainer.learner)
         trainer.stream.close()
         trainer.checkpoints.close()

@@ -15,7 +15,7 @@ from perception_rt.errors import CheckpointError, InputError
 from perception_rt.models.pe import PerceptionEncoder
 from training.data.pair_batch import Pair, collate_pairs
 from training.distributed import Group, process_group
-from training.model.init import draw
+from training.model.init import initial_value
 from training.recipe.schema import DistillationConfig, load_config
 from training.tasks.distillation import DistillationTask, cosines, load_teacher, see
 from training.trainer import Trainer
@@ -36,7 +36,9 @@ def build(tmp_path: Path) -> Build:
         assert isinstance(config, DistillationConfig)
         model = PerceptionEncoder(config.teacher.model)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        weights = {n: draw(n, shape, seed=5, layers=2, gain=None) for n, shape in shapes.items()}
+        weights = {
+            n: initial_value(n, shape, seed=5, layers=2, gain=None) for n, shape in shapes.items()
+        }
         save_checkpoint(weights, file)
         return config
 

@@ -11,7 +11,7 @@ from perception_rt.models.plm import PerceptionLM
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 from training import parallel
 from training.distributed import process_group
-from training.model.init import draw
+from training.model.init import initial_value
 from training.model.lora import add_updates, is_update, merged
 from training.recipe.schema import LoraConfig, ParallelConfig
 from training.tasks.task import Learner
@@ -48,7 +48,7 @@ class Plain(Learner):
 
 
 def initial(name: str, shape: torch.Size) -> torch.Tensor:
-    return draw(name, shape, seed=1, layers=2, gain=0.1)
+    return initial_value(name, shape, seed=1, layers=2, gain=0.1)
 
 
 def build(config: LoraConfig | None, mode: str = "replicate") -> Plain:

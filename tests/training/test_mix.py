@@ -72,7 +72,7 @@ def test_a_shuffle_of_very_many():
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n \n"])
 @pytest.mark.parametrize("scanned", [1, 3, 1 << 20])
 def test_lines_are_found_by_number(tmp_path, monkeypatch, end, scanned):
-    monkeypatch.setattr("training.data.jsonl._SCANNED", scanned)
+    monkeypatch.setattr("training.data.jsonl.SCAN_BYTES", scanned)
     path = tmp_path / f"{scanned}.jsonl"
     newline = "\r\n" if end == "\r\n" else "\n"
     path.write_bytes((newline.join(['{"a": 1}', "5", '["\u00e9"]', "null"]) + end).encode())

@@ -31,7 +31,7 @@ from training.data.loader import LaneStream, Read
 from training.data.packing import IGNORED, LanguageBatch, Sample, collate
 from training.distributed import Group, average_gradients, build_mesh, process_group
 from training.model import attention
-from training.model.init import draw
+from training.model.init import initial_value
 from training.recipe.schema import LanguageConfig, load_config
 from training.recipe.tree import build
 from training.tasks.language import LanguageLearner
@@ -131,7 +131,7 @@ class MadeTask(Task):
         return LanguageLearner(self.config, TileSpec(tile_size=TILE))
 
     def initial(self, name: str, shape: torch.Size) -> Tensor:
-        return draw(name, shape, seed=1, layers=2, gain=None)
+        return initial_value(name, shape, seed=1, layers=2, gain=None)
 
     def trainable(self, name: str) -> bool:
         return self.config.train == "all" or name.startswith("vision_projector.")
@@ -167,11 +167,11 @@ def train(case: str, folder: Path, group: Group, steps: int) -> None:
     trainer = Trainer(config, task_of(config), group)
     sharded = isinstance(trainer.learner, FSDPModule)
     before = {name: whole(p) for name, p in trainer.model.named_parameters()}
-    share = sum(parallel._local(p).numel() for p in trainer.model.parameters())
+    share = sum(parallel.local_part(p).numel() for p in trainer.model.parameters())
     results = [trainer.step(trainer.stream.next()) for _ in range(steps)]
     figures = {}
     if case.startswith("contrastive"):
-        with parallel.whole(trainer.learner):
+        with parallel.unsharded(trainer.learner):
             figures = trainer.task.evaluate(trainer.learner)
     after = {name: whole(p) for name, p in trainer.model.named_parameters()}
     trainer.stream.close()
@@ -391,7 +391,7 @@ def test_processes_and_heads_that_cannot_be_divided_are_named() -> None:
     config = build(LanguageConfig, TREE, [])
     model = LanguageLearner(config, TileSpec(tile_size=TILE)).model
     with pytest.raises(InputError, match="tensor 4 does not divide the decoder's kv_heads 2"):
-        parallel._split_layers(model, SimpleNamespace(size=lambda: 4))  # type: ignore[arg-type]
+        parallel.split_layers(model, SimpleNamespace(size=lambda: 4))  # type: ignore[arg-type]
 
 
 def test_a_gradient_that_one_rank_lacks_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def expected_attention() -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_keeps_documents_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     mask = attention.flex_document_mask(DOCUMENTS)
     found = attention.flex_document_attention(
         *attention_inputs(), heads=4, kv_heads=2, causal=True, mask=mask
@@ -458,7 +458,7 @@ def test_xformers_is_given_documents_in_one_sequence(monkeypatch: pytest.MonkeyP
 
 def test_kernels_of_the_gpu_are_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("flex", "xformers"):
-        with pytest.raises(InputError, match=f"{name} trains on a GPU only"):
+        with pytest.raises(InputError, match=f"{name} needs a GPU"):
             attention.get_kernel(name, "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

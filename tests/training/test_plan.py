@@ -262,4 +262,4 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = [float(value) for value in lines["step (s)"]]
     assert seconds[0] == pytest.approx(8 * seconds[1], rel=0.02)
     assert main([str(CONFIGS / "pe_tiny.yaml"), "--plan"]) == 2
-    assert "--plan is for recipes of task language" in capsys.readouterr().err
+    assert "--plan needs a recipe of task language" in capsys.readouterr().err

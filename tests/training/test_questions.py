@@ -35,7 +35,7 @@ def test_no_digit_is_asked_about_twice() -> None:
     for name in ("exists", "colour", "locate"):
         asked = [[question for question, _ in exchanges(record(name, 1, n))] for n in range(60)]
         assert all(len(set(texts)) == len(texts) for texts in asked)
-        assert max(map(len, asked)) == questions._MOST_ASKED[name]
+        assert max(map(len, asked)) == questions.MAX_QUESTIONS[name]
 
 
 def test_the_first_answer_is_a_coin() -> None:

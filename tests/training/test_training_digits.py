@@ -37,7 +37,7 @@ def test_the_source_draws_from_the_training_split_only(
         return ink_mask(ink, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scenes, "ink_mask", spy)
-    monkeypatch.setattr(scenes, "_weigh", lambda rng, ink: ink)
+    monkeypatch.setattr(scenes, "vary_pen", lambda rng, ink: ink)
     source = DigitSource(config.data, config.model, seed=0)
     for number in range(3000):
         source.sample(number, 16)

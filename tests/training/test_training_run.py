@@ -280,7 +280,7 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
 
 
 def test_processes_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.distributed._cores", lambda: 6)
+    monkeypatch.setattr("training.distributed.available_cores", lambda: 6)
     for processes, share in ((1, 6), (4, 1), (8, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         with process_group("cpu") as group:

@@ -1,1 +1,1 @@
-"""Checkpoints of a training run: written whole, found, read back."""
+"""Checkpoints of a training run: saving, finding, verifying, loading."""

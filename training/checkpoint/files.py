@@ -1,4 +1,4 @@
-"""The files of a checkpoint: how they are written, listed, checked, completed and removed.
+"""Writes, lists, verifies, publishes and removes the files of a checkpoint.
 
 Knows nothing of models and optimizers.
 """
@@ -24,8 +24,8 @@ from perception_rt.errors import CheckpointError, InputError
 from training.atomic_files import RECIPE_FILE, write_text
 from training.recipe.schema import load_config
 
-FOLDER = "checkpoints"  # of a run's folder
-LAST = "LAST"  # the file beside checkpoints that names the newest
+FOLDER = "checkpoints"  # within run.out_dir
+LAST = "LAST"  # file beside the checkpoints that names the newest
 MANIFEST = "checkpoint.json"
 
 _FORMAT = 1
@@ -33,7 +33,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """One file of a checkpoint: its name, size in bytes and SHA-256 in hexadecimal digits."""
+    """A file of a checkpoint: name, size in bytes, and SHA-256 as hexadecimal digits."""
 
     name: str
     size: int
@@ -42,7 +42,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a checkpoint is: finished steps, ranks that wrote it, and all other files."""
+    """Contents of a checkpoint: finished steps, number of ranks that wrote it, other files."""
 
     step: int
     ranks: int
@@ -50,13 +50,13 @@ class Manifest:
 
 
 class ShardWriter(HuggingFaceStorageWriter):
-    """Writes this rank's shards as one safetensors file; the main rank then completes all.
+    """Writes this rank's shards as one safetensors file; the main rank then publishes all.
 
-    An error of any of this, on any rank, becomes the error of the save on every rank.
+    An error on any rank fails the save on every rank.
 
     Args:
-        folder: an own, temporary one; the main rank empties it first.
-        finish: gets the files of all ranks.
+        folder: temporary folder of this save; the main rank empties it first.
+        finish: called on the main rank with the files of all ranks.
     """
 
     def __init__(self, folder: Path, finish: Callable[[Sequence[FileEntry]], None]) -> None:
@@ -65,13 +65,13 @@ class ShardWriter(HuggingFaceStorageWriter):
         self._finish = finish
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Before any rank writes."""
+        """Prepares the folder, before any rank writes."""
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         if is_coordinator:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
-        """Writes, and takes the sums of what was written: every rank those of its own."""
+        """Writes this rank's shards and hashes them."""
         written = super().write_data(plan, planner).value()
         names = sorted({result.storage_data.relative_path for result in written})
         entries: Future[list[Any]] = Future()
@@ -79,27 +79,27 @@ class ShardWriter(HuggingFaceStorageWriter):
         return entries
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
-        """On the main rank, after all have written."""
+        """Publishes the checkpoint on the main rank, after all ranks have written."""
         self._finish([entry for entries in results for entry in entries])
 
 
 def step_name(step: int) -> str:
-    """The name of a checkpoint's folder."""
+    """Returns the name of a checkpoint's folder."""
     return f"step_{step:010d}"
 
 
 def temporary_of(folder: Path, step: int) -> Path:
-    """Where a checkpoint is before it is whole."""
+    """Returns the folder that a checkpoint is written to before it is published."""
     return folder / f".{step_name(step)}.tmp"
 
 
 def names_of(folder: Path) -> list[str]:
-    """The names of the checkpoints in a folder, newest first."""
+    """Lists the checkpoints in a folder by name, newest first."""
     return sorted((path.name for path in folder.glob("step_*") if path.is_dir()), reverse=True)
 
 
 def entry_of(path: Path) -> FileEntry:
-    """The size and the sum of a file."""
+    """Measures and hashes a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileEntry(name=path.name, size=path.stat().st_size, sha256=digest)
@@ -108,24 +108,24 @@ def entry_of(path: Path) -> FileEntry:
 def complete(
     folder: Path, step: int, files: Sequence[FileEntry], recipe: str, *, ranks: int
 ) -> None:
-    """Makes a checkpoint of what all ranks wrote, and `LAST` name it."""
+    """Publishes the files of all ranks as a checkpoint and points `LAST` to it."""
     temporary, target = temporary_of(folder, step), folder / step_name(step)
     write_text(temporary / RECIPE_FILE, recipe)
     own = entry_of(temporary / RECIPE_FILE)
     manifest = Manifest(step=step, ranks=ranks, files=(*files, own))
     text = json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1)
     write_text(temporary / MANIFEST, text + "\n")
-    _sync(temporary)
+    sync_folder(temporary)
     if target.exists():
         discard(target)
     temporary.rename(target)
-    _sync(folder)
+    sync_folder(folder)
     write_text(folder / LAST, f"{target.name}\n")
-    _sync(folder)
+    sync_folder(folder)
 
 
 def discard(path: Path) -> None:
-    """Removes a checkpoint; one that is removed in part is no checkpoint any more."""
+    """Removes a checkpoint; it is renamed first, so a partly removed one never looks intact."""
     going = path.with_name(f".{path.name}.old")
     shutil.rmtree(going, ignore_errors=True)
     path.rename(going)
@@ -133,14 +133,14 @@ def discard(path: Path) -> None:
 
 
 def rename_damaged(path: Path) -> None:
-    """Keeps a damaged checkpoint for whoever wants to look at it, but not as one."""
+    """Keeps a damaged checkpoint under a name that is never loaded."""
     aside = path.with_name(f"damaged_{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint itself, or the one that `LAST` names in a run's folder or beside checkpoints.
+    """Finds a checkpoint: `path` itself, or the one that `LAST` names in or below `path`.
 
     Raises:
         InputError: there is none.
@@ -152,15 +152,15 @@ def find_checkpoint(path: Path) -> Path:
             name = (folder / LAST).read_text("utf-8", errors="replace").strip()
             if name in names_of(folder):
                 return folder / name
-            raise InputError(f"{folder / LAST} names {name!r:.40}, which is not there")
+            raise InputError(f"{folder / LAST} names {name!r:.40}, which does not exist")
     raise InputError(f"{path} is neither a checkpoint nor a run that has one")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The list of a checkpoint's files.
+    """Reads a checkpoint's list of files.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the list is missing or damaged.
     """
     try:
         tree = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -177,19 +177,19 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Checks that a checkpoint's files are what was written: all their sizes, then sums.
+    """Checks that a checkpoint's files are unchanged: all sizes, then hashes.
 
     Args:
-        folder: of the checkpoint.
-        part: which share of the sums to check, for ranks that do this together.
+        folder: folder of the checkpoint.
+        part: index of the share of hashes to check, so that ranks can divide the work.
         parts: number of shares.
 
     Raises:
-        CheckpointError: what is wrong, without the checkpoint's name.
+        CheckpointError: a file is missing or changed; the message leaves out the checkpoint's name.
     """
     manifest = read_manifest(folder)
     if step_name(manifest.step) != folder.name:
-        raise CheckpointError(f"{MANIFEST} is of step {manifest.step}")
+        raise CheckpointError(f"{MANIFEST} names step {manifest.step}")
     known = {entry.name for entry in manifest.files}
     for path in folder.glob("*.safetensors"):
         if path.name not in known:
@@ -210,16 +210,16 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
 
 
 def saved_tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
-    """The whole shapes and types of a checkpoint's tensors, by name."""
+    """Returns whole shapes and dtypes of a checkpoint's tensors by name."""
     entries = reader.read_metadata().state_dict_metadata
     return {k: entry for k, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_recipe_of(folder: Path) -> Any:
-    """The resolved configuration of the run that saved a checkpoint.
+    """Reads the resolved recipe of the run that saved a checkpoint.
 
     Raises:
-        CheckpointError: this version does not know it.
+        CheckpointError: this version cannot read the recipe.
     """
     try:
         return load_config(folder / RECIPE_FILE)
@@ -227,8 +227,8 @@ def read_recipe_of(folder: Path) -> Any:
         raise CheckpointError(f"checkpoint {folder.name}: {error}") from None
 
 
-def _sync(folder: Path) -> None:
-    """Returns when a folder's names are on the disk."""
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder's entries are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""Resumable states of a run: sharded, written beside the training, whole or not there at all.
+"""Saves and restores the state of a run: sharded, asynchronous, atomic.
 
-A checkpoint is a folder of safetensors, at most one per rank, with the resolved recipe and a list
-of the files' sizes and SHA-256. It gets its name once all of it is on the disk; `LAST` names the
-newest. torch.distributed.checkpoint shards and reshards, so any number of ranks can go on. Nothing
-in a checkpoint is code. Knows nothing of what is trained.
+A checkpoint is a folder with at most one safetensors file per rank, the resolved recipe, and a list
+of sizes and SHA-256 hashes. It gets its final name once everything is on disk; `LAST` names the
+newest one. torch.distributed.checkpoint reshards tensors, so a run can resume with another number
+of ranks. Checkpoints contain no code. This module knows nothing of tasks.
 """
 
 import errno
@@ -46,27 +46,32 @@ from training.recipe.schema import TrainConfig
 from training.recipe.tree import leaves
 from training.tasks.task import Learner
 
-# What changes no result, or its rounding only.
+# Prefixes of settings that change nothing but rounding.
 _FREE = ("run.", "parallel.", "optim.accumulation", "optim.stop_above")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SHOWN = 3  # names in a message
+_SHOWN = 3  # most names in a message
 
 
 class Checkpoints:
-    """The checkpoints of a run in `out_dir`. Made by all ranks.
+    """The checkpoints of a run. Every rank makes one.
 
-    At most one is being written at a time, by a thread, from a copy of the state.
+    At most one save is in progress; a thread writes it from a copy of the state.
+
+    Args:
+        out_dir: the recipe's `run.out_dir`.
+        config: the recipe.
+        group: this process's place among the ranks.
     """
 
     def __init__(self, out_dir: Path, config: TrainConfig, group: Group) -> None:
         self._folder = out_dir / FOLDER
         self._config = config
         self._main = group.is_main
-        # Messages of a save are beside those of the training.
+        # A group of its own: a save's messages overlap those of training.
         self._channel = dist.new_group(backend="gloo")
-        self._step = -1  # of the newest checkpoint, whole or on its way
+        self._step = -1  # newest checkpoint, finished or in progress
         self._running: Future[Any] | None = None
-        self._bytes = 0  # of the tensors in it
+        self._bytes = 0  # tensor bytes of that checkpoint
 
     def save(
         self,
@@ -75,10 +80,10 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         stream: LaneStream[Any, Any],
     ) -> None:
-        """Begins to save everything that `step` steps have changed. All ranks call it.
+        """Starts to save the state after `step` steps. All ranks must call it.
 
         Raises:
-            CheckpointError: the one before could not be saved.
+            CheckpointError: the previous save failed.
         """
         if step == self._step:
             return
@@ -92,33 +97,35 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether the save that was begun last has failed: `wait` will say why."""
+        """Whether the latest save has failed; `wait` then raises the reason."""
         running = self._running
         return running is not None and running.done() and running.exception() is not None
 
     def wait(self) -> None:
-        """Returns when nothing is being written. All ranks call it.
+        """Waits for a save in progress. All ranks must call it.
 
         Raises:
-            CheckpointError: what was being written is not there; what was there before is.
+            CheckpointError: the save failed; earlier checkpoints are still there.
         """
         error = self._end()
         if error is not None:
             raise CheckpointError(self._reason(error)) from None
 
     def close(self) -> None:
-        """Lets a save that is under way end, if it can: for a run that failed otherwise."""
+        """Waits for a save in progress and ignores its error, for a run that failed otherwise."""
         self._end()
 
     def resume(
         self, learner: Learner, optimizer: torch.optim.Optimizer, stream: LaneStream[Any, Any]
     ) -> int:
-        """Restores the newest whole checkpoint if that is wanted; its step, or 0 for a new run.
+        """Restores the newest intact checkpoint if `run.resume` is set.
+
+        Returns:
+            The number of finished steps; 0 for a new run.
 
         Raises:
-            InputError: there is one and it is not wanted.
-            CheckpointError: there are some and none is whole, or it is of a run that computes
-                something else.
+            InputError: there is a checkpoint, but `run.resume` is not set.
+            CheckpointError: no checkpoint is intact, or the saved run computes something else.
         """
         names = self._names()
         if not self._config.run.resume:
@@ -131,7 +138,7 @@ class Checkpoints:
         if not names and (self._folder / LAST).exists():
             raise CheckpointError(
                 f"run.out_dir {self._config.run.out_dir} had checkpoints and has none; "
-                "start anew in another folder"
+                "start again in another folder"
             )
         if not names:
             self._tell(f"no checkpoint in {self._config.run.out_dir} yet; starting at step 0")
@@ -144,7 +151,7 @@ class Checkpoints:
         return self._step
 
     def _finish(self, step: int) -> Callable[[Sequence[FileEntry]], None]:
-        """What the main rank does once all ranks have written their files."""
+        """Returns the main rank's action after all ranks have written their files."""
         text = self._config.to_yaml()
         keep = self._config.run.keep
 
@@ -157,7 +164,7 @@ class Checkpoints:
         return finish
 
     def _end(self) -> BaseException | None:
-        """Waits for a save under way; its error, once what it left is removed."""
+        """Waits for a save in progress; returns its error after removing what it left."""
         running, self._running = self._running, None
         error = None if running is None else running.exception()
         if error is not None and self._main:
@@ -165,7 +172,7 @@ class Checkpoints:
         return error
 
     def _reason(self, error: BaseException) -> str:
-        """One line about a save that failed."""
+        """Describes a failed save in one line."""
         causes = [error]
         if isinstance(error, CheckpointException):
             causes = [cause for cause, _ in error.failures.values()]
@@ -179,7 +186,7 @@ class Checkpoints:
         return f"checkpoint {step_name(self._step)} was not saved: {what}; {last}"
 
     def _names(self) -> list[str]:
-        """The names of checkpoints, newest first, as the main rank sees them, which also cleans."""
+        """Names of the checkpoints on the main rank, newest first, after removing leftovers."""
         found: list[Any] = [None]
         if self._main:
             for left in self._folder.glob(".step_*"):
@@ -190,7 +197,7 @@ class Checkpoints:
         return names
 
     def _newest_whole(self, names: Sequence[str]) -> str:
-        """The first of `names` that is undamaged; ranks share the work and agree."""
+        """The first intact checkpoint of `names`; ranks divide the hashing and agree."""
         rank, ranks = dist.get_rank(self._channel), dist.get_world_size(self._channel)
         for name in names:
             own: str | None = None
@@ -203,10 +210,10 @@ class Checkpoints:
             problem = next((text for text in everyone if text is not None), None)
             if problem is None:
                 return name
-            self._tell(f"WARNING: checkpoint {name} is damaged and left out: {problem}")
+            self._tell(f"WARNING: checkpoint {name} is damaged and skipped: {problem}")
         raise CheckpointError(
-            f"run.out_dir {self._config.run.out_dir}: no whole checkpoint is left of {len(names)}; "
-            "start anew in another folder"
+            f"run.out_dir {self._config.run.out_dir}: none of {len(names)} checkpoints is intact; "
+            "start again in another folder"
         )
 
     def _load(
@@ -245,11 +252,11 @@ class Checkpoints:
 
 
 def full_weights(learner: Learner, *, keep: bool) -> dict[str, Tensor]:
-    """All of a model's weights on the CPU, under the names of checkpoints. All ranks call it.
+    """Gathers all weights of a model on the CPU by parameter name. All ranks must call it.
 
     Args:
-        learner: sharded or not.
-        keep: whether this rank gets them; the others get nothing and only give.
+        learner: learner, sharded or not.
+        keep: whether this rank needs the weights; others return an empty mapping.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in _model_state(learner).items():
@@ -260,14 +267,14 @@ def full_weights(learner: Learner, *, keep: bool) -> dict[str, Tensor]:
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what a run computes."""
+    """Settings that decide what a run computes."""
     settings = leaves(config.to_dict())
     return {k: v for k, v in settings if k == "run.seed" or not k.startswith(_FREE)}
 
 
 def _model_state(learner: Learner) -> dict[str, Tensor]:
-    """Parameters, or this rank's shards of them, by name."""
-    # Of the learner, not of its model: that is where sharding puts its hooks.
+    """Parameters, or this rank's shards, by name."""
+    # The learner's state, not its model's: sharding hooks into the learner.
     tensors, own = learner.state_dict(), "model."
     return {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
 
@@ -275,7 +282,7 @@ def _model_state(learner: Learner) -> dict[str, Tensor]:
 def _state(
     learner: Learner, optimizer: torch.optim.Optimizer, stream: LaneStream[Any, Any]
 ) -> dict[str, dict[str, Tensor]]:
-    """Everything that training changes; tensors that loading writes into."""
+    """Everything that training changes, as tensors that loading writes into."""
     model = _model_state(learner)
     moments = {
         f"{name}.{key}": moment
@@ -288,7 +295,7 @@ def _state(
 def _give_moments(
     learner: Learner, optimizer: torch.optim.Optimizer, saved: dict[str, torch.Size]
 ) -> None:
-    """AdamW's moments, zero, for every trained parameter that has saved ones."""
+    """Creates zero AdamW moments for every trained parameter that has saved ones."""
     for name, parameter in learner.model.named_parameters():
         if parameter.requires_grad and f"optimizer.{name}.exp_avg" in saved:
             optimizer.state[parameter] = {
@@ -299,7 +306,7 @@ def _give_moments(
 
 
 def _require_fit(name: str, saved: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:
-    """CheckpointError unless both have the same tensors; it names a few that differ."""
+    """CheckpointError unless the tensors agree in names and shapes; it names a few that differ."""
     missing = [key for key in wanted if key not in saved]
     unknown = [key for key in saved if key not in wanted]
     other = [

@@ -1,7 +1,7 @@
-"""Lines of jsonl files by number, read when they are needed; only where they begin is in memory.
+"""Reads lines of jsonl files by number. Only the line offsets are kept in memory.
 
-A dataset is a file, or the files of a directory in the order of their names. Knows nothing of what
-a line says.
+A dataset is one file, or all files of a directory in the order of their names. Lines are parsed as
+JSON; `records.py` interprets them.
 """
 
 import json
@@ -17,28 +17,23 @@ from perception_rt.processing.files import open_regular_file
 
 Ints: TypeAlias = NDArray[np.int64]
 
-_SCANNED = 8 * 1024 * 1024  # bytes at once
+SCAN_BYTES = 8 * 1024 * 1024  # read at once
 _MAX_LINE_BYTES = 16 * 1024 * 1024
 _NEWLINE = 10
 
 
 class JsonLines:
-    """The lines of a dataset. May be shared between threads.
+    """The lines of a dataset. Threads may share it.
 
-    Attributes:
-        name: of the dataset.
+    Args:
+        path: a jsonl file, or a directory with `*.jsonl` files.
+        name: dataset name for messages.
+
+    Raises:
+        InputError: the file or directory does not exist, or has no lines.
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        """Finds where lines begin, in one pass over the files.
-
-        Args:
-            path: a jsonl file, or a directory with `*.jsonl` files.
-            name: of the dataset, for messages.
-
-        Raises:
-            InputError: there is no such file or directory, or nothing in it.
-        """
         self.name = name
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         self._files = [(file, _line_starts(file, name)) for file in files]
@@ -50,13 +45,13 @@ class JsonLines:
         return int(self._totals[-1])
 
     def where(self, number: int) -> str:
-        """The place of a line, for whoever must find it."""
+        """Returns file and line number of a line for messages."""
         file, line = self._locate(number)
         inside = f" {self._files[file][0].name}" if len(self._files) > 1 else ""
         return f"{self.name}{inside} line {line + 1}"
 
     def load(self, number: int) -> Any:
-        """What a line says; InputError if it is not JSON or too long."""
+        """Parses a line; InputError if it is too long or not JSON."""
         index, line = self._locate(number)
         file, starts = self._files[index]
         start, end = int(starts[line]), int(starts[line + 1])
@@ -71,14 +66,14 @@ class JsonLines:
             raise InputError("it is not JSON") from None
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """The file of a line, and its number there from 0."""
+        """Index of a line's file, and the line's number in it from 0."""
         assert 0 <= number < len(self)
         file = int(np.searchsorted(self._totals, number, side="right")) - 1
         return file, number - int(self._totals[file])
 
 
 def _line_starts(file: Path, name: str) -> Ints:
-    """Where each line begins, and the size of what they are in."""
+    """Byte offsets of all lines, and of the end of the last one."""
     try:
         status = file.stat()
     except OSError as error:
@@ -89,11 +84,11 @@ def _line_starts(file: Path, name: str) -> Ints:
 
 @lru_cache(maxsize=1024)
 def _scanned(file: Path, name: str, size: int, changed: int) -> Ints:
-    """A file is scanned once: for training, and for evaluation."""
+    """Scans a file once, although training and evaluation both open it."""
     found = [np.zeros(1, np.int64)]
-    at, end = 0, 0  # end: of the last line that is not blank
+    at, end = 0, 0  # `end` is where the last line that is not blank ends
     with open_regular_file(str(file), f"dataset {name!r:.60}: {str(file)!r:.200}") as opened:
-        while data := opened.read(_SCANNED):
+        while data := opened.read(SCAN_BYTES):
             found.append(np.flatnonzero(np.frombuffer(data, np.uint8) == _NEWLINE) + at + 1)
             if text := data.rstrip():
                 end = at + len(text)

@@ -1,9 +1,9 @@
-"""Batches from lanes: endless rows of data, each a pure function of where it is.
+"""Loads batches from lanes: endless sequences of rows, each row a pure function of its place.
 
-A batch of B rows has B lanes, whatever the number of ranks; a rank reads the lanes of its share.
-The position of a lane is one integer, so all B of them are the data position of a run, and a run
-that goes on with another number of ranks goes on with the same batches. Rows are read ahead by
-threads, which changes nothing: a position counts once its row was handed out.
+A batch of B rows has B lanes, whatever the number of ranks; each rank reads an equal share of them.
+A lane's position is one integer, so the B positions are a run's whole data state, and a run may
+resume with another number of ranks. Threads read rows ahead; a position advances only when its row
+is handed out.
 """
 
 from collections import Counter
@@ -22,18 +22,18 @@ R = TypeVar("R")
 M = TypeVar("M")
 R_co = TypeVar("R_co", covariant=True)
 
-_ENOUGH = 100  # samples, before the share of bad ones means anything
+_MIN_SEEN = 100  # samples before the share of unusable ones is checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read(Generic[R_co]):
-    """One row of one lane.
+    """One row of a lane.
 
     Attributes:
-        row: what the task makes a batch of.
-        position: where the lane goes on.
-        seen: samples that were looked at.
-        bad: why samples were left out, and how many for each reason.
+        row: a row, which the task collates to a batch.
+        position: next position of the lane.
+        seen: number of samples that were examined.
+        bad: number of unusable samples by reason.
     """
 
     row: R_co
@@ -43,23 +43,26 @@ class Read(Generic[R_co]):
 
 
 class Source(Protocol[R_co]):
-    """Where rows come from. Called by several threads."""
+    """Provides rows. Several threads may call it."""
 
     def read(self, lane: int, position: int) -> "Read[R_co]":
-        """The row of a lane at a position; the same for the same arguments, in any order."""
+        """Reads the row of a lane at a position; equal arguments give equal rows, in any order."""
 
 
 class LaneStream(Generic[R, M]):
-    """This rank's share of every batch.
+    """Loads this rank's share of every batch.
 
     Args:
-        source: rows.
-        collate: rows of one part of a batch, in lane order, to what the model is given.
+        source: source of rows.
+        collate: makes a part of a batch from rows in lane order.
         lanes: rows per step over all ranks.
-        parts: that a rank's share is cut into, for gradient accumulation.
+        parts: parts per batch share, for gradient accumulation.
         group: this process's place among the ranks.
-        workers: threads that read ahead.
-        bad_fraction: share of samples that may be bad.
+        workers: number of threads that read ahead.
+        bad_fraction: share of samples that may be unusable, from 0 to 1.
+
+    Raises:
+        InputError: `lanes` is not divisible by the number of ranks times `parts`.
     """
 
     def __init__(
@@ -86,16 +89,17 @@ class LaneStream(Generic[R, M]):
         self._own = range(group.rank * share, (group.rank + 1) * share)
         self._bad_fraction = bad_fraction
         self._positions = torch.zeros(lanes, dtype=torch.int64)
-        self._counts = torch.zeros(2, dtype=torch.int64)  # of this rank: samples seen, bad ones
-        self.reasons: Counter[str] = Counter()  # of this rank, since the start of the process
+        self._counts = torch.zeros(2, dtype=torch.int64)  # seen and unusable samples of this rank
+        # Unusable samples of this rank since the process started, by reason.
+        self.reasons: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
         self._ahead: list[Future[Read[R]]] | None = None
 
     def next(self) -> list[M]:
-        """The parts of this rank's share of the next batch.
+        """Returns the parts of this rank's share of the next batch.
 
         Raises:
-            PerceptionError: more samples than may be are unusable.
+            PerceptionError: more samples than `bad_fraction` allows are unusable.
         """
         reads = [future.result() for future in self._ahead or self._submit()]
         for lane, read in zip(self._own, reads, strict=True):
@@ -110,25 +114,28 @@ class LaneStream(Generic[R, M]):
 
     @property
     def bad_samples(self) -> int:
-        """Unusable samples that this rank has met."""
+        """Number of unusable samples met by this rank."""
         return int(self._counts[1])
 
     def state(self) -> dict[str, Tensor]:
-        """The position of every lane, int64, and counts; the same on all ranks, which all call."""
+        """Returns positions, int64 (lanes,), and counts, int64 (2,), equal on all ranks.
+
+        All ranks must call it.
+        """
         own = torch.zeros_like(self._positions)
         own[self._own.start : self._own.stop] = self._positions[self._own.start : self._own.stop]
         counts = total(self._counts, self._group)
         return {"positions": total(own, self._group), "counts": counts}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Goes on where `state` was taken, on this rank's share of the lanes."""
+        """Continues from a state on this rank's share of the lanes."""
         self._positions.copy_(state["positions"])
-        # Counts are of all ranks together: the first goes on with them.
+        # Saved counts are sums over ranks: the main rank continues them, the others start at 0.
         self._counts.copy_(state["counts"] if self._group.is_main else torch.zeros(2))
         self._ahead = None
 
     def close(self) -> None:
-        """Ends the threads; rows that they were at are not waited for."""
+        """Stops the threads without waiting for rows in progress."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self) -> list[Future[Read[R]]]:
@@ -137,7 +144,7 @@ class LaneStream(Generic[R, M]):
 
     def _check_bad(self) -> None:
         seen, bad = (int(count) for count in self._counts)
-        if seen >= _ENOUGH and bad > self._bad_fraction * seen:
+        if seen >= _MIN_SEEN and bad > self._bad_fraction * seen:
             common = "; ".join(f"{why} ({n} times)" for why, n in self.reasons.most_common(3))
             raise PerceptionError(
                 f"{bad} of {seen} samples are unusable; data.bad_fraction is "

@@ -1,7 +1,8 @@
-"""Which dataset a sample of a run comes from, and which of its lines: arithmetic on numbers alone.
+"""Chooses the dataset and the line of every sample of a run, by arithmetic on sample numbers.
 
-Sample n is the r-th of its dataset, a pure function of n and the seed, so a run can go on anywhere
-and with any number of ranks. Every L samples from a dataset of L lines, an epoch, are all lines.
+Sample n is the r-th sample of its dataset, where both are pure functions of n and the seed. So a
+run can continue anywhere, with any number of ranks. Each L consecutive ranks of a dataset with L
+lines, an epoch, cover all its lines.
 """
 
 import math
@@ -17,16 +18,20 @@ from perception_rt.errors import InputError
 
 Ints: TypeAlias = NDArray[np.int64]
 
-_BLOCK = 16384  # samples in which every dataset has its share exactly
-_ROUNDS = 6  # of a Feistel network; four make a pseudo-random permutation
+_BLOCK = 16384  # samples within which the shares are exact
+_ROUNDS = 6  # Feistel rounds; four already make a pseudo-random permutation
 
 
 def parse_mix(mix: str, known: Collection[str]) -> dict[str, float]:
-    """The weights of "name:weight,name:weight", as shares that add up to 1.
+    """Parses "name:weight,name:weight" into shares that sum to 1.
+
+    Args:
+        mix: the recipe's `data.mix`.
+        known: dataset names of the recipe.
 
     Raises:
-        InputError: an entry is not of that form, a name is unknown or there twice, or a weight is
-            not a positive number.
+        InputError: an entry is malformed, a name is unknown or repeated, or a weight is not
+            positive.
     """
     weights: dict[str, float] = {}
     for entry in mix.split(","):
@@ -56,10 +61,15 @@ def _weight(name: str, text: str) -> float:
 
 
 class Mix:
-    """The datasets of a run, in proportion.
+    """Mixes datasets in proportion to their shares.
 
-    In every block of 16384 samples each dataset has the same number of them, at least one, in
-    random places: shares are exact to 1 in 16384, up to what the smallest take from the largest.
+    Every block of 16384 samples has the same number of samples of each dataset, at least one, in
+    random places. So shares are exact to 1 in 16384, except that tiny datasets take from the
+    largest.
+
+    Args:
+        shares: share of each dataset; they sum to 1.
+        seed: RNG seed.
     """
 
     def __init__(self, shares: list[float], seed: int) -> None:
@@ -70,14 +80,14 @@ class Mix:
         self._block = lru_cache(maxsize=4)(self._make_block)
 
     def pick(self, number: int) -> tuple[int, int]:
-        """The dataset of sample `number`, and how many of that dataset come before it."""
+        """Returns the dataset's index of sample `number`, and the sample's rank in that dataset."""
         block, place = divmod(number, _BLOCK)
         datasets, ranks = self._block(block)
         chosen = int(datasets[place])
         return chosen, block * int(self._counts[chosen]) + int(ranks[place])
 
     def _make_block(self, block: int) -> tuple[Ints, Ints]:
-        """Dataset of each sample, and its rank in that dataset's samples of the block."""
+        """Dataset index of each sample of a block, and the sample's rank in that dataset."""
         rng = np.random.default_rng((self._seed, block))
         datasets = rng.permutation(np.repeat(np.arange(len(self._counts)), self._counts))
         ranks = np.empty(_BLOCK, np.int64)
@@ -87,12 +97,12 @@ class Mix:
 
 
 def shuffled(index: int, size: int, key: str) -> int:
-    """Where a shuffle of `range(size)` has its entry `index`, without memory for the others.
+    """Returns entry `index` of a shuffled `range(size)`, in constant memory.
 
     Args:
         index: from 0 to size - 1.
         size: at least 1.
-        key: which shuffle.
+        key: selects the shuffle.
     """
     assert 0 <= index < size
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -105,5 +115,5 @@ def shuffled(index: int, size: int, key: str) -> int:
             digest = blake2b(data, key=secret, digest_size=8).digest()
             left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
         index = left << half | right
-        if index < size:  # else walk on: the cycle leads back into the range
+        if index < size:  # otherwise continue along the cycle until it re-enters the range
             return index

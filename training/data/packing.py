@@ -1,7 +1,7 @@
-"""Samples of conversations side by side in sequences of one length.
+"""Packs samples side by side into sequences of equal length.
 
-No sample attends to another, and each has its own positions, so a packed sample has the loss that
-it has alone. Knows nothing of files and formats.
+No sample attends to another, and each has its own positions, so a packed sample has the same loss
+as alone.
 
 Legend: N sequences, T tokens of a sequence, I tiles, S tile side in pixels.
 """
@@ -14,19 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED = -100  # the label of a token that has no loss
-PADDING = -1  # the document of a token that is in none
+IGNORED = -100  # label of a token that the loss does not count
+PADDING = -1  # document index of a padding token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """One conversation as the model sees it.
+    """One encoded conversation.
 
     Attributes:
-        tokens: int64 (T,), with the image token's id where features go.
-        labels: int64 (T,): the token itself where it is learned, `IGNORED` elsewhere.
+        tokens: token ids, int64 (T,), with the image token's id in place of image features.
+        labels: int64 (T,), the token where the loss counts it and `IGNORED` elsewhere.
         tiles: uint8 (n, S, S, 3), in the order of their tokens.
-        name: for whoever must find it.
+        name: sample name for error reports.
     """
 
     tokens: NDArray[np.int64]
@@ -37,15 +37,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LanguageBatch:
-    """Sequences of samples.
+    """Packed sequences.
 
     Attributes:
-        tokens: int64 (N, T), padded with zeros.
-        labels: int64 (N, T): what comes next, `IGNORED` where that is not learned.
-        positions: int64 (N, T), of each token in its sample.
-        documents: int64 (N, T), the sample that a token belongs to; `PADDING` for none.
-        tiles: uint8 (I, S, S, 3) of all sequences in order.
-        names: of the samples.
+        tokens: token ids, int64 (N, T), padded with zeros.
+        labels: next token, int64 (N, T); `IGNORED` where the loss does not count it.
+        positions: position of each token in its sample, int64 (N, T).
+        documents: index of each token's sample in its sequence, int64 (N, T); `PADDING` for none.
+        tiles: tiles of all sequences in order, uint8 (I, S, S, 3).
+        names: sample names.
     """
 
     tokens: Tensor
@@ -57,17 +57,17 @@ class LanguageBatch:
 
     @property
     def weight(self) -> int:
-        """Tokens that are learned."""
+        """Number of tokens that the loss counts."""
         return int((self.labels != IGNORED).sum())
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Tokens, without padding; tiles; samples."""
+        """Number of tokens without padding, of tiles (`images`) and of samples."""
         tokens = int((self.documents != PADDING).sum())
         return {"tokens": tokens, "images": len(self.tiles), "samples": len(self.names)}
 
     def to(self, device: torch.device) -> "LanguageBatch":
-        """The same on a device."""
+        """Copies the batch to a device."""
         return LanguageBatch(
             tokens=self.tokens.to(device),
             labels=self.labels.to(device),
@@ -79,7 +79,7 @@ class LanguageBatch:
 
 
 def collate(rows: Sequence[Sequence[Sample]], length: int) -> LanguageBatch:
-    """Rows of samples, each row at most `length` tokens in all, to a batch."""
+    """Packs rows of samples; the samples of a row have at most `length` tokens together."""
     shape = (len(rows), length)
     tokens = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORED)
@@ -91,7 +91,7 @@ def collate(rows: Sequence[Sequence[Sample]], length: int) -> LanguageBatch:
             stop = start + len(sample.tokens)
             assert stop <= length
             tokens[index, start:stop] = torch.from_numpy(sample.tokens)
-            # A token predicts the one after it; the last of a sample predicts nothing.
+            # A token predicts the next one; the last token of a sample predicts nothing.
             labels[index, start : stop - 1] = torch.from_numpy(sample.labels[1:])
             positions[index, start:stop] = torch.arange(stop - start)
             documents[index, start:stop] = document

@@ -1,20 +1,28 @@
-"""One line of the reference's jsonl schema to turns of a conversation and tiles.
+"""Parses one line of the reference's jsonl schema into conversation turns and tiles.
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},
                                          {"from": "assistant", "value": "A cat."}]}
 
-`conversations` may be any number of exchanges, or a caption stands under `text`. Beside it is
-`image`, a path or a list of paths; or `video`, with `start_time` and `end_time` in seconds and
-`bbox_map`, boxes x1, y1, x2, y2 in pixels by the number of a frame, which are drawn into it; or
-nothing. With `bbox`, a list of x, y, width, height in pixels of an image of `width` and `height`,
-`<|bboxN|>` in a text becomes box N, counted from 0. Other keys are not looked at.
+| key | meaning |
+|---|---|
+| `conversations` | one or several exchanges |
+| `text` | a caption, in place of `conversations` |
+| `image`, `images` | a path or a list of paths |
+| `video` | a path |
+| `start_time`, `end_time` | clip of the video in seconds |
+| `bbox_map` | boxes x1, y1, x2, y2 in pixels by frame number, drawn into the frames |
+| `bbox`, `width`, `height` | boxes x, y, width, height in pixels, and the image's size |
 
-As in the reference an assistant's turn that comes first is dropped, and so is a question at the
-end that has no answer. Of several images each is one tile; a single one may be many. Where the
-reference fails or is silent: images may also stand under `images`, as its documentation has it;
-turns that do not alternate are an error; and marks `<image>` and `<video>` count in all questions:
-if there is one for each item, each goes where its mark is; else all go into the first question, by
-the rules of `place_media`.
+`<|bboxN|>` in a text stands for box N of `bbox`, counted from 0. Other keys are ignored.
+
+As in the reference, an assistant's turn at the start is dropped, and so is a question at the end
+without an answer. A single image may become many tiles; of several images, each is one tile.
+
+Rules where the reference fails or is silent:
+
+- Turns that do not alternate are an error.
+- If the questions have one `<image>` or `<video>` mark per item, each item replaces its mark.
+  Otherwise all items go into the first question by the rules of `place_media`.
 """
 
 import re
@@ -37,10 +45,10 @@ _BOX = re.compile(r"<\|bbox([0-9]{1,9})\|>")
 
 
 class SampleError(InputError):
-    """A sample cannot be used. The message is the same for all samples of its kind.
+    """A sample is unusable. The message is the same for all samples with this defect.
 
     Attributes:
-        detail: what is particular about this one; may be empty.
+        detail: particulars of this sample; may be empty.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -49,18 +57,18 @@ class SampleError(InputError):
 
 
 def read_record(record: Any, root: Path, spec: TileSpec) -> tuple[list[Turn], Pixels]:
-    """A conversation whose turns alternate, the assistant's last.
+    """Parses a record into a conversation whose turns alternate and end with the assistant's.
 
     Args:
-        record: as above; in place of a path may be an array, uint8 (H, W, 3) or (T, H, W, 3).
-        root: the folder that paths start from.
+        record: the parsed line. An array, uint8 (H, W, 3) or (T, H, W, 3), may replace a path.
+        root: folder that paths are relative to.
         spec: how images and frames become tiles.
 
     Returns:
         The turns, and all tiles in the order of their places, uint8 (n, S, S, 3).
 
     Raises:
-        SampleError: the record is not as described, or what it names cannot be read.
+        SampleError: the record is malformed, or its image or video cannot be read.
     """
     if not isinstance(record, Mapping):
         raise SampleError("a line is not an object")
@@ -76,7 +84,7 @@ def read_record(record: Any, root: Path, spec: TileSpec) -> tuple[list[Turn], Pi
 
 
 def _texts(record: Mapping[str, Any]) -> list[str]:
-    """Question, answer, question, ..., answer."""
+    """Texts of the turns: question, answer, question, ..., answer."""
     if "conversations" not in record:
         turns: Any = [
             {"from": "human", "value": ""},
@@ -97,7 +105,7 @@ def _texts(record: Mapping[str, Any]) -> list[str]:
     for index, turn in enumerate(turns):
         role = "assistant" if index % 2 else "human"
         if turn.get("from") != role:
-            raise SampleError("turns are not human and assistant by turns", f"turn {index}")
+            raise SampleError("human and assistant do not alternate", f"turn {index}")
         value = turn.get("value")
         if type(value) in (int, float) and role == "assistant":
             value = str(value)
@@ -110,13 +118,12 @@ def _texts(record: Mapping[str, Any]) -> list[str]:
 
 
 def _boxes(record: Mapping[str, Any]) -> list[str]:
-    """The boxes of `bbox` as texts."""
     boxes = record.get("bbox")
     if boxes is None:
         return []
     width, height = record.get("width"), record.get("height")
     if not isinstance(boxes, list) or type(width) is not int or type(height) is not int:
-        raise SampleError("bbox is not a list beside width and height")
+        raise SampleError("bbox is not a list, or width or height is not an integer")
     texts = []
     for box in boxes:
         if not isinstance(box, list) or len(box) != 4:
@@ -124,7 +131,7 @@ def _boxes(record: Mapping[str, Any]) -> list[str]:
         try:
             x, y, wide, high = (float(value) for value in box)
             texts.append(format_box((x, y, x + wide, y + high), width, height))
-        except (TypeError, ValueError, OverflowError) as error:  # an InputError is a ValueError
+        except (TypeError, ValueError, OverflowError) as error:  # InputError is a ValueError
             detail = str(error) if isinstance(error, InputError) else ""
             raise SampleError("a box is not x, y, width, height", detail) from None
     return texts
@@ -132,12 +139,12 @@ def _boxes(record: Mapping[str, Any]) -> list[str]:
 
 def _box(boxes: Sequence[str], number: int) -> str:
     if number >= len(boxes):
-        raise SampleError("a text names a box that is not there", f"<|bbox{number}|>")
+        raise SampleError("a text refers to a missing box", f"<|bbox{number}|>")
     return boxes[number]
 
 
 def _place(questions: Sequence[str], items: Sequence[Pixels]) -> list[tuple[Part, ...]]:
-    """The contents of the user's turns."""
+    """Contents of the user's turns."""
     counts = [len(item) for item in items]
     marks = [text.count(IMAGE_MARK) + text.count(VIDEO_MARK) for text in questions]
     if sum(marks) != len(items):
@@ -149,20 +156,19 @@ def _place(questions: Sequence[str], items: Sequence[Pixels]) -> list[tuple[Part
             for question, number, end in zip(questions, marks, ends, strict=True)
         ]
     except InputError as error:
-        raise SampleError("marks are not as many as images", str(error)) from None
+        raise SampleError("numbers of marks and images differ", str(error)) from None
 
 
 def _load_media(record: Mapping[str, Any], root: Path, spec: TileSpec) -> list[Pixels]:
-    """The tiles of each image or video."""
+    """Tiles of each image or video."""
     images = record.get("image", record.get("images"))
     video = record.get("video")
     if images is not None and video is not None:
-        raise SampleError("there are an image and a video")
+        raise SampleError("a record has both an image and a video")
     if images is not None:
         several = images if isinstance(images, list) else [images]
         if not several:
             raise SampleError("the list of images is empty")
-        # As the reference: of several images, a tile each.
         most = spec.max_tiles if len(several) == 1 else 0
         return [_load_image(image, root, spec, most) for image in several]
     return [] if video is None else [_load_video(video, record, root, spec)]
@@ -187,13 +193,13 @@ def _load_video(video: Any, record: Mapping[str, Any], root: Path, spec: TileSpe
 
 
 def _frame_boxes(boxes: Any) -> dict[int, Any]:
-    """The boxes of `bbox_map` by number of frame; a frame with null has none."""
+    """Boxes of `bbox_map` by frame number; frames with null have none."""
     if boxes is None:
         return {}
     if not isinstance(boxes, Mapping) or not all(
         isinstance(frame, str) and frame.isdecimal() and len(frame) < 10 for frame in boxes
     ):
-        raise InputError("bbox_map must be an object with numbers of frames as its keys")
+        raise InputError("bbox_map must be an object whose keys are frame numbers")
     return {int(frame): box for frame, box in boxes.items() if box is not None}
 
 
@@ -205,7 +211,7 @@ def _source(item: Any, root: Path, kind: str) -> Any:
     path = root / item
     try:
         found = path.is_file()
-    except ValueError:  # a zero byte
+    except ValueError:  # the path contains a zero byte
         found = False
     if not found:
         raise SampleError(f"{kind} is missing", f"{item!r:.80}")
@@ -213,5 +219,5 @@ def _source(item: Any, root: Path, kind: str) -> Any:
 
 
 def _without_root(error: InputError, source: Any, item: Any) -> str:
-    """A message about a file with its path as the record has it."""
+    """Replaces a file's full path in a message by the record's own."""
     return str(error).replace(f"{str(source)!r:.200}", f"{item!r:.80}")

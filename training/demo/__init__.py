@@ -1,1 +1,1 @@
-"""The demo models: their data, tokenizer, evaluation and publishing."""
+"""Data and tools of the demo models: digits, scenes, questions."""

@@ -1,8 +1,8 @@
-"""Handwritten digits: the split that is never trained on, and how an 8x8 digit becomes an image.
+"""Handwritten digits: the training and held-out splits, and their rendering as images.
 
-The digits are scikit-learn's bundled `load_digits`: 1,797 of the UCI set "Optical Recognition of
-Handwritten Digits". The file is understood to go writer by writer, so the last 450 are by people
-that the training split has not seen. Rendering is a pure function of its arguments, without torch.
+The digits are scikit-learn's `load_digits`: 1,797 digits of the UCI set "Optical Recognition of
+Handwritten Digits". The file appears to be ordered by writer, so the last 450 digits are by writers
+who are not in the training split. Rendering is a pure function of its arguments and needs no torch.
 """
 
 import math
@@ -21,7 +21,7 @@ HELD_OUT_DIGITS = slice(-450, None)
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
-_PAD = 2  # empty cells around a digit, so that interpolation fades to nothing at its edge
+_PAD = 2  # empty cells around a digit, so that interpolation fades out at its edge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,17 +35,17 @@ class Digits:
         return len(self.labels)
 
     def part(self, rows: slice) -> "Digits":
-        """A contiguous part of the split."""
+        """Returns a contiguous part of the split."""
         return Digits(ink=self.ink[rows], labels=self.labels[rows])
 
 
 def training_digits() -> Digits:
-    """The first 1,347 digits."""
+    """Returns the first 1,347 digits."""
     return _load(TRAIN_DIGITS)
 
 
 def held_out() -> Digits:
-    """The last 450 digits, for evaluation only."""
+    """Returns the last 450 digits, for evaluation only."""
     return _load(HELD_OUT_DIGITS)
 
 
@@ -57,13 +57,13 @@ def _load(rows: slice) -> Digits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a digit's 8x8 box lands. Lengths are fractions of the image's side.
+    """Placement of a digit's 8x8 box. Lengths are fractions of the image's side.
 
     Attributes:
         size: side of the box.
         x: horizontal centre of the box.
         y: vertical centre of the box.
-        angle: counter-clockwise turn, in radians.
+        angle: counter-clockwise rotation in radians.
         shear: horizontal shift per unit of height; positive leans to the right.
         stretch: factor on the width.
     """
@@ -82,12 +82,12 @@ CENTRED = Placement()
 def ink_mask(ink: Floats, image_size: int, placement: Placement = CENTRED) -> Floats:
     """Draws one digit (8, 8) as a coverage mask (image_size, image_size), from 0 to 1.
 
-    Bicubic interpolation of the 8x8 cells, then a contrast curve that restores a pen's edge.
+    The 8x8 cells are interpolated bicubically; a contrast curve then restores the pen's edge.
     """
     p = placement
     cells = 8.0 / (p.size * image_size)  # source cells per pixel
     cos, sin = math.cos(p.angle), math.sin(p.angle)
-    # Image offsets (u right, v down) -> cells: undo the turn, then the shear, then the stretch.
+    # Image offsets (u right, v down) -> cells: undo the rotation, then shear, then stretch.
     a, b = cells * cos, -cells * sin
     d, e = cells * sin, cells * cos
     a, b = (a + p.shear * d) / p.stretch, (b + p.shear * e) / p.stretch
@@ -101,16 +101,19 @@ def ink_mask(ink: Floats, image_size: int, placement: Placement = CENTRED) -> Fl
 
 
 def plain_image(ink: Floats, image_size: int, placement: Placement = CENTRED) -> Pixels:
-    """Black ink on a white page: uint8 (image_size, image_size, 3)."""
+    """Draws black ink on a white page, uint8 (image_size, image_size, 3)."""
     page = (255.0 * (1.0 - ink_mask(ink, image_size, placement))).round().astype(np.uint8)
     return np.repeat(page[:, :, None], 3, axis=2)
 
 
 def held_out_digits(image_size: int) -> tuple[Pixels, Labels]:
-    """The held-out digits as plain images: uint8 (450, image_size, image_size, 3), int64 (450,).
+    """Draws the held-out digits as plain images.
 
-    Each is black on white, upright and centred, its 8x8 box enlarged bicubically to three quarters
-    of the image's side.
+    Each is black on white, upright and centred, with its 8x8 box enlarged to three quarters of the
+    image's side.
+
+    Returns:
+        Images uint8 (450, image_size, image_size, 3) and labels int64 (450,).
     """
     digits = held_out()
     images = np.stack([plain_image(ink, image_size) for ink in digits.ink])

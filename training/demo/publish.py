@@ -1,8 +1,8 @@
-"""`python training/demo/publish.py RUN_DIR`: makes a run's weights the demo model of its kind.
+"""Publishes a run as a demo model: `python training/demo/publish.py RUN_DIR`.
 
 Rounds the weights to float16 and writes them into `perception_rt/demo`. An encoder is read back and
-measured on the held-out digits, as CARD.md reports; a language model is measured through its
-engines, by `benchmarks/demo_accuracy.py`.
+evaluated on the held-out digits, for CARD.md. A language model is evaluated by
+`benchmarks/demo_accuracy.py` with its engines.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from training.model.export import WEIGHTS_FILE, export_encoder, load_weights
 
 
 def report(model: PerceptionEncoder) -> dict[str, Any]:
-    """Size, zero-shot accuracies on the held-out digits, and the mistakes on the plain images."""
+    """Returns size, zero-shot accuracies on the held-out digits, and mistakes on plain images."""
     assert model.config.text is not None
     tokenizer = ClipTokenizer(context_length=model.config.text.context_length)
     images, labels = held_out_digits(model.config.vision.image_size)
@@ -47,7 +47,7 @@ def report(model: PerceptionEncoder) -> dict[str, Any]:
 
 
 def publish_language_model(run_dir: Path, folder: Path) -> None:
-    """Copies a run's exported folder, its weights in float16."""
+    """Copies an exported folder, with its weights in float16."""
     config = find_config(run_dir)
     assert config is not None
     source = open_checkpoint(run_dir, config)
@@ -59,9 +59,11 @@ def publish_language_model(run_dir: Path, folder: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Publishes one run; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Makes a run's weights the demo model.")
-    parser.add_argument("run_dir", type=Path)
+    """Publishes one run and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Publishes the weights of a run as the demo model, rounded to float16."
+    )
+    parser.add_argument("run_dir", type=Path, help="run.out_dir of a finished run")
     options = parser.parse_args(arguments)
     try:
         if (options.run_dir / CONFIG_NAME).is_file():

@@ -1,8 +1,8 @@
-"""Questions about rows of handwritten digits, as conversations in the reference's jsonl schema.
+"""Questions about rows of handwritten digits, in the reference's jsonl schema.
 
-A record is fixed by (set, seed, number). Images are arrays in place of paths; otherwise it is what
-a line of a jsonl file would hold: one picture, or two, and one question or several about it.
-`LEARNED` are the sets that the demo model is trained on.
+(set, seed, number) fix a record. A record is what a line of a jsonl file would hold, with image
+arrays in place of paths: one or two images, and one or several questions about them. The demo model
+is trained on the sets in `LEARNED`.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from training.demo.scenes import COLORS
 
 IMAGE_SIZE = 64
 MOST_DIGITS = 6
-_COUNTS = (0.22, 0.22, 0.26, 0.14, 0.09, 0.07)  # how often a row has 1 to 6 digits
+_COUNTS = (0.22, 0.22, 0.26, 0.14, 0.09, 0.07)  # probability that a row has 1 to 6 digits
 VALIDATION = 200  # digits at the end of the training split
 
 _INKS = ("black", "white", "red", "green", "blue", "yellow", "orange", "purple")
@@ -28,8 +28,8 @@ _MIN_CONTRAST = 150.0  # smallest RGB distance between ink and background
 _JITTER = 12.0
 _NOISE = 8.0
 _HELD_OUT_SEED = 20_000_004
-_MOST_ASKED = {"locate": 2, "colour": 4, "exists": 5}  # about one picture
-_OVERLAP = 0.5  # of two boxes, their intersection over their union
+MAX_QUESTIONS = {"locate": 2, "colour": 4, "exists": 5}  # per image
+_MIN_OVERLAP = 0.5  # intersection over union of two boxes that count as equal
 
 Record = dict[str, Any]
 Bounds = tuple[float, float, float, float]
@@ -37,14 +37,14 @@ Bounds = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A picture of digits beside each other.
+    """An image of digits side by side.
 
     Attributes:
         image: uint8 (64, 64, 3).
-        digits: from left to right.
-        inks: the colour of each.
-        boxes: of the ink of each, x1, y1, x2, y2 in pixels.
-        ground: the background's colour.
+        digits: digits from left to right.
+        inks: colour of each digit.
+        boxes: box around the ink of each digit, x1, y1, x2, y2 in pixels.
+        ground: colour of the background.
     """
 
     image: Pixels
@@ -55,18 +55,21 @@ class Row:
 
     @property
     def number(self) -> str:
-        """The digits as one text."""
+        """The digits as text."""
         return "".join(map(str, self.digits))
 
 
 def record(name: str, seed: int, number: int, *, validation: bool = False) -> Record:
-    """A conversation of one set; InputError if there is no set of that name.
+    """Draws one conversation.
 
     Args:
-        name: of the set, one of `SETS`.
-        seed: of the run.
-        number: of the sample.
-        validation: of digits that are not trained on.
+        name: name of the set, a key of `SETS`.
+        seed: RNG seed.
+        number: number of the sample.
+        validation: use the validation digits, which are not trained on.
+
+    Raises:
+        InputError: the set is unknown.
     """
     if name not in SETS:
         raise InputError(f"unknown scenes {name!r:.60}; known are {', '.join(SETS)}")
@@ -75,11 +78,11 @@ def record(name: str, seed: int, number: int, *, validation: bool = False) -> Re
 
 
 def held_out_record(name: str, number: int) -> Record:
-    """A question about digits of writers that nothing was trained on, for the last measure.
+    """Draws a question about held-out digits, for the final evaluation.
 
     Args:
-        name: of the set; `read3` is `read` with rows of three digits.
-        number: of the sample.
+        name: name of the set; `read3` is `read` with rows of three digits.
+        number: number of the sample.
     """
     rng = np.random.default_rng((_HELD_OUT_SEED, number))
     if name == "read3":
@@ -90,24 +93,24 @@ def held_out_record(name: str, number: int) -> Record:
 
 
 def is_right(name: str, answer: str, found: Record) -> bool:
-    """Whether an answer is that of a record: the same text, or for a box half an overlap."""
+    """Whether an answer is right: equal text, or for `locate` an intersection over union of 0.5."""
     wanted = found["conversations"][1]["value"]
     if name != "locate":
         return bool(answer.strip() == wanted)
     boxes = parse_boxes(answer)
-    return len(boxes) == 1 and _overlap(boxes[0], parse_boxes(wanted)[0]) >= _OVERLAP
+    return len(boxes) == 1 and _overlap(boxes[0], parse_boxes(wanted)[0]) >= _MIN_OVERLAP
 
 
 def draw_row(
     rng: np.random.Generator, digits: Digits, count: int | None = None, *, wanted: str | None = None
 ) -> Row:
-    """A row of random digits.
+    """Draws a row of random digits.
 
     Args:
-        rng: where chance comes from.
-        digits: to choose from.
-        count: of digits; 1 to 6 at random without, the long ones seldom.
-        wanted: the digits themselves, instead of any.
+        rng: random generator.
+        digits: digits to choose from.
+        count: number of digits; None draws 1 to 6, with long rows rare.
+        wanted: the exact digits to show, instead of random ones.
     """
     if wanted is not None:
         count = len(wanted)
@@ -153,7 +156,7 @@ def draw_row(
 
 
 def _conversation(images: list[Pixels], *exchanges: tuple[str, str]) -> Record:
-    """Of questions and their answers."""
+    """A record of questions and answers."""
     turns = []
     for question, answer in exchanges:
         turns.append({"from": "human", "value": question})
@@ -169,7 +172,7 @@ def _caption(rng: np.random.Generator, digits: Digits) -> Record:
 
 
 def _describe(rng: np.random.Generator, digits: Digits) -> Record:
-    """Everything there is about a row: what stage 2 learns to see."""
+    """Lists digits, colours and boxes of a row; stage 2 trains on it."""
     row = draw_row(rng, digits)
     parts = [
         f"{digit} {ink} {format_box(box, IMAGE_SIZE, IMAGE_SIZE)}"
@@ -204,7 +207,7 @@ def _locate(rng: np.random.Generator, digits: Digits) -> Record:
     row, places = _with_unique(rng, digits)
     exchanges = [
         (f"Where is the {row.digits[i]}?", format_box(row.boxes[i], IMAGE_SIZE, IMAGE_SIZE))
-        for i in places[: _MOST_ASKED["locate"]]
+        for i in places[: MAX_QUESTIONS["locate"]]
     ]
     return _conversation([row.image], *exchanges)
 
@@ -213,7 +216,7 @@ def _colour(rng: np.random.Generator, digits: Digits) -> Record:
     row, places = _with_unique(rng, digits)
     exchanges = [
         (f"What colour is the {row.digits[i]}?", row.inks[i])
-        for i in places[: _MOST_ASKED["colour"]]
+        for i in places[: MAX_QUESTIONS["colour"]]
     ]
     return _conversation([row.image], *exchanges)
 
@@ -222,9 +225,9 @@ def _exists(rng: np.random.Generator, digits: Digits) -> Record:
     row = draw_row(rng, digits)
     pools = {"yes": sorted(set(row.digits)), "no": [d for d in range(10) if d not in row.digits]}
     exchanges: list[tuple[str, str]] = []
-    while len(exchanges) < _MOST_ASKED["exists"]:
+    while len(exchanges) < MAX_QUESTIONS["exists"]:
         answer = "yes" if rng.random() < 0.5 else "no"
-        if not pools[answer]:  # ending here, a digit that is left says nothing about its answer
+        if not pools[answer]:  # stop, since the answer to a remaining digit could be guessed
             break
         digit = pools[answer].pop(rng.integers(len(pools[answer])))
         exchanges.append((f"Is there a {digit}?", answer))
@@ -237,7 +240,7 @@ def _compare(rng: np.random.Generator, digits: Digits) -> Record:
     wanted = first.number
     while not same and wanted == first.number:
         wanted = "".join(str(rng.integers(10)) for _ in first.digits)
-        # Half of the different ones differ in one digit only.
+        # Half of the different numbers differ in one digit.
         if rng.random() < 0.5:
             place = int(rng.integers(len(wanted)))
             wanted = first.number[:place] + wanted[place] + first.number[place + 1 :]
@@ -247,7 +250,7 @@ def _compare(rng: np.random.Generator, digits: Digits) -> Record:
 
 
 def _last(rng: np.random.Generator, digits: Digits) -> Record:
-    """What the demo is not trained on: a question for fine-tuning."""
+    """A question that the demo is not trained on, for fine-tuning."""
     row = draw_row(rng, digits)
     return _conversation([row.image], ("Which digit is the rightmost?", str(row.digits[-1])))
 
@@ -282,7 +285,7 @@ def _shade(rng: np.random.Generator, name: str) -> Any:
 
 
 def _bounds(mask: Any) -> Bounds:
-    """The box of the ink: x1, y1, x2, y2 in pixels."""
+    """Box around the ink: x1, y1, x2, y2 in pixels."""
     columns = np.flatnonzero(mask.max(axis=0) > 0.5)
     rows = np.flatnonzero(mask.max(axis=1) > 0.5)
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)

@@ -1,7 +1,7 @@
-"""Synthetic scenes: a handwritten digit in a colour, somewhere on a coloured background.
+"""Synthetic scenes: one coloured handwritten digit on a coloured background, with captions.
 
-A scene is drawn from a random generator and nothing else, so (seed, index) fixes it. Captions say
-what is in the scene in varying detail; the prompts for zero-shot classification stand beside them.
+A scene depends on its random generator only, so (seed, index) fix it. Captions describe the scene
+in varying detail. The prompts for zero-shot classification are here too.
 """
 
 import math
@@ -34,7 +34,7 @@ BACKGROUNDS = ("plain", "gradient", "noisy", "striped", "checked")
 _MIN_CONTRAST = 130.0  # smallest RGB distance between ink and background
 _JITTER = 14.0  # largest deviation per channel from a named colour
 
-# Of {word} seven, {numeral} 7, {ink} a red, {color} red, {ground} a green, {kind} striped.
+# For example {word} seven, {numeral} 7, {ink} a red, {color} red, {ground} a green, {kind} striped.
 _CAPTIONS_DIGIT = (
     "a photo of the handwritten digit {word}",
     "a handwritten {word}",
@@ -63,7 +63,7 @@ _SHARES = (0.4, 0.5, 0.1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What a scene shows: the digit 0..9, names out of `COLORS`, and one of `BACKGROUNDS`."""
+    """Contents of a scene: digit 0..9, names out of `COLORS`, and one of `BACKGROUNDS`."""
 
     digit: int
     ink: str
@@ -77,11 +77,11 @@ PLAIN = ("black", "white", "plain")
 def draw_scene(
     rng: np.random.Generator, ink: Floats, digit: int, image_size: int
 ) -> tuple[Pixels, Scene]:
-    """Draws one digit (8, 8) into a random scene: uint8 (image_size, image_size, 3)."""
+    """Draws one digit (8, 8) into a random scene, uint8 (image_size, image_size, 3)."""
     name, ground_name = _contrasting_colors(rng)
     kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     ground = _background(rng, kind, _shade(rng, ground_name), image_size)
-    mask = ink_mask(_weigh(rng, ink), image_size, _placement(rng))[:, :, None]
+    mask = ink_mask(vary_pen(rng, ink), image_size, _placement(rng))[:, :, None]
     image = ground + (_shade(rng, name) - ground) * mask
     scene = Scene(digit=digit, ink=name, ground=ground_name, kind=kind)
     return np.clip(image + 0.5, 0, 255).astype(np.uint8), scene
@@ -91,7 +91,7 @@ def draw_page(
     rng: np.random.Generator, ink: Floats, digit: int, image_size: int
 ) -> tuple[Pixels, Scene]:
     """Draws one digit (8, 8) as dark ink on a light page, slightly displaced."""
-    mask = ink_mask(_weigh(rng, ink), image_size, _placement(rng))[:, :, None]
+    mask = ink_mask(vary_pen(rng, ink), image_size, _placement(rng))[:, :, None]
     page, pen = rng.uniform(235, 255), rng.uniform(0, 40)
     image = np.repeat(page + (pen - page) * mask, 3, axis=2)
     name, ground, kind = PLAIN
@@ -101,7 +101,12 @@ def draw_page(
 
 
 def draw_all(digits: Digits, image_size: int, *, seed: int) -> tuple[Pixels, Labels]:
-    """One scene per digit: uint8 (N, image_size, image_size, 3); the inks' colours, int64 (N,)."""
+    """Draws one scene per digit.
+
+    Returns:
+        Images uint8 (N, image_size, image_size, 3) and ink colours int64 (N,), indices into
+        `COLOR_NAMES`.
+    """
     drawn = [
         draw_scene(np.random.default_rng((seed, i)), ink, int(label), image_size)
         for i, (ink, label) in enumerate(zip(digits.ink, digits.labels, strict=True))
@@ -111,7 +116,7 @@ def draw_all(digits: Digits, image_size: int, *, seed: int) -> tuple[Pixels, Lab
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> str:
-    """A random true sentence about a scene."""
+    """Returns a random true sentence about a scene."""
     group = (_CAPTIONS_DIGIT, _CAPTIONS_SCENE, _CAPTIONS_COLOR)[rng.choice(3, p=_SHARES)]
     return describe(group[rng.integers(len(group))], scene)
 
@@ -129,12 +134,12 @@ def describe(template: str, scene: Scene) -> str:
 
 
 def digit_prompts() -> list[list[str]]:
-    """Per digit, in order, the sentences whose mean is its class."""
+    """Returns for each digit the sentences whose mean embedding represents it."""
     return [_prompts(DIGIT_PROMPTS, digit=i) for i in range(10)]
 
 
 def ink_prompts() -> list[list[str]]:
-    """Per colour of `COLOR_NAMES`, in order, the sentences whose mean is its class."""
+    """Returns for each of `COLOR_NAMES` the sentences whose mean embedding represents it."""
     return [_prompts(INK_PROMPTS, ink=name) for name in COLOR_NAMES]
 
 
@@ -155,12 +160,12 @@ def _contrasting_colors(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _shade(rng: np.random.Generator, name: str) -> Floats:
-    """A named colour, slightly off: float32 (3,)."""
+    """A named colour with jitter, float32 (3,)."""
     return (np.array(COLORS[name]) + rng.uniform(-_JITTER, _JITTER, size=3)).astype(np.float32)
 
 
-def _weigh(rng: np.random.Generator, ink: Floats) -> Floats:
-    """A thinner or bolder pen."""
+def vary_pen(rng: np.random.Generator, ink: Floats) -> Floats:
+    """Makes the pen thinner or bolder."""
     return ink ** np.float32(rng.uniform(0.7, 1.4))
 
 
@@ -178,7 +183,7 @@ def _placement(rng: np.random.Generator) -> Placement:
 
 
 def _background(rng: np.random.Generator, kind: str, color: Floats, size: int) -> Floats:
-    """float32 (size, size, 3) in shades of one colour."""
+    """Background in shades of one colour, float32 (size, size, 3)."""
     x = np.arange(size, dtype=np.float32)[None, :]
     y = np.arange(size, dtype=np.float32)[:, None]
     angle = rng.uniform(0, 2 * np.pi)
@@ -195,6 +200,6 @@ def _background(rng: np.random.Generator, kind: str, color: Floats, size: int) -
             amount = ((x // (period / 2) + y // (period / 2)) % 2).astype(np.float32)
         case _:
             amount = np.zeros((size, size), dtype=np.float32)
-    # Towards white or black, whichever is farther, so that the shade is visible and still named so.
+    # Shade towards white or black, whichever is farther, so that it is visible and keeps its name.
     target = np.float32(255.0 if color.mean() < 128.0 else 0.0)
     return color + (target - color) * (np.float32(0.28) * amount[:, :, None])

@@ -1,7 +1,7 @@
-"""`python training/demo/tokenizer.py FILE`: trains the PLM demo's SentencePiece model.
+"""Trains the PLM demo's SentencePiece model: `python training/demo/tokenizer.py FILE`.
 
-The text is that of the demo's own questions and answers. Digits are pieces of their own, and bytes
-stand for whatever else a user may type. Reproducible: the text depends on a fixed seed.
+The corpus is the demo's own questions and answers, drawn from a fixed seed, so the result is
+reproducible. Every digit is a piece of its own, and byte pieces cover all other text.
 """
 
 import sys
@@ -13,12 +13,12 @@ from perception_rt.processing.prompt import SYSTEM
 from training.demo.questions import LEARNED, record
 
 VOCAB_SIZE = 512
-_SAMPLES = 400  # of each set
+_SAMPLES = 400  # per set
 _SETS = (*LEARNED, "describe", "captions", "last")
 
 
 def corpus() -> list[str]:
-    """The texts between control tokens, as prompts have them."""
+    """Returns the texts that stand between control tokens in prompts."""
     texts = [SYSTEM] * 400 + ["system", "user", "assistant"] * 400
     for name in _SETS:
         for number in range(_SAMPLES):
@@ -29,7 +29,7 @@ def corpus() -> list[str]:
 
 
 def train(file: Path) -> None:
-    """Writes the model, whole or not at all."""
+    """Trains the model and writes it to a file."""
     import sentencepiece
 
     with tempfile.TemporaryDirectory() as folder:

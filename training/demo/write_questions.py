@@ -1,6 +1,6 @@
-"""`python training/demo/write_questions.py SET COUNT FOLDER`: questions about scenes as jsonl.
+"""Writes questions as jsonl: `python training/demo/write_questions.py SET COUNT FOLDER`.
 
-`FOLDER/SET.jsonl` and PNG images beside it, in the format that `training.data.conversations` reads.
+Writes `FOLDER/SET.jsonl` with PNG images beside it, in the format of `training/data/records.py`.
 """
 
 import argparse
@@ -11,13 +11,13 @@ from pathlib import Path
 from PIL import Image
 
 from perception_rt.errors import PerceptionError
-from training.demo.questions import record
+from training.demo.questions import SETS, record
 
 _SEED = 11
 
 
 def write(name: str, count: int, folder: Path) -> Path:
-    """Writes a dataset; the jsonl file."""
+    """Writes a dataset and returns the path of its jsonl file."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
@@ -33,11 +33,13 @@ def write(name: str, count: int, folder: Path) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes one set; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Writes questions about scenes as jsonl.")
-    parser.add_argument("set")
-    parser.add_argument("count", type=int)
-    parser.add_argument("folder", type=Path)
+    """Writes one set and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Writes questions about synthetic images as jsonl, with PNG files beside it."
+    )
+    parser.add_argument("set", help=f"set of questions: {', '.join(SETS)}")
+    parser.add_argument("count", type=int, help="number of records")
+    parser.add_argument("folder", type=Path, help="folder to write to")
     options = parser.parse_args(arguments)
     try:
         print(write(options.set, options.count, options.folder))

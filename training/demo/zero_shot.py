@@ -1,6 +1,6 @@
-"""How good a model is: zero-shot classification, and the loss of held-out answers.
+"""Zero-shot classification of digits and their colours, without augmentation.
 
-Zero-shot compares an image with the mean of each class's sentences. No augmentation.
+An image belongs to the class whose sentences' mean embedding is most similar.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from training.demo.digits import Digits, Labels, plain_image
 from training.demo.scenes import digit_prompts, draw_all, ink_prompts
 
 _CHUNK = 256
-_SCENE_SEED = 20_000_003  # of evaluation scenes; they are the same in every run
+_SCENE_SEED = 20_000_003  # evaluation scenes are the same in every run
 
 
 @torch.no_grad()
@@ -28,16 +28,16 @@ def classify(
     prompts: Sequence[Sequence[str]],
     tokenizer: ClipTokenizer,
 ) -> Labels:
-    """The most similar class of each image.
+    """Returns the most similar class of each image.
 
     Args:
-        model: in evaluation mode.
+        model: model in evaluation mode.
         images: uint8 (N, H, W, 3) at the model's size.
-        prompts: the sentences of each class, equally many.
-        tokenizer: at the model's context length.
+        prompts: sentences of each class.
+        tokenizer: tokenizer with the model's context length.
 
     Returns:
-        int64 (N,), indices into `prompts`.
+        Indices into `prompts`, int64 (N,).
     """
     weight = model.visual.conv1.weight
     classes = torch.stack([_class_feature(model, sentences, tokenizer) for sentences in prompts])
@@ -56,11 +56,11 @@ def _class_feature(
 
 
 def evaluate(model: PerceptionEncoder, digits: Digits) -> dict[str, float]:
-    """Zero-shot accuracies, from 0 to 1.
+    """Returns zero-shot accuracies, from 0 to 1.
 
     Returns:
-        `plain`: the digit, black on white and centred; `scene`: the digit in a coloured scene;
-        `ink`: the digit's colour in that scene.
+        `plain`: digits in black on white, centred; `scene`: digits in coloured scenes; `ink`: their
+        colours.
     """
     text = model.config.text
     assert text is not None
@@ -80,7 +80,7 @@ def evaluate(model: PerceptionEncoder, digits: Digits) -> dict[str, float]:
 
 
 def confusion(predicted: Labels, labels: Labels, classes: int) -> npt.NDArray[np.int64]:
-    """Counts (classes, classes): row the truth, column the answer."""
+    """Counts predictions, int64 (classes, classes): rows are labels, columns predictions."""
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (labels, predicted), 1)
     return counts

@@ -1,1 +1,1 @@
-"""The model under training: attention kernels, LoRA, initial weights, export of weights."""
+"""The trained model: attention kernels, LoRA, initial and pretrained weights, export."""

@@ -1,9 +1,9 @@
-"""Attention kernels of training, each with the mask that keeps packed documents apart.
+"""Attention kernels for training, each with the mask that keeps packed documents apart.
 
-All are `perception_rt.models.layers.Attention`, and what has no mask is torch's own attention in
-all of them. A mask is made once per batch, for all layers.
+All implement `perception_rt.models.layers.Attention`. Without a mask they fall back to torch's
+attention. A mask is computed once per batch and shared by all layers.
 
-Legend: N sequences, T tokens, G query heads of a key and value head, D channels per head.
+Legend: N sequences, T tokens, G query heads per key and value head, D channels per head.
 """
 
 import functools
@@ -30,22 +30,26 @@ MakeMask = Callable[[Tensor], Any]
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """An attention, and what it takes for a mask of documents int64 (N, T)."""
+    """An attention function, and the function that makes its mask from documents, int64 (N, T)."""
 
     attention: Attention
     document_mask: MakeMask
 
 
 def get_kernel(name: str, device: str) -> Kernel:
-    """The kernel of that name, for `run.device`.
+    """Returns a kernel by name.
+
+    Args:
+        name: `sdpa`, `flex` or `xformers`.
+        device: the recipe's `run.device`.
 
     Raises:
-        InputError: it cannot train on that device, or its package is missing.
+        InputError: the kernel needs a GPU and there is none, or its package is missing.
     """
     if name == "sdpa":
         return Kernel(sdpa_attention, sdpa_document_mask)
     if device == "cpu" or not torch.cuda.is_available():
-        raise InputError(f"parallel.attention {name} trains on a GPU only; on a CPU use sdpa")
+        raise InputError(f"parallel.attention {name} needs a GPU; use sdpa on a CPU")
     if name == "flex":
         return Kernel(flex_document_attention, flex_document_mask)
     if importlib.util.find_spec("xformers") is None:
@@ -54,7 +58,7 @@ def get_kernel(name: str, device: str) -> Kernel:
 
 
 def sdpa_document_mask(documents: Tensor) -> Tensor:
-    """bool (N, 1, T, T): a token sees itself and what comes before it in its document."""
+    """Returns bool (N, 1, T, T): a token sees itself and earlier tokens of its document."""
     same = documents[:, :, None] == documents[:, None, :]
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
@@ -62,7 +66,7 @@ def sdpa_document_mask(documents: Tensor) -> Tensor:
 
 
 def flex_document_mask(documents: Tensor) -> BlockMask:
-    """The same for flex attention, which skips blocks where no token sees another."""
+    """Returns the same mask for flex attention, which skips blocks without a visible pair."""
 
     def sees(n: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents[n, query] == documents[n, key])
@@ -72,8 +76,9 @@ def flex_document_mask(documents: Tensor) -> BlockMask:
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    """Flex attention as one kernel; without compilation it would hold all T * T scores."""
+def compiled_flex() -> Callable[..., Tensor]:
+    """Compiles flex attention once per process."""
+    # Without compilation flex attention would hold all T * T scores.
     compiled: Callable[..., Tensor] = torch.compile(flex_attention)
     return compiled
 
@@ -89,17 +94,17 @@ def flex_document_attention(
     causal: bool = False,
     mask: BlockMask | None = None,
 ) -> Tensor:
-    """An `Attention` whose masks are those of `flex_document_mask`."""
+    """Flex attention, an `Attention` with masks of `flex_document_mask`."""
     if mask is None:
         return sdpa_attention(
             query, key, value, heads=heads, kv_heads=kv_heads, rope=rope, causal=causal
         )
     q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=kv_heads, rope=rope)
-    return merge_heads(_compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True))
+    return merge_heads(compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True))
 
 
 def document_lengths(documents: Tensor) -> list[int]:
-    """The tokens of each document of (N, T), all rows in order; padding is a document."""
+    """Returns the tokens per document of (N, T), row by row; padding counts as a document."""
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     edges = starts.flatten().nonzero().flatten()
@@ -109,7 +114,7 @@ def document_lengths(documents: Tensor) -> list[int]:
 
 
 def xformers_document_mask(documents: Tensor) -> Any:
-    """The same for xformers, to which all rows are one sequence of documents."""
+    """Returns the same mask for xformers, which sees all rows as one sequence of documents."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask  # type: ignore[import-not-found]
 
     return BlockDiagonalCausalMask.from_seqlens(document_lengths(documents))
@@ -126,7 +131,7 @@ def xformers_document_attention(
     causal: bool = False,
     mask: Any = None,
 ) -> Tensor:
-    """An `Attention` whose masks are those of `xformers_document_mask`."""
+    """Memory-efficient attention, an `Attention` with masks of `xformers_document_mask`."""
     if mask is None:
         return sdpa_attention(
             query, key, value, heads=heads, kv_heads=kv_heads, rope=rope, causal=causal
@@ -135,9 +140,9 @@ def xformers_document_attention(
 
     groups = kv_heads or heads
     q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=groups, rope=rope)
-    # To (1, N * T, key and value heads, G, D); keys and values are the same for a whole group.
+    # (N, heads, T, D) -> (1, N * T, heads, D); `groups` heads in k and v.
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[None] for x in (q, k, v))
-    q = q.unflatten(2, (groups, heads // groups))
-    k, v = (x[:, :, :, None].expand_as(q) for x in (k, v))
+    q = q.unflatten(2, (groups, heads // groups))  # (1, N * T, groups, G, D)
+    k, v = (x[:, :, :, None].expand_as(q) for x in (k, v))  # (1, N * T, groups, G, D)
     y: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask)
-    return y.reshape(query.shape)
+    return y.reshape(query.shape)  # (N, T, heads * D)

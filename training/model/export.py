@@ -1,7 +1,4 @@
-"""What a run leaves on disk: how files are written, and weights in the reference's names.
-
-Every file appears whole or not at all: it is written beside its place and then renamed.
-"""
+"""Writes trained weights under the reference's names, for `perception-export --checkpoint`."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +27,15 @@ def export_encoder(
     name: str = WEIGHTS_FILE,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes safetensors in the reference's names, and the architecture as JSON beside them."""
+    """Writes a Perception Encoder: safetensors, and its architecture as JSON beside them.
+
+    Args:
+        weights: tensors by parameter name.
+        config: architecture.
+        folder: existing folder to write to.
+        name: file name of the weights.
+        dtype: dtype to store.
+    """
     save_checkpoint({key: tensor.to(dtype) for key, tensor in weights.items()}, folder / name)
     architecture = json.dumps(config.to_dict(), indent=2) + "\n"
     write_text((folder / name).with_suffix(".json"), architecture)
@@ -45,10 +50,18 @@ def export_language_model(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a folder that `perception-export --checkpoint` takes: weights, params.json, tokenizer.
+    """Writes a folder with weights, `params.json` and tokenizer.
 
-    `params.json` has the architecture under `model` and, as the reference's, how images and videos
-    become tiles under `data`.
+    `params.json` holds the architecture under `model` and, like the reference's, the rules that
+    turn images and videos into tiles under `data`.
+
+    Args:
+        weights: tensors by parameter name.
+        config: the recipe.
+        tokenizer: tokenizer specification.
+        tokenizer_file: content of the tokenizer's file.
+        folder: folder to create or fill.
+        dtype: dtype to store.
     """
     data = config.data
     params = {
@@ -69,7 +82,10 @@ def export_language_model(
 
 
 def load_weights(weights: Path) -> PerceptionEncoder:
-    """Reads what `export_encoder` wrote as a float32 model in evaluation mode.
+    """Loads the output of `export_encoder` as a float32 model in evaluation mode.
+
+    Args:
+        weights: the safetensors file; the architecture is in the JSON file beside it.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the architecture.

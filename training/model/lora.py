@@ -1,7 +1,7 @@
-"""Low-rank updates (LoRA): W + scale * B @ A for chosen matrices, of which A and B are trained.
+"""Low-rank updates (LoRA): W + scale * B @ A for chosen matrices, where only A and B are trained.
 
-A matrix keeps its name, and its update stands beside it as `lora_a` and `lora_b`, so a checkpoint
-of a model with updates is that of the model and some more. Knows modules and nothing of tasks.
+A matrix keeps its name and its update is stored beside it as `lora_a` and `lora_b`, so a checkpoint
+with updates is the plain model's checkpoint plus extra tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,14 +14,14 @@ from perception_rt.models.layers import Rope, SelfAttention
 from training.recipe.schema import LoraConfig
 
 _A, _B = "lora_a", "lora_b"
-_PACKED = "in_proj"  # a `SelfAttention`'s own matrix, among names of layers
+_PACKED = "in_proj"  # target name of a `SelfAttention`'s packed input projection
 
 
 class LoraLinear(nn.Linear):
-    """A frozen linear layer and its update, which is applied on its own.
+    """A frozen linear layer with a low-rank update.
 
-    The update never meets the matrix: it keeps its digits in low precision, and its gradient costs
-    a share of rank / width of the matrix's.
+    The update is applied separately and never added to the matrix. So it is not rounded away in low
+    precision, and its gradient costs only rank / width as much as the matrix's.
     """
 
     lora_a: Tensor
@@ -35,13 +35,13 @@ class LoraLinear(nn.Linear):
         _add_update(self, linear.weight, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Maps (..., in) to (..., out)."""
         update = F.linear(F.linear(x, self.lora_a), self.lora_b)
         return super().forward(x) + self.scale * update
 
 
 class LoraSelfAttention(SelfAttention):
-    """An attention whose packed input projection is frozen and has an update, as `LoraLinear`."""
+    """An attention whose packed input projection is frozen and has an update like `LoraLinear`."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -55,10 +55,11 @@ class LoraSelfAttention(SelfAttention):
         _add_update(self, attention.in_proj_weight, rank)
 
     def forward(self, x: Tensor, *, rope: Rope | None = None, causal: bool = False) -> Tensor:
-        """(N, T, C) -> (N, T, C)."""
+        """Maps (N, T, C) to (N, T, C)."""
         update = F.linear(F.linear(x, self.lora_a), self.lora_b)
+        # (N, T, 3 * C)
         packed = F.linear(x, self.in_proj_weight, self.in_proj_bias) + self.scale * update
-        q, k, v = packed.chunk(3, dim=-1)
+        q, k, v = packed.chunk(3, dim=-1)  # (N, T, C) each
         return self.out_proj(self.attention(q, k, v, heads=self.heads, rope=rope, causal=causal))
 
 
@@ -69,7 +70,7 @@ def _add_update(module: nn.Module, weight: Tensor, rank: int) -> None:
 
 
 def add_updates(model: nn.Module, config: LoraConfig) -> None:
-    """Puts an update beside every matrix that the recipe names, in place and uninitialised.
+    """Adds an uninitialised update to every matrix that the recipe names, in place.
 
     Raises:
         InputError: the recipe names a layer that the model does not have.
@@ -101,7 +102,7 @@ def is_update(name: str) -> bool:
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """Weights of a model with updates as those of the plain model, under its names."""
+    """Merges updates into the plain model's weights, computed in float64."""
     plain = {name: tensor for name, tensor in weights.items() if not is_update(name)}
     for layer in _updated(weights):
         name = f"{layer}.weight" if f"{layer}.weight" in plain else f"{layer}.in_proj_weight"
@@ -112,5 +113,5 @@ def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tenso
 
 
 def _updated(weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """Names of the layers that have an update."""
+    """Names of the layers with an update."""
     return (name.removesuffix(f".{_A}") for name in weights if name.endswith(f".{_A}"))

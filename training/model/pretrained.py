@@ -1,7 +1,7 @@
-"""The checkpoints that a language model starts from: a whole one, or a tower's and a decoder's.
+"""Loads the weights that a language model starts from: a whole checkpoint, or tower and decoder.
 
-Weights are read one at a time, under our names. A part is taken out of whatever file has it: the
-tower of a Perception Encoder that may be deeper or of another grid, the decoder of a Llama.
+Weights are read one at a time by parameter name. The tower may come from a Perception Encoder that
+is deeper or has another patch grid, and the decoder from a Llama.
 """
 
 import math
@@ -29,22 +29,22 @@ _PROJECTOR = "vision_projector."
 _VISUAL = "visual."  # the tower's prefix in a Perception Encoder
 _POSITIONS = "visual.positional_embedding"
 _GAIN = ".gamma"
-# Where Hugging Face has the decoder of a multimodal model, and that of a Llama alone.
+# Hugging Face's prefixes for the decoder of a multimodal model, and for a Llama.
 _HF_DECODER = "model.language_model."
 _HF_LLAMA = "model."
 
 Load = Callable[[str], Tensor]
 
 
-class Sources:
-    """What `init` of a recipe names.
+class PretrainedWeights:
+    """The checkpoints of a recipe's section `init`.
 
     Args:
-        init: the recipe's.
-        model: the architecture that is trained.
+        init: the recipe's section `init`.
+        model: architecture to train.
 
     Raises:
-        CheckpointError: a file is unreadable, or does not have what the architecture needs.
+        CheckpointError: a file is unreadable or lacks a tensor of the architecture.
     """
 
     def __init__(self, init: InitConfig, model: PlmConfig) -> None:
@@ -61,15 +61,15 @@ class Sources:
             self._loads |= _decoder(init.decoder, model, decoder)
 
     def load(self, name: str) -> Tensor | None:
-        """A weight, float32; None if it starts at random."""
+        """Loads a weight as float32; None if it starts at random."""
         load = self._loads.get(name)
         return None if load is None else load(name).float()
 
 
 def _whole(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str, Load]:
-    """All weights, but for gains of layer scale that this model has and the stored one has not.
+    """All weights, except layer scales that this model has and the checkpoint has not.
 
-    The released models get theirs between the first stage and the second.
+    The released models gain layer scale between stage 1 and stage 2.
     """
     stored = find_config(path)
     if stored is not None and stored.vision.ls_init_value is None:
@@ -79,7 +79,7 @@ def _whole(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str
 
 
 def _vision(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str, Load]:
-    """The tower of a Perception Encoder in any layout, its table of positions resized."""
+    """The tower of a Perception Encoder in any layout, with its position table resized."""
     reader = open_reader(Path(path))
     keys = without_module_prefix(reader.headers)
     config = model.vision
@@ -109,7 +109,7 @@ def _vision(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[st
 
 
 def _decoder(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str, Load]:
-    """The decoder of a Llama or of a Perception Language Model, as Meta or transformers has it."""
+    """The decoder of a Llama or Perception Language Model, in Meta's or transformers' layout."""
     reader = open_reader(Path(path))
     keys = without_module_prefix(reader.headers)
     head_dim = model.decoder.head_dim
@@ -126,7 +126,7 @@ def _decoder(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[s
 
 
 class _Part:
-    """Some tensors of a file; what else it has is not looked at."""
+    """Selected tensors of a checkpoint; all others are ignored."""
 
     def __init__(self, reader: Reader, keys: Mapping[str, str], entries: Sequence[Stored]) -> None:
         self._reader = reader
@@ -139,7 +139,7 @@ class _Part:
                     raise CheckpointError(f"{reader.label}: {key} {problem}")
 
     def load(self, name: str) -> Tensor:
-        """The tensor of a parameter; CheckpointError if it is unreadable or not finite."""
+        """Loads a parameter's tensor; CheckpointError if it is unreadable or not finite."""
         entry = self._entries[name]
         tensor = entry.unpack([self._reader.read(self._keys[key]) for key in entry.keys])
         if not torch.isfinite(tensor).all():

@@ -1,1 +1,1 @@
-"""Memory, operations and time of a run, estimated before it starts."""
+"""Plans a run before it starts: memory per GPU, FLOPs, time."""

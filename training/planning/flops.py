@@ -1,10 +1,9 @@
-"""Floating point operations of a step of language training, counted product by product.
+"""FLOPs of a language training step, counted per matrix product.
 
-A product of an (out, in) matrix with a row is 2 * out * in operations. A matrix costs that once in
-the forward pass, once more where a gradient goes on to what came before it, and once more if it is
-trained itself. Attention has two products of its own, whose gradients are four. Whatever is no
-product is left out. What checkpointing computes again is counted apart: it is work, but not the
-model's.
+Multiplying a row by an (out, in) matrix takes 2 * out * in FLOPs. A matrix is multiplied once in
+the forward pass, once more if its input needs a gradient, and once more if it is trained. Attention
+has two products of its own with four gradient products. Other operations are ignored. Products that
+checkpointing recomputes are counted separately, since they are not the model's own work.
 
 Legend: T tokens of a tile in the tower, L tokens of a document, C width.
 """
@@ -16,24 +15,24 @@ from torch import nn
 
 from perception_rt.models.plm import PerceptionLM
 
-# In the order of the forward pass: a gradient goes on to a part if one before it is trained.
+# In forward order: a part's input needs a gradient if an earlier part is trained.
 _PARTS = ("vision_model.", "vision_projector.", "tok_embeddings.", "layers.", "norm.", "output.")
 _TABLES = ("positional_embedding", "class_embedding")
 _EMBEDDING = "tok_embeddings.weight"
-# What has the inputs of the matrix before it.
+# Matrices that share their input with the preceding matrix.
 _SIBLINGS = (".attention.wk.", ".attention.wv.", ".lora_a", ".lora_b")
-# The last matrix of an attention, whose own products come just before.
+# Last matrix of an attention; the attention's own products come just before it.
 _ATTENTION_ENDS = ("attn.out_proj.weight", "attention.wo.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a step has to compute.
+    """Amount of work of a step.
 
     Attributes:
-        tokens: of the decoder.
-        pairs: of a token and one that it sees; L * (L + 1) / 2 in a document.
-        tiles: of the vision tower.
+        tokens: decoder tokens.
+        pairs: pairs of a token and a token that it attends to; L * (L + 1) / 2 per document.
+        tiles: tiles through the vision tower.
         labelled: tokens whose logits are computed.
     """
 
@@ -45,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flops:
-    """Operations: the model's own, and what checkpointing adds."""
+    """FLOPs of the model itself, and those that checkpointing adds."""
 
     model: int
     recomputed: int
@@ -53,7 +52,13 @@ class Flops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Product:
-    """A matrix product: operations forward, and whether gradients of input and matrix follow."""
+    """One matrix product.
+
+    Attributes:
+        block: block that it belongs to; empty outside blocks.
+        forward: FLOPs of the forward pass.
+        gradients: number of gradient products of the same cost.
+    """
 
     block: str
     forward: int
@@ -61,12 +66,12 @@ class _Product:
 
 
 def step_flops(model: PerceptionLM, work: Work, checkpointing: str = "none") -> Flops:
-    """Operations of some work.
+    """Counts the FLOPs of a step.
 
     Args:
-        model: on any device; what requires a gradient is trained.
-        work: the work.
-        checkpointing: as in the recipe; `selective` computes nothing again that counts here.
+        model: model on any device; parameters that require a gradient are trained.
+        work: amount of work.
+        checkpointing: the recipe's setting; `selective` recomputes no product that is counted here.
     """
     products = list(_products(model, work))
     recomputed = 0
@@ -82,7 +87,7 @@ def step_flops(model: PerceptionLM, work: Work, checkpointing: str = "none") -> 
 def _products(model: PerceptionLM, work: Work) -> Iterator[_Product]:
     """All products of a step, in order."""
     named = dict(model.named_parameters())
-    reached = inputs = False  # whether anything before, and before the inputs at hand, is trained
+    reached = inputs = False  # anything trained before this point; before the current inputs
     for part in _PARTS:
         for name, parameter in named.items():
             if not name.startswith(part):
@@ -96,7 +101,7 @@ def _products(model: PerceptionLM, work: Work) -> Iterator[_Product]:
             trained = parameter.requires_grad
             if rows := _rows(model, name, parameter, work):
                 forward = 2 * parameter.numel() * rows
-                passed = inputs or name.endswith(".lora_b")  # which comes after its `lora_a`
+                passed = inputs or name.endswith(".lora_b")  # its input is the output of `lora_a`
                 yield _Product(block=block, forward=forward, gradients=passed + trained)
             reached = reached or (trained and not name.endswith(_TABLES))
     if model.decoder_config.weight_tying:
@@ -106,7 +111,7 @@ def _products(model: PerceptionLM, work: Work) -> Iterator[_Product]:
 
 
 def _block(name: str) -> str:
-    """The block that a parameter is in; empty outside of blocks."""
+    """Name of a parameter's block; empty outside blocks."""
     head, separator, rest = name.partition("resblocks." if "resblocks." in name else "layers.")
     return f"{head}{separator}{rest.partition('.')[0]}" if separator else ""
 
@@ -118,7 +123,7 @@ def _pairs(model: PerceptionLM, name: str, work: Work) -> int:
 
 
 def _rows(model: PerceptionLM, name: str, parameter: nn.Parameter, work: Work) -> int:
-    """How many rows a parameter is multiplied with; 0 for what is no matrix of a product."""
+    """Number of rows that a parameter is multiplied by; 0 if it is not the matrix of a product."""
     tower = model.vision_model
     patches = work.tiles * tower.config.grid**2
     if parameter.ndim < 2 or name == _EMBEDDING or name.endswith(_TABLES):

@@ -1,22 +1,22 @@
-"""What a recipe of language training needs, before it runs: memory per GPU, operations, time.
+"""Plans a language training run before it starts: memory per GPU, FLOPs and time.
 
-All is worked out on the meta device, without data, weights or a GPU. A step is planned at its
-costliest: every row is full, with as many tiles as fit beside one token of text, and all else is
-text that is learned. (Rows of text alone have more logits.) On every rank there are
+Everything is computed on the meta device, without data, weights or a GPU. The plan assumes the
+costliest step: every row is full, with as many tiles as fit beside one text token, and all other
+tokens are learned text. (Rows without images have more logits.) Each rank holds
 
-- weights, 4 bytes a parameter, over the ranks that share them; as much for gradients of what is
-  trained, and twice as much for its moments;
-- gathered weights: the learner's own (head, norm, projector) for all of a step, and two blocks, the
-  one at work and the next; then the largest gradient before it is shared out, and, where parts are
-  accumulated before gradients are exchanged, gradients of all that is trained in float32;
-- activations, counted by running each kind of block on the meta device and adding up what autograd
-  keeps: all of it per block without checkpointing, outputs of products with `selective`, the
-  blocks' inputs with `full`; one block at work is added with either;
+- weights, 4 bytes per parameter divided by the ranks that share them; the same for gradients of
+  trained parameters, and twice that for AdamW's moments;
+- gathered weights: the learner's own (head, norm, projector) during the whole step, plus the
+  current and the next block; the largest gradient before it is reduced; and, if parts accumulate
+  before gradients are exchanged, float32 gradients of everything trained;
+- activations, measured by running each kind of block on the meta device and adding up the tensors
+  that autograd keeps: all of them without checkpointing, matrix products with `selective`, block
+  inputs with `full`; with both of the latter, one block's activations during its recomputation;
 - logits of learned tokens in float32, and the batch itself.
 
-What a GPU's kernels and its allocator need besides is not in it: leave a tenth free. Steps are
-accumulated in as many parts as that takes, at least the recipe's. `docs/training-plan.md` has the
-formulas. Time is the model's own operations at a stated share of what the GPU can do (MFU).
+GPU kernels and the allocator need more memory, so a tenth must stay free. The plan uses the fewest
+accumulation parts that achieve this, but at least the recipe's. `docs/training-plan.md` has the
+formulas. Time is the model's own FLOPs at an assumed share of the GPU's peak (MFU).
 
 Legend: N rows, T tokens of a row, I tiles, C width.
 """
@@ -44,16 +44,29 @@ from training.recipe.schema import LanguageConfig, TrainConfig
 from training.tasks.language import HEAD_ROWS, is_trained
 
 GIB = 2**30
-MEMORY = 80 * GIB  # of an H100
-PEAK_TFLOPS = 989.0  # of an H100, bf16, dense
+MEMORY = 80 * GIB  # H100
+PEAK_TFLOPS = 989.0  # H100, bf16, dense
 MFU = 0.4
-_USABLE = 0.9  # of the memory
-_FLOAT = 4  # bytes
+_USABLE = 0.9  # share of the memory
+_FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes on one rank.
+
+    Attributes:
+        weights: parameters.
+        gradients: gradients of trained parameters.
+        moments: AdamW's two moments.
+        gathered: gathered weights, and gradients that are not yet reduced.
+        tower: activations of the vision tower.
+        projector: activations of the projector.
+        decoder: activations of the decoder.
+        working: activations of the block being recomputed.
+        logits: logits of learned tokens.
+        batch: the batch.
+    """
 
     weights: int
     gradients: int
@@ -68,20 +81,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts together."""
         return sum(getattr(self, name) for name in self.__slots__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A recipe on some GPUs.
+    """A recipe on a number of GPUs.
 
     Attributes:
-        ranks: GPUs.
-        accumulation: parts of a rank's share of a step.
-        rows: sequences in a part.
-        memory: of one GPU.
-        seconds: of a step.
+        ranks: number of GPUs.
+        accumulation: accumulation parts per step.
+        rows: sequences per part.
+        memory: memory per GPU.
+        seconds: time per step.
     """
 
     ranks: int
@@ -92,12 +105,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether it does, with a tenth of the memory free."""
+        """Whether a tenth of the memory stays free."""
         return self.memory.total <= _USABLE * MEMORY
 
 
 class _Fused(torch.autograd.Function):
-    """What a fused attention keeps for its gradient: its inputs, its output, a sum per row."""
+    """Keeps for the backward pass what a fused attention keeps: inputs, output, a sum per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -122,13 +135,13 @@ def _fused_attention(
     causal: bool = False,
     mask: Any = None,
 ) -> Tensor:
-    """An `Attention` that computes nothing and keeps what a fused one does."""
+    """An `Attention` that computes nothing and keeps what a fused kernel keeps."""
     q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=kv_heads, rope=rope)
     return merge_heads(_Fused.apply(q, k, v))
 
 
 def planned_model(config: LanguageConfig, attention: Attention = sdpa_attention) -> PerceptionLM:
-    """The recipe's model on the meta device; what it trains requires a gradient."""
+    """Creates the recipe's model on the meta device; trained parameters require a gradient."""
     with torch.device("meta"):
         model = PerceptionLM(config.model, attention=attention)
     if config.lora is not None:
@@ -139,7 +152,7 @@ def planned_model(config: LanguageConfig, attention: Attention = sdpa_attention)
 
 
 def full_rows(config: LanguageConfig, rows: int) -> Work:
-    """The costliest work that some rows can be."""
+    """Returns the costliest work of `rows` rows."""
     data, per_tile = config.data, config.model.tokens_per_tile
     tiles = (data.seq_len - 1) // per_tile
     return Work(
@@ -151,8 +164,8 @@ def full_rows(config: LanguageConfig, rows: int) -> Work:
 
 
 def kept_bytes(run: Callable[[], Tensor]) -> int:
-    """What autograd keeps of a computation for the backward pass, parameters not counted."""
-    kept: dict[int, Any] = {}  # storages, alive so that no two have one id
+    """Measures the bytes that autograd keeps for the backward pass, without parameters."""
+    kept: dict[int, Any] = {}  # storages by id; kept alive so that ids stay unique
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
@@ -169,14 +182,14 @@ def kept_bytes(run: Callable[[], Tensor]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """Bytes that a stack of blocks keeps: for all of a step, and for one block at work."""
+    """Bytes that a stack of blocks keeps during a step, and for one block being recomputed."""
 
     stored: int
     working: int
 
 
 class Planner:
-    """Sizes of one recipe's parts.
+    """Computes the memory of one recipe.
 
     Args:
         config: the recipe.
@@ -185,7 +198,7 @@ class Planner:
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
         self.half = config.parallel.precision == "bf16"
-        self.width = 2 if self.half else _FLOAT  # bytes of an activation
+        self.width = 2 if self.half else _FLOAT_BYTES  # bytes per activation
         self.model = planned_model(config, _fused_attention)
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
         self.parameters = sum(sizes.values())
@@ -196,11 +209,11 @@ class Planner:
         self.model.train()
 
     def memory(self, ranks: int, accumulation: int, rows: int) -> Memory:
-        """Of one rank."""
+        """Returns the bytes on one of `ranks` ranks for parts of `rows` rows."""
         parallel = self.config.parallel
         shares = {"replicate": 1, "shard": ranks, "hybrid": parallel.shard_ranks}[parallel.mode]
-        weights = _FLOAT * self.parameters // shares
-        gradients = _FLOAT * self.trained // shares
+        weights = _FLOAT_BYTES * self.parameters // shares
+        gradients = _FLOAT_BYTES * self.trained // shares
         work = full_rows(self.config, rows)
         tower, projector, decoder = self._tower(work), self._projector(work), self._decoder(rows)
         head = work.labelled * self.config.model.decoder.vocab_size
@@ -217,12 +230,12 @@ class Planner:
             projector=projector,
             decoder=decoder.stored,
             working=max(tower.working, decoder.working),
-            logits=_FLOAT * head + (_FLOAT + self.width) * piece,
-            batch=pixels * (1 + _FLOAT + self.width) + mask,
+            logits=_FLOAT_BYTES * head + (_FLOAT_BYTES + self.width) * piece,
+            batch=pixels * (1 + _FLOAT_BYTES + self.width) + mask,
         )
 
     def _sharing_units(self) -> list[tuple[int, int, bool]]:
-        """What is gathered at once: parameters, trained ones, whether it is the learner's own."""
+        """Parameters, trained parameters and whether it is the root, for each unit of sharding."""
         model = self.model
         modules: list[nn.Module] = [*model.vision_model.transformer.resblocks, *model.layers]
         if not model.decoder_config.weight_tying:
@@ -233,15 +246,15 @@ class Planner:
         return [*units, (rest, trained, True)]
 
     def _gathered(self, ranks: int, shares: int, accumulation: int) -> int:
-        """Copies of weights that are gathered, and gradients that are not yet shared out."""
+        """Bytes of gathered weights, and of gradients that are not yet reduced."""
         if self.config.parallel.mode == "replicate" and not self.half:
-            return _FLOAT * self.trained if ranks > 1 else 0  # gradients in one message
+            return _FLOAT_BYTES * self.trained if ranks > 1 else 0  # gradients in one message
         own = next(size for size, _, root in self._units if root)
         largest = max(size for size, _, root in self._units if not root)
         gradient = max(trained for _, trained, _ in self._units)
         whole = self.trained if accumulation > 1 and shares == ranks else 0
         weights = self.width * (own + 2 * largest)
-        return weights + (self.width + _FLOAT) * gradient + _FLOAT * whole
+        return weights + (self.width + _FLOAT_BYTES) * gradient + _FLOAT_BYTES * whole
 
     def _tower(self, work: Work) -> _Kept:
         tower = self.model.vision_model
@@ -274,7 +287,7 @@ class Planner:
         return _Kept(stored=kept.stored + norm, working=kept.working)
 
     def _stack(self, block: nn.Module, layers: int, x: Tensor, run: Callable[[], Tensor]) -> _Kept:
-        """Blocks one after the other, each with what checkpointing leaves of it."""
+        """Bytes kept by equal blocks in sequence under the recipe's checkpointing."""
         whole = kept_bytes(run)
         match self.config.parallel.checkpointing:
             case "none":
@@ -284,7 +297,7 @@ class Planner:
             case _:
                 rows = x.numel() // x.shape[-1]
                 wide = sum(p.shape[0] for p in block.parameters() if p.ndim == 2)
-                products = rows * self.width * (wide + x.shape[-1])  # attention's among them
+                products = rows * self.width * (wide + x.shape[-1])  # with the attention's output
                 return _Kept(stored=layers * (x.nbytes + products), working=whole)
 
     def _activation(self, *shape: int) -> Tensor:
@@ -297,10 +310,16 @@ def _count(module: nn.Module, *, trained: bool = False) -> int:
 
 
 def make_plan(planner: Planner, ranks: int) -> Plan:
-    """A recipe on so many GPUs, in as few parts as fit, or in parts of one row if none do.
+    """Plans a recipe on a number of GPUs with the fewest accumulation parts that fit.
+
+    If nothing fits, the plan has parts of one row.
+
+    Args:
+        planner: the recipe's planner.
+        ranks: number of GPUs.
 
     Raises:
-        InputError: the ranks cannot divide the batch, or the recipe splits layers over ranks.
+        InputError: the ranks do not divide the batch, or the recipe uses tensor parallelism.
     """
     config = planner.config
     data, parallel = config.data, config.parallel
@@ -310,7 +329,7 @@ def make_plan(planner: Planner, ranks: int) -> Plan:
         raise InputError(f"data.batch_size {data.batch_size} is not divisible by {ranks} ranks")
     if parallel.mode == "hybrid" and ranks % parallel.shard_ranks:
         raise InputError(
-            f"{ranks} ranks are not groups of parallel.shard_ranks {parallel.shard_ranks}"
+            f"{ranks} ranks cannot form groups of parallel.shard_ranks {parallel.shard_ranks}"
         )
     share = data.batch_size // ranks
     flops = planned_flops(config, planner.model)
@@ -331,20 +350,24 @@ def make_plan(planner: Planner, ranks: int) -> Plan:
 
 
 def planned_flops(config: LanguageConfig, model: PerceptionLM) -> Flops:
-    """Operations of a step of full rows."""
+    """Returns the FLOPs of a step of full rows."""
     return step_flops(
         model, full_rows(config, config.data.batch_size), config.parallel.checkpointing
     )
 
 
 def report(config: TrainConfig, ranks: Sequence[int]) -> str:
-    """The table of `--plan`.
+    """Formats the table of `--plan`.
+
+    Args:
+        config: the recipe.
+        ranks: numbers of GPUs, one column each.
 
     Raises:
-        InputError: as `make_plan` does, or the recipe is of another task.
+        InputError: the recipe is not for language training, or see `make_plan`.
     """
     if not isinstance(config, LanguageConfig):
-        raise InputError("--plan is for recipes of task language")
+        raise InputError("--plan needs a recipe of task language")
     planner = Planner(config)
     plans = [make_plan(planner, number) for number in ranks]
     flops = planned_flops(config, planner.model)
@@ -352,7 +375,7 @@ def report(config: TrainConfig, ranks: Sequence[int]) -> str:
     tokens, images = data.batch_size * data.seq_len, data.batch_size * row.tiles
     rows: list[tuple[str, list[str]]] = [
         ("accumulation", [f"{p.accumulation}" for p in plans]),
-        ("rows at once", [f"{p.rows}" for p in plans]),
+        ("rows per part", [f"{p.rows}" for p in plans]),
     ]
     rows += [
         (f"{label} (GiB)", [f"{getattr(p.memory, name) / GIB:.2f}" for p in plans])
@@ -374,11 +397,11 @@ def report(config: TrainConfig, ranks: Sequence[int]) -> str:
         [
             f"parameters     {planner.parameters:,}, of which {planner.trained:,} are trained",
             f"step           {data.batch_size:,} rows of {data.seq_len:,} tokens: "
-            f"tiles {row.tiles}, tokens of text {row.labelled:,}",
-            f"operations     {flops.model:.3e} a step, and {flops.recomputed:.3e} computed again",
+            f"{row.tiles} tiles and {row.labelled:,} text tokens each",
+            f"FLOPs          {flops.model:.3e} per step, and {flops.recomputed:.3e} recomputed",
             f"parallel       {parallel.mode}, {parallel.precision}, "
             f"checkpointing {parallel.checkpointing}",
-            f"assumed        {MFU:.0%} of {peak:g} TFLOP/s",
+            f"assumed MFU    {MFU:.0%} of {peak:g} TFLOP/s",
             "",
             _line("GPUs", [f"{p.ranks}" for p in plans]),
             *(_line(label, cells) for label, cells in rows),
@@ -391,10 +414,10 @@ _MEMORY_LABELS = {
     "gradients": "gradients",
     "moments": "moments",
     "gathered": "gathered weights, gradients",
-    "tower": "activations of the tower",
-    "projector": "activations of the projector",
-    "decoder": "activations of the decoder",
-    "working": "one block at work",
+    "tower": "tower activations",
+    "projector": "projector activations",
+    "decoder": "decoder activations",
+    "working": "recomputed block",
     "logits": "logits",
     "batch": "batch",
     "total": "total",

@@ -1,4 +1,4 @@
-"""Recipe sections of Perception Encoders; `training/recipe/schema.py` has the whole recipes."""
+"""Recipe sections of Perception Encoders; `schema.py` has the whole recipes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,19 +9,20 @@ from training.recipe.tree import require
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairDataConfig:
-    """Images, or videos, and their captions.
+    """Images or videos with captions.
 
     Attributes:
-        dataset: `digits` are handwritten digits in synthetic scenes, made as they are needed;
-            `jsonl` and `webdataset` are files (`training/data/pairs.py`).
-        path: of the files, or a pattern such as `shards-{000..007}.tar` or `part-*.jsonl`.
-        root: the folder that paths in jsonl files start from.
-        batch_size: samples per step over all ranks; every rank takes an equal share.
-        frames: taken of each video, spread over all of it.
-        crop_min: least share of an image's area that a random crop keeps; 1 keeps all of it.
-        flip: whether half of the images are mirrored; text in images speaks against it.
-        bad_fraction: samples that may be unusable before a run stops, from 0 to 1.
-        plain_fraction: of `digits`, the share rendered as dark ink on a white page, from 0 to 1.
+        dataset: `digits` draws handwritten digits in synthetic scenes; `jsonl` and `webdataset`
+            read files (`training/data/shards.py`).
+        path: files to read, as a path or a pattern such as `shards-{000..007}.tar` or
+            `part-*.jsonl`.
+        root: folder that paths in jsonl files are relative to.
+        batch_size: samples per step over all ranks; each rank takes an equal share.
+        frames: frames per video, evenly spaced.
+        crop_min: least share of an image's area that a random crop keeps; 1 disables cropping.
+        flip: mirror half of the images; unsuitable for images with text.
+        bad_fraction: share of samples that may be unusable before the run stops, from 0 to 1.
+        plain_fraction: share of `digits` drawn as dark ink on a white page, from 0 to 1.
         validation: digits at the end of the training split that are kept for evaluation.
     """
 
@@ -57,7 +58,7 @@ class PairDataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolutionConfig:
-    """The side of images in pixels from a step on, counted from 0."""
+    """Side of images in pixels (`size`) from a step on (`step`, counted from 0)."""
 
     step: int
     size: int
@@ -68,9 +69,10 @@ class TeacherConfig:
     """A frozen Perception Encoder that a smaller one learns from.
 
     Attributes:
-        checkpoint: its weights, as `perception-export` takes them; a text tower is not read.
-        model: its architecture.
-        precision: of its weights and its computation.
+        checkpoint: weights, as `perception-export --checkpoint` takes them; a text tower is
+            ignored.
+        model: architecture.
+        precision: dtype of weights and computation.
     """
 
     checkpoint: str
@@ -80,12 +82,13 @@ class TeacherConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillationLossConfig:
-    """Weights of the parts of the loss; 0 leaves one out.
+    """Weights of the loss terms; 0 omits a term.
 
     Attributes:
-        embedding: one minus the cosine of the images' embeddings.
-        tokens: one minus the cosine of patch tokens, each with its counterpart.
-        pairwise: squared difference of the cosines among the patch tokens of an image.
+        embedding: one minus the cosine of image embeddings.
+        tokens: one minus the cosine of patch tokens at equal positions.
+        pairwise: squared difference between student's and teacher's cosines among an image's patch
+            tokens.
     """
 
     embedding: float = 1.0

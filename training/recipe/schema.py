@@ -1,7 +1,7 @@
-"""A run's configuration: one tree of frozen records, read from YAML and `--set` overrides.
+"""The configuration of a training run: frozen dataclasses, read from YAML and `--set` overrides.
 
-What can be configured is exactly what stands here; the architectures are `PeConfig` and
-`PlmConfig`. `task` at the top of a recipe says which tree it is.
+Every setting is declared here, except the architectures, which are `PeConfig` and `PlmConfig`. The
+top-level key `task` selects the class of a recipe.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,15 @@ class OptimConfig:
 
     Attributes:
         lr: peak learning rate.
-        lr_scales: factors on it, by the beginning of parameter names; the longest that fits counts.
-        beta1: decay of the gradient's mean.
-        beta2: decay of its square's mean.
-        eps: added to the root of the latter.
-        weight_decay: acts on matrices only.
-        clip: bound of the gradient's global norm.
-        accumulation: parts that a rank's share of a batch is computed in, one after the other.
-        stop_above: a gradient's norm, before clipping, that stops the run; null for none.
+        lr_scales: learning rate factors by prefix of parameter names; the longest match counts.
+        beta1: decay rate of the gradient's running mean.
+        beta2: decay rate of the squared gradient's running mean.
+        eps: constant added to the denominator.
+        weight_decay: weight decay of matrices; other parameters have none.
+        clip: upper bound of the global gradient norm.
+        accumulation: parts that each rank's share of a batch is split into for gradient
+            accumulation.
+        stop_above: gradient norm before clipping that stops the run; null for none.
     """
 
     lr: float = 1e-3
@@ -74,7 +75,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleConfig:
-    """Linear warm-up, then a cosine from the peak to `final_fraction` of it at the last step."""
+    """Linear warm-up, then cosine decay from the peak to `final_fraction` times the peak."""
 
     steps: int = 1000
     warmup: int = 100
@@ -94,18 +95,19 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How a model is spread over ranks, and how it is computed.
+    """How the model is distributed over ranks and computed.
 
     Attributes:
-        mode: `replicate` keeps all of the model on every rank, `shard` a share of it (FSDP2),
-            `hybrid` shards within groups of `shard_ranks` and replicates over the groups (HSDP).
-        shard_ranks: ranks of a group in mode `hybrid`.
-        tensor: ranks that share each layer of a decoder (tensor parallel).
-        precision: of the computation; weights, gradients' sums and moments are float32 in both.
-        checkpointing: activations that are computed again in the backward pass: those of every
-            block (`full`), of every block but the products (`selective`), or none.
-        attention: kernel of the decoder: torch's `sdpa`, `flex` or `xformers`, the last two on GPU.
-        compile: each block through `torch.compile`.
+        mode: `replicate` keeps the whole model on every rank, `shard` splits it over all ranks
+            (FSDP2), `hybrid` splits it within groups of `shard_ranks` and replicates it over groups
+            (HSDP).
+        shard_ranks: ranks per group in mode `hybrid`.
+        tensor: ranks that share each decoder layer (tensor parallelism).
+        precision: dtype of the computation; weights, gradient sums and moments are always float32.
+        checkpointing: activations to recompute in the backward pass: `full` for all of every block,
+            `selective` for all but matrix products, or `none`.
+        attention: attention kernel of the decoder; `flex` and `xformers` need a GPU.
+        compile: compile each block with `torch.compile`.
     """
 
     mode: Literal["replicate", "shard", "hybrid"] = "replicate"
@@ -124,22 +126,21 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """How a run behaves, apart from what it computes.
+    """Settings that do not change what a run computes, besides `seed`.
 
     Attributes:
-        out_dir: where metrics, resolved configuration, checkpoints and weights go.
-        seed: of the weights, the order of the data, the scenes and stochastic depth.
-        device: `auto` is a GPU if there is one.
-        threads: torch's threads per process; 0 divides the machine's cores among its processes.
+        out_dir: folder for metrics, resolved recipe, checkpoints and weights.
+        seed: RNG seed of weights, data order, scenes and stochastic depth.
+        device: `auto` uses a GPU if there is one.
+        threads: torch threads per process; 0 divides the machine's cores among its processes.
         workers: threads per process that read data ahead.
-        log_every: steps between two progress lines.
-        eval_every: steps between two evaluations; 0 for none.
-        save_every: steps between two checkpoints, besides the last; 0 for none.
-        keep: checkpoints that are kept; 0 for all.
-        resume: continue from the newest whole checkpoint in `out_dir`; without any, start anew.
-        tensorboard: write TensorBoard events beside the metrics.
-        peak_tflops: what a device can do at most in the run's precision, in TFLOP/s; with it, the
-            record has the share of it that the model's own arithmetic uses (MFU).
+        log_every: steps between progress lines.
+        eval_every: steps between evaluations; 0 for none.
+        save_every: steps between checkpoints; 0 saves only at the end.
+        keep: number of checkpoints to keep; 0 keeps all.
+        resume: continue from the newest intact checkpoint in `out_dir`, or start if there is none.
+        tensorboard: also write TensorBoard events.
+        peak_tflops: the device's peak in TFLOP/s at the run's precision; enables the metric `mfu`.
     """
 
     out_dir: str
@@ -171,12 +172,12 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitConfig:
-    """Where weights start from; what is not named starts at random.
+    """Initial weights. Parts that are not named start at random.
 
     Attributes:
-        checkpoint: of a whole model of this architecture, as `perception-export` takes it.
-        vision: of a Perception Encoder, whose tower becomes the language model's.
-        decoder: of a language model, whose decoder becomes this one's.
+        checkpoint: checkpoint of a whole model, as `perception-export --checkpoint` takes it.
+        vision: checkpoint of a Perception Encoder, for a language model's vision tower.
+        decoder: checkpoint of a language model, for the decoder.
     """
 
     checkpoint: str | None = None
@@ -186,11 +187,11 @@ class InitConfig:
     def __post_init__(self) -> None:
         require(
             self.checkpoint is None or self.vision is self.decoder is None,
-            "init.checkpoint is the whole model; init.vision and init.decoder are its parts",
+            "init.checkpoint is the whole model; remove init.vision and init.decoder",
         )
 
     def require_whole(self) -> None:
-        """InputError if parts of a language model are named."""
+        """Raises an InputError if parts of a language model are named."""
         require(
             self.vision is self.decoder is None,
             "init.vision and init.decoder are for language models; use init.checkpoint",
@@ -199,13 +200,13 @@ class InitConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """Low-rank updates beside frozen linear layers, which alone are trained.
+    """Low-rank updates beside frozen linear layers; only the updates are trained.
 
     Attributes:
-        rank: of the updates.
-        alpha: the updates are scaled by alpha / rank.
-        targets: ends of the layers' names, such as `wq`, `projector.0`, or of the vision tower
-            `in_proj`, `out_proj`, `c_fc` and `c_proj`.
+        rank: rank of the updates.
+        alpha: updates are scaled by alpha / rank.
+        targets: suffixes of layer names, such as `wq` or `projector.0`, and for the vision tower
+            `in_proj`, `out_proj`, `c_fc` or `c_proj`.
     """
 
     rank: int = 8
@@ -220,12 +221,12 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig:
-    """One set of conversations.
+    """One dataset of conversations.
 
     Attributes:
-        annotation: a jsonl file, a directory of `*.jsonl`, or `scenes:NAME` for a set of questions
-            about synthetic scenes, made as they are needed (`training/demo/questions.py`).
-        root: the folder that paths of images and videos start from.
+        annotation: a jsonl file, a directory with `*.jsonl`, or `scenes:SET` for questions about
+            synthetic scenes (`training/demo/questions.py`).
+        root: folder that image and video paths are relative to.
     """
 
     annotation: str
@@ -237,18 +238,18 @@ class LanguageDataConfig:
     """Conversations about images and videos.
 
     Attributes:
-        datasets: by name.
-        mix: names and weights, `name:weight,name:weight`; a weight is a share of the samples.
-        tokenizer: a file as `perception-export --tokenizer` takes it.
-        conversation: `plm_sft` is the chat format, `warmup` image tokens and a caption.
-        batch_size: sequences per step over all ranks; every rank takes an equal share.
+        datasets: datasets by name.
+        mix: sampling weights, `name:weight,name:weight`; normalised to shares of the samples.
+        tokenizer: tokenizer file, as `perception-export --tokenizer` takes it.
+        conversation: `plm_sft` for the chat format, `warmup` for image tokens and a caption.
+        batch_size: sequences per step over all ranks; each rank takes an equal share.
         seq_len: tokens per sequence.
-        packing: several samples in a sequence, none of which attends to another.
+        packing: pack several samples into a sequence; none attends to another.
         mode: how images become tiles.
-        max_tiles: of one image, the thumbnail not counted.
-        max_frames: of one video.
-        bad_fraction: samples that may be unusable before a run stops, from 0 to 1.
-        validation: samples of each dataset made for evaluation.
+        max_tiles: most tiles of an image, not counting the thumbnail.
+        max_frames: most frames of a video.
+        bad_fraction: share of samples that may be unusable before the run stops, from 0 to 1.
+        validation: samples per dataset that are kept for evaluation.
     """
 
     datasets: dict[str, DatasetConfig]
@@ -280,7 +281,7 @@ class LanguageDataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """What all recipes have."""
+    """Sections that all recipes have."""
 
     run: RunConfig
     optim: OptimConfig = OptimConfig()
@@ -288,27 +289,27 @@ class TrainConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved configuration as plain values, as a recipe file would hold it."""
+        """Returns the resolved recipe as plain values."""
         tree = asdict(self)
         if isinstance(architecture := getattr(self, "model", None), PlmConfig):
             tree["model"] = architecture.to_dict()
         return tree
 
     def to_yaml(self) -> str:
-        """The resolved configuration as a recipe."""
+        """Returns the resolved recipe as YAML."""
         return yaml.safe_dump(_plain(self.to_dict()), sort_keys=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContrastiveConfig(TrainConfig):
-    """A Perception Encoder learns which caption goes with which image.
+    """Recipe of a Perception Encoder trained on image-text pairs.
 
     Attributes:
-        model: the architecture, with a text tower.
-        data: pairs.
+        model: architecture, with a text tower.
+        data: image-text pairs.
         loss: `softmax` over the batch (CLIP), or `sigmoid` of each pair by itself (SigLIP).
-        resolutions: sizes of images by step, ascending; none for `model.vision.image_size`.
-        init: where weights start from.
+        resolutions: image sizes by step, ascending; empty for `model.vision.image_size` throughout.
+        init: initial weights.
     """
 
     task: Literal["contrastive"] = "contrastive"
@@ -344,21 +345,21 @@ class ContrastiveConfig(TrainConfig):
         )
 
     def image_size(self, step: int) -> int:
-        """The side of images at a step, counted from 0."""
+        """Returns the side of images in pixels at a step, counted from 0."""
         begun = [entry.size for entry in self.resolutions if entry.step <= step]
         return begun[-1] if begun else self.model.vision.image_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillationConfig(TrainConfig):
-    """A vision tower learns to see as a larger one does; captions are not used.
+    """Recipe of a vision tower trained to reproduce a larger one's features; captions are not used.
 
     Attributes:
         model: the student's architecture, without a text tower.
-        teacher: whom it learns from.
-        data: images, or videos, of which every frame is an image.
-        loss: what is compared.
-        init: where the student's weights start from.
+        teacher: the teacher.
+        data: images or videos; every frame is an image.
+        loss: weights of the loss terms.
+        init: the student's initial weights.
     """
 
     task: Literal["distill"] = "distill"
@@ -369,7 +370,9 @@ class DistillationConfig(TrainConfig):
     init: InitConfig = InitConfig()
 
     def __post_init__(self) -> None:
-        require(self.model.text is None, "distillation trains a vision tower; model.text must go")
+        require(
+            self.model.text is None, "distillation trains a vision tower only; remove model.text"
+        )
         self.init.require_whole()
         require(self.parallel.tensor == 1, "parallel.tensor is for language models; it must be 1")
         require(
@@ -391,14 +394,14 @@ class DistillationConfig(TrainConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageConfig(TrainConfig):
-    """A Perception Language Model learns to answer.
+    """Recipe of a Perception Language Model trained on conversations.
 
     Attributes:
-        model: the architecture.
+        model: architecture.
         data: conversations.
-        init: where weights start from.
-        train: what is trained: the projector alone (stage 1 of the released models), or `all`.
-        lora: low-rank updates are trained instead.
+        init: initial weights.
+        train: `all` parameters, or only the `projector` (stage 1 of the released models).
+        lora: train low-rank updates instead.
     """
 
     task: Literal["language"] = "language"
@@ -432,10 +435,10 @@ TASKS: Mapping[str, type[TrainConfig]] = {
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Any:
-    """Reads a recipe and applies `key.path=value` overrides, in order.
+    """Reads a recipe and applies `key.path=value` overrides in order.
 
     Returns:
-        The record of the recipe's task, one of `TASKS`.
+        The recipe, an instance of one of the classes in `TASKS`.
 
     Raises:
         InputError: the file is missing or not YAML, or a key, a type or a value is wrong.
@@ -450,7 +453,7 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
+    """Converts tuples to lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

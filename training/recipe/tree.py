@@ -1,6 +1,6 @@
-"""Records from YAML and `key.path=value` overrides; an error names the offending key.
+"""Builds dataclasses from YAML and `key.path=value` overrides; errors name the key's full path.
 
-Knows dataclasses and nothing of training. Architectures are checked by their own records.
+Knows nothing of training. Architectures are checked by their own `from_dict`.
 """
 
 import copy
@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 def require(condition: bool, message: str) -> None:
-    """InputError unless a condition holds."""
+    """Raises an InputError with this message unless the condition holds."""
     if not condition:
         raise InputError(message)
 
 
 def read_recipe(recipe: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; InputError if there is none."""
+    """Reads the mapping in a YAML file; InputError if the file has none."""
     try:
         tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except OSError as error:
@@ -47,10 +47,15 @@ def read_recipe(recipe: Path) -> dict[str, Any]:
 
 
 def build(cls: type[T], tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> T:
-    """A record from plain values, after `key.path=value` overrides, in order.
+    """Builds a dataclass from plain values, after applying overrides in order.
+
+    Args:
+        cls: dataclass to build.
+        tree: plain values by key.
+        overrides: `key.path=value` strings.
 
     Raises:
-        InputError: a key, a type or a value is wrong; the message has its full path.
+        InputError: a key, a type or a value is wrong.
     """
     values = copy.deepcopy(dict(tree))
     for override in overrides:
@@ -60,7 +65,7 @@ def build(cls: type[T], tree: Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All (`a.b.c`, value) of a nested mapping, in order."""
+    """Yields all (`a.b.c`, value) of a nested mapping, in order."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")
@@ -69,7 +74,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _override(cls: type, tree: dict[str, Any], override: str) -> None:
-    """Applies one `key.path=value`; the value's type is the declared one."""
+    """Applies one `key.path=value`; the field's annotation decides the value's type."""
     path, equals, text = override.partition("=")
     if not equals:
         raise InputError(f"--set {override!r:.80} must be key.path=value")
@@ -91,9 +96,9 @@ def _override(cls: type, tree: dict[str, Any], override: str) -> None:
 
 
 def _declared(declared: Any, name: str) -> Any:
-    """The annotation of a key in a section; None if the section has no such key."""
+    """Annotation of a key in a section; None if the section has no such key."""
     if declared is Any or declared in _ARCHITECTURES:
-        return Any  # whatever is wrong in an architecture, its own record says
+        return Any  # the architecture's own `from_dict` checks its keys
     if get_origin(declared) is dict:
         return get_args(declared)[1]
     record = _record_of(declared)
@@ -101,20 +106,20 @@ def _declared(declared: Any, name: str) -> Any:
 
 
 def _record_of(declared: Any) -> type | None:
-    """The dataclass that an annotation names, also as `X | None`; None for scalars."""
+    """Dataclass named by an annotation, also within `X | None`; None for scalars."""
     options = [o for o in _options(declared) if isinstance(o, type) and is_dataclass(o)]
     return options[0] if options else None
 
 
 def _options(declared: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation alone."""
+    """Members of a union, or the annotation alone."""
     if get_origin(declared) in (Union, types.UnionType):
         return get_args(declared)
     return (declared,)
 
 
 def _parse(text: str, declared: Any, where: str) -> Any:
-    """Turns a command line's text into the declared type; lists are separated by commas."""
+    """Converts command line text to the declared type; commas separate list entries."""
     if declared is Any:
         try:
             value = yaml.safe_load(text)
@@ -147,7 +152,6 @@ def _type_names(options: Sequence[Any]) -> str:
 
 
 def _build(cls: type, data: Any, where: str) -> Any:
-    """Builds a record from plain values; errors name the full key."""
     if cls in _ARCHITECTURES:
         return _architecture(cls, data, where)
     if not isinstance(data, Mapping):
@@ -166,7 +170,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
 
 
 def _architecture(cls: Any, data: Any, where: str) -> Any:
-    """An architecture as its own record reads it, or a released one by `name`, with changes."""
+    """Builds an architecture from all its values, or from a released one's `name` and changes."""
     if isinstance(data, Mapping) and "name" in data:
         require(isinstance(data["name"], str), f"{where}.name must be a string")
         named = get_config(data["name"])
@@ -181,7 +185,7 @@ def _architecture(cls: Any, data: Any, where: str) -> Any:
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree with some of its leaves changed."""
+    """Returns a tree with some leaves changed."""
     merged = dict(values)
     for key, change in changes.items():
         both = isinstance(change, Mapping) and isinstance(values.get(key), dict)
@@ -190,7 +194,7 @@ def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _value(value: Any, declared: Any, where: str) -> Any:
-    """Checks one value against its annotation; an int is accepted where a float is declared."""
+    """Checks a value against its annotation; an int is accepted where a float is declared."""
     options = _options(declared)
     if value is None and type(None) in options:
         return None

@@ -1,1 +1,1 @@
-"""Training tasks: contrastive, distillation and language modelling."""
+"""Training tasks: contrastive learning, distillation, language modelling."""

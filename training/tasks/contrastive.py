@@ -1,7 +1,7 @@
-"""The task of a Perception Encoder: which caption goes with which image, or video.
+"""Contrastive training of a Perception Encoder on images or videos with captions.
 
 A video's feature is the mean of its frames' unit features, not normalised again, as in
-`PerceptionEncoder.encode_video`; an image is a video of one frame.
+`PerceptionEncoder.encode_video`. An image is a video of one frame.
 """
 
 import math
@@ -20,7 +20,7 @@ from training.demo.digit_source import validation_digits
 from training.demo.zero_shot import evaluate
 from training.distributed import Group
 from training.model.export import export_encoder
-from training.model.init import draw
+from training.model.init import initial_value
 from training.recipe.schema import ContrastiveConfig
 from training.tasks.losses import contrastive_loss, sigmoid_loss
 from training.tasks.pair_stream import pair_stream
@@ -28,12 +28,12 @@ from training.tasks.task import Learner, Task
 
 MAX_LOGIT_SCALE = math.log(100.0)
 _FIRST_LOGIT_SCALE = math.log(1 / 0.07)
-# Of the sigmoid loss. Almost all pairs do not match, and the first steps should not have to say so.
+# For the sigmoid loss: almost no pair matches, and the bias says so from the first step.
 _FIRST_SIGMOID = {"logit_scale": math.log(10.0), "logit_bias": -10.0}
 
 
 class SigmoidEncoder(PerceptionEncoder):
-    """An encoder with the bias of the sigmoid loss, which checkpoints have no place for."""
+    """An encoder with the bias of the sigmoid loss, which exported checkpoints do not contain."""
 
     def __init__(self, config: PeConfig) -> None:
         super().__init__(config)
@@ -50,7 +50,7 @@ class ContrastiveLearner(Learner):
         self.model = model
 
     def forward(self, micro: PairBatch) -> Tensor:
-        """The sum of this rank's rows' losses, a scalar."""
+        """Returns the summed loss of this rank's rows, a scalar."""
         model = self.model
         pixels = micro.pixels.to(model.visual.conv1.weight.dtype)
         image = pool_frames(model.encode_image(pixels, normalize=True), micro.frames)
@@ -64,7 +64,14 @@ class ContrastiveLearner(Learner):
 
 
 class ContrastiveTask(Task):
-    """Images or videos, and captions."""
+    """Matches images or videos with captions.
+
+    Args:
+        config: the recipe.
+
+    Raises:
+        CheckpointError: the initial checkpoint is unreadable or has another architecture.
+    """
 
     def __init__(self, config: ContrastiveConfig) -> None:
         self.config = config
@@ -73,15 +80,15 @@ class ContrastiveTask(Task):
             self.source = open_checkpoint(config.init.checkpoint, config.model)
 
     def learner(self) -> ContrastiveLearner:
-        """A new learner."""
+        """See `Task.learner`."""
         make = SigmoidEncoder if self.config.loss == "sigmoid" else PerceptionEncoder
         return ContrastiveLearner(make(self.config.model))
 
     def initial(self, name: str, shape: torch.Size) -> Tensor:
-        """From `init.checkpoint`, or drawn.
+        """Loads a weight from `init.checkpoint`, or draws it.
 
         Scale and bias of the sigmoid loss always start anew: checkpoints have no bias, and a scale
-        is worth nothing without its own.
+        fits its own bias only.
         """
         if self.config.loss == "sigmoid" and name in _FIRST_SIGMOID:
             return torch.tensor(_FIRST_SIGMOID[name])
@@ -91,7 +98,7 @@ class ContrastiveTask(Task):
             return torch.tensor(_FIRST_LOGIT_SCALE)
         tower = self.config.model.vision if name.startswith("visual.") else self.config.model.text
         assert tower is not None
-        return draw(
+        return initial_value(
             name,
             shape,
             seed=self.config.run.seed,
@@ -100,7 +107,7 @@ class ContrastiveTask(Task):
         )
 
     def stream(self, group: Group) -> LaneStream[Pair, PairBatch]:
-        """Pairs at the resolution of each step."""
+        """See `Task.stream`; image sizes follow the recipe's `resolutions`."""
         config = self.config
         return pair_stream(
             config.data,
@@ -112,17 +119,17 @@ class ContrastiveTask(Task):
         )
 
     def evaluate(self, learner: Learner) -> dict[str, float]:
-        """Zero-shot accuracies on the validation digits, at `model.vision.image_size`."""
+        """Returns zero-shot accuracies on the validation digits at `model.vision.image_size`."""
         assert isinstance(learner, ContrastiveLearner)
         return evaluate(learner.model, validation_digits(self.config.data))
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Safetensors in the reference's names, without `logit_bias`; the architecture beside."""
+        """Writes safetensors in the reference's names, without `logit_bias`, and architecture."""
         kept = {name: tensor for name, tensor in weights.items() if name != "logit_bias"}
         export_encoder(kept, self.config.model, folder)
 
     def after_step(self, model: nn.Module) -> None:
-        """The reference's bound on the logit scale."""
+        """Clamps the logit scale, as the reference does."""
         assert isinstance(model, PerceptionEncoder)
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)

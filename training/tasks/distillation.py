@@ -1,11 +1,11 @@
-"""The task of a small Perception Encoder: to see as a frozen larger one does.
+"""Distillation of a small Perception Encoder from a frozen larger one.
 
-Student and teacher see the same images, each at the size of its own architecture. Embeddings are
-compared by their cosine; so are patch tokens, each with the teacher's at its place, and besides
-these the cosines among the tokens of an image with those among the teacher's. A linear head, which
-is trained and not exported, widens the student's vectors where the teacher's are of another width.
+Student and teacher see the same images, each at its own architecture's size. The loss compares
+embeddings by cosine, patch tokens by cosine at equal positions, and the cosines among an image's
+patch tokens. If the teacher is wider, a linear head widens the student's vectors; it is trained but
+not exported.
 
-Legend: I images, T patch tokens, C channels of a tower's tokens.
+Legend: I images, D embedding width, T patch tokens, C token width.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from training.data.loader import LaneStream
 from training.data.pair_batch import Pair, PairBatch, pool_frames
 from training.distributed import Group
 from training.model.export import export_encoder
-from training.model.init import draw
+from training.model.init import initial_value
 from training.recipe.pairs import DistillationLossConfig, TeacherConfig
 from training.recipe.schema import DistillationConfig
 from training.tasks.pair_stream import pair_stream
@@ -34,7 +34,7 @@ _POOL = ("visual.attn_pool.", "visual.proj")
 
 
 class Student(PerceptionEncoder):
-    """A vision tower, and heads to the teacher's widths where these differ."""
+    """A vision tower with linear heads to the teacher's widths where they differ."""
 
     def __init__(self, config: DistillationConfig) -> None:
         super().__init__(config.model)
@@ -48,12 +48,12 @@ class Student(PerceptionEncoder):
 
 
 class DistillationLearner(Learner):
-    """A student, its frozen teacher, and how far they are apart.
+    """A student, its frozen teacher and the loss between them.
 
     Args:
         model: the student.
-        teacher: in evaluation mode.
-        weights: of the parts of the loss.
+        teacher: teacher in evaluation mode.
+        weights: weights of the loss terms.
     """
 
     model: Student
@@ -63,27 +63,28 @@ class DistillationLearner(Learner):
     ) -> None:
         super().__init__()
         self.model = model
-        self._teacher = (teacher,)  # in a tuple: no part of what is sharded, trained and saved
+        self._teacher = (teacher,)  # in a tuple, so that it is neither sharded, trained nor saved
         self._weights = weights
 
     def forward(self, micro: PairBatch) -> Tensor:
-        """The sum of the losses of this rank's rows, a scalar; a video's is its frames' mean."""
+        """Returns the summed loss of this rank's rows, a scalar."""
         pooled = bool(self._weights.embedding)
         with torch.no_grad():
             (teacher,) = self._teacher
-            teacher.to(micro.pixels.device)  # once; then it is there
+            teacher.to(micro.pixels.device)  # moves it once
             pixels = micro.others[0] if micro.others else micro.pixels
             pixels = pixels.to(teacher.visual.conv1.weight.dtype)
             goal = see(teacher.visual, pixels, pooled=pooled)
         pixels = micro.pixels.to(self.model.visual.conv1.weight.dtype)
         embedding, tokens = see(self.model.visual, pixels, pooled=pooled)
         losses = self._image_losses(embedding, tokens, *goal)
+        # A video's loss is its frames' mean.
         return pool_frames(losses, micro.frames).sum()
 
     def _image_losses(
         self, embedding: Tensor, tokens: Tensor, goal_embedding: Tensor, goal_tokens: Tensor
     ) -> Tensor:
-        """float32 (I,): the weighted parts."""
+        """Weighted sum of the loss terms, float32 (I,)."""
         weights = self._weights
         loss = torch.zeros(len(tokens), device=tokens.device)
         if weights.embedding:
@@ -99,26 +100,37 @@ class DistillationLearner(Learner):
 
 
 def see(tower: VisionTower, pixels: Tensor, *, pooled: bool) -> tuple[Tensor, Tensor]:
-    """Embeddings (I, D), empty if they are not wanted, and normed patch tokens (I, T, C)."""
+    """Runs a tower.
+
+    Returns:
+        Embeddings (I, D), or (I, 0) without `pooled`, and normed patch tokens (I, T, C).
+    """
     tokens = tower.forward_features(pixels)
     embedding = tower.head(tokens) if pooled else tokens[:, :0, 0]
     return embedding, tower.ln_post(tokens)[:, tower.num_prefix :]
 
 
 def cosines(tokens: Tensor) -> Tensor:
-    """Tokens (I, T, C) -> the cosines of all pairs of an image, float32 (I, T, T)."""
+    """Returns the cosines of all token pairs of an image, (I, T, C) -> float32 (I, T, T)."""
     with torch.autocast(tokens.device.type, enabled=False):
         unit = F.normalize(tokens.float(), dim=-1)
         return unit @ unit.transpose(1, 2)
 
 
 def _cosine(found: Tensor, goal: Tensor) -> Tensor:
-    """Of vectors along the last axis, float32."""
+    """Cosine along the last axis, float32."""
     return F.cosine_similarity(found.float(), goal.float(), dim=-1)
 
 
 class DistillationTask(Task):
-    """Images or videos, whose captions are not read."""
+    """Distils from images or videos; captions are not read.
+
+    Args:
+        config: the recipe.
+
+    Raises:
+        CheckpointError: a checkpoint is unreadable or has another architecture.
+    """
 
     def __init__(self, config: DistillationConfig) -> None:
         self.config = config
@@ -128,15 +140,15 @@ class DistillationTask(Task):
             self.source = open_checkpoint(config.init.checkpoint, config.model)
 
     def learner(self) -> DistillationLearner:
-        """A new student with the teacher of this process."""
+        """Returns a new student with this process's teacher."""
         return DistillationLearner(Student(self.config), self.teacher, self.config.loss)
 
     def initial(self, name: str, shape: torch.Size) -> Tensor:
-        """From `init.checkpoint`, or drawn; heads are drawn always."""
+        """Loads a weight from `init.checkpoint`, or draws it; heads are always drawn."""
         if self.source is not None and not name.startswith(_HEADS):
             return self.source.load(name).float()
         vision = self.config.model.vision
-        return draw(
+        return initial_value(
             name,
             shape,
             seed=self.config.run.seed,
@@ -145,11 +157,11 @@ class DistillationTask(Task):
         )
 
     def trainable(self, name: str) -> bool:
-        """Not what the loss does not see: without embeddings, what comes after the tokens."""
+        """Excludes the pooling if the loss has no embedding term and so does not reach it."""
         return bool(self.config.loss.embedding) or not name.startswith(_POOL)
 
     def stream(self, group: Group) -> LaneStream[Pair, PairBatch]:
-        """Images at the student's size, and at the teacher's where that is another."""
+        """See `Task.stream`; images come in the student's size, and the teacher's if it differs."""
         config = self.config
         own, teacher = config.model.vision.image_size, config.teacher.model.vision.image_size
         return pair_stream(
@@ -162,20 +174,20 @@ class DistillationTask(Task):
         )
 
     def evaluate(self, learner: Learner) -> dict[str, float]:
-        """Nothing; the loss is the figure."""
+        """Returns nothing: the loss already is the figure."""
         return {}
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """The student's tower in the reference's names, without heads; the architecture beside."""
+        """Writes the student's tower under the reference's names and the architecture."""
         kept = {name: t for name, t in weights.items() if not name.startswith(_HEADS)}
         export_encoder(kept, self.config.model, folder)
 
 
 def load_teacher(config: TeacherConfig) -> PerceptionEncoder:
-    """The vision tower of a checkpoint, frozen, on the CPU.
+    """Loads a checkpoint's vision tower, frozen, on the CPU.
 
     Raises:
-        CheckpointError: it is unreadable, or does not fit the architecture.
+        CheckpointError: the checkpoint is unreadable or has another architecture.
     """
     vision = PeConfig(vision=config.model.vision)
     source = open_checkpoint(config.checkpoint, vision)

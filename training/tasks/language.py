@@ -1,6 +1,7 @@
-"""The task of a Perception Language Model: the assistant's tokens, given what comes before them.
+"""Training of a Perception Language Model to predict the assistant's tokens.
 
-Legend: N sequences, T tokens of a sequence, C decoder width, V vocabulary, L labelled tokens.
+Legend: N sequences, T tokens of a sequence, C decoder width, V vocabulary, L labelled tokens, I
+tiles, S tile side in pixels.
 """
 
 from collections.abc import Mapping
@@ -24,16 +25,16 @@ from training.distributed import Group
 from training.model import lora
 from training.model.attention import get_kernel
 from training.model.export import export_language_model
-from training.model.init import draw
-from training.model.pretrained import Sources
+from training.model.init import initial_value
+from training.model.pretrained import PretrainedWeights
 from training.recipe.schema import DatasetConfig, LanguageConfig, LanguageDataConfig
 from training.tasks.task import Learner, Task
 
-HEAD_ROWS = 2048  # labelled tokens that go through the head at once; see docs/training-plan.md
+HEAD_ROWS = 2048  # labelled tokens per call of the head; see docs/training-plan.md
 
 
 def is_trained(config: LanguageConfig, name: str) -> bool:
-    """In stage 1, the projector's parameters are; with low-rank updates, theirs."""
+    """Whether a parameter is trained: LoRA's updates if any, else the projector's or all."""
     if config.lora is not None:
         return lora.is_update(name)
     return config.train == "all" or name.startswith("vision_projector.")
@@ -59,20 +60,20 @@ class LanguageLearner(Learner):
             lora.add_updates(self.model, config.lora)
 
     def forward(self, micro: LanguageBatch) -> Tensor:
-        """The sum of the losses of the labelled tokens, a scalar."""
+        """Returns the summed loss of the labelled tokens, a scalar."""
         return self.token_losses(micro).sum()
 
     def token_losses(self, micro: LanguageBatch) -> Tensor:
-        """Cross entropy (L,) of the labelled tokens, in order; float32."""
+        """Returns the cross entropy of the labelled tokens in order, float32 (L,)."""
         model = self.model
         hidden = model.hidden_states(
             self._embed(micro),
             positions=micro.positions,
             mask=self.document_mask(micro.documents),
         )
-        # Logits of labelled tokens only: a vocabulary is far wider than the model.
+        # Logits of labelled tokens only, (L, V): the vocabulary is far wider than the model.
         chosen = micro.labels != IGNORED
-        states, labels = hidden[chosen], micro.labels[chosen]
+        states, labels = hidden[chosen], micro.labels[chosen]  # (L, C), (L,)
         losses = [
             F.cross_entropy(model.head(part).float(), wanted, reduction="none")
             for part, wanted in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True)
@@ -82,7 +83,8 @@ class LanguageLearner(Learner):
     def _embed(self, micro: LanguageBatch) -> Tensor:
         """Input embeddings (N, T, C) of text and tiles.
 
-        Ranks that share weights must use the same ones, so a batch of text looks at a black tile.
+        Ranks that share weights must all run the tower, so a batch without tiles encodes a black
+        one.
         """
         model = self.model
         if len(micro.tiles):
@@ -92,14 +94,22 @@ class LanguageLearner(Learner):
         return hidden + 0.0 * model.encode_tiles(self._normalized(black)).sum()
 
     def _normalized(self, tiles: Tensor) -> Tensor:
-        """uint8 (I, S, S, 3) -> float32 (I, 3, S, S)."""
+        """Normalises tiles, uint8 (I, S, S, 3) -> float32 (I, 3, S, S)."""
         mean = torch.tensor(self.mean, device=tiles.device)
         std = torch.tensor(self.std, device=tiles.device)
         return ((tiles / 255.0 - mean) / std).permute(0, 3, 1, 2)
 
 
 class LanguageTask(Task):
-    """Conversations about images and videos."""
+    """Answers questions about images and videos.
+
+    Args:
+        config: the recipe.
+
+    Raises:
+        InputError: the tokenizer is missing or does not fit the model.
+        CheckpointError: an initial checkpoint is unreadable or has another architecture.
+    """
 
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
@@ -118,20 +128,20 @@ class LanguageTask(Task):
             max_tiles=data.max_tiles,
             max_frames=data.max_frames,
         )
-        self._sources = Sources(config.init, model)
+        self._pretrained = PretrainedWeights(config.init, model)
 
     def learner(self) -> LanguageLearner:
-        """A new learner."""
+        """See `Task.learner`."""
         return LanguageLearner(self.config, self.tiles)
 
     def initial(self, name: str, shape: torch.Size) -> Tensor:
-        """From the checkpoint that `init` names for it, or drawn."""
-        found = None if lora.is_update(name) else self._sources.load(name)
+        """Loads a weight from a checkpoint of `init`, or draws it."""
+        found = None if lora.is_update(name) else self._pretrained.load(name)
         if found is not None:
             return found
         model = self.config.model
         vision = name.startswith("vision_")
-        return draw(
+        return initial_value(
             name,
             shape,
             seed=self.config.run.seed,
@@ -140,11 +150,11 @@ class LanguageTask(Task):
         )
 
     def trainable(self, name: str) -> bool:
-        """What the recipe trains."""
+        """See `is_trained`."""
         return is_trained(self.config, name)
 
     def source(self, *, validation: bool = False) -> ConversationSource:
-        """The samples of the mix, or those that are kept for validation."""
+        """Opens the training samples of the mix, or those kept for validation."""
         return open_conversations(
             self.config.data,
             self.tokenizer,
@@ -155,7 +165,7 @@ class LanguageTask(Task):
         )
 
     def stream(self, group: Group) -> LaneStream[Any, LanguageBatch]:
-        """Packed sequences of the mix."""
+        """See `Task.stream`; the parts are packed sequences."""
         config = self.config
         return LaneStream(
             self.source(),
@@ -168,12 +178,12 @@ class LanguageTask(Task):
         )
 
     def evaluate(self, learner: Learner) -> dict[str, float]:
-        """The mean loss of assistant tokens in the validation samples."""
+        """Returns the mean loss of assistant tokens in the validation samples."""
         assert isinstance(learner, LanguageLearner)
         return assistant_loss(learner, self.source(validation=True), self.config.data)
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """A folder as the reference's: weights, `params.json`, the tokenizer."""
+        """Writes weights, `params.json` and tokenizer, with LoRA's updates merged."""
         if self.config.lora is not None:
             weights = lora.merged(weights, self.config.lora)
         export_language_model(

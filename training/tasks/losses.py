@@ -1,7 +1,7 @@
-"""Contrastive losses over a batch that may be spread over ranks.
+"""Contrastive losses over a batch that is spread over ranks.
 
-Each rank scores its own rows against everybody's. The mean over ranks of these losses, and of their
-gradients, is that of one process with the whole batch. Losses are computed in float32.
+Each rank scores its own rows against those of all ranks. Averaging these losses and their gradients
+over ranks gives the values of one process with the whole batch. Losses are computed in float32.
 
 Legend: n rows of this rank, N rows of all ranks, D channels.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class _GatherRows(torch.autograd.Function):
-    """Concatenates every rank's rows; the gradient of a row is the sum over all its readers."""
+    """Concatenates all ranks' rows. A row's gradient is the sum over all ranks that read it."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(n, D) of this rank -> (N, D) in rank order, differentiable; n is the same on all."""
+    """Concatenates (n, D) of all ranks to (N, D) in rank order, differentiably; all have one n."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
@@ -39,15 +39,15 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """The symmetric cross entropy of matching row i of `image` with row i of `text`.
+    """Symmetric cross entropy of matching row i of `image` with row i of `text` (CLIP).
 
     Args:
         image: unit features (n, D) of this rank.
         text: unit features (n, D) of this rank.
-        scale: the factor on cosines, a scalar.
+        scale: factor on cosines, a scalar.
 
     Returns:
-        This rank's scalar loss; average it, and the gradients, over ranks.
+        This rank's scalar loss, to be averaged over ranks like its gradients.
     """
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -60,16 +60,16 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def sigmoid_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The binary cross entropy of every pair: row i goes with row i and with no other (SigLIP).
+    """Binary cross entropy of every pair, where row i matches row i only (SigLIP).
 
     Args:
         image: unit features (n, D) of this rank.
         text: unit features (n, D) of this rank.
-        scale: the factor on cosines, a scalar.
-        bias: added to them, a scalar.
+        scale: factor on cosines, a scalar.
+        bias: constant added to scaled cosines, a scalar.
 
     Returns:
-        This rank's scalar loss, summed over texts; average it, and the gradients, over ranks.
+        This rank's scalar loss, summed over texts, to be averaged over ranks like its gradients.
     """
 
     def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -82,12 +82,12 @@ def sigmoid_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Te
 
 
 def _own_rows(rows: Tensor) -> Tensor:
-    """int64 (n,): which of all ranks' rows are this rank's."""
+    """Indices of this rank's rows among all ranks' rows, int64 (n,)."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.arange(len(rows), device=rows.device) + rank * len(rows)
 
 
 def _in_float32(loss: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """Computes a loss of tensors in float32, also where the rest is bfloat16."""
+    """Computes a loss in float32, even under bfloat16 autocast."""
     with torch.autocast(values[0].device.type, enabled=False):
         return loss(*[value.float() for value in values])

@@ -1,4 +1,4 @@
-"""Which task a recipe means."""
+"""Maps a recipe to its task."""
 
 from perception_rt.errors import InputError
 from training.recipe.schema import (
@@ -14,7 +14,7 @@ from training.tasks.task import Task
 
 
 def make_task(config: TrainConfig) -> Task:
-    """The task of a recipe; InputError if what it names does not exist or does not fit."""
+    """Creates the task of a recipe; InputError if a file is missing or does not fit."""
     match config:
         case ContrastiveConfig():
             return ContrastiveTask(config)

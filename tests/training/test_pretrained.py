@@ -17,7 +17,7 @@ from perception_rt.models.pe import PerceptionEncoder
 from perception_rt.models.plm import PerceptionLM
 from perception_rt.models.vision import resize_positions
 from perception_rt.plm_config import DecoderConfig, PlmConfig
-from training.model.pretrained import Sources
+from training.model.pretrained import PretrainedWeights
 from training.recipe.schema import InitConfig
 
 ENCODER = PeConfig(
@@ -53,9 +53,9 @@ def test_a_tower_comes_out_of_a_deeper_encoder_of_another_grid(tmp_path: Path) -
     for layout, stored in (("reference", state), ("open_clip", state), ("timm", towers)):
         file = tmp_path / f"{layout}.safetensors"
         save_checkpoint(stored, file, layout)  # type: ignore[arg-type]
-        sources = Sources(InitConfig(vision=str(file)), MODEL)
+        pretrained = PretrainedWeights(InitConfig(vision=str(file)), MODEL)
         for name in expected_tensors(MODEL):
-            found = sources.load(name)
+            found = pretrained.load(name)
             if not name.startswith("vision_model."):
                 assert found is None, name
             elif name == "vision_model.positional_embedding":
@@ -71,14 +71,14 @@ def test_a_tower_alone_has_bare_names(tmp_path: Path) -> None:
         n: t for n, t in weights(PerceptionEncoder(ENCODER)).items() if n.startswith("visual.")
     }
     save_checkpoint(state, tmp_path / "tower.safetensors")
-    sources = Sources(InitConfig(vision=str(tmp_path / "tower.safetensors")), MODEL)
-    found = sources.load("vision_model.conv1.weight")
+    pretrained = PretrainedWeights(InitConfig(vision=str(tmp_path / "tower.safetensors")), MODEL)
+    found = pretrained.load("vision_model.conv1.weight")
     assert found is not None
     assert torch.equal(found, state["visual.conv1.weight"])
 
 
-def filled(model: PerceptionLM, sources: Sources) -> PerceptionLM:
-    state = {n: t for n in expected_tensors(MODEL) if (t := sources.load(n)) is not None}
+def filled(model: PerceptionLM, pretrained: PretrainedWeights) -> PerceptionLM:
+    state = {n: t for n in expected_tensors(MODEL) if (t := pretrained.load(n)) is not None}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert all(name.startswith("vision_") for name in missing)
     assert unexpected == []
@@ -105,7 +105,7 @@ def test_a_decoder_comes_out_of_a_llama_of_transformers(tmp_path: Path) -> None:
     )
     llama.save_pretrained(tmp_path)
     tokens = torch.arange(12)[None]
-    model = filled(PerceptionLM(MODEL), Sources(InitConfig(decoder=str(tmp_path)), MODEL))
+    model = filled(PerceptionLM(MODEL), PretrainedWeights(InitConfig(decoder=str(tmp_path)), MODEL))
     with torch.no_grad():
         difference = llama(tokens).logits - model.decode(model.tok_embeddings(tokens))
     assert difference.abs().max() < 1e-4
@@ -116,12 +116,12 @@ def test_a_decoder_comes_out_of_metas_folder(tmp_path: Path) -> None:
     state = {n: t.bfloat16() for n, t in weights(Decoder(MODEL.decoder)).items()}
     extra = {"rope.freqs": torch.ones(2)}
     torch.save({**state, **extra}, tmp_path / "consolidated.00.pth")
-    sources = Sources(InitConfig(decoder=str(tmp_path)), MODEL)
+    pretrained = PretrainedWeights(InitConfig(decoder=str(tmp_path)), MODEL)
     for name, tensor in state.items():
-        found = sources.load(name)
+        found = pretrained.load(name)
         assert found is not None
         assert torch.equal(found, tensor.float())
-    assert sources.load("vision_projector.projector.0.weight") is None
+    assert pretrained.load("vision_projector.projector.0.weight") is None
 
 
 def test_a_stage_goes_on_where_the_one_before_ended(tmp_path: Path) -> None:
@@ -130,12 +130,12 @@ def test_a_stage_goes_on_where_the_one_before_ended(tmp_path: Path) -> None:
     save_checkpoint(state, tmp_path / "model.safetensors", "original")
     (tmp_path / "params.json").write_text(json.dumps({"model": MODEL.to_dict()}))
     later = replace(MODEL, vision=replace(TOWER, ls_init_value=0.1, drop_path=0.1))
-    sources = Sources(InitConfig(checkpoint=str(tmp_path)), later)
+    pretrained = PretrainedWeights(InitConfig(checkpoint=str(tmp_path)), later)
     new = set(expected_tensors(later)) - set(state)
     assert len(new) == 2 * TOWER.layers
-    assert all(sources.load(name) is None for name in new)
+    assert all(pretrained.load(name) is None for name in new)
     for name, tensor in state.items():
-        found = sources.load(name)
+        found = pretrained.load(name)
         assert found is not None
         assert torch.equal(found, tensor)
 
@@ -155,7 +155,7 @@ def test_a_tower_that_does_not_fit_is_named(
     save_checkpoint(weights(PerceptionEncoder(ENCODER)), file)
     model = replace(MODEL, vision=replace(TOWER, **change["vision"]))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=rf"pe\.safetensors: .*{message}"):
-        Sources(InitConfig(vision=str(file)), model)
+        PretrainedWeights(InitConfig(vision=str(file)), model)
 
 
 def test_a_decoder_of_another_kind_is_named(tmp_path: Path) -> None:
@@ -163,15 +163,15 @@ def test_a_decoder_of_another_kind_is_named(tmp_path: Path) -> None:
     save_checkpoint(weights(Decoder(MODEL.decoder)), file, "original")
     wider = replace(MODEL, decoder=replace(MODEL.decoder, vocab_size=30))
     with pytest.raises(CheckpointError, match=r"tok_embeddings\.weight is \(20, 16\), not \(30, "):
-        Sources(InitConfig(decoder=str(file)), wider)
+        PretrainedWeights(InitConfig(decoder=str(file)), wider)
     with pytest.raises(CheckpointError, match="no weights file"):
-        Sources(InitConfig(decoder=str(tmp_path / "nothing.pth")), MODEL)
+        PretrainedWeights(InitConfig(decoder=str(tmp_path / "nothing.pth")), MODEL)
 
 
 def test_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     state = weights(Decoder(MODEL.decoder))
     state["norm.weight"][0] = torch.nan
     save_checkpoint(state, tmp_path / "a.safetensors", "original")
-    sources = Sources(InitConfig(decoder=str(tmp_path / "a.safetensors")), MODEL)
+    pretrained = PretrainedWeights(InitConfig(decoder=str(tmp_path / "a.safetensors")), MODEL)
     with pytest.raises(CheckpointError, match=r"norm\.weight has elements that are not finite"):
-        sources.load("norm.weight")
+        pretrained.load("norm.weight")
