@@ -38,6 +38,10 @@ with prt.Generator.load("plm-demo", kv_bytes=2**30) as plm:
         assert_type(piece, str)
     assert_type(plm.submit(prt.Request("Hello")), prt.Handle)
     assert_type(plm.generate_tokens([1, 2], max_new_tokens=3), list[int])
+    assert_type(plm.prefill_logits([1, 2]), Rows)
+    assert_type(plm.score("Where is the 5?", "Left.").logprobs, NDArray[np.float64])
+    assert_type(plm.stats, prt.GeneratorStats)
+    assert_type(plm.stats.kv_bytes, int)
 
 model = prt.load("either")
 assert_type(model, prt.Embedder | prt.Generator)

@@ -101,12 +101,7 @@ class Embedder(LoadedModel):
             cache_dir=cache_dir,
         )
         with open_model(path, options, PE) as package:
-            return cls.from_package(package, options)
-
-    @classmethod
-    def from_package(cls, package: Package, options: LoadOptions) -> Self:
-        """Takes over an open, verified package; closes it with itself."""
-        return cls(package, options)
+            return cls(package, options)
 
     def embed_images(
         self,

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
-from typing import Any, ParamSpec, Self, TypeVar, Unpack
+from typing import ParamSpec, Self, TypeVar, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perception_rt.errors import InputError
 from perception_rt.families import PLM
@@ -39,7 +40,8 @@ from perception_rt.runtime.request import (
 )
 from perception_rt.runtime.session import AUTO, LoadedModel
 
-Array = np.ndarray[Any, Any]
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -112,12 +114,7 @@ class Generator(LoadedModel):
             cache_dir=cache_dir,
         )
         with open_model(path, options, PLM) as package:
-            return cls.from_package(package, options)
-
-    @classmethod
-    def from_package(cls, package: Package, options: LoadOptions) -> Self:
-        """Takes over an open, verified package; closes it with itself."""
-        return cls(package, options)
+            return cls(package, options)
 
     @_takes_request
     def generate(self, prompt: str, **options: Unpack[RequestOptions]) -> Result:
@@ -255,7 +252,11 @@ class Generator(LoadedModel):
         )
 
     def generate_tokens(
-        self, ids: Sequence[int] | Array, pixels: Array | None = None, *, max_new_tokens: int
+        self,
+        ids: Sequence[int] | Int64,
+        pixels: Float32 | None = None,
+        *,
+        max_new_tokens: int,
     ) -> list[int]:
         """Continues a prompt of token ids greedily, without a tokenizer.
 
@@ -277,7 +278,7 @@ class Generator(LoadedModel):
         state = self._preprocessor.prepare_tokens(ids, pixels, max_new_tokens)
         return list(self._run(state).tokens)
 
-    def prefill_logits(self, ids: Sequence[int] | Array, pixels: Array | None = None) -> Array:
+    def prefill_logits(self, ids: Sequence[int] | Int64, pixels: Float32 | None = None) -> Float32:
         """Returns the logits after a prompt, float32 (V,); arguments as `generate_tokens`."""
         state = self._preprocessor.prepare_tokens(ids, pixels, 0)
         self._run(state)

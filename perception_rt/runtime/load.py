@@ -78,5 +78,5 @@ def load(
     )
     with open_model(path, options) as package:
         runtime = import_named(get_family(package.manifest.content.family).runtime)
-        model: Embedder | Generator = runtime.from_package(package, options)
+        model: Embedder | Generator = runtime(package, options)
         return model

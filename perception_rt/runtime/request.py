@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perception_rt.errors import InputError, describe
 from perception_rt.limits import Limits
@@ -213,7 +214,7 @@ class Score:
     """
 
     tokens: tuple[int, ...]
-    logprobs: Array
+    logprobs: NDArray[np.float64]
 
     @property
     def total(self) -> float:
