@@ -9,16 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from perception_rt.errors import InputError
-from perception_rt.records import Record
+from perception_rt.records import Record, require
 
 PoolType = Literal["attn", "tok", "avg", "none"]
 
 _MAX_LAYERS = 1024
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,35 +43,35 @@ class VisionConfig(Record):
     def __post_init__(self) -> None:
         for name in ("patch_size", "width", "layers", "heads", "image_size", "attn_pooler_heads"):
             value = getattr(self, name)
-            _require(value >= 1, f"vision.{name} must be at least 1, not {value}")
-        _require(
+            require(value >= 1, f"vision.{name} must be at least 1, not {value}")
+        require(
             self.width % self.heads == 0,
             f"vision.width {self.width} is not divisible by vision.heads {self.heads}",
         )
-        _require(
+        require(
             not self.use_rope2d or self.head_dim % 4 == 0,
             f"2-D RoPE needs a head size divisible by 4, not {self.head_dim}",
         )
-        _require(
+        require(
             self.image_size % self.patch_size == 0,
             f"vision.image_size {self.image_size} is not divisible by patch_size {self.patch_size}",
         )
-        _require(self.mlp_dim >= 1, f"vision.mlp_ratio must be positive, not {self.mlp_ratio}")
-        _require(0 <= self.drop_path < 1, f"vision.drop_path must be below 1, not {self.drop_path}")
-        _require(
+        require(self.mlp_dim >= 1, f"vision.mlp_ratio must be positive, not {self.mlp_ratio}")
+        require(0 <= self.drop_path < 1, f"vision.drop_path must be below 1, not {self.drop_path}")
+        require(
             self.layers <= _MAX_LAYERS,
             f"vision.layers must be at most {_MAX_LAYERS}, not {self.layers}",
         )
-        _require(
+        require(
             self.pool_type != "attn" or self.width % self.attn_pooler_heads == 0,
             f"vision.width {self.width} is not divisible by attn_pooler_heads "
             f"{self.attn_pooler_heads}",
         )
-        _require(
+        require(
             self.pool_type != "tok" or self.use_cls_token,
             "vision.pool_type 'tok' needs use_cls_token",
         )
-        _require(
+        require(
             self.output_dim is None or self.output_dim >= 1,
             f"vision.output_dim must be at least 1, not {self.output_dim}",
         )
@@ -130,13 +125,13 @@ class TextConfig(Record):
     def __post_init__(self) -> None:
         for name in ("context_length", "width", "heads", "layers", "output_dim", "vocab_size"):
             value = getattr(self, name)
-            _require(value >= 1, f"text.{name} must be at least 1, not {value}")
-        _require(
+            require(value >= 1, f"text.{name} must be at least 1, not {value}")
+        require(
             self.width % self.heads == 0,
             f"text.width {self.width} is not divisible by text.heads {self.heads}",
         )
-        _require(self.mlp_dim >= 1, f"text.mlp_ratio must be positive, not {self.mlp_ratio}")
-        _require(
+        require(self.mlp_dim >= 1, f"text.mlp_ratio must be positive, not {self.mlp_ratio}")
+        require(
             self.layers <= _MAX_LAYERS,
             f"text.layers must be at most {_MAX_LAYERS}, not {self.layers}",
         )
@@ -157,11 +152,11 @@ class PeConfig:
     def __post_init__(self) -> None:
         if self.text is None:
             return
-        _require(
+        require(
             self.vision.pool_type != "none",
             "a text tower needs a pooled vision tower; vision.pool_type is 'none'",
         )
-        _require(
+        require(
             self.vision.embed_dim == self.text.output_dim,
             f"vision and text must share an output dimension, not {self.vision.embed_dim} "
             f"and {self.text.output_dim}",

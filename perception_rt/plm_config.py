@@ -10,15 +10,10 @@ from typing import Any, Self
 
 from perception_rt.config import VisionConfig
 from perception_rt.errors import InputError
-from perception_rt.records import Record
+from perception_rt.records import Record, require
 
 _MAX_DECODER_LAYERS = 256
 IMAGE_TOKEN_ID = 128002  # `<|image|>` of the released models' tokenizer
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,30 +57,30 @@ class DecoderConfig(Record):
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seqlen"):
             value = getattr(self, name)
-            _require(value >= 1, f"decoder.{name} must be at least 1, not {value}")
-        _require(
+            require(value >= 1, f"decoder.{name} must be at least 1, not {value}")
+        require(
             self.n_layers <= _MAX_DECODER_LAYERS,
             f"decoder.n_layers must be at most {_MAX_DECODER_LAYERS}, not {self.n_layers}",
         )
-        _require(
+        require(
             self.dim % self.n_heads == 0,
             f"decoder.dim {self.dim} is not divisible by n_heads {self.n_heads}",
         )
-        _require(self.head_dim % 2 == 0, f"rotary needs an even head size, not {self.head_dim}")
-        _require(
+        require(self.head_dim % 2 == 0, f"rotary needs an even head size, not {self.head_dim}")
+        require(
             self.kv_heads >= 1 and self.n_heads % self.kv_heads == 0,
             f"decoder.n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}",
         )
         multiplier = self.ffn_dim_multiplier
-        _require(
+        require(
             multiplier is None or multiplier > 0,
             f"decoder.ffn_dim_multiplier must be positive, not {multiplier}",
         )
-        _require(0 < self.norm_eps < 1, f"decoder.norm_eps must be in (0, 1), not {self.norm_eps}")
+        require(0 < self.norm_eps < 1, f"decoder.norm_eps must be in (0, 1), not {self.norm_eps}")
         for name in ("rope_theta", "old_context_len", "rope_scale_factor", "low_freq_factor"):
             value = getattr(self, name)
-            _require(value > 0, f"decoder.{name} must be positive, not {value}")
-        _require(
+            require(value > 0, f"decoder.{name} must be positive, not {value}")
+        require(
             self.rope_scale_factor == 1 or self.high_freq_factor > self.low_freq_factor,
             f"decoder.high_freq_factor {self.high_freq_factor} must be above low_freq_factor "
             f"{self.low_freq_factor}",
@@ -143,15 +138,15 @@ class PlmConfig:
     image_token_id: int
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.vision.pool_type == "none" and self.vision.output_dim is None,
             "a language model's vision tower has pool_type 'none' and no output_dim",
         )
-        _require(
+        require(
             self.pooling_ratio >= 1 and self.vision.grid % self.pooling_ratio == 0,
             f"pooling_ratio {self.pooling_ratio} does not divide the grid of {self.vision.grid}",
         )
-        _require(
+        require(
             0 <= self.image_token_id < self.decoder.vocab_size,
             f"image_token_id {self.image_token_id} is not in 0 to {self.decoder.vocab_size - 1}",
         )

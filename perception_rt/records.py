@@ -11,6 +11,12 @@ INTEGER_BOUND = 2**63
 _MAX_NUMBER = 2**24  # in a record; the released models stay below 2**17
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with this message unless a condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
 def check_integer(name: str, value: object, least: int, most: int = INTEGER_BOUND - 1) -> None:
     """Raises InputError unless a value is an integer (not a bool) from `least` to `most`."""
     if type(value) is not int or not least <= value <= most:

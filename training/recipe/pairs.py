@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perception_rt.config import PeConfig
-from training.recipe.tree import require
+from perception_rt.records import require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

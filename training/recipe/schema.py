@@ -14,13 +14,14 @@ import yaml
 from perception_rt.config import PeConfig
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.tiles import TileMode
+from perception_rt.records import require
 from training.recipe.pairs import (
     DistillationLossConfig,
     PairDataConfig,
     ResolutionConfig,
     TeacherConfig,
 )
-from training.recipe.tree import build, read_recipe, require
+from training.recipe.tree import build, read_recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

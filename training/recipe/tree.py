@@ -17,16 +17,11 @@ from perception_rt.archs import get_config
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError
 from perception_rt.plm_config import PlmConfig
+from perception_rt.records import check_value, require
 
 _ARCHITECTURES: tuple[Any, ...] = (PeConfig, PlmConfig)
 
 T = TypeVar("T")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises an InputError with this message unless the condition holds."""
-    if not condition:
-        raise InputError(message)
 
 
 def read_recipe(recipe: Path) -> dict[str, Any]:
@@ -195,16 +190,10 @@ def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def _value(value: Any, declared: Any, where: str) -> Any:
     """Checks a value against its annotation; an int is accepted where a float is declared."""
-    options = _options(declared)
-    if value is None and type(None) in options:
-        return None
-    declared = next(option for option in options if option is not type(None))
-    if is_dataclass(declared):
-        return _build(declared, value, where)  # type: ignore[arg-type]
-    if get_origin(declared) is Literal:
-        choices = get_args(declared)
-        require(value in choices, f"{where} must be one of {list(choices)}, not {value!r:.60}")
-        return value
+    record = _record_of(declared)
+    if record is not None:
+        absent = value is None and type(None) in _options(declared)
+        return None if absent else _build(record, value, where)
     if get_origin(declared) is tuple:
         require(isinstance(value, list | tuple), f"{where} must be a list")
         item = get_args(declared)[0]
@@ -213,12 +202,6 @@ def _value(value: Any, declared: Any, where: str) -> Any:
         require(isinstance(value, Mapping), f"{where} must be a mapping")
         item = get_args(declared)[1]
         return {str(key): _value(entry, item, f"{where}.{key}") for key, entry in value.items()}
-    if declared is float and type(value) is int:
-        value = float(value)
-    require(
-        type(value) is declared,
-        f"{where} must be {declared.__name__}, not {type(value).__name__}",
-    )
-    if declared is float:
+    if type(value) is float:
         require(math.isfinite(value), f"{where} must be finite, not {value}")
-    return value
+    return check_value(where, value, declared)
