@@ -32,6 +32,15 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
         raise InputError(f"{name} must be one of {known}, not {shown}")
 
 
+def check_text(name: str, text: object, most_bytes: int) -> None:
+    """Raises InputError unless a value is a string of at most `most_bytes` bytes in UTF-8."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} must be a string, not {describe(text)}")
+    size = len(text.encode("utf-8", errors="surrogatepass"))
+    if size > most_bytes:
+        raise InputError(f"{name} has {size} bytes in UTF-8; the limit is {most_bytes}")
+
+
 def check_value(name: str, value: Any, declared: Any, most: float = INTEGER_BOUND) -> Any:
     """Checks a plain value against the annotation of a record's field.
 

@@ -1,1 +1,1 @@
-"""Files and strings to arrays, in numpy and Pillow: one code for training, export, runtime."""
+"""Turns images, videos and texts into arrays; shared by training, export and runtime."""

@@ -1,7 +1,7 @@
-"""Boxes in pictures and in text: drawn as the reference marks regions, written as its models do.
+"""Boxes: drawn into images as the reference marks regions, and written as its models write them.
 
-In text a corner is in thousandths of the image's sides: `[x1,y1,x2,y2]`, three digits each. Knows
-nothing of prompts and of models.
+In text, `[x1,y1,x2,y2]` has three digits per coordinate, in thousandths of the image's width or
+height.
 
 Legend: T frames, H height, W width.
 """
@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from perception_rt.errors import InputError
+from perception_rt.records import check_integer
 
 PixelBox: TypeAlias = Sequence[float] | NDArray[Any]
 
 _MAX_COORDINATE = 2**31
-# No part of it can match where another began, so a search is linear in the text.
+# No part can match where another part starts, so a search takes linear time.
 _BOX = re.compile(r"\[\s*([0-9]{3})" + r"\s*,\s*([0-9]{3})" * 3 + r"\s*\]")
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A box in an image, in fractions of its width and height from the upper left.
+    """A box in an image, in fractions of width and height from the upper left corner.
 
     Attributes:
         x1: left, in [0, 1).
@@ -46,25 +47,25 @@ class Box:
             raise InputError("a box must have coordinates of at least 0 and below 1")
 
     def to_pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """(x1, y1, x2, y2) in pixels of an image of that size; InputError if it is no size."""
+        """Returns (x1, y1, x2, y2) in pixels of an image of this width and height."""
         _check_size(width, height)
         return self.x1 * width, self.y1 * height, self.x2 * width, self.y2 * height
 
 
 def format_box(box: PixelBox, width: int, height: int) -> str:
-    """Writes a box as the models read it.
+    """Writes a box in the text format of the models.
 
     Args:
         box: x1, y1, x2, y2 in pixels.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
+        width: image width in pixels.
+        height: image height in pixels.
 
     Returns:
-        "[x1,y1,x2,y2]" in thousandths, rounded down, three digits each. What lies outside of the
-        image is moved to its border.
+        "[x1,y1,x2,y2]" in thousandths, rounded down, three digits each. Coordinates outside the
+        image move to its border.
 
     Raises:
-        InputError: the box is not four ordered numbers, or the size is no size.
+        InputError: the box is not four ordered numbers, or width or height is below 1.
     """
     _check_size(width, height)
     x1, y1, x2, y2 = _ordered(box)
@@ -74,10 +75,10 @@ def format_box(box: PixelBox, width: int, height: int) -> str:
 
 
 def parse_boxes(text: str) -> list[Box]:
-    """The boxes that a text mentions, in order.
+    """Finds the boxes in a text, in order.
 
-    White space inside the brackets is allowed. Lists of other numbers and boxes whose right or
-    bottom comes first are left out: a text that holds no box is not an error.
+    White space inside the brackets is allowed. Other lists of numbers, and boxes with x2 < x1 or
+    y2 < y1, are skipped.
     """
     found = (tuple(int(digits) / 1000 for digits in match) for match in _BOX.findall(text))
     return [Box(*corners) for corners in found if _is_ordered(corners)]
@@ -90,21 +91,21 @@ def draw_box(
     color: tuple[int, int, int] = (255, 0, 0),
     width: int = 4,
 ) -> NDArray[np.uint8]:
-    """Marks a region by a rectangle, by default as the reference does.
+    """Marks a region with a rectangle, by default in the reference's style.
 
     Args:
-        image: a Pillow image of mode RGB, or uint8 (H, W, 3), or the frames of a video
-            (T, H, W, 3), which all get the same rectangle.
-        box: x1, y1, x2, y2 in pixels, rounded toward 0; both corners belong to the box. What lies
-            outside of the image is not drawn.
+        image: a Pillow image of mode RGB, uint8 (H, W, 3), or video frames uint8 (T, H, W, 3),
+            which all get the same rectangle.
+        box: x1, y1, x2, y2 in pixels, rounded toward 0. Both corners belong to the box. Parts
+            outside the image are not drawn.
         color: red, green and blue, 0 to 255.
-        width: of the line in pixels, all of it inside the box.
+        width: line width in pixels; the line lies inside the box.
 
     Returns:
-        A copy as uint8, of the image's shape.
+        A copy, uint8 of the same shape.
 
     Raises:
-        InputError: an argument is not as described.
+        InputError: an argument is unusable.
     """
     if isinstance(image, Image.Image) and image.mode != "RGB":
         raise InputError(f"image must have mode RGB, not {image.mode}")
@@ -114,8 +115,7 @@ def draw_box(
             f"an image to draw on must be uint8 (H, W, 3) or (T, H, W, 3), "
             f"not {pixels.dtype} {pixels.shape}"
         )
-    if type(width) is not int or width < 1:
-        raise InputError("width of a line must be an integer of at least 1")
+    check_integer("the line width", width, 1)
     if len(color) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in color):
         raise InputError("color must be three integers from 0 to 255")
     left, top, right, bottom = (int(value) for value in _ordered(box))
@@ -135,7 +135,7 @@ def _is_ordered(corners: Sequence[float]) -> bool:
 
 
 def _ordered(box: Any) -> tuple[float, float, float, float]:
-    """Four numbers of any kind as floats; InputError unless they are finite and ordered."""
+    """The four numbers as floats; InputError unless they are finite and ordered."""
     is_list = isinstance(box, list | tuple) or (isinstance(box, np.ndarray) and box.ndim == 1)
     if not is_list or len(box) != 4:
         raise InputError("a box must be a list of 4 numbers: x1, y1, x2, y2")
@@ -155,5 +155,4 @@ def _ordered(box: Any) -> tuple[float, float, float, float]:
 
 def _check_size(width: int, height: int) -> None:
     for name, value in (("width", width), ("height", height)):
-        if type(value) is not int or value < 1:
-            raise InputError(f"{name} of the image must be an integer of at least 1")
+        check_integer(f"the image's {name}", value, 1)

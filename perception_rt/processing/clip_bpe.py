@@ -1,8 +1,10 @@
-"""The tokenizer of PE's text tower: OpenAI CLIP's byte-pair encoding, id for id.
+"""The tokenizer of PE's text tower: OpenAI CLIP's byte-pair encoding, with equal ids.
 
-User text never yields a control id: `<end_of_text>` in a caption is thirteen plain characters.
-Time is bounded for hostile text: merging is not quadratic, and the repairs that ftfy repeats until
-nothing changes are repeated a fixed number of times.
+User text never becomes a control token: `<end_of_text>` in a caption is thirteen plain characters.
+Time is bounded for hostile text: merging is not quadratic, and repairs that ftfy repeats until
+nothing changes are repeated a limited number of times.
+
+Legend: N texts.
 """
 
 import functools
@@ -28,13 +30,13 @@ from numpy.typing import NDArray
 from perception_rt.errors import InputError, PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.byte_symbols import byte_symbols
-from perception_rt.records import Record
+from perception_rt.records import Record, check_integer, check_text
 
 VOCAB_SIZE = 49408
 SOT = 49406
 EOT = 49407
 PAD = 0
-MIN_CONTEXT = 2  # the start and the end
+MIN_CONTEXT = 2  # the start and end tokens
 
 _VOCAB_FILE = Path(__file__).parent / "assets" / "bpe_simple_vocab_16e6.txt.gz"
 _VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -46,13 +48,13 @@ _GONE = -1
 
 _PIECE = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
-# Words up to this size are remembered, this many of them: at most a few MiB.
+# Bounds the cache of words to a few MiB.
 _CACHED_WORD_BYTES = 48
-_CACHED_WORDS = 8192
+CACHED_WORDS = 8192
 
-# Real text is escaped twice or thrice at most, and each repair repeats over the whole text.
+# Real text is escaped at most two or three times; each pass repairs the whole text.
 _MAX_PASSES = 8
-# Lines that need an encoding repaired are repaired one by one, at 0.1 ms each.
+# Lines with a broken encoding are repaired one by one, at 0.1 ms each.
 _MAX_REPAIRED_LINES = 1024
 _LINE = regex.compile(r"[^\n]*\n|[^\n]+")
 _LONG_MARKS = regex.compile(r"\p{M}{32,}")
@@ -71,12 +73,12 @@ _REPAIRS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec(Record):
-    """How a model wants its texts, and how it scales cosines.
+    """Text preprocessing of a model, and its scale of cosines.
 
     Attributes:
-        tokenizer: "clip_bpe", or None for a vocabulary that no tokenizer here belongs to.
+        tokenizer: "clip_bpe", or None for a vocabulary without a tokenizer here.
         context_length: tokens per text.
-        logit_scale: the learned factor on cosines before a softmax.
+        logit_scale: learned factor on cosines before a softmax.
     """
 
     tokenizer: Literal["clip_bpe", None]
@@ -85,9 +87,13 @@ class TextSpec(Record):
 
 
 class ClipTokenizer:
-    """Texts to token ids of a fixed length, and back.
+    """Encodes texts as rows of token ids of a fixed length, and decodes ids.
 
-    Instances are immutable and may be shared between threads.
+    Immutable; threads may share an instance.
+
+    Attributes:
+        context_length: ids per text.
+        vocabulary: the ids and merges.
     """
 
     def __init__(
@@ -100,19 +106,18 @@ class ClipTokenizer:
         """Loads the vocabulary.
 
         Args:
-            context_length: ids per text, including start and end; at least 2.
+            context_length: ids per text, including the start and end tokens; at least 2.
             limits: bounds the UTF-8 size of each text.
-            vocab_path: a copy of CLIP's vocabulary file; the library brings its own.
+            vocab_path: a copy of CLIP's vocabulary file; None for the library's own.
 
         Raises:
             InputError: the context length is not an integer of at least 2.
-            PackageError: the vocabulary file is missing or not the one known by its SHA-256.
+            PackageError: the vocabulary file is missing, or its SHA-256 is not the known one.
         """
-        if type(context_length) is not int or context_length < MIN_CONTEXT:
-            raise InputError(f"context_length must be an integer of at least {MIN_CONTEXT}")
+        check_integer("context_length", context_length, MIN_CONTEXT)
         self.context_length = context_length
         self._limits = limits
-        self._vocab = _load_vocabulary(_VOCAB_FILE if vocab_path is None else Path(vocab_path))
+        self.vocabulary = _load_vocabulary(_VOCAB_FILE if vocab_path is None else Path(vocab_path))
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Encodes texts for the text tower.
@@ -121,33 +126,36 @@ class ClipTokenizer:
             texts: a list of strings; a single string must be put in a list.
 
         Returns:
-            int64 (N, context_length): start, the text's ids cut to fit, end, then zeros.
+            int64 (N, context_length): start token, ids of the text truncated to fit, end token,
+            then zeros.
 
         Raises:
-            InputError: as `encode`; or `texts` is not a list of strings.
+            InputError: as `encode`, or `texts` is not a list of strings.
         """
         if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
             raise InputError(f"texts must be a list of strings, not {type(texts).__name__}")
         tokens = np.full((len(texts), self.context_length), PAD, np.int64)
         for row, text in zip(tokens, texts, strict=True):
-            # The rest would be cut off, so it is never computed.
+            # Ids beyond the context length are never computed.
             ids = [SOT, *islice(self._ids(text), self.context_length - 2), EOT]
             row[: len(ids)] = ids
         return tokens
 
     def encode(self, text: str) -> list[int]:
-        """All ids of a text, without start and end; every id is below 49406.
+        """Returns all ids of a text, below 49406, without start and end tokens.
 
         A lone surrogate becomes U+FFFD, and control characters such as NUL are dropped.
 
         Raises:
-            InputError: `text` is not a string, or longer than `limits.text_bytes` in UTF-8, or
-                escaped or damaged so many times over that repairing it would take too long.
+            InputError: `text` is not a string, is longer than `limits.text_bytes` in UTF-8, or is
+                escaped or damaged so often that its repair would take too long.
         """
         return list(self._ids(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, with a space after each word; start, end and all after end are left out.
+        """Returns the text of ids, with a space after each word.
+
+        Start and end tokens and everything after the end token are left out.
 
         Raises:
             InputError: an id is not an integer from 0 to 49407.
@@ -160,24 +168,23 @@ class ClipTokenizer:
             if token == EOT:
                 break
             if token != SOT:
-                data += self._vocab.spelling[token]
+                data += self.vocabulary.spelling[token]
         return data.decode("utf-8", errors="replace")
 
     def _ids(self, text: str) -> Iterator[int]:
-        if not isinstance(text, str):
-            raise InputError(f"a text must be a string, not {type(text).__name__}")
-        size = len(text.encode("utf-8", errors="surrogatepass"))
-        if size > self._limits.text_bytes:
-            raise InputError(
-                f"a text has {size} bytes in UTF-8; the limit is {self._limits.text_bytes}"
-            )
+        check_text("a text", text, self._limits.text_bytes)
         for cleaned in _clean(text):
             for piece in _PIECE.finditer(cleaned):
-                yield from self._vocab.encode_word(piece.group().encode("utf-8"))
+                yield from self.vocabulary.encode_word(piece.group().encode("utf-8"))
 
 
-class _Vocabulary:
-    """The merges as ids. Ids are in the order of the merges, so an id is also its own rank."""
+class ClipVocabulary:
+    """CLIP's merges as ids. Ids follow the order of the merges, so an id is its own rank.
+
+    Attributes:
+        spelling: the bytes of each id.
+        cached_merge: `merge` with a bounded cache.
+    """
 
     def __init__(self, text: str) -> None:
         symbols = byte_symbols()
@@ -192,21 +199,22 @@ class _Vocabulary:
             self._merged[ids[left], ids[right]] = len(ids)
             self.spelling.append(self.spelling[ids[left]] + self.spelling[ids[right]])
             ids[left + right] = len(ids)
-        assert len(ids) == SOT, "the digest of the file was checked"
+        assert len(ids) == SOT  # the file's digest was checked
         self._id_of_byte = [ids[symbols[value]] for value in range(_NUM_BYTES)]
-        self._encode_short = functools.lru_cache(maxsize=_CACHED_WORDS)(self._merge)
+        self.cached_merge = functools.lru_cache(maxsize=CACHED_WORDS)(self.merge)
 
     def encode_word(self, word: bytes) -> tuple[int, ...]:
-        """The ids of one non-empty word."""
+        """Returns the ids of a non-empty word; short words are cached."""
         if len(word) <= _CACHED_WORD_BYTES:
-            return self._encode_short(word)
-        return self._merge(word)
+            return self.cached_merge(word)
+        return self.merge(word)
 
-    def _merge(self, word: bytes) -> tuple[int, ...]:
-        """Merges pairs, lowest rank first and each rank from left to right, until none is left.
+    def merge(self, word: bytes) -> tuple[int, ...]:
+        """Returns the ids of a non-empty word, without the cache.
 
-        Places wait in one list per rank, so a heap holds ranks and not places. A merge yields an
-        id above its own rank, hence only pairs of higher ranks: each rank comes up once.
+        Merges pairs by rank, lowest first, and from left to right within a rank. Each rank has a
+        list of its places, and a heap holds the ranks. A merge makes an id above its own rank and
+        so only pairs of higher ranks; each rank comes up once.
         """
         ids = [self._id_of_byte[value] for value in word]
         ids[-1] += _NUM_BYTES
@@ -224,7 +232,7 @@ class _Vocabulary:
             for i in sorted(places.pop(rank)):
                 j = after[i]
                 if j >= end or self._merged.get((ids[i], ids[j])) != rank:
-                    continue  # an earlier merge took one of the two
+                    continue  # an earlier merge consumed one of the pair
                 ids[i], ids[j] = rank, _GONE
                 after[i] = after[j]
                 if after[j] < end:
@@ -240,7 +248,7 @@ class _Vocabulary:
         return tuple(i for i in ids if i != _GONE)
 
 
-def _load_vocabulary(path: Path) -> _Vocabulary:
+def _load_vocabulary(path: Path) -> ClipVocabulary:
     try:
         with path.open("rb") as file:
             data = file.read(_VOCAB_BYTES + 1)
@@ -255,31 +263,31 @@ def _load_vocabulary(path: Path) -> _Vocabulary:
 
 
 @functools.lru_cache(maxsize=1)
-def _parse_vocabulary(data: bytes) -> _Vocabulary:
-    """Once per process: the digest leaves only one possible argument."""
-    return _Vocabulary(gzip.decompress(data).decode("utf-8"))
+def _parse_vocabulary(data: bytes) -> ClipVocabulary:
+    """Parses the file; cached, since the digest allows only one argument."""
+    return ClipVocabulary(gzip.decompress(data).decode("utf-8"))
 
 
 def _clean(text: str) -> Iterator[str]:
-    """The text repaired, unescaped and in lower case, in parts that no piece spans.
+    """Repairs, unescapes and lower-cases a text, in parts that no piece spans.
 
-    White space is not collapsed as in the original, for pieces never contain any.
+    Unlike the original, does not collapse white space, since pieces never contain any.
     """
-    for part in _repair(text):
+    for part in repair(text):
         try:
             yield html.unescape(html.unescape(part)).lower()
-        except ValueError:  # int() refuses thousands of digits
+        except ValueError:  # int() rejects thousands of digits
             raise InputError("a text has a character reference with too many digits") from None
 
 
-def _repair(text: str) -> Iterator[str]:
-    """What `ftfy.fix_text` makes of a text, in parts.
+def repair(text: str) -> Iterator[str]:
+    """Yields the result of `ftfy.fix_text` in parts, in bounded time.
 
-    ftfy goes line by line, which costs seconds for a text of line breaks, and each line as often
-    as it changes, which `&amp;amp;amp;...` makes quadratic. Most repairs do not look beyond a
-    line, so they are done for all lines at once, unless a line may have a broken encoding.
+    ftfy works line by line, which takes seconds for a text of line breaks, and repeats each line
+    until it no longer changes, which `&amp;amp;amp;...` makes quadratic. Most repairs are local to
+    a line, so all lines are repaired at once, unless a line may have a broken encoding.
     """
-    tag = text.find("<")  # from its line on, ftfy takes the text for HTML and leaves escapes alone
+    tag = text.find("<")  # from its line on, ftfy assumes HTML and keeps escapes
     start = len(text) if tag < 0 else text.rfind("\n", 0, tag) + 1
     for part, unescape in ((text[:start], True), (text[start:], False)):
         whole = _repair_segment(part, unescape, _unless_suspect)
@@ -297,7 +305,7 @@ def _repair(text: str) -> Iterator[str]:
 def _repair_segment(
     text: str, unescape: bool, fix_encoding: Callable[[str], str | None]
 ) -> str | None:
-    """Repairs as ftfy does, until nothing changes; None as soon as `fix_encoding` says so."""
+    """Repairs like ftfy, until nothing changes; None as soon as `fix_encoding` returns None."""
     for _ in range(_MAX_PASSES):
         before = text
         if unescape:
@@ -306,8 +314,8 @@ def _repair_segment(
         if fixed is None:
             return None
         text = fixed
-        for repair in _REPAIRS:
-            text = repair(text)
+        for step in _REPAIRS:
+            text = step(text)
         text = unicodedata.normalize("NFC", _LONG_MARKS.sub(_sort_marks, text))
         if text == before:
             return text
@@ -315,17 +323,17 @@ def _repair_segment(
 
 
 def _unless_suspect(text: str) -> str | None:
-    """The text, if ftfy would leave the encoding of each of its lines alone."""
+    """The text if ftfy would keep the encoding of all its lines, else None."""
     if text.isascii():
         return text
-    # Both, because what ftfy looks for may be tied to the start of a line, or may span lines that
-    # ftfy does not tell apart.
+    # Checks the text and its lines, since ftfy's patterns may depend on the start of a line, or
+    # span line breaks that ftfy does not recognise.
     suspect = is_bad(text) or any(map(is_bad, set(text.split("\n"))))
     return None if suspect else text
 
 
 def _sort_marks(run: regex.Match[str]) -> str:
-    """A run of marks in canonical order, which NFC would establish in quadratic time."""
+    """Sorts a run of marks in canonical order, for which NFC would take quadratic time."""
     return "".join(
         "".join(sorted(marks, key=unicodedata.combining) if movable else marks)
         for movable, marks in groupby(run.group(), key=lambda mark: unicodedata.combining(mark) > 0)

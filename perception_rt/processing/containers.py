@@ -1,8 +1,7 @@
-"""What an encoded image says about itself, read from its header without decoding a pixel.
+"""Reads the headers of JPEG, PNG and WebP images without decoding pixels.
 
-Knows the outer layout of JPEG, PNG and WebP and nothing of their pixels. Metadata that the decoder
-does not need (EXIF, ICC, XMP, text, animation) is cut out of JPEG and PNG here, so that it cannot
-reach the decoder; a WebP goes to it whole.
+Removes from JPEG and PNG the metadata that the decoder does not need (EXIF, ICC, XMP, text,
+animation), so that none of it reaches the decoder. A WebP image stays whole.
 """
 
 import re
@@ -16,11 +15,11 @@ _PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 _SOI, _EOI, _SOS, _APP1, _COM = 0xD8, 0xD9, 0xDA, 0xE1, 0xFE
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# JFIF (APP0) and Adobe (APP14) say how the colours are stored; the other markers are metadata.
+# JFIF (APP0) and Adobe (APP14) define the colour space; the other APP markers are metadata.
 _JPEG_DROPPED = frozenset(range(0xE1, 0xF0)) - {0xEE} | {_COM}
 _JPEG_BARE = frozenset(range(0xD0, 0xD8)) | {0x01}  # markers without a length
 
-# Real files have far fewer of these; each costs time that no limit on bytes bounds.
+# Real files have far fewer. Each costs time, which the limit on bytes does not bound.
 _MAX_PARTS = 20_000
 _MAX_SCANS = 1_000
 
@@ -29,13 +28,13 @@ _ORIENTATION_TAG, _SHORT = 0x0112, 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedImage:
-    """An image whose header was read.
+    """An encoded image and the facts in its header.
 
     Attributes:
         format: "JPEG", "PNG" or "WEBP".
-        width: in pixels, as stored (before the orientation is applied).
-        height: in pixels, as stored.
-        orientation: the EXIF orientation, 1 to 8; 1 where absent or damaged.
+        width: stored width in pixels, before the orientation is applied.
+        height: stored height in pixels, before the orientation is applied.
+        orientation: EXIF orientation, 1 to 8; 1 if absent or damaged.
         data: the bytes to decode.
     """
 
@@ -58,7 +57,7 @@ def read_container(data: bytes) -> EncodedImage:
 
 
 def exif_orientation(exif: bytes) -> int:
-    """The orientation 1 to 8 in an EXIF block; 1 where it is absent or the block is damaged."""
+    """Returns the orientation in an EXIF block, 1 to 8; 1 if absent or damaged."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None or len(tiff) < 8:
@@ -85,7 +84,7 @@ def _read_jpeg(data: bytes) -> EncodedImage:
         if marker == _APP1 and payload.startswith(b"Exif\0\0") and orientation == 1:
             orientation = exif_orientation(payload)
         if marker == _SOS:
-            end = len(data)  # the scans: everything up to the end of the file
+            end = len(data)  # the scans reach to the end of the file
             if data.count(b"\xff\xda", start) > _MAX_SCANS:
                 raise InputError(f"has more than {_MAX_SCANS} scans")
         if marker not in _JPEG_DROPPED:
@@ -98,7 +97,7 @@ def _read_jpeg(data: bytes) -> EncodedImage:
 
 
 def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
-    """(marker, start, end) of each segment up to and including the first scan's header."""
+    """(marker, start, end) of each segment, up to and including the first scan's header."""
     segments: list[tuple[int, int, int]] = []
     marker_at = re.compile(rb"\xff[\x01-\xfe]")  # skips fill bytes and stray bytes between segments
     at = 2
@@ -112,7 +111,7 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
             raise InputError("is a JPEG image without image data")
         if marker in _JPEG_BARE or marker == _SOI:
             at = start + 2
-            segments.append((_COM, start, at))  # carries nothing; dropped like a comment
+            segments.append((_COM, start, at))  # has no payload; dropped like a comment
             continue
         if start + 4 > len(data):
             raise InputError("is a JPEG image that ends within its header")
@@ -134,7 +133,7 @@ def _read_png(data: bytes) -> EncodedImage:
     at = 8
     for _ in range(_MAX_PARTS):
         if at + 8 > len(data):
-            break  # truncated; the decoder says so
+            break  # truncated; the decoder reports it
         length, kind = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
         if kind in _PNG_KEPT:

@@ -1,4 +1,4 @@
-"""Opening the files that a user names: regular files only, and never waiting for one."""
+"""Opens files that users name: regular files only, and without waiting."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from perception_rt.errors import InputError
 
 
 def path_name(source: str | os.PathLike[str], kind: str) -> tuple[str, str]:
-    """The path as a string, and `kind` with the path as typed, to begin messages with."""
+    """Returns the path as a string, and a name for messages: `kind` and the path."""
     path = os.fspath(source)
     if not isinstance(path, str):
         raise InputError(f"{kind} path must be a string, not {type(path).__name__}")
@@ -16,9 +16,12 @@ def path_name(source: str | os.PathLike[str], kind: str) -> tuple[str, str]:
 
 
 def open_regular_file(path: str, name: str) -> io.FileIO:
-    """Opens a regular file for reading; InputError, beginning with `name`, for anything else.
+    """Opens a regular file for reading.
 
-    A pipe without a writer, a terminal or a device is refused, not waited for.
+    Pipes, terminals and devices are refused at once, since reading them could block.
+
+    Raises:
+        InputError: the path is missing, unreadable or not a regular file; starts with `name`.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -30,6 +33,6 @@ def open_regular_file(path: str, name: str) -> io.FileIO:
         raise InputError(f"{name} is not a path") from None
     if file is not None and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
-    if file is not None:  # replaced since it was looked at
+    if file is not None:  # replaced between stat and open
         file.close()
     raise InputError(f"{name} is not a regular file")

@@ -1,8 +1,9 @@
-"""Images of any accepted kind to uint8 RGB arrays of one size, and to normalised float pixels.
+"""Decodes images, resizes them to uint8 RGB arrays and normalises them to float pixels.
 
-Everything untrusted is checked before memory is spent on it: the encoded size before reading, and
-width and height before decoding. Pillow is called for pixels only, and its words never get out.
-Knows nothing of models: what a model wants is an `ImageSpec`.
+Checks untrusted input before spending memory on it: the encoded size before reading, width and
+height before decoding. Pillow's error messages never reach the user.
+
+Legend: H height, W width.
 """
 
 import io
@@ -29,10 +30,10 @@ Resize: TypeAlias = Literal["squash", "center_crop"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 
 _MAX_TARGET_SIDE = 8192
-# A centre crop resizes the whole image first, so a long thin image would cost its aspect ratio.
+# A centre crop resizes the whole image first, so the cost grows with the aspect ratio.
 _MAX_CROP_ASPECT = 64
 
-# The decoders are called directly: Image.open() would apply (and warn about) process-wide limits.
+# Called directly, since Image.open() applies process-wide limits and warns about them.
 _DECODERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
@@ -56,16 +57,16 @@ _UPRIGHT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec(Record):
-    """How a model wants its images. The released encoders all use the defaults.
+    """Image size and preprocessing of a model. The released encoders use the defaults.
 
     Attributes:
-        height: of the result, in pixels.
-        width: of the result, in pixels.
-        resize: "squash" scales each side by itself; "center_crop" keeps the aspect ratio, scales
-            until the image covers the result, and cuts what sticks out.
-        interpolation: Pillow's antialiased filter of that name.
+        height: height of the result in pixels.
+        width: width of the result in pixels.
+        resize: "squash" scales height and width independently; "center_crop" keeps the aspect
+            ratio, scales the image until it covers the result, and crops the rest.
+        interpolation: name of Pillow's antialiased filter.
         mean: per channel, subtracted from pixels in [0, 1].
-        std: per channel, what the difference is divided by.
+        std: per channel, divides the difference.
     """
 
     height: int
@@ -93,23 +94,23 @@ class ImageSpec(Record):
 def load_image(
     source: ImageSource, spec: ImageSpec, *, limits: Limits = DEFAULT_LIMITS
 ) -> NDArray[np.uint8]:
-    """Decodes and resizes one image to uint8 (height, width, 3); InputError as `decode_image`."""
+    """Decodes and resizes one image to uint8 (height, width, 3); errors as `decode_image`."""
     return resize_image(decode_image(source, limits=limits), spec)
 
 
 def decode_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-    """Decodes one image to RGB, upright.
+    """Decodes one image to RGB and applies its EXIF orientation.
 
-    Alpha is dropped, not composited, as the reference does. 16-bit samples lose their low byte.
-    Of an animation the first frame is taken, of a Pillow image the one it stands at.
+    Alpha is dropped, not composited, as in the reference. 16-bit samples lose their low byte. An
+    animation gives its first frame, a Pillow image its current one.
 
     Args:
-        source: path of a JPEG, PNG or WebP file, the bytes of one, a Pillow image, or an array
-            uint8 (H, W, 3) in RGB order with any strides.
+        source: path of a JPEG, PNG or WebP file, the bytes of one, a Pillow image, or a uint8
+            (H, W, 3) RGB array with any strides.
         limits: bounds on encoded bytes, sides and pixels.
 
     Returns:
-        A Pillow image of mode RGB with the EXIF orientation applied.
+        An upright Pillow image of mode RGB.
 
     Raises:
         InputError: the source is missing, too large, damaged, or of another kind.
@@ -132,7 +133,7 @@ def resize_image(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
     """Resizes an RGB image to uint8 (height, width, 3).
 
     Raises:
-        InputError: the image is not RGB, or too long and thin for a centre crop.
+        InputError: the image is not RGB, or its aspect ratio is too large for a centre crop.
     """
     if image.mode != "RGB":
         raise InputError(f"image must have mode RGB, not {image.mode}")
@@ -147,7 +148,7 @@ def resize_image(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
 
 
 def _cover(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
-    """The size, in the image's own aspect ratio, that just covers the target."""
+    """The smallest size of the image's aspect ratio that covers the target."""
     if spec.width * height >= spec.height * width:
         covering = spec.width, spec.width * height // width
     else:
@@ -196,7 +197,7 @@ def _from_pillow(image: Image.Image, limits: Limits) -> Image.Image:
     name = "Pillow image"
     _check_size(image.width, image.height, name, limits)
     try:
-        copy = image.copy()  # decodes it if it was only opened
+        copy = image.copy()  # decodes an image that is only opened
     except Exception:
         raise InputError(f"{name} cannot be decoded") from None
     exif = copy.info.get("exif")
@@ -217,7 +218,7 @@ def _from_bytes(data: bytes, name: str, limits: Limits) -> Image.Image:
         if image.size == (encoded.width, encoded.height):
             image.load()
     except Exception:
-        # Decoders raise whatever the damage makes them trip over; their texts name addresses.
+        # Damage can cause any exception, and decoders' messages contain memory addresses.
         raise InputError(f"{name} is a damaged {encoded.format} image") from None
     if image.size != (encoded.width, encoded.height):
         raise InputError(f"{name} declares two different sizes")
@@ -225,15 +226,15 @@ def _from_bytes(data: bytes, name: str, limits: Limits) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """RGB with 8 bits; may change `image.info`, so `image` must be ours."""
+    """Converts to 8-bit RGB. May change `image.info`, so `image` must be our own copy."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
-        # Pillow would clip at 255; the high byte is also what it makes of 16-bit colour.
+        # Pillow would clip at 255. Of 16-bit colour it keeps the high byte too.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in _CONVERTIBLE:
         raise InputError(f"{name} has mode {image.mode}; convert it to RGB first")
-    image.info.pop("transparency", None)  # alpha is dropped; a palette's would cause a warning
+    image.info.pop("transparency", None)  # Pillow would warn about a palette's transparency
     return image.convert("RGB")
 
 
@@ -242,7 +243,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _read_file(source: str | os.PathLike[str], limits: Limits) -> tuple[str, bytes]:
-    """The path as typed, for messages, and the file's bytes."""
+    """A name for messages, and the file's bytes."""
     path, name = path_name(source, "image")
     with open_regular_file(path, name) as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,7 +1,7 @@
-"""The tokenizer of a language model: text to ids, and ids to bytes, for four kinds of vocabulary.
+"""The tokenizer of a language model: encodes texts and decodes ids, for four kinds of vocabulary.
 
-User text never yields a control id: `<|eot_id|>` in a question is ten plain characters. Control ids
-come from their names in code alone, which is what `prompt.py` does. Knows nothing of models.
+User text never becomes a control token: `<|eot_id|>` in a question is ten plain characters. Only
+code requests control tokens, by name, as `prompt.py` does.
 """
 
 import hashlib
@@ -28,28 +28,28 @@ from perception_rt.processing.llm_vocabulary import (
     read_sentencepiece,
     read_tiktoken,
 )
-from perception_rt.records import Record
+from perception_rt.records import Record, check_text
 
 Kind = Literal["tiktoken", "hf", "sentencepiece", "bytes"]
 FileKind = Literal["tiktoken", "hf", "sentencepiece"]
 
 _READERS = {"tiktoken": read_tiktoken, "hf": read_hf, "sentencepiece": read_sentencepiece}
-# The file's name inside a package.
+# File names inside a package.
 _FILES = {"tiktoken": "tokenizer.model", "hf": "tokenizer.json", "sentencepiece": "tokenizer.model"}
-_MAX_FILE_BYTES = 64 * 1024 * 1024  # Llama 3's are 2 MiB and 17 MiB
+_MAX_FILE_BYTES = 64 * 1024 * 1024  # Llama 3's files have 2 MiB and 17 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerSpec(Record):
-    """Which tokenizer a language model has; a manifest's `processing.text`.
+    """The tokenizer of a language model, as in a manifest's `processing.text`.
 
     Attributes:
         kind: "tiktoken" for Llama 3's `tokenizer.model`, "hf" for `tokenizer.json`,
-            "sentencepiece" for a SentencePiece model; "bytes" needs no file and no library, and is
-            for weights that were never trained.
-        file: name of the file inside the package; None for "bytes".
-        sha256: of the file, in lower-case hex; None for "bytes".
-        vocab_size: rows of the model's embedding; a tokenizer may have fewer ids.
+            "sentencepiece" for a SentencePiece model, "bytes" for untrained weights, which needs
+            no file and no library.
+        file: file name inside the package; None for "bytes".
+        sha256: SHA-256 of the file in lower-case hex; None for "bytes".
+        vocab_size: rows of the model's embedding; the tokenizer may have fewer ids.
         image_token_id: id of `<|image|>`.
     """
 
@@ -70,15 +70,15 @@ class TokenizerSpec(Record):
 
 
 class Tokenizer:
-    """Texts to ids, ids to bytes, and control tokens by name.
+    """Encodes texts as ids, decodes ids to bytes, and names control tokens.
 
-    Instances are immutable and may be shared between threads.
+    Immutable; threads may share an instance.
 
     Attributes:
-        vocab_size: ids are from 0 to one below.
-        controls: the id of each control token.
-        end_ids: the ids that end a generated text.
-        prefix: bytes that the vocabulary puts before every text, for whoever shows one to remove.
+        vocab_size: ids are from 0 to `vocab_size - 1`.
+        controls: name of each control token to its id.
+        end_ids: ids that end a generated text.
+        prefix: bytes that the vocabulary puts before every text; to be removed from decoded text.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class Tokenizer:
         """Checks a vocabulary against an architecture.
 
         Args:
-            vocabulary: what the tokenizer's file says.
+            vocabulary: contents of the tokenizer's file.
             vocab_size: rows of the model's embedding.
             image_token_id: id of `<|image|>` in the model.
             limits: bounds the UTF-8 size of each text.
 
         Raises:
-            InputError: a control token is missing, the image token is another one, or there are
-                more ids than the model has.
+            InputError: a control token is missing, the image token has another id, or the
+                tokenizer has more ids than the model.
         """
         missing = [name for name in CONTROLS if name not in vocabulary.controls]
         if missing:
@@ -124,32 +124,27 @@ class Tokenizer:
         self._limits = limits
 
     def control(self, name: str) -> int:
-        """The id of a control token, by a name such as `<|eot_id|>`; InputError if unknown."""
+        """Returns the id of a control token such as `<|eot_id|>`; InputError if unknown."""
         try:
             return self.controls[name]
         except KeyError:
             raise InputError(f"the tokenizer has no control token {name!r:.60}") from None
 
     def encode_text(self, text: str, *, before: str = "") -> list[int]:
-        """Ids of a text, of which none is a control token.
+        """Encodes a text; no id is a control token.
 
         A lone surrogate becomes U+FFFD.
 
         Args:
-            text: a user's text, taken as it is.
-            before: the caller's own text that `text` continues; it is not counted.
+            text: a user's text.
+            before: text of the caller that precedes `text` and is encoded with it. It does not
+                count towards the limit.
 
         Raises:
-            InputError: `text` is not a string, or longer than `limits.text_bytes` in UTF-8.
+            InputError: `text` is not a string, or is longer than `limits.text_bytes` in UTF-8.
         """
-        if not isinstance(text, str):
-            raise InputError(f"a text must be a string, not {type(text).__name__}")
-        size = len(text.encode("utf-8", errors="surrogatepass"))
-        if size > self._limits.text_bytes:
-            raise InputError(
-                f"a text has {size} bytes in UTF-8; the limit is {self._limits.text_bytes}"
-            )
-        # Pairs of surrogates become the character they stand for, as in the reference.
+        check_text("a text", text, self._limits.text_bytes)
+        # Surrogate pairs become the character that they encode, as in the reference.
         paired = text.encode("utf-16-le", errors="surrogatepass")
         ids = self._encode(before + paired.decode("utf-16-le", errors="replace"))
         if not all(map(self._spelling.__contains__, ids)):
@@ -157,9 +152,9 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """What ids spell, each on its own; the end may be inside a UTF-8 character.
+        """Returns the concatenated bytes of ids; the end may be inside a UTF-8 character.
 
-        Control tokens, and ids that the tokenizer does not use, spell nothing.
+        Control tokens and unused ids have no bytes.
 
         Raises:
             InputError: an id is not an integer from 0 to `vocab_size - 1`.
@@ -173,17 +168,17 @@ class Tokenizer:
         return bytes(data)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD. Errors as `decode_bytes`."""
+        """Returns the text of ids; invalid UTF-8 becomes U+FFFD. Errors as `decode_bytes`."""
         return self.decode_bytes(ids).removeprefix(self.prefix).decode("utf-8", errors="replace")
 
 
 def open_tokenizer(
     spec: TokenizerSpec, data: bytes | None = None, *, limits: Limits = DEFAULT_LIMITS
 ) -> Tokenizer:
-    """The tokenizer of a package.
+    """Opens the tokenizer of a package.
 
     Args:
-        spec: from the package's manifest.
+        spec: `processing.text` of the package's manifest.
         data: contents of `spec.file`; None for kind "bytes".
         limits: bounds the UTF-8 size of each text.
 
@@ -192,9 +187,10 @@ def open_tokenizer(
         BackendError: the library that reads this kind of file is not installed.
     """
     if (data is None) != (spec.file is None):
-        raise PackageError(f"a tokenizer of kind {spec.kind!r} comes with a file, or has none")
+        state = "needs a file" if data is None else "has no file"
+        raise PackageError(f"a tokenizer of kind {spec.kind!r} {state}")
     if data is not None and hashlib.sha256(data).hexdigest() != spec.sha256:
-        raise PackageError(f"tokenizer {spec.file!r:.80} is damaged: its SHA-256 is another")
+        raise PackageError(f"tokenizer {spec.file!r:.80} is damaged: its SHA-256 does not match")
     try:
         return _open(spec.kind, data, spec.vocab_size, spec.image_token_id, limits)
     except InputError as error:
@@ -204,7 +200,7 @@ def open_tokenizer(
 def detect_tokenizer(
     path: str | os.PathLike[str], *, vocab_size: int, image_token_id: int
 ) -> tuple[TokenizerSpec, bytes]:
-    """What a tokenizer's file is, by its content, checked against an architecture.
+    """Detects the kind of a tokenizer file by its content, and checks it against an architecture.
 
     Args:
         path: Llama 3's `tokenizer.model`, a `tokenizer.json`, or a SentencePiece model.
@@ -215,7 +211,7 @@ def detect_tokenizer(
         The record for a manifest, and the bytes to write to its `file`.
 
     Raises:
-        InputError: the file cannot be read, is none of the three, is damaged, or does not fit.
+        InputError: the file is unreadable, of an unknown kind, damaged, or does not fit the model.
         BackendError: the library that reads this kind of file is not installed.
     """
     path, name = path_name(path, "tokenizer")
@@ -255,7 +251,7 @@ def _kind(data: bytes, name: str) -> FileKind:
         return "hf"
     if is_rank_line(data.partition(b"\n")[0].rstrip()):
         return "tiktoken"
-    if data[:1] == b"\n":  # the first piece of a SentencePiece model: field 1, with a length
+    if data[:1] == b"\n":  # a SentencePiece model starts with a piece: field 1, with a length
         return "sentencepiece"
     raise InputError(
         f"{name} is an unknown tokenizer; known are Llama 3's tokenizer.model, tokenizer.json and "

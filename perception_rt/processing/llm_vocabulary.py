@@ -1,8 +1,7 @@
-"""The kinds of vocabulary that a language model's tokenizer may have, read from a file's bytes.
+"""Reads the vocabulary of a language model's tokenizer from a file's bytes, for each kind of file.
 
-Each reader gives the same few facts, with the control tokens kept away from the library that splits
-text, so that no text can spell one. Knows nothing of limits, architectures or prompts. A library is
-imported when the first file of its kind is opened, and not before.
+The library that splits text never sees the control tokens, so no text can become one. Each library
+is imported when the first file of its kind is opened.
 """
 
 import base64
@@ -16,7 +15,7 @@ from typing import Any
 from perception_rt.errors import BackendError, InputError
 from perception_rt.processing.byte_symbols import byte_symbols
 
-# Control tokens that a prompt is made of, by the names that the reference and the hub use.
+# Control tokens in prompts, under the names of the reference and the hub.
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
 IMAGE = "<|image|>"
@@ -32,7 +31,7 @@ def _reserved(first: int, last: int) -> Iterator[str]:
     return (f"<|reserved_special_token_{i}|>" for i in range(first, last + 1))
 
 
-# The ids after the ranks of a Llama 3 file, in their order: `apps/plm/tokenizer.py` at 3e352cc.
+# The ids after the ranks of a Llama 3 file, in order: `apps/plm/tokenizer.py` at 3e352cc.
 LLAMA_SPECIALS = (
     BEGIN_OF_TEXT,
     END_OF_TEXT,
@@ -45,14 +44,14 @@ LLAMA_SPECIALS = (
     *_reserved(5, 250),
 )
 
-# How Llama 3 splits text into words, as the reference has it.
+# Llama 3's pattern for words, copied from the reference.
 _WORD = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
 
-# SentencePiece's types of piece, and how it writes a space and shows what it does not know.
+# SentencePiece's types of piece, and its texts for a space and for an unknown piece.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "\u2581"
 _UNKNOWN_TEXT = " \u2047 "
@@ -61,13 +60,13 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """What a tokenizer's file says.
+    """Contents of a tokenizer file.
 
     Attributes:
-        encode: a text without lone surrogates to ids.
-        spelling: the bytes of each id that stands for text.
-        controls: the id of each token that does not.
-        prefix: what the vocabulary puts before every text: nothing, or a space.
+        encode: maps a text without lone surrogates to ids.
+        spelling: ids that stand for text, with their bytes.
+        controls: names of control tokens, with their ids.
+        prefix: bytes that the vocabulary puts before every text: none, or a space.
     """
 
     encode: Callable[[str], list[int]]
@@ -87,7 +86,9 @@ def _optional(library: str) -> Iterator[None]:
 
 
 def byte_vocabulary(vocab_size: int, image_token_id: int) -> Vocabulary:
-    """Ids 0 to 255 are bytes; the last ids are control tokens, around the image token's own id.
+    """Makes a vocabulary of bytes: ids 0 to 255.
+
+    The control tokens take the last ids but for the image token's own.
 
     Raises:
         InputError: the vocabulary is too small, or the image token is among the bytes.
@@ -112,7 +113,7 @@ def byte_vocabulary(vocab_size: int, image_token_id: int) -> Vocabulary:
 
 
 def read_tiktoken(data: bytes) -> Vocabulary:
-    """Llama 3's `tokenizer.model`: lines of a token in base64 and its rank, which is its id.
+    """Reads Llama 3's `tokenizer.model`: lines of a base64 token and its rank, which is its id.
 
     Raises:
         InputError: the file is damaged.
@@ -138,7 +139,7 @@ def read_tiktoken(data: bytes) -> Vocabulary:
 
 
 def is_rank_line(line: bytes) -> bool:
-    """Whether a line looks like one of Llama 3's `tokenizer.model`."""
+    """Whether a line has the format of Llama 3's `tokenizer.model`."""
     return _RANK_LINE.fullmatch(line) is not None
 
 
@@ -153,12 +154,12 @@ def _rank(line: bytes) -> tuple[bytes, int]:
 
 
 def read_hf(data: bytes) -> Vocabulary:
-    """Hugging Face's `tokenizer.json` with a byte-level BPE, as Llama 3's is.
+    """Reads a Hugging Face `tokenizer.json` with a byte-level BPE, such as Llama 3's.
 
-    Added tokens, special or not, are kept as names and taken out of what splits text.
+    Added tokens, special or not, become control tokens; the splitting library never sees them.
 
     Raises:
-        InputError: the file is damaged, or of another kind than byte-level BPE.
+        InputError: the file is damaged, or is not a byte-level BPE.
         BackendError: tokenizers is not installed.
     """
     root = _json_object(data)
@@ -176,7 +177,7 @@ def read_hf(data: bytes) -> Vocabulary:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
     except Exception:
-        # The library has one class of error for all, and its messages quote the file.
+        # The library raises plain Exception, and its messages quote the file.
         raise InputError("the tokenizer's JSON is not one that tokenizers accepts") from None
     values = {symbol: value for value, symbol in byte_symbols().items()}
 
@@ -185,7 +186,7 @@ def read_hf(data: bytes) -> Vocabulary:
             ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # a file's own pattern can make the library panic, no Exception
+        except BaseException:  # a pattern in the file can cause a panic, which is no Exception
             raise InputError("the tokenizer's JSON has a rule that fails on this text") from None
         return ids
 
@@ -229,7 +230,7 @@ def _byte_level_bpe(root: dict[str, Any]) -> dict[str, Any]:
 
 
 def _byte_level(root: dict[str, Any]) -> dict[str, Any]:
-    """The step that turns characters into bytes; empty if there is none."""
+    """The pre-tokenizer step that turns characters into bytes; empty if there is none."""
     split = root.get("pre_tokenizer")
     steps = split.get("pretokenizers", [split]) if isinstance(split, dict) else None
     for step in steps if isinstance(steps, list) else ():
@@ -260,10 +261,10 @@ def _check_hf_ids(vocab: dict[str, int], plain: dict[str, int], controls: dict[s
 
 
 def read_sentencepiece(data: bytes) -> Vocabulary:
-    """A SentencePiece model; its control symbols are the control tokens.
+    """Reads a SentencePiece model; its control symbols become control tokens.
 
     Raises:
-        InputError: the file is damaged, or has user-defined symbols, which any text could spell.
+        InputError: the file is damaged, or has user-defined symbols, which any text could contain.
         BackendError: sentencepiece is not installed.
     """
     pieces, prefix = _pieces(data)
@@ -272,7 +273,7 @@ def read_sentencepiece(data: bytes) -> Vocabulary:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     except Exception:
-        # Damage surfaces as several classes, and the messages name source files.
+        # Damage causes several exception classes, and the messages name source files.
         raise InputError("the tokenizer is not one that sentencepiece accepts") from None
     if processor.vocab_size() != len(pieces):
         raise InputError("the tokenizer is not one that sentencepiece accepts")
@@ -288,7 +289,7 @@ def read_sentencepiece(data: bytes) -> Vocabulary:
 
 
 def _pieces(data: bytes) -> tuple[list[tuple[str, int]], bytes]:
-    """(name, type) of each piece of a SentencePiece model, and what it puts before a text."""
+    """(name, type) of each piece of a SentencePiece model, and its prefix of every text."""
     pieces = []
     prefix = b" "
     for number, value in _fields(data):
@@ -298,7 +299,7 @@ def _pieces(data: bytes) -> tuple[list[tuple[str, int]], bytes]:
             if kind == _USER_DEFINED:
                 raise InputError(
                     f"the tokenizer has {name!r:.60} as a user-defined symbol, which any text "
-                    "could spell; it must be a control symbol"
+                    "could contain; it must be a control symbol"
                 )
             pieces.append((name, kind))
         elif number == 3 and dict(_fields(value)).get(3) == 0:  # normalizer, add_dummy_prefix
@@ -327,7 +328,7 @@ def _text(value: Any) -> str:
 
 
 def _fields(data: Any) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message: integers, or bytes."""
+    """Number and value (an integer or bytes) of each field of a protobuf message."""
     if not isinstance(data, bytes):
         raise InputError("the tokenizer is not a SentencePiece model")
     at = 0
@@ -348,7 +349,7 @@ def _fields(data: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """An integer of 7 bits per byte, and where it ends."""
+    """A variable-length integer, and the position after it."""
     value = 0
     for count, byte in enumerate(data[at : at + 10]):
         value |= (byte & 0x7F) << 7 * count

@@ -1,22 +1,28 @@
-"""A picture of dense features: their first three principal components as colours."""
+"""Draws dense features: their first three principal components as colours."""
 
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 
 _SIDE_PX = 448
 
 
 def principal_colors(dense: Array) -> Array:
-    """Float (h, w, C) -> uint8 (h, w, 3): three components, each stretched to its 1-99 % range.
+    """Maps dense features to colours by their first three principal components.
 
-    A component's sign is fixed by its largest loading, so that a picture is reproducible.
+    Args:
+        dense: float (h, w, C).
+
+    Returns:
+        uint8 (h, w, 3). Each component is stretched from its 1st to its 99th percentile, and its
+        largest loading is positive, so that the picture is reproducible.
     """
     h, w, channels = dense.shape
-    x = dense.reshape(-1, channels).astype(np.float64)
+    x = dense.reshape(-1, channels).astype(np.float64)  # (h * w, C)
     x -= x.mean(axis=0)
     _, _, axes = np.linalg.svd(x, full_matrices=False)
     axes = axes[:3]
@@ -30,7 +36,7 @@ def principal_colors(dense: Array) -> Array:
 
 
 def side_by_side(image: Image.Image, dense: Array) -> Image.Image:
-    """An RGB picture: the image left, its features (h, w, C) right, 448 pixels high each."""
+    """Draws an image and, right of it, its features (h, w, C), each 448 pixels high."""
     colors = Image.fromarray(principal_colors(dense))
     width = max(1, min(4 * _SIDE_PX, round(_SIDE_PX * image.width / image.height)))
     size = (width, _SIDE_PX)

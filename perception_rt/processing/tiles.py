@@ -1,7 +1,6 @@
-"""Images of any size to the tiles of a language model: a thumbnail, then a canvas cut in squares.
+"""Cuts images into the tiles of a language model: a thumbnail, then a canvas of square tiles.
 
-The canvas is the reference's choice, in its own floating-point arithmetic, from widths and heights
-alone. Knows the geometry of tiles and nothing of tokens; `image.py` decodes and normalises.
+The canvas is chosen as in the reference, in the same floating-point arithmetic.
 
 Legend: n tiles, S tile side in pixels.
 """
@@ -29,21 +28,23 @@ from perception_rt.records import Record, check_choice, check_integer
 TileMode: TypeAlias = Literal["vanilla", "thumb+tile"]
 
 _MOST = {"tile_size": 8192, "max_tiles": 1024, "max_frames": 1024}
-_MAX_PIXELS = 2**27  # of all tiles or frames of one image or video together, 3 bytes each
+_MAX_PIXELS = 2**27  # of all tiles of an image or all frames of a video, 3 bytes each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileSpec(Record):
-    """How a language model wants images and videos. The released models use the defaults at 448.
+    """Image and video preprocessing of a language model.
+
+    The released models use tiles of 448 pixels and the defaults.
 
     Attributes:
-        tile_size: side of a tile and of a video frame, in pixels.
-        max_tiles: tiles that an image's canvas is cut into at most; the thumbnail is not counted.
-        mode: "thumb+tile" makes a thumbnail and the tiles of a canvas, "vanilla" the thumbnail.
-        max_frames: frames taken from a video at most.
-        interpolation: Pillow's antialiased filter of that name.
+        tile_size: side of a tile or video frame in pixels.
+        max_tiles: most tiles of an image's canvas, without the thumbnail.
+        mode: "thumb+tile" makes a thumbnail and a canvas, "vanilla" only the thumbnail.
+        max_frames: most frames of a video.
+        interpolation: name of Pillow's antialiased filter.
         mean: per channel, subtracted from pixels in [0, 1].
-        std: per channel, what the difference is divided by.
+        std: per channel, divides the difference.
     """
 
     tile_size: int
@@ -66,13 +67,13 @@ class TileSpec(Record):
                 f"image: {self.max_tiles} tiles or {self.max_frames} frames of {self.tile_size} "
                 f"pixels a side are {pixels} pixels; the limit is {_MAX_PIXELS}"
             )
-        checked = self.tile  # an ImageSpec, which checks the other fields
+        checked = self.tile  # ImageSpec checks the other fields
         object.__setattr__(self, "mean", checked.mean)
         object.__setattr__(self, "std", checked.std)
 
     @property
     def tile(self) -> ImageSpec:
-        """How one tile, thumbnail or frame is made and normalised."""
+        """Preprocessing of one tile, thumbnail or frame."""
         return ImageSpec(
             height=self.tile_size,
             width=self.tile_size,
@@ -91,24 +92,22 @@ def load_tiles(
 ) -> NDArray[np.uint8]:
     """Decodes one image and cuts it into tiles.
 
-    The image is squashed to one tile, the thumbnail, and in mode "thumb+tile" also to the canvas
-    that `choose_canvas` picks, which is cut row by row.
+    Squashes the image to one tile, the thumbnail. In mode "thumb+tile", also squashes it to the
+    canvas that `choose_canvas` chooses, and cuts that row by row.
 
     Args:
-        source: as `decode_image` takes it.
-        spec: the model's.
-        max_tiles: a tighter budget than the spec's for this image. As in the reference it counts
-            tiles of the canvas, so that up to `max_tiles + 1` come back: with 1 the thumbnail is
-            followed by its copy, as the reference does it, and with 0 it is alone, as in mode
-            "vanilla".
+        source: as for `decode_image`.
+        spec: preprocessing of the model.
+        max_tiles: a lower limit than the spec's for this image. As in the reference, it counts
+            tiles of the canvas, so up to `max_tiles + 1` tiles return. 1 gives the thumbnail twice,
+            as in the reference; 0 gives it once, as mode "vanilla" does.
         limits: bounds on encoded bytes, sides and pixels.
 
     Returns:
-        uint8 (n, S, S, 3), thumbnail first; `normalize` of it with `spec.tile` is what the
-        reference feeds to its vision tower.
+        uint8 (n, S, S, 3), thumbnail first; `normalize` takes it with `spec.tile`.
 
     Raises:
-        InputError: the budget is not an integer from 0 to `spec.max_tiles`, or as `decode_image`.
+        InputError: `max_tiles` is not an integer from 0 to `spec.max_tiles`, or as `decode_image`.
     """
     if max_tiles is None:
         max_tiles = spec.max_tiles
@@ -125,50 +124,52 @@ def load_tiles(
     canvas = np.asarray(image.resize((columns * side, rows * side), resample))
     tiles = np.empty((1 + rows * columns, side, side, 3), np.uint8)
     tiles[0] = thumbnail
-    grid = tiles[1:].reshape(rows, columns, side, side, 3)  # a view
+    # (rows * columns, S, S, 3) -> (rows, columns, S, S, 3), a view of the result.
+    grid = tiles[1:].reshape(rows, columns, side, side, 3)
+    # (rows * S, columns * S, 3) -> (rows, columns, S, S, 3).
     grid[:] = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
     return tiles
 
 
 def choose_canvas(width: int, height: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """The grid of tiles that the reference squashes an image of this size to.
+    """Chooses the grid of tiles to which the reference squashes an image.
 
-    Of the canvases that hold the image without making it smaller, it is the one on which the
-    image, in its own aspect ratio, would have the longest short side: the largest, usually. If
-    none holds it, it is the largest canvas of the nearest aspect ratio that is not above the
-    image's own for a landscape or a square, and of the nearest that is above it for a portrait.
+    Among canvases that are at least as wide and as high as the image, chooses the one on which the
+    image, scaled to fit at its own aspect ratio, has the longest short side; usually the largest.
+    If the image exceeds all canvases, chooses the largest canvas of the nearest aspect ratio: not
+    above the image's own for a landscape or square image, above it for a portrait image.
 
     Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        tile_size: side of a tile, in pixels.
-        max_tiles: how many tiles the canvas may have.
+        width: image width in pixels.
+        height: image height in pixels.
+        tile_size: side of a tile in pixels.
+        max_tiles: most tiles of the canvas.
 
     Returns:
         (columns, rows), with 1 <= columns * rows <= max_tiles.
 
     Raises:
-        InputError: one of the numbers is not an integer of at least 1, or max_tiles is too large.
+        InputError: a number is not an integer of at least 1, or is too large.
     """
     sizes = {"width": width, "height": height, "tile_size": tile_size, "max_tiles": max_tiles}
     for name, value in sizes.items():
         check_integer(name, value, 1, _MOST.get(name, 2**31))
     best, best_side = None, -1
-    for canvases in _canvases(max_tiles).values():
+    for canvases in canvases_by_ratio(max_tiles).values():
         for canvas in canvases:
             room = canvas[0] * tile_size, canvas[1] * tile_size
             if room[0] >= width and room[1] >= height:
                 side = _fitted_short_side(width, height, *room)
-                if side >= best_side:  # the last of equals, as the reference
+                if side >= best_side:  # among equals the last one, as in the reference
                     best, best_side = canvas, side
     return best or _nearest_canvas(width / height, max_tiles)
 
 
 @lru_cache(maxsize=64)
-def _canvases(max_tiles: int) -> dict[float, list[tuple[int, int]]]:
-    """Every canvas (columns, rows) by its aspect ratio, both in the reference's order.
+def canvases_by_ratio(max_tiles: int) -> dict[float, list[tuple[int, int]]]:
+    """Returns all canvases (columns, rows) by aspect ratio, in the reference's order.
 
-    The canvases of one ratio go from the largest to the smallest.
+    The canvases of a ratio are in order of decreasing size.
     """
     found: dict[float, list[tuple[int, int]]] = {}
     for tiles in range(max_tiles, 0, -1):
@@ -180,7 +181,7 @@ def _canvases(max_tiles: int) -> dict[float, list[tuple[int, int]]]:
 
 
 def _fitted_short_side(width: int, height: int, room_width: int, room_height: int) -> int:
-    """Short side of an image scaled to fit, rounded down as the reference does."""
+    """Short side of an image that is scaled to fit, rounded down as in the reference."""
     scale = width / height
     factor = min(room_width / width, room_height / height)
     if scale >= 1:
@@ -189,8 +190,8 @@ def _fitted_short_side(width: int, height: int, room_width: int, room_height: in
 
 
 def _nearest_canvas(ratio: float, max_tiles: int) -> tuple[int, int]:
-    """The largest canvas of the ratio below a landscape's, or above a portrait's."""
-    canvases = _canvases(max_tiles)
+    """The largest canvas of the nearest ratio: below a landscape's, above a portrait's."""
+    canvases = canvases_by_ratio(max_tiles)
     nearest = (
         max(r for r in canvases if r <= ratio)
         if ratio >= 1

@@ -1,11 +1,10 @@
-"""Frames of a video, picked by index over the whole of it or over a clip, as uint8 RGB arrays.
+"""Selects frames of a video by index, over the whole video or a clip, as uint8 RGB arrays.
 
-A file is decoded by PyAV, which is imported when the first file is opened and not before. What a
-container declares about itself (length, rate, number of frames) is not believed: packets and frames
-are counted, and the rate is what the times of the packets make it. Knows nothing of models but a
-`TileSpec`; `image.py` resizes the frames.
+PyAV decodes files; it is imported when the first file is opened. The length, rate and number of
+frames that a container declares are not trusted: packets and frames are counted, and the rate is
+computed from the packets' times.
 
-Legend: T frames, H height, W width, n frames that were picked, S side of a tile in pixels.
+Legend: T frames, H height, W width, n selected frames, S tile side in pixels.
 """
 
 import io
@@ -26,27 +25,32 @@ from perception_rt.processing.boxes import PixelBox, draw_box
 from perception_rt.processing.files import open_regular_file, path_name
 from perception_rt.processing.image import resize_image
 from perception_rt.processing.tiles import TileSpec
+from perception_rt.records import check_integer
 
 VideoSource: TypeAlias = str | os.PathLike[str] | NDArray[np.uint8]
 
-# Containers only: playlists and the like would make the decoder open what they point to.
+# No playlists: they would make the decoder open the files that they name.
 _CONTAINERS = "mov,matroska,avi,mpegts"
-_MAX_FPS = 240  # together with `Limits.video_seconds`, a bound on packets
-_MAX_RESULT_PIXELS = 2**30  # of all selected frames together, 3 bytes each
-_EDGES = 2**16  # pixels that a small coded frame may have beyond what is shown
+_MAX_FPS = 240  # bounds the number of packets, together with `Limits.video_seconds`
+MAX_RESULT_PIXELS = 2**30  # of all selected frames together, 3 bytes each
+_EDGES = 2**16  # pixels of a small coded frame beyond the visible ones
 _READ_BYTES = 256 * 1024
-_MAX_SECONDS = 2**31  # as an argument; also of frames per second
+_MAX_SECONDS = 2**31  # of a time argument; also bounds frames per second
 
 
 def select_frames(total: int, num_frames: int) -> list[int]:
-    """Indices of `num_frames` frames spread over `total`, the first and the last among them.
+    """Returns evenly spaced frame indices, including the first and the last frame.
 
-    A single frame is the middle one. Frames repeat where there are fewer than asked for.
+    Args:
+        total: frames of the video.
+        num_frames: number of indices. A single one is the middle frame; frames repeat if there are
+            too few.
 
     Raises:
-        InputError: one of the numbers is not an integer of at least 1.
+        InputError: a number is not an integer of at least 1.
     """
-    _check_counts(total=total, num_frames=num_frames)
+    check_integer("total", total, 1)
+    check_integer("num_frames", num_frames, 1)
     if num_frames == 1:
         return [total // 2]
     return [i * (total - 1) // (num_frames - 1) for i in range(num_frames)]
@@ -59,29 +63,31 @@ def select_plm_frames(
     start_s: float | None = None,
     end_s: float | None = None,
 ) -> list[int]:
-    """Indices of the frames that the reference's language models look at.
+    """Returns the frame indices that the reference's language models use.
 
-    One frame per second from the first of the clip on, where that makes `max_frames`. Where it
-    makes more, `max_frames` of these; where it makes fewer, as many of all the clip's frames, or
-    all of them. Costs what it returns, whatever the numbers.
+    Takes one frame per second, starting with the clip's first. If these are more than `max_frames`,
+    takes `max_frames` of them, evenly spaced. If they are fewer, spaces `max_frames` over all
+    frames of the clip, or takes all frames if there are fewer. Time and memory depend only on the
+    number of indices.
 
-    Three cases are ours, because the reference fails in them: a rate below a half takes every
-    frame, an index stays below `total`, and times in the wrong order are an error.
+    Deviates from the reference in three cases in which the reference fails: a rate below 0.5 takes
+    every frame, indices stay below `total`, and `end_s` before `start_s` is an error.
 
     Args:
         total: frames of the video.
-        fps: frames per second; None where it is unknown, and then all frames count alike.
-        max_frames: how many indices to return at most.
-        start_s: where the clip begins, in seconds; None for the video's first frame.
-        end_s: where it ends, in seconds; None or a time past the end for the last frame.
+        fps: frames per second; None if unknown, which spaces indices over all frames.
+        max_frames: most indices to return.
+        start_s: start of the clip in seconds; None for the first frame.
+        end_s: end of the clip in seconds; None, or a time past the end, for the last frame.
 
     Returns:
         At least one index, in ascending order.
 
     Raises:
-        InputError: a number is out of range, or the clip begins after the last frame.
+        InputError: a number is out of range, or the clip starts after the last frame.
     """
-    _check_counts(total=total, max_frames=max_frames)
+    check_integer("total", total, 1)
+    check_integer("max_frames", max_frames, 1)
     _check_times(start_s, end_s)
     if fps is not None and not (type(fps) in (int, float) and 0 < fps <= _MAX_SECONDS):
         raise InputError(f"fps must be a number above 0 and at most {_MAX_SECONDS}")
@@ -98,7 +104,7 @@ def select_plm_frames(
 def _clip(
     total: int, fps: float | None, start_s: float | None, end_s: float | None
 ) -> tuple[int, int]:
-    """First and last frame of a clip; a moment has two frames, as in the reference."""
+    """First and last frame of a clip; the shortest clip has two frames, as in the reference."""
     if fps is None:
         if start_s is not None or end_s is not None:
             raise InputError("start_s and end_s need a video whose frames have times")
@@ -110,12 +116,6 @@ def _clip(
         )
     last = total - 1 if end_s is None else min(int(end_s * fps), total - 1)
     return first, max(last, min(first + 1, total - 1))
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if type(value) is not int or not 1 <= value < 2**63:
-            raise InputError(f"{name} must be an integer from 1 to 2**63 - 1")
 
 
 def _check_times(start_s: float | None, end_s: float | None) -> None:
@@ -131,17 +131,17 @@ def _check_times(start_s: float | None, end_s: float | None) -> None:
 def load_video(
     source: VideoSource, *, num_frames: int, limits: Limits = DEFAULT_LIMITS
 ) -> NDArray[np.uint8]:
-    """Decodes the frames that `select_frames` picks.
+    """Decodes the frames that `select_frames` selects.
 
-    A rotation by quarter turns that the file asks for is applied. A cut MP4 file is an error; in
-    the other containers a file that was cut off may pass for a shorter one. A file is read twice
-    and decoded once, or thrice and decoded twice where its packets are not its frames.
+    Applies the file's rotation if it is a multiple of 90 degrees. A truncated MP4 file is an error;
+    a truncated file of another container may pass for a shorter video. Reads a file twice and
+    decodes it once, or reads it three times and decodes it twice if its packets are not its frames.
 
     Args:
-        source: path of an MP4/MOV, Matroska/WebM, AVI or MPEG-TS file, or an array uint8
-            (T, H, W, 3) in RGB order.
-        num_frames: how many frames to return.
-        limits: bounds on the file's bytes, its duration, the size of a frame and `num_frames`.
+        source: path of an MP4/MOV, Matroska/WebM, AVI or MPEG-TS file, or uint8 (T, H, W, 3) RGB
+            frames.
+        num_frames: number of frames to return.
+        limits: bounds on file size, duration, frame size and `num_frames`.
 
     Returns:
         uint8 (num_frames, H, W, 3).
@@ -150,8 +150,7 @@ def load_video(
         InputError: the source is missing, too large, damaged, or has no video.
         BackendError: PyAV is not installed.
     """
-    if type(num_frames) is not int or not 1 <= num_frames <= limits.video_frames:
-        raise InputError(f"num_frames must be an integer from 1 to {limits.video_frames}")
+    check_integer("num_frames", num_frames, 1, limits.video_frames)
     plan = _Plan(
         select=lambda total, _: select_frames(total, num_frames),
         finish=lambda _, pixels: pixels,
@@ -170,25 +169,25 @@ def load_frames(
     boxes: Mapping[int, PixelBox] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> NDArray[np.uint8]:
-    """Decodes the frames that `select_plm_frames` picks, each squashed to one tile.
+    """Decodes the frames that `select_plm_frames` selects, each squashed to one tile.
 
-    Frames are resized by Pillow, as still images are. The reference resizes the frames of a video
-    as tensors, with the same filter but without Pillow's rounding in between: about one value in
-    six differs by 1 of 255, and next to the sharpest edges a few by more.
+    Pillow resizes frames like still images. The reference resizes video frames as tensors, with
+    the same filter but without Pillow's intermediate rounding: about one value in six differs by
+    1 of 255, and a few next to the sharpest edges differ by more.
 
     Args:
-        source: as `load_video` takes it. The frames of an array have no times: all count alike,
-            and the array is taken as it is where it is short enough.
-        spec: the model's.
-        num_frames: how many frames to take at most; None for `spec.max_frames`.
-        start_s: where to begin, in seconds from the first frame.
-        end_s: where to end, in seconds from the first frame.
-        boxes: by the number of a frame, from 0 at the start of the file: drawn into it as
-            `draw_box` does, before it is resized.
-        limits: bounds on the file's bytes, its duration, the size of a frame and `num_frames`.
+        source: as for `load_video`. Frames of an array have no times and count alike; an array
+            with few enough frames is taken whole.
+        spec: tile size and preprocessing of the model.
+        num_frames: most frames to take; None for `spec.max_frames`.
+        start_s: start of the clip, in seconds from the first frame.
+        end_s: end of the clip, in seconds from the first frame.
+        boxes: frame number, from 0 at the start of the file, to a box that `draw_box` draws into
+            that frame before it is resized.
+        limits: bounds on file size, duration, frame size and `num_frames`.
 
     Returns:
-        uint8 (n, S, S, 3), 1 <= n <= num_frames; `normalize` it with `spec.tile`.
+        uint8 (n, S, S, 3), 1 <= n <= num_frames; `normalize` takes it with `spec.tile`.
 
     Raises:
         InputError: an argument is out of range, or as `load_video`.
@@ -196,8 +195,7 @@ def load_frames(
     """
     most = min(spec.max_frames, limits.video_frames)
     number = most if num_frames is None else num_frames
-    if type(number) is not int or not 1 <= number <= most:
-        raise InputError(f"num_frames must be an integer from 1 to {most}")
+    check_integer("num_frames", number, 1, most)
     _check_times(start_s, end_s)
     tile = spec.tile
 
@@ -216,13 +214,12 @@ def load_frames(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """Which frames are wanted and what becomes of them.
+    """Which frames to take, and how to finish each one.
 
     Attributes:
-        select: from the number of frames and their rate, None if unknown, to indices.
-        finish: from the index of a frame and the frame, upright, uint8 (H, W, 3), to what is
-            returned of it.
-        held: how many frames are in memory at once in their own size.
+        select: maps the number of frames and the rate (None if unknown) to indices.
+        finish: maps a frame's index and its upright pixels, uint8 (H, W, 3), to the result.
+        held: number of full-size frames in memory at once.
     """
 
     select: Callable[[int, float | None], list[int]]
@@ -242,11 +239,11 @@ def _load(source: VideoSource, plan: _Plan, limits: Limits) -> NDArray[np.uint8]
         if size > limits.video_bytes:
             raise InputError(f"{name} has {size} bytes; the limit is {limits.video_bytes} bytes")
         try:
-            return _Reader(av, file, name, limits).read(plan)
+            return VideoReader(av, file, name, limits).read(plan)
         except InputError:
             raise
         except Exception:
-            # FFmpeg's errors name its own internals, and damage can surface as any of them.
+            # FFmpeg's errors name its internals, and damage can cause any of them.
             raise InputError(f"{name} is damaged or is not a video") from None
 
 
@@ -278,40 +275,40 @@ def _check_size(width: int, height: int, num_frames: int, name: str, limits: Lim
             f"{name} has frames of {width}x{height} = {width * height} pixels; "
             f"the limit is {limits.video_pixels}"
         )
-    if width * height * num_frames > _MAX_RESULT_PIXELS:
+    if width * height * num_frames > MAX_RESULT_PIXELS:
         raise InputError(
             f"{name}: {num_frames} frames of {width}x{height} are more than "
-            f"{_MAX_RESULT_PIXELS} pixels; ask for fewer frames"
+            f"{MAX_RESULT_PIXELS} pixels; ask for fewer frames"
         )
 
 
-class _Reader:
-    """One open file; each pass reads it from its start."""
+def frame_rate(frames: int, seconds: float) -> float | None:
+    """Frames per second; None if the duration is unknown (0 seconds)."""
+    fps = frames / seconds if seconds > 0 else 0.0
+    fps = round(fps, 6)  # 9.999999999999998 would put second 1 at frame 9
+    return fps if 0 < fps <= _MAX_SECONDS else None
+
+
+class VideoReader:
+    """An open video file. Each pass reads it from the start."""
 
     def __init__(self, av: ModuleType, file: io.FileIO, name: str, limits: Limits) -> None:
         self._av = av
         self._file = file
         self._name = name
         self._limits = limits
-        self._seconds = 0.0  # that the packets take; 0 until they are counted, or if unknown
 
     def read(self, plan: _Plan) -> NDArray[np.uint8]:
-        """The selected frames, uint8 (n, ...)."""
-        total = self._count_packets(plan.held)
-        indices = plan.select(total, self._fps(total))
+        """Returns the selected frames, uint8 (n, ...)."""
+        total, seconds = self.count_packets(plan.held)
+        indices = plan.select(total, frame_rate(total, seconds))
         frames, decoded = self._decode(set(indices), plan)
         if decoded != total:  # a packet may hold half a frame, or one that is not shown
             if decoded == 0:
                 raise InputError(f"{self._name} has no frame that can be decoded")
-            indices = plan.select(decoded, self._fps(decoded))
+            indices = plan.select(decoded, frame_rate(decoded, seconds))
             frames, _ = self._decode(set(indices), plan)
         return np.stack([frames[i] for i in indices])
-
-    def _fps(self, frames: int) -> float | None:
-        """Frames per second, None where packets have no times."""
-        fps = frames / self._seconds if self._seconds > 0 else 0.0
-        fps = round(fps, 6)  # 9.999999999999998 would put second 1 at frame 9
-        return fps if 0 < fps <= _MAX_SECONDS else None
 
     def _open(self) -> Any:
         self._file.seek(0)
@@ -329,11 +326,18 @@ class _Reader:
             raise InputError(f"{self._name} has no video stream")
         return container.streams.video[0]
 
-    def _count_packets(self, held: int) -> int:
-        """Packets with something to show; checks size and measures duration on the way."""
+    def count_packets(self, held: int) -> tuple[int, float]:
+        """Counts the packets that are shown, and checks sizes and duration.
+
+        Args:
+            held: number of full-size frames that will be in memory at once.
+
+        Returns:
+            The number of packets, and their duration in seconds; 0 if they have no times.
+        """
         limit = int(self._limits.video_seconds * _MAX_FPS)
         total = 0
-        first, last, end = math.inf, -math.inf, -math.inf  # end of the last packet
+        first, last, end = math.inf, -math.inf, -math.inf  # `end` is that of the last packet
         with self._open() as container:
             stream = self._video_stream(container)
             _check_size(stream.width, stream.height, held, self._name, self._limits)
@@ -358,21 +362,21 @@ class _Reader:
         if total == 0:
             raise InputError(f"{self._name} has no frames")
         if end > last:
-            self._seconds = end - first
-        elif last > first:  # no packet says how long it lasts
-            self._seconds = (last - first) * total / (total - 1)
-        return total
+            return total, end - first
+        if last > first:  # packets have times, but no durations
+            return total, (last - first) * total / (total - 1)
+        return total, 0.0
 
     def _decode(self, wanted: set[int], plan: _Plan) -> tuple[dict[int, NDArray[np.uint8]], int]:
-        """The wanted frames by index, finished, and how many frames there are."""
+        """The finished frames by index, and the number of frames in the file."""
         kept: dict[int, NDArray[np.uint8]] = {}
         size: tuple[int, int] | None = None
         count = 0
         with self._open() as container:
             stream = self._video_stream(container)
             stream.codec_context.thread_type = "AUTO"
-            # A frame may be larger than its container says. The decoder is told before it has
-            # memory for one; it counts edges too, so this is generous; sizes are compared below.
+            # A frame may be larger than its container declares, so the decoder gets a limit before
+            # it allocates memory. It counts hidden edges too; exact sizes are checked below.
             most = 2 * self._limits.video_pixels + _EDGES
             stream.codec_context.options = {"max_pixels": str(most)}
             for frame in container.decode(stream):
@@ -389,7 +393,7 @@ class _Reader:
 
 
 def _upright(pixels: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
-    """Turns a frame counterclockwise by `rotation` degrees if that is a number of quarter turns."""
+    """Turns a frame counterclockwise by `rotation` degrees, if that is a multiple of 90."""
     return np.rot90(pixels, rotation // 90) if rotation % 90 == 0 else pixels
 
 

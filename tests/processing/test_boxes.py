@@ -145,9 +145,9 @@ def test_boxes_are_written_in_thousandths(box, size, text):
 def test_size_of_the_image_is_checked(value):
     box = Box(0, 0, 0.5, 0.5)
     for size, name in (((value, 480), "width"), ((640, value), "height")):
-        with pytest.raises(InputError, match=f"{name} of the image"):
+        with pytest.raises(InputError, match=f"the image's {name} must be an integer of at"):
             format_box((0, 0, 1, 1), *size)
-        with pytest.raises(InputError, match=f"{name} of the image"):
+        with pytest.raises(InputError, match=f"the image's {name} must be an integer of at"):
             box.to_pixels(*size)
 
 

@@ -67,11 +67,11 @@ def test_repairs_as_ftfy_does():
     ]  # fmt: skip
     for _ in range(3000):
         text = "".join(rng.choices(parts, k=rng.randint(0, 30)))
-        assert "".join(clip_bpe._repair(text)) == ftfy.fix_text(text), ascii(text)
+        assert "".join(clip_bpe.repair(text)) == ftfy.fix_text(text), ascii(text)
     marks = [chr(c) for c in range(0x300, 0x370)] + ["\u0345", "\u20dd", "\u0903"]
     for _ in range(100):
         text = "e" + "".join(rng.choices(marks, k=rng.randint(30, 200))) + "x"
-        assert "".join(clip_bpe._repair(text)) == ftfy.fix_text(text), ascii(text)
+        assert "".join(clip_bpe.repair(text)) == ftfy.fix_text(text), ascii(text)
 
 
 def test_layout_of_a_row():
@@ -214,7 +214,7 @@ def test_limit_on_bytes_is_inclusive():
 
 
 def test_the_cache_is_bounded_and_harmless():
-    vocabulary = TOKENIZER._vocab
+    vocabulary = TOKENIZER.vocabulary
     before = TOKENIZER.encode("internationalization xylophone")
     rng = random.Random(1)
     for _ in range(300):
@@ -223,17 +223,17 @@ def test_the_cache_is_bounded_and_harmless():
         )
         TOKENIZER.encode("".join(rng.choices("abcdefghijklmnop", k=40)))
         TOKENIZER.encode("y" * rng.randint(49, 3000))
-    cache = vocabulary._encode_short.cache_info()
-    assert cache.currsize <= cache.maxsize == clip_bpe._CACHED_WORDS
-    vocabulary._encode_short.cache_clear()
+    cache = vocabulary.cached_merge.cache_info()
+    assert cache.currsize <= cache.maxsize == clip_bpe.CACHED_WORDS
+    vocabulary.cached_merge.cache_clear()
     assert TOKENIZER.encode("internationalization xylophone") == before
 
 
 @pytest.mark.parametrize("length", [1, 2, 47, 48, 49, 50])
 def test_the_cache_does_not_change_ids(length):
     word = ("thequickbrownfox" * 4)[:length]
-    vocabulary = TOKENIZER._vocab
-    assert vocabulary.encode_word(word.encode()) == vocabulary._merge(word.encode())
+    vocabulary = TOKENIZER.vocabulary
+    assert vocabulary.encode_word(word.encode()) == vocabulary.merge(word.encode())
 
 
 def test_a_vocabulary_is_checked_when_it_is_loaded(tmp_path):
@@ -241,7 +241,7 @@ def test_a_vocabulary_is_checked_when_it_is_loaded(tmp_path):
     copy.write_bytes(VOCAB.read_bytes())
     tokenizer = ClipTokenizer(context_length=72, vocab_path=copy)
     assert tokenizer.encode("a cat") == TOKENIZER.encode("a cat")
-    assert tokenizer._vocab is TOKENIZER._vocab
+    assert tokenizer.vocabulary is TOKENIZER.vocabulary
     data = bytearray(VOCAB.read_bytes())
     data[1000] ^= 1
     for damaged in (bytes(data), bytes(data[:-1]), b"", VOCAB.read_bytes() + b"\0"):

@@ -115,11 +115,11 @@ def test_canvas_of_known_sizes(width, height, canvas):
 
 
 def test_the_table_is_made_once_per_budget(monkeypatch):
-    tiles._canvases.cache_clear()
+    tiles.canvases_by_ratio.cache_clear()
     for width in range(1, 200):
         choose_canvas(width, 2000, tile_size=448, max_tiles=36)
-    assert tiles._canvases.cache_info().misses == 1
-    assert sum(map(len, tiles._canvases(36).values())) == 140
+    assert tiles.canvases_by_ratio.cache_info().misses == 1
+    assert sum(map(len, tiles.canvases_by_ratio(36).values())) == 140
     start = time.perf_counter()
     for width in range(1, 1000):
         choose_canvas(width, 700, tile_size=448, max_tiles=36)
