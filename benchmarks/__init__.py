@@ -1,1 +1,1 @@
-"""Measurements of the engines against PyTorch and a plain ONNX export; not part of the wheel."""
+"""Benchmarks of the engines against PyTorch and other runtimes; not part of the wheel."""

@@ -1,7 +1,7 @@
-"""`python benchmarks/demo_accuracy.py [--count N]`: how often PLM-Demo's engines are right.
+"""`python benchmarks/demo_accuracy.py [--count N]`: accuracy of PLM-Demo in each precision.
 
-Exports the model in each precision, asks each about held-out scenes, and prints a table in
-Markdown. The digits are by writers that the model has not seen; see `training/demo/questions.py`.
+Exports the model in each precision, asks about held-out scenes, and prints a Markdown table. The
+digits are by writers that the model has not seen; see `training/demo/questions.py`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import perception_rt as prt
 from perception_rt.cli import export_main
 from training.demo.questions import LEARNED, Record, held_out_record, is_right
 
-# Of TensorRT the graphs, which its engines are built of, on the CPU.
+# The graphs that TensorRT builds engines from; ONNX Runtime runs them on the CPU.
 GRAPHS = ("--backend", "tensorrt", "--target", "none")
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "fp32": (),
@@ -28,7 +28,7 @@ SETS = ("read3", *LEARNED)
 
 
 def request(found: Record) -> prt.Request:
-    """The question of a record, to an engine."""
+    """A request that asks the question of a record."""
     image = found["image"]
     images = image if isinstance(image, list) else [image]
     question = found["conversations"][0]["value"]
@@ -36,7 +36,7 @@ def request(found: Record) -> prt.Request:
 
 
 def accuracy(package: Path, names: Sequence[str], count: int) -> dict[str, float]:
-    """The share of right answers to `count` questions of each set, from 0 to 1."""
+    """Share of right answers, 0 to 1, to `count` questions of each set."""
     shares = {}
     with prt.load(package, backend="onnxruntime") as plm:
         assert isinstance(plm, prt.Generator)
@@ -52,11 +52,13 @@ def accuracy(package: Path, names: Sequence[str], count: int) -> dict[str, float
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description="How often PLM-Demo's engines are right.")
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Accuracy of PLM-Demo: the shipped weights, in each precision."
+    )
     parser.add_argument("--count", type=int, default=500, help="questions of each kind")
-    parser.add_argument("--checkpoint", help="a run's folder, instead of the shipped weights")
-    parser.add_argument("--precision", choices=PRECISIONS, help="one of them only")
+    parser.add_argument("--checkpoint", help="folder of a training run")
+    parser.add_argument("--precision", choices=PRECISIONS, help="only this precision")
     options = parser.parse_args(arguments)
     model = ["--model", "PLM-Demo"]
     if options.checkpoint:

@@ -5,6 +5,8 @@ rotations are left out.
 """
 
 from perception_rt.config import VisionConfig
+from perception_rt.package.contract import DECODER
+from perception_rt.package.manifest import Content
 from perception_rt.plm_config import DecoderConfig
 
 _RGB = 3
@@ -33,6 +35,12 @@ def vision_flops(config: VisionConfig) -> int:
 def decoder_weights(config: DecoderConfig) -> int:
     """Number of weights that one token is multiplied with: all linear layers and the head."""
     return config.n_layers * _layer_weights(config) + config.dim * config.vocab_size
+
+
+def decoder_bytes(content: Content) -> int:
+    """Bytes of weights that one token reads: the weight files of all parts of the decoder."""
+    decoders = [graph for name, graph in content.graphs.items() if name.startswith(DECODER)]
+    return sum(content.files[file].size_bytes for file in {f for d in decoders for f in d.data})
 
 
 def prefill_macs(config: DecoderConfig, tokens: int) -> int:

@@ -28,7 +28,7 @@ try:
     from benchmarks.generation.report import (
         again_record,
         decoder_records,
-        guess_records,
+        lookup_records,
         markdown,
         photo_record,
         ratio_records,
@@ -113,7 +113,7 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _exported(options: argparse.Namespace, work: str) -> Path:
-    """A package of the architecture that was asked for, with random weights."""
+    """Exports a package of the chosen architecture with random weights; returns its path."""
     config = _config(options)
     _check_length(options, config)
     name = options.model
@@ -136,7 +136,7 @@ def _exported(options: argparse.Namespace, work: str) -> Path:
 
 
 def why_no_requests(package: Package) -> str | None:
-    """Why the package cannot be asked here, or None if it can."""
+    """The reason why the package cannot answer requests on this installation, or None."""
     text = package.manifest.content.text
     if text is None:
         missing = find_spec("tokenizers") is None
@@ -150,7 +150,7 @@ def why_no_requests(package: Package) -> str | None:
 
 
 def _requests(options: argparse.Namespace, measured: Measured) -> list[Task]:
-    """Tasks that ask the whole package; notes it if there is no photograph to ask about."""
+    """Tasks for the whole package; records a missing photograph as unavailable."""
     if "requests" in measured.unavailable:
         return []
     tokens = {"tokens": options.tokens}
@@ -161,12 +161,12 @@ def _requests(options: argparse.Namespace, measured: Measured) -> list[Task]:
         values += [{"do": "again", **picture} for picture in about]
     except BackendError as error:
         measured.unavailable["photo"] = str(error)
-    values += [{"do": "guess", **tokens}, {"do": "together", "batches": options.batch, **tokens}]
+    values += [{"do": "lookup", **tokens}, {"do": "together", "batches": options.batch, **tokens}]
     return [Task(name=_task_name(v["do"], v.get("max_tiles")), values=v, ours=True) for v in values]
 
 
 def _decoders(options: argparse.Namespace, content: Content) -> list[Task]:
-    """Tasks of the decoder alone: the engine's and its peers'."""
+    """Tasks for the decoder alone: the engine and its peers."""
     values = {"do": "decoder", "prompts": options.prompt, "steps": options.steps}
     return [
         Task(name=row.name, values={**values, "row": asdict(row)}, ours=row not in PEERS)
@@ -185,7 +185,7 @@ def _figures(
     samples: dict[str, list[Any]],
     limits: dict[str, float],
 ) -> dict[str, Any]:
-    """Figures of each section of the report."""
+    """Figures for each section of the report."""
     engine = engine_row(content.target.precision)
     photo, again = (
         [samples[name] for tiles in options.max_tiles if (name := _task_name(do, tiles)) in samples]
@@ -200,7 +200,7 @@ def _figures(
     return {
         "photo": [photo_record(config, limits.get(engine.limit), rounds) for rounds in photo],
         "again": [again_record(rounds) for rounds in again],
-        "guess": guess_records(samples["guess"]) if "guess" in samples else [],
+        "lookup": lookup_records(samples["lookup"]) if "lookup" in samples else [],
         "together": together_records(samples["together"]) if "together" in samples else [],
         "decoder": decoder,
         "ratios": ratio_records(decoder, engine.name),
@@ -231,27 +231,24 @@ def _peer_versions() -> dict[str, str]:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options with their defaults, checked before any work; InputError names what is wrong."""
+    """Parses the options, fills in defaults and checks them; InputError names what is wrong."""
     parser = Parser(prog="generate.py", description="Measure a language model on this machine.")
-    parser.add_argument("--model", help="random weights of it (default: PLM-1B)")
-    parser.add_argument("--layers", type=int, help="cut decoder and tower to so many, for a look")
-    parser.add_argument("--precision", help="of the export (default: int4)")
-    parser.add_argument("--blocks", choices=("int8", "int4"), help="of int4 (default: int8)")
-    parser.add_argument("--package", type=Path, metavar="DIR", help="measure this one instead")
-    parser.add_argument(
-        "--max-tiles", action="append", type=int, help="of the photograph; default: 0 and 4"
-    )
-    parser.add_argument("--tokens", type=int, help="of each answer (default: 65)")
-    parser.add_argument("--batch", action="append", type=int, help="default: 1, 2, 4 and 8")
-    parser.add_argument(
-        "--prompt", action="append", type=int, help="of the decoder alone; 128, 320 and 1344"
-    )
-    parser.add_argument("--steps", type=int, help="after each of those prompts (default: 24)")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="engines only")
-    parser.add_argument("--threads", type=int, help="of every library (default: one per core)")
-    parser.add_argument("--rounds", type=int, help="over all tasks (default: 2)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="raw samples and figures")
-    parser.add_argument("--quick", action="store_true", help="a trial: few tokens, one round")
+    add = parser.add_argument
+    add("--model", help="a model, with random weights (default: PLM-1B)")
+    add("--layers", type=int, help="layers of decoder and tower, for a shorter trial")
+    add("--precision", help="precision of the export (default: int4)")
+    add("--blocks", choices=("int8", "int4"), help="decoder blocks in int4 (default: int8)")
+    add("--package", type=Path, metavar="DIR", help="a package to measure instead of an export")
+    add("--max-tiles", action="append", type=int, help="repeatable; default: 0 and 4")
+    add("--tokens", type=int, help="tokens of each answer (default: 65)")
+    add("--batch", action="append", type=int, help="repeatable; default: 1, 2, 4 and 8")
+    add("--prompt", action="append", type=int, help="repeatable; default: 128, 320 and 1344")
+    add("--steps", type=int, help="tokens decoded after each prompt (default: 24)")
+    add("--no-peers", dest="peers", action="store_false", help="leave out other libraries")
+    add("--threads", type=int, help="threads of every library (default: one per core)")
+    add("--rounds", type=int, help="rounds over all tasks (default: 2)")
+    add("--out", type=Path, metavar="FILE.json", help="raw samples and figures")
+    add("--quick", action="store_true", help="a trial: few tokens, one round")
     options = parser.parse_args(arguments)
     options.max_tiles = sorted(set(options.max_tiles or [0, 4]))
     options.batch = sorted(set(options.batch or [1, 2, 4, 8]))
@@ -269,7 +266,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.package is not None:
         for name in made:
             if getattr(options, name) is not None:
-                raise InputError(f"--package says what it is: leave out --{name}")
+                raise InputError(f"--package already determines --{name}: leave out --{name}")
     else:
         options.model = options.model or "PLM-1B"
         options.precision = options.precision or "int4"
@@ -284,13 +281,13 @@ def _check(options: argparse.Namespace) -> None:
         check_number(name, value, 1, _MOST[name])
     for value in options.max_tiles:
         check_number("max-tiles", value, 0, 1024)
-    # Of a batch, all must have begun before one has ended.
+    # All requests of a batch must have begun before the first one ends.
     check_number("tokens", options.tokens, max(options.batch) + 2, _MOST["tokens"])
     check_out(options.out)
 
 
 def _config(options: argparse.Namespace) -> PlmConfig:
-    """The architecture that `--model` and `--layers` name."""
+    """The architecture that `--model` and `--layers` select."""
     config = get_config(options.model)
     if not isinstance(config, PlmConfig):
         raise InputError(f"{options.model} is no language model; see benchmarks/embed.py")

@@ -1,16 +1,17 @@
-"""`python benchmarks/gpu_check.py [--out FILE]`: what a bare GPU machine can run of this project.
+"""`python benchmarks/gpu_check.py [--out FILE]`: measures what this project runs on a GPU machine.
 
-One command, at most eight minutes; what is not installed, or fails, is in the table in its own
-words. The limits of the GPU are measured first, and every figure is given as a share of the one
-that bounds it, with the clock that it was measured at. Weights are random. `--quick` is a trial run
-of tiny models, on a CPU too.
+Takes at most eight minutes. A row that fails, or lacks a library, is in the table with its error.
+The GPU's limits are measured first; figures are also given as shares of the limit that bounds them,
+with the clock at the time. Weights are random. `--quick` tries the script with tiny models, also on
+a CPU.
 
-1. Limits: copy bandwidth, and the peak of float16 products.
-2. PE towers: float16, eager and compiled; images/s at batch 64, milliseconds at batch 1; cosine of
-   the compiled one with eager float32.
-3. PLM decoders: float16, a static cache; first token after 512, tokens/s after that.
-4. Engines: each of our backends on this GPU, against the same graphs on the CPU: the demos first,
-   and PE-Core-L14-336 and PLM-1B with random weights.
+1. Limits: copy bandwidth, and peak rate of float16 products.
+2. PE towers: float16, eager and compiled; images/s at batch 64, milliseconds at batch 1; cosine
+   with eager float32.
+3. PLM decoders: float16 with a static cache; time to the first token of a 512-token prompt, then
+   tokens/s.
+4. Engines: each backend on this GPU, compared with the same graphs on the CPU; the demo models
+   first, then PE-Core-L14-336 and PLM-1B with random weights.
 """
 
 import argparse
@@ -35,16 +36,16 @@ from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import TARGETS
 
 BUDGET_S = 480
-# What matters most comes first: the time may be up before the last.
+# The most important models come first: time may run out before the last.
 MODELS = ("PE-Core-L14-336", "PLM-1B", "PE-Core-G14-448", "PLM-3B", "PLM-8B")
-ENGINES = ("PE-Core-L14-336", "PLM-1B")  # whose exports take a minute or two each
+ENGINES = ("PE-Core-L14-336", "PLM-1B")  # each export takes one or two minutes
 _MOST_WORDS = 300
 
 
 def attempts(
     bench: Bench, folder: Path, peak: Row
 ) -> Iterator[tuple[Row, Callable[[], Iterator[Row]]]]:
-    """What to measure: what it is called if it fails, and the rows."""
+    """Yields the measurements: the fields of a row if it fails, and a function that yields rows."""
     tiny = VisionConfig(
         patch_size=8, width=64, layers=2, heads=2, mlp_ratio=4.0, output_dim=32, image_size=32,
         use_cls_token=True, attn_pooler_heads=2,
@@ -71,7 +72,7 @@ def attempts(
 def _engines(
     bench: Bench, folder: Path, peak: Row, model: str
 ) -> Iterator[tuple[Row, Callable[[], Iterator[Row]]]]:
-    """A model by each backend and precision that there is for GPUs."""
+    """Yields the measurements of a model on each backend and precision for GPUs."""
     decodes = model.startswith("PLM")
     for backend, target in TARGETS.items():
         for precision in target.precisions:
@@ -84,7 +85,7 @@ def _engines(
 
 
 def run(bench: Bench, save: Callable[[Mapping[str, Any]], object]) -> Mapping[str, Any]:
-    """All rows; one that fails is a row with its words. They are saved after each attempt."""
+    """Measures all rows and saves them after each attempt; a failed one is a row with its error."""
     rows: list[Row] = []
     started = time.monotonic()
     result: dict[str, Any] = {"gpu": {"before": gpu_state()}, "torch": torch.__version__}
@@ -93,13 +94,13 @@ def run(bench: Bench, save: Callable[[Mapping[str, Any]], object]) -> Mapping[st
         result |= {"limits": peak, "rows": rows}
         for name, measure in attempts(bench, Path(folder), peak):
             if time.monotonic() > bench.deadline:
-                rows.append({**name, "failed": "not begun: the time was up"})
+                rows.append({**name, "failed": "not started: out of time"})
                 continue
             try:
                 for figures in measure():
-                    rows.append({**figures, "sm_mhz": sm_clock()})  # while it still is as it was
+                    rows.append({**figures, "sm_mhz": sm_clock()})  # before the clock changes
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-            except Exception as error:  # whatever it is, the other rows are wanted
+            except Exception as error:  # the other rows are measured in any case
                 words = " ".join(str(error).split())[:_MOST_WORDS]
                 rows.append({**name, "failed": f"{type(error).__name__}: {words}"})
             result["seconds"] = time.monotonic() - started
@@ -109,7 +110,7 @@ def run(bench: Bench, save: Callable[[Mapping[str, Any]], object]) -> Mapping[st
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A table; a figure that a row does not have is a dash."""
+    """Formats a result as a Markdown table; a dash stands for a missing figure."""
     names = ["model", "how"]
     for row in result["rows"]:
         names += [name for name in row if name not in names]
@@ -129,10 +130,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Measures, prints the table, writes JSON."""
-    parser = argparse.ArgumentParser(description="What a GPU machine can run of this project.")
-    parser.add_argument("--out", type=Path, help="a file for all figures, as JSON")
-    parser.add_argument("--quick", action="store_true", help="a trial run of tiny models")
+    """Measures, prints the table and writes JSON; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Measure models and engines on a GPU.")
+    parser.add_argument("--out", type=Path, help="JSON file for all figures")
+    parser.add_argument("--quick", action="store_true", help="a trial with tiny models")
     options = parser.parse_args(arguments)
     if not (torch.cuda.is_available() or options.quick):
         print("gpu_check: torch finds no GPU; --quick tries the script on the CPU", file=sys.stderr)

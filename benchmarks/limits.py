@@ -53,7 +53,7 @@ def measure_limit(name: str, *, threads: int | None, quick: bool) -> float:
 
 
 def _best(run: Callable[[], object], calls: int) -> float:
-    """Least seconds of several calls, after one that packs and allocates."""
+    """Shortest of several calls in seconds, after one that packs and allocates."""
     run()
     times = []
     for _ in range(calls):
@@ -64,7 +64,7 @@ def _best(run: Callable[[], object], calls: int) -> float:
 
 
 def _packed_linear(size: int, dtype: Any) -> Callable[[], object]:
-    """torch's linear layer with weights and activations already in its blocked layout."""
+    """Calls torch's linear layer with weights and activations already in its blocked layout."""
     import torch
     from torch.utils import mkldnn
 
@@ -74,7 +74,7 @@ def _packed_linear(size: int, dtype: Any) -> Callable[[], object]:
 
 
 def _product(size: int, threads: int | None, *, int8: bool) -> Callable[[], object]:
-    """A session of one product with a constant, in float or dynamically quantized."""
+    """Calls an ONNX Runtime session of one product with a constant, in float or quantized."""
     import onnx
     import onnxruntime as ort
     from onnx import helper, numpy_helper

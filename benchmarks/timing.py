@@ -1,4 +1,4 @@
-"""Timed calls of one row, and the figures made of their samples. Knows no model and no backend."""
+"""Times calls and compares their outputs, for any model and backend."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ WARM_UP_CALLS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """What one process measured of one row at one batch.
+    """Measurements of one row at one batch size, in one process.
 
     Attributes:
         ms: milliseconds of each timed call, in order.
-        cosine: least cosine of any image of any call, warm-up included, against the reference.
+        cosine: lowest cosine with the reference of any image in any call, warm-up included.
         peak_rss_bytes: the process's peak resident memory so far.
     """
 
@@ -32,11 +32,11 @@ class Samples:
 def measure(
     run: Callable[[Array], Array], inputs: Array, reference: Array, *, batch: int, repeats: int
 ) -> Samples:
-    """Times `run` on successive batches of `inputs`, after two calls that are not timed.
+    """Times `run` on successive batches of `inputs`, after two untimed calls.
 
     Args:
         run: inputs (batch, ...) -> outputs (batch, ..., D).
-        inputs: (N, ...); each call takes the next `batch` of them, in a circle.
+        inputs: (N, ...); each call takes the next `batch` inputs, cyclically.
         reference: (N, ..., D), the expected output of each input up to its length.
         batch: inputs per call, at least 1.
         repeats: timed calls, at least 1.
@@ -53,7 +53,7 @@ def measure(
 
 
 def least_cosine(a: Array, b: Array) -> float:
-    """The least cosine between the rows of two arrays (..., D) of one shape."""
+    """Lowest cosine between the rows of two arrays of the same shape (..., D)."""
     assert a.shape == b.shape
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)

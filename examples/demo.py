@@ -1,8 +1,8 @@
-"""A minute with perception_rt: export models, classify, draw dense features, stream answers.
+"""Demonstrates perception_rt: exports models, classifies, draws dense features, streams answers.
 
-`make demo` runs it; the results are in out/demo. Each export is a command, as a user would type it,
-so that this process, which only runs engines, never loads torch. Exit status 1 if an engine
-recognises fewer digits than it should.
+`make demo` runs it and puts the results in out/demo. Each export is a command that a user would
+type, so this process only runs engines and never loads torch. The exit status is 1 if an engine is
+less accurate than expected.
 """
 
 import subprocess
@@ -38,35 +38,35 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     print("PE-Demo: a small Perception Encoder, trained on handwritten digits and captions")
 
-    print("\nExport (from torch to engines for ONNX Runtime on this CPU)")
+    print("\nExport from torch to engines for ONNX Runtime on this CPU")
     for precision in PRECISIONS:
         export("--model", "PE-Demo", "--precision", precision, "--out", str(OUT / precision))
 
     images, labels = held_out_digits(image_size(OUT / PRECISIONS[0]))
-    print(f"\nZero-shot: {len(labels)} digits of writers it was not trained on, 10 labels as text")
+    print(f"\nZero-shot: {len(labels)} digits by writers it has never seen, 10 labels as text")
     accuracies = [classify(OUT / precision, images, labels) for precision in PRECISIONS]
 
-    print(f"\nA photograph ({PHOTO} of scikit-learn): embedding and dense features")
+    print(f"\nA photograph (scikit-learn's {PHOTO}): embedding and dense features")
     export("--model", "PE-Demo", "--image-size", PHOTO_SIZE, "--out", str(OUT / "photo"))
     draw_features(OUT / "photo", OUT / "features.png")
 
-    print("\nPLM-Demo: a small Perception Language Model, about rows of handwritten digits")
+    print("\nPLM-Demo: a small Perception Language Model, trained on rows of handwritten digits")
     export("--model", "PLM-Demo", "--precision", "int4", "--out", str(OUT / "plm"))
     right = ask(OUT / "plm")
 
     assert "torch" not in sys.modules
-    print(f"\nAll of it is in {OUT}/, made in {time.perf_counter() - start:.0f} s.")
+    print(f"\nThe results are in {OUT}/. The demo took {time.perf_counter() - start:.0f} s.")
     if min(accuracies) < LEAST_ACCURACY:
-        print(f"FAILED: at least {LEAST_ACCURACY:.0%} of the digits should be right")
+        print(f"FAILED: expected at least {LEAST_ACCURACY:.0%} of the digits to be right")
         return 1
     if right < LEAST_RIGHT:
-        print(f"FAILED: at least {LEAST_RIGHT:.0%} of the answers should be right")
+        print(f"FAILED: expected at least {LEAST_RIGHT:.0%} of the answers to be right")
         return 1
     return 0
 
 
 def export(*options: str) -> None:
-    """Runs `perception-export`; leaves if it fails, having said why."""
+    """Runs `perception-export`, which prints its own errors; exits if it fails."""
     arguments = [*options, "--force"]
     print("  $ perception-export", *arguments, flush=True)
     command = Path(sys.executable).with_name("perception-export")
@@ -79,22 +79,22 @@ def export(*options: str) -> None:
     size = sum(entry.size_bytes for entry in content.files.values()) / 1e6
     cosine = min(result["cosine"] for result in record["fidelity"].values())
     print(
-        f"    {time.perf_counter() - start:.1f} s, {size:.1f} MB, least cosine of any output "
+        f"    {time.perf_counter() - start:.1f} s, {size:.1f} MB, lowest cosine of any output "
         f"against torch {cosine:.5f}"
     )
 
 
 def image_size(package: Path) -> int:
-    """The side of the images that a package takes, in pixels."""
+    """Side in pixels of the images that a package takes."""
     with perception_rt.Embedder.load(package) as engine:
         return engine.image_spec.height
 
 
 def classify(package: Path, images: Pixels, labels: Labels) -> float:
-    """Prints and returns the accuracy, from 0 to 1, and prints the throughput."""
+    """Prints accuracy and throughput; returns the accuracy, 0 to 1."""
     with Progress() as progress, perception_rt.Embedder.load(package) as engine:
         classes = engine.embed_labels(WORDS, TEMPLATES)
-        engine.embed_images([images[0]])  # opens the engine, which is not what is measured below
+        engine.embed_images([images[0]])  # opens the engine outside the timed part
         start = time.perf_counter()
         embeddings = engine.embed_images(list(images), on_progress=progress.counter("images"))
         seconds = time.perf_counter() - start
@@ -109,7 +109,7 @@ def classify(package: Path, images: Pixels, labels: Labels) -> float:
 
 
 def draw_features(package: Path, picture: Path) -> None:
-    """Writes the photograph beside its last block's features, their main directions as colours."""
+    """Writes a picture of the photograph beside its last block's features (PCA as colours)."""
     photo = np.asarray(load_sample_image(PHOTO))
     start = time.perf_counter()
     with perception_rt.Embedder.load(package) as engine:
@@ -124,9 +124,12 @@ def draw_features(package: Path, picture: Path) -> None:
 
 
 def ask(package: Path) -> float:
-    """Streams answers to a question of each kind, then prints and returns the share that is right.
+    """Streams an answer to one question of each kind, then answers many in batches.
 
-    The scenes that are shown are saved beside the package.
+    Saves the scenes of the streamed answers beside the package.
+
+    Returns:
+        The share of right answers, 0 to 1.
     """
     with perception_rt.Generator.load(package) as plm:
         for number, name in enumerate(LEARNED):
@@ -157,14 +160,14 @@ def ask(package: Path) -> float:
     right = sum(is_right(name, result.text, found) for (name, found), result in answers)
     share = right / len(requests)
     print(
-        f"  {len(requests)} questions about digits of writers it has not seen: {share:.1%} right, "
+        f"  {len(requests)} questions about digits by unseen writers: {share:.1%} right, "
         f"{len(requests) / seconds:.0f} answers/s"
     )
     return share
 
 
 def images_of(found: Record) -> list[Pixels]:
-    """The images of a record."""
+    """Images of a record."""
     image = found["image"]
     return image if isinstance(image, list) else [image]
 

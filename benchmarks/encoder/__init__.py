@@ -1,1 +1,1 @@
-"""The runners of `embed.py`: eager, plain ONNX and engines, each in a process of its own."""
+"""Parts of `embed.py`: PyTorch, a plain ONNX export and engines, as rows of one table."""

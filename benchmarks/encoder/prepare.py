@@ -1,6 +1,6 @@
-"""Everything that the rows of a model read, made once: weights, images, reference, exports.
+"""Prepares the files that the rows of a model read: weights, images, reference and exports.
 
-Random weights serve: no kernel here depends on values. Their text tower is left out.
+Weights are random, since no kernel here depends on their values. The text tower is left out.
 """
 
 import logging
@@ -35,14 +35,14 @@ _PLAIN_OPSET = 20
 
 
 def prepare(config: PeConfig, work: Path, *, name: str, count: int, precisions: list[str]) -> None:
-    """Fills the directory `work` for one model.
+    """Writes the files of one model to the directory `work`.
 
     Args:
         config: the architecture; its text tower is ignored.
         work: an existing, empty directory.
         name: the model's name.
-        count: images to make.
-        precisions: one engine is exported for each.
+        count: number of images.
+        precisions: precisions of the engines to export.
     """
     config = PeConfig(vision=config.vision)
     source = RandomWeights(config, _SEED)
@@ -64,7 +64,7 @@ def prepare(config: PeConfig, work: Path, *, name: str, count: int, precisions: 
 
 
 def export_plain(config: PeConfig, work: Path) -> None:
-    """Exports the tower that `prepare` wrote with torch's own exporter, as torch documents it."""
+    """Exports the tower with torch's own exporter, after `prepare` has written its weights."""
     tower = load_tower(config.vision, work / WEIGHTS_FILE["float32"])
     size = config.vision.image_size
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -84,7 +84,7 @@ def export_plain(config: PeConfig, work: Path) -> None:
 
 
 def _write_weights(source: RandomWeights, config: PeConfig, work: Path) -> None:
-    """The vision tower, without the `visual.` prefix, once per dtype."""
+    """Writes the vision tower once per dtype, under names without the `visual.` prefix."""
     with torch.device("meta"):
         names = list(VisionTower(config.vision).state_dict())
     tensors = {name: source.load(f"visual.{name}") for name in names}

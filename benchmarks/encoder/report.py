@@ -21,7 +21,7 @@ _COLUMNS = (
     "share",
 )
 
-Samples = Mapping[str, Sequence[Mapping[str, Any]]]  # by row name: by batch, for each round
+Samples = Mapping[str, Sequence[Mapping[str, Any]]]  # samples by batch, per round, by row name
 
 
 def summarize(
@@ -68,7 +68,7 @@ def summarize(
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The whole result as Markdown tables, one per model, with what they mean."""
+    """Formats a result as Markdown: one table per model and a legend."""
     lines = _heading(result)
     for model in result["models"]:
         lines += [
@@ -81,14 +81,15 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 _LEGEND = """\
-p50, p90: of one call, pooled over the rounds. images/s and speed-up (over PyTorch fp32 at the same
-batch) are of p50. cosine: the least of any image, or of any token of a tower without pooling,
-against PyTorch fp32.
-peak RSS: of a process that does this row alone, loading included.
-share: 2 x multiply-accumulates of the architecture x images/s, over the best rate that one large
-product of the row's type reached in this run. Softmax, norms and, in int8 engines, fp32 attention
-take time but count little or nothing, so 100 % is out of reach. Without that limit there is none.
-"engine" runs on prepared pixels, as the PyTorch rows do; "embed_images" resizes photographs too."""
+- p50, p90: time of one call, pooled over the rounds. images/s and speed-up (over PyTorch fp32 at
+  the same batch) use p50.
+- cosine: lowest cosine with PyTorch fp32 of any image, or of any token if the tower has no pooling.
+- peak RSS: peak memory of a process that runs this row alone, including loading.
+- share: 2 x multiply-accumulates of the architecture x images/s, divided by the best rate of one
+  large product of the row's type in this run. Softmax, norms and, in int8 engines, fp32 attention
+  take time but count little or nothing, so 100 % is out of reach.
+- "engine" takes prepared pixels, as the PyTorch rows do; "embed_images" also resizes photographs.
+- "-": the figure needs a row or a limit that is unavailable on this machine."""
 
 
 def _heading(result: Mapping[str, Any]) -> list[str]:

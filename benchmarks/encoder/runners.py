@@ -1,7 +1,7 @@
-"""The ways to run a vision tower that are compared, and how each is opened.
+"""Ways to run a vision tower, one per row of the table.
 
-Every row reads the files that `prepare` wrote. torch is imported by the rows that run in it only,
-so that the memory of the other rows is what a user without torch sees.
+Every row reads the files that `prepare` wrote. Only the rows that run in torch import it, so the
+memory of the other rows is that of an installation without torch.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ WEIGHTS_FILE = {
     "float32": "weights-float32.safetensors",
     "bfloat16": "weights-bfloat16.safetensors",
 }
-IMAGES_FILE = "images.npy"  # uint8 (N, H, W, 3), larger than the model's own size
-PIXELS_FILE = "pixels.npy"  # float32 (N, 3, H, W), the same images prepared
-REFERENCE_FILE = "reference.npy"  # eager fp32's output for each of them
+IMAGES_FILE = "images.npy"  # uint8 (N, H, W, 3), larger than the model's input
+PIXELS_FILE = "pixels.npy"  # float32 (N, 3, H, W), the same images, resized and normalised
+REFERENCE_FILE = "reference.npy"  # eager fp32 output for each image
 PLAIN_FILE = "plain.onnx"
 PLAIN_INPUT = "pixels"
 
@@ -60,7 +60,7 @@ def rows_for(config: VisionConfig, precisions: list[str]) -> list[Row]:
         Row(name="PyTorch bf16", kind="bf16", limit="bf16"),
         PLAIN,
     ]
-    # `embed_images` is for pooled towers.
+    # A tower without pooling has no image embedding.
     kinds: list[Kind] = ["pixels"] if config.pool_type == "none" else ["pixels", "images"]
     what = {"pixels": "engine", "images": "embed_images,"}
     for precision in precisions:
@@ -73,14 +73,14 @@ def rows_for(config: VisionConfig, precisions: list[str]) -> list[Row]:
 
 
 def engine_directory(precision: str) -> str:
-    """Name of the package of a precision."""
+    """Folder name of the package in a precision."""
     return f"engine-{precision}"
 
 
 def open_row(
     row: Row, config: VisionConfig, work: Path, threads: int | None
 ) -> Callable[[Array], Array]:
-    """Loads what a row needs; the result maps a batch of inputs to float32 (batch, ..., D)."""
+    """Opens a row; the result maps a batch of inputs to float32 (batch, ..., D)."""
     match row.kind:
         case "eager" | "autocast" | "bf16":
             return _open_torch(row.kind, config, work, threads)
@@ -94,7 +94,7 @@ def open_row(
 
 
 def load_tower(config: VisionConfig, path: Path) -> Any:
-    """The eager tower with a file's weights, in their dtype."""
+    """Loads an eager tower with the weights of a file, in their dtype."""
     import torch
     from safetensors.torch import load_file
 
@@ -126,7 +126,7 @@ def _open_torch(
 
 
 def _open_plain(path: Path, threads: int | None) -> Callable[[Array], Array]:
-    """ONNX Runtime as it comes: nothing is set but a number of threads that was asked for."""
+    """Opens ONNX Runtime with its defaults, except for the number of threads if one is given."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -11,7 +11,7 @@ from perception_rt.config import PeConfig
 
 
 def perform(task: Mapping[str, Any]) -> Any:
-    """Does a task in this process; the result is plain JSON."""
+    """Performs a task in this process; returns plain JSON."""
     config, work = PeConfig.from_dict(task["config"]), Path(task["work"])
     match task["do"]:
         case "prepare":
@@ -28,7 +28,7 @@ def perform(task: Mapping[str, Any]) -> Any:
 
 
 def _measure_row(task: Mapping[str, Any], config: PeConfig, work: Path) -> dict[str, Any]:
-    """Samples by batch; batches ascend, so that each peak of memory is that batch's."""
+    """Samples by batch size, smallest first, so that each memory peak belongs to its batch."""
     import numpy as np
 
     from benchmarks.encoder.runners import IMAGES_FILE, PIXELS_FILE, REFERENCE_FILE, Row, open_row

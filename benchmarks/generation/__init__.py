@@ -1,1 +1,1 @@
-"""The runners of `generate.py`: transformers, onnxruntime-genai and engines."""
+"""Parts of `generate.py`: scenarios for a package, and runners of a decoder alone."""

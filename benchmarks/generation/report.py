@@ -1,6 +1,6 @@
-"""Figures of a finished generation benchmark, from raw samples, and the Markdown that shows them.
+"""Computes the figures of a generation benchmark from raw samples, and formats them as Markdown.
 
-Times of several rounds are pooled; a figure without a percentile is a median.
+Times of several rounds are pooled. A figure without a percentile is a median.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,17 +13,17 @@ from benchmarks.tables import GIGA, MIB, limit_lines, share, table
 from benchmarks.timing import percentile
 from perception_rt.plm_config import PlmConfig
 
-Samples = Sequence[Mapping[str, Any]]  # of one task, one for each round
+Samples = Sequence[Mapping[str, Any]]  # of one task, one per round
 Limits = Mapping[str, float]
 Record = dict[str, Any]
 
-# What the project wants against transformers in bf16, on the same machine in the same run.
+# Targets against transformers in bf16, on the same machine in the same run.
 MAX_TOKEN_RATIO = 0.40
 MIN_PREFILL_RATIO = 0.6
 
 
 def photo_record(config: PlmConfig, limit: float | None, samples: Samples) -> Record:
-    """A question about the photograph, to a generator without caches.
+    """Figures of a question about the photograph, asked of a generator without caches.
 
     Args:
         config: the architecture, for its arithmetic.
@@ -48,7 +48,7 @@ def photo_record(config: PlmConfig, limit: float | None, samples: Samples) -> Re
 
 
 def again_record(samples: Samples) -> Record:
-    """A second question about the same picture; samples of `generate_requests.ask_again`."""
+    """Figures of a second question about a picture, from samples of `scenarios.ask_again`."""
     first, second = (
         median(sample["records"][name]["ttft_ms"] for sample in samples)
         for name in ("first", "second")
@@ -65,8 +65,8 @@ def again_record(samples: Samples) -> Record:
     }
 
 
-def guess_records(samples: Samples) -> list[Record]:
-    """Guesses against none, by where they come from; samples of `generate_requests.guess`."""
+def lookup_records(samples: Samples) -> list[Record]:
+    """Figures with and without lookup, from samples of `scenarios.ask_with_lookup`."""
     plain = median(_decode_ms(sample["records"]["plain"]) for sample in samples)
     records = []
     for name in ("prompt", "answer"):
@@ -75,7 +75,7 @@ def guess_records(samples: Samples) -> list[Record]:
         count, steps = len(runs[0]["token_ms"]), runs[0]["steps"]
         records.append(
             {
-                "guesses": name,
+                "searched": name,
                 "tokens": count,
                 "steps": steps,
                 "accepted": count - steps,
@@ -89,7 +89,7 @@ def guess_records(samples: Samples) -> list[Record]:
 
 
 def together_records(samples: Samples) -> list[Record]:
-    """Requests at once; samples of `generate_requests.ask_together`."""
+    """Figures of concurrent requests by batch size, from samples of `scenarios.ask_together`."""
     records: list[Record] = []
     for batch in samples[0]["records"]:
         runs = [sample["records"][batch] for sample in samples]
@@ -106,7 +106,7 @@ def together_records(samples: Samples) -> list[Record]:
 
 
 def decoder_records(config: PlmConfig, row: Row, limits: Limits, samples: Samples) -> list[Record]:
-    """One record per prompt length of a row, without the shares whose limit is unavailable."""
+    """One record per prompt length of a row; a share whose limit is unavailable is left out."""
     records = []
     for length in samples[0]["lengths"]:
         parts = [sample["lengths"][length] for sample in samples]
@@ -133,10 +133,10 @@ def decoder_records(config: PlmConfig, row: Row, limits: Limits, samples: Sample
 
 
 def ratio_records(records: Sequence[Record], engine: str) -> list[Record]:
-    """The engine against each peer, by prompt length.
+    """Compares the engine with each peer, by prompt length.
 
     Args:
-        records: of `decoder_records`, of all rows.
+        records: results of `decoder_records` for all rows.
         engine: name of the engine's row.
     """
     ours = {r["prompt_tokens"]: r for r in records if r["row"] == engine}
@@ -154,7 +154,7 @@ def ratio_records(records: Sequence[Record], engine: str) -> list[Record]:
 
 
 def _token_figures(runs: Iterable[Sequence[float]]) -> Record:
-    """Percentiles of milliseconds per token, pooled, and the rate of all of them."""
+    """Percentiles of the pooled milliseconds per token, and tokens/s."""
     pooled = [ms for run in runs for ms in run]
     return {
         **{f"token_p{q}_ms": percentile(pooled, q) for q in (50, 90, 99)},
@@ -164,7 +164,7 @@ def _token_figures(runs: Iterable[Sequence[float]]) -> Record:
 
 
 def _decode_ms(record: Mapping[str, Any]) -> float:
-    """From the first token to the last."""
+    """Milliseconds from the first token to the last."""
     return sum(record["token_ms"])
 
 
@@ -173,19 +173,21 @@ def _peak(samples: Samples) -> int:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The whole result as Markdown tables, with what they mean."""
+    """Formats a result as Markdown tables with a legend."""
     model = result["model"]
     source = result["weights"].get("source", "unknown")
     lines = [*_heading(result), ""]
     lines += [f"## {model['name']}, {model['precision']}; weights: {source}"]
     unavailable = dict(result["unavailable"])
     peers = {p.name: unavailable.pop(p.name) for p in PEERS if p.name in unavailable}
+    decoder = result["decoder"]
     for title, columns, rows, reasons in (
-        ("A photograph", _PHOTO, map(_photo_cells, result["photo"]), {}),
+        ("A photograph", *_transposed(_PHOTO, map(_photo_cells, result["photo"])), {}),
         ("A second question about it", _AGAIN, map(_again_cells, result["again"]), {}),
-        ("Guesses from what was said", _GUESS, map(_guess_cells, result["guess"]), {}),
-        ("Requests at once", _TOGETHER, map(_together_cells, result["together"]), {}),
-        ("The decoder alone", _DECODER, map(_decoder_cells, result["decoder"]), peers),
+        ("Prompt lookup", _LOOKUP, map(_lookup_cells, result["lookup"]), {}),
+        ("Concurrent requests", _TOGETHER, map(_together_cells, result["together"]), {}),
+        ("The decoder alone: prompts", _PREFILL, map(_prefill_cells, decoder), peers),
+        ("The decoder alone: tokens", _DECODE, map(_decode_cells, decoder), peers),
         ("The engine against its peers", _RATIO, map(_ratio_cells, result["ratios"]), {}),
     ):
         shown = list(rows)
@@ -197,37 +199,44 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 _PHOTO = (
-    "tiles", "prompt tokens", "load s", "first TTFT ms", "TTFT ms", "preprocess", "vision",
-    "prefill", "vision share", "ms/token p50", "p90", "p99", "tokens/s", "peak RSS MiB",
+    "tiles", "prompt tokens", "load s", "first TTFT ms", "TTFT ms", "preprocess ms", "vision ms",
+    "prefill ms", "vision share", "ms/token p50", "ms/token p90", "ms/token p99", "tokens/s",
+    "peak RSS MiB",
 )  # fmt: skip
 _AGAIN = ("tiles", "prompt tokens", "cached", "TTFT ms", "second TTFT ms", "ratio", "peak RSS MiB")
-_GUESS = (
-    "guesses from", "tokens", "steps", "accepted", "same tokens", "ms/token without", "with",
+_LOOKUP = (
+    "searched text", "tokens", "steps", "accepted", "same tokens", "ms/token without", "with",
     "speed-up",
 )  # fmt: skip
 _TOGETHER = ("requests", "tokens/s, all", "ms/step", "gain")
-_DECODER = (
-    "row", "prompt tokens", "prefill ms", "prompt tokens/s", "share", "ms/token p50", "p90",
-    "tokens/s", "weights GB", "share of read", "peak RSS MiB",
+_PREFILL = ("row", "prompt tokens", "prefill ms", "prompt tokens/s", "share")
+_DECODE = (
+    "row", "prompt tokens", "ms/token p50", "p90", "tokens/s", "weights GB", "share of read",
+    "peak RSS MiB",
 )  # fmt: skip
 _RATIO = ("peer", "prompt tokens", "ms/token, ours / peer", "prefill speed, ours / peer")
 
 _LEGEND = """\
-All times are of batch 1 but those of "requests at once"; figures without a percentile are medians
-over the rounds. TTFT: from the call to the first token, of which preprocess (decoding and resizing
-the picture, tokens), vision and prefill are parts. "first": of the first request after loading,
-which opens the engines. tiles: the thumbnail among them. peak RSS: of a process that does this row
-alone, loading included.
-ms/token: from one token to the next. weights: bytes of the decoder's weights, which each token
-reads; share of read: of the rate at which this machine sums one large array.
-share: 2 x multiply-accumulates of the architecture per second, over the best rate that one large
-product of the row's type reached in this run; norms and softmax count nothing, and attention runs
-in float32, so 100 % is out of reach.
-"guesses": "prompt" is a text to copy, which random weights do not do; "answer" is the same with
-tokens to search that have the whole answer in them, which is the most that guesses can give.
-"requests at once" counts tokens while all requests have their first and none its last.
-"the decoder alone": random ids, the parts of a prompt as the scheduler makes them, greedy tokens;
-transformers without its `generate`, onnxruntime-genai with its own loop."""
+Times are for batch 1, except under "concurrent requests". A figure without a percentile is a median
+over the rounds.
+
+- TTFT: time from the call to the first token. preprocess (decoding and resizing the picture,
+  tokenizing), vision and prefill are parts of it. "first": the first request after loading, which
+  opens the engines.
+- tiles: number of image tiles, the thumbnail included.
+- peak RSS: peak memory of a process that runs this row alone, including loading.
+- ms/token: time from one token to the next.
+- weights: bytes of the decoder's weights, which every token reads. share of read: that rate divided
+  by the rate at which this machine sums one large array.
+- share: 2 x multiply-accumulates of the architecture per second, divided by the best rate of one
+  large product of the row's type in this run. Norms and softmax count nothing, and attention runs
+  in float32, so 100 % is out of reach.
+- prompt lookup: "prompt" searches a text that the question asks to copy, which random weights do
+  not do; "answer" searches tokens that contain the whole answer, which shows the upper limit.
+- concurrent requests: counts tokens while every request is decoding.
+- the decoder alone: random ids, the prompt in the scheduler's chunks, greedy tokens; transformers
+  without its `generate`, onnxruntime-genai with its own loop.
+- "-": the figure needs a row or a limit that is unavailable on this machine."""
 
 
 def _heading(result: Mapping[str, Any]) -> list[str]:
@@ -240,6 +249,15 @@ def _heading(result: Mapping[str, Any]) -> list[str]:
         f"seconds: {result['seconds']}; load average: {machine['load_average']}  ",
         *limit_lines(result),
     ]
+
+
+def _transposed(
+    names: Sequence[str], rows: Iterable[Sequence[str]]
+) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Columns and rows of a table with one column per record, for records of many figures."""
+    columns = list(rows)
+    first, *rest = zip(names, *columns, strict=True)
+    return first, rest if columns else []
 
 
 def _photo_cells(r: Record) -> list[str]:
@@ -266,9 +284,9 @@ def _again_cells(r: Record) -> list[str]:
     ]
 
 
-def _guess_cells(r: Record) -> list[str]:
+def _lookup_cells(r: Record) -> list[str]:
     return [
-        *(str(r[name]) for name in ("guesses", "tokens", "steps", "accepted")),
+        *(str(r[name]) for name in ("searched", "tokens", "steps", "accepted")),
         "yes" if r["identical"] else "NO",
         f"{r['plain_ms_per_token']:.1f}",
         f"{r['ms_per_token']:.1f}",
@@ -285,13 +303,20 @@ def _together_cells(r: Record) -> list[str]:
     ]
 
 
-def _decoder_cells(r: Record) -> list[str]:
+def _prefill_cells(r: Record) -> list[str]:
     return [
         r["row"],
         f"{r['prompt_tokens']}",
         f"{r['prefill_ms']:,.0f}",
         f"{r['prefill_tokens_per_s']:.0f}",
         share(r, "prefill_share", r["limit"]),
+    ]
+
+
+def _decode_cells(r: Record) -> list[str]:
+    return [
+        r["row"],
+        f"{r['prompt_tokens']}",
         f"{r['token_p50_ms']:.1f}",
         f"{r['token_p90_ms']:.1f}",
         f"{r['tokens_per_s']:.1f}",

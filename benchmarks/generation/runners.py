@@ -1,8 +1,8 @@
-"""The ways to run a decoder of one shape that are compared, and how each is opened.
+"""Ways to run a decoder of one shape, one per row of the table.
 
-Each feeds a prompt in ids, then one token at a time, the likeliest, at batch 1. Peers get random
-weights of the same shape, made on the fly: no kernel depends on values. What one of them lacks is
-an ImportError. Each library is imported by its own row only, so that memory is that row's.
+Each feeds a prompt of token ids, then decodes greedily at batch 1. Peers get random weights of the
+same shape, drawn on the fly, since no kernel depends on their values. A missing library is an
+ImportError. Only a library's own row imports it, so memory figures are that row's alone.
 
 Legend: T tokens of a prompt.
 """
@@ -18,10 +18,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from benchmarks.flops import decoder_bytes
 from perception_rt.errors import BackendError
-from perception_rt.package import contract
 from perception_rt.package.contract import CHUNK_TOKENS
-from perception_rt.package.manifest import Content
 from perception_rt.package.reader import open_package
 from perception_rt.plm_config import DecoderConfig
 from perception_rt.runtime.cache.kv_block import CacheBlock
@@ -33,28 +32,28 @@ Kind = Literal["engine", "eager", "genai"]
 GENAI_DIRECTORY = "genai"
 TOKENIZER_FILE = "tokenizer.json"
 
-# As its documentation has it for a CPU, and a head that computes the last token's logits only, as
-# the others do.
+# The options documented for a CPU, and a head that computes only the last token's logits, as the
+# other rows do.
 _GENAI_OPTIONS = ("accuracy_level=4", "block_size=32", "prune_lm_head=true", "hf_token=false")
 _GENAI_WEIGHTS = "model.onnx.data"
-# What runs on integers is compared with their peak; on a CPU, fp16 engines compute in fp32.
+# Engines with integer weights compute in int8; on a CPU, fp16 engines compute in fp32.
 _ENGINE_LIMIT = {"fp32": "fp32", "fp16": "fp32", "int8": "int8", "int4": "int8"}
 
 
 class Runner(Protocol):
-    """A decoder that is open.
+    """An open decoder.
 
     Attributes:
-        read_bytes: of weights that one token reads.
+        read_bytes: bytes of weights that one token reads.
     """
 
     read_bytes: int
 
     def prefill(self, ids: Array, steps: int) -> None:
-        """Decodes a prompt, int64 (T,), and chooses the first token; `steps` may follow."""
+        """Decodes a prompt, int64 (T,), and chooses the first token; at most `steps` follow."""
 
     def step(self) -> None:
-        """Decodes the token that was chosen last, and chooses the next."""
+        """Decodes the last chosen token and chooses the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +61,10 @@ class Row:
     """One way to run the decoder.
 
     Attributes:
-        name: as the table shows it.
-        kind: how it is opened.
-        limit: the measured peak that its prefill is a share of.
-        dtype: of torch weights; empty for the others.
+        name: name in the table.
+        kind: selects how the row is opened.
+        limit: name of the measured peak that its prefill is compared with.
+        dtype: dtype of torch weights; empty for a row without torch.
     """
 
     name: str
@@ -90,14 +89,14 @@ def engine_row(precision: str) -> Row:
 def open_runner(
     row: Row, config: DecoderConfig, *, package: Path, work: Path, threads: int
 ) -> Runner:
-    """Loads what a row needs.
+    """Opens a row.
 
     Args:
-        row: how to run.
-        config: the shape.
-        package: of the engine row.
-        work: where `build_genai` wrote.
-        threads: of each library.
+        row: the row to run.
+        config: the decoder's shape.
+        package: package of the engine row.
+        work: directory that `build_genai` wrote to.
+        threads: threads of each library.
     """
     match row.kind:
         case "engine":
@@ -108,20 +107,14 @@ def open_runner(
             return _Genai(work / GENAI_DIRECTORY, config, threads)
 
 
-def engine_bytes(content: Content) -> int:
-    """Bytes of the weight files that a package's decoder refers to."""
-    decoders = [spec for name, spec in content.graphs.items() if name.startswith(contract.DECODER)]
-    return sum(content.files[file].size_bytes for file in {f for d in decoders for f in d.data})
-
-
 class _Engine:
-    """The engine calls of a package, in the parts that the scheduler makes of a prompt."""
+    """Calls a package's decoder with the prompt in chunks, as the scheduler does."""
 
     def __init__(self, path: Path, threads: int) -> None:
         package = open_package(path)
         package.verify()
         content = package.manifest.content
-        self.read_bytes = engine_bytes(content)
+        self.read_bytes = decoder_bytes(content)
         self._decoder = PlmEngine(
             package, backend=content.target.backend, device="cpu", threads=threads
         )
@@ -148,7 +141,7 @@ class _Engine:
 
 
 class _Eager:
-    """transformers' Llama as it is: eager, with torch's fused attention and its dynamic cache."""
+    """transformers' Llama in eager mode, with torch's fused attention and a dynamic cache."""
 
     def __init__(self, config: DecoderConfig, dtype: str, threads: int) -> None:
         import torch
@@ -156,7 +149,6 @@ class _Eager:
         torch.set_num_threads(threads)
         self._torch = torch
         self._model = _llama(config, getattr(torch, dtype))
-        assert self._model.config._attn_implementation == "sdpa"
         self.read_bytes = sum(p.nbytes for p in self._model.parameters())
         if not config.weight_tying:
             self.read_bytes -= self._model.model.embed_tokens.weight.nbytes
@@ -177,7 +169,7 @@ class _Eager:
 
 
 class _Genai:
-    """onnxruntime-genai's own loop."""
+    """onnxruntime-genai with its own loop."""
 
     def __init__(self, folder: Path, config: DecoderConfig, threads: int) -> None:
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -189,7 +181,7 @@ class _Genai:
         self._genai = genai
         self._model = genai.Model(settings)
         self.read_bytes = (folder / _GENAI_WEIGHTS).stat().st_size
-        if not config.weight_tying:  # an embedding in float32, of which a token reads a row
+        if not config.weight_tying:  # a token reads one row of the float32 embedding
             self.read_bytes -= 4 * config.dim * config.vocab_size
 
     def prefill(self, ids: Array, steps: int) -> None:
@@ -198,19 +190,19 @@ class _Genai:
         parameters.set_search_options(do_sample=False, min_length=length, max_length=length)
         self._generator = self._genai.Generator(self._model, parameters)
         self._generator.append_tokens(ids.astype(np.int32))
-        self._generator.generate_next_token()  # from logits that are there
+        self._generator.generate_next_token()  # from logits that the prompt computed
 
     def step(self) -> None:
         self._generator.generate_next_token()
 
 
 def build_genai(config: DecoderConfig, tokenizer: bytes, out: Path) -> None:
-    """Makes onnxruntime-genai's int4 folder, with its own builder, of a random model.
+    """Builds onnxruntime-genai's int4 model of a random decoder, with its own builder.
 
     Args:
-        config: the shape.
+        config: the decoder's shape.
         tokenizer: any `tokenizer.json`, which the builder copies.
-        out: the folder to make.
+        out: folder to create.
 
     Raises:
         ImportError: a library is missing.
@@ -236,7 +228,7 @@ def build_genai(config: DecoderConfig, tokenizer: bytes, out: Path) -> None:
 
 
 def _llama(config: DecoderConfig, dtype: Any) -> Any:
-    """transformers' model of a shape, its weights drawn where its own way would take minutes."""
+    """transformers' model with random weights; its own initialization would take minutes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -255,6 +247,7 @@ def _llama(config: DecoderConfig, dtype: Any) -> Any:
     shape.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
         model = LlamaForCausalLM(shape)
+    model.set_attn_implementation("sdpa")  # an error if it cannot be had
     weights = {}
     for name, parameter in model.named_parameters():
         bound = (3 / parameter.shape[-1]) ** 0.5
@@ -262,5 +255,5 @@ def _llama(config: DecoderConfig, dtype: Any) -> Any:
         weights[name] = drawn.uniform_(-bound, bound) if drawn.ndim > 1 else drawn.fill_(1)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(shape)  # its table is not a parameter
+    model.model.rotary_emb = LlamaRotaryEmbedding(shape)  # the table is not a parameter
     return model.eval()

@@ -14,7 +14,12 @@ import numpy as np
 
 from benchmarks.generation.prepare import prepare, small_tokenizer
 from benchmarks.generation.runners import GENAI_DIRECTORY, Row, Runner, build_genai, open_runner
-from benchmarks.generation.scenarios import ask_about_photo, ask_again, ask_together, guess
+from benchmarks.generation.scenarios import (
+    ask_about_photo,
+    ask_again,
+    ask_together,
+    ask_with_lookup,
+)
 from benchmarks.subprocess_task import serve
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.plm_config import PlmConfig
@@ -22,11 +27,11 @@ from perception_rt.runtime.generator import Generator
 
 _WARM_UP_STEPS = 2
 _PREFILL_CALLS = 3
-_PREFILL_BUDGET_MS = 2000.0  # no further call after it
+_PREFILL_BUDGET_MS = 2000.0  # later calls are skipped
 
 
 def perform(task: Mapping[str, Any]) -> Any:
-    """Does a task in this process; the result is plain JSON."""
+    """Performs a task in this process; returns plain JSON."""
     match task["do"]:
         case "prepare":
             return prepare(
@@ -49,12 +54,12 @@ def perform(task: Mapping[str, Any]) -> Any:
 def measure_decoder(
     runner: Runner, ids: np.ndarray[Any, Any], prompts: Sequence[int], steps: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of prefills and of steps by prompt length, after a short one that is not timed.
+    """Milliseconds of prefills and steps by prompt length, after a short untimed prompt.
 
     Args:
-        runner: what is measured.
-        ids: int64, as many as the longest prompt has.
-        prompts: lengths, in tokens.
+        runner: an open decoder.
+        ids: token ids of the longest prompt, int64 (T,).
+        prompts: prompt lengths in tokens.
         steps: tokens after each prompt, at least 1.
     """
     runner.prefill(ids[: min(prompts)], _WARM_UP_STEPS)
@@ -91,7 +96,7 @@ def _run_decoder(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ask(task: Mapping[str, Any]) -> dict[str, Any]:
-    """A task for a generator; only a second question may find something in its caches."""
+    """Asks a generator; only the `again` task has caches."""
     start = time.perf_counter()
     cache = task["do"] == "again"
     with Generator.load(task["package"], threads=task["threads"], cache=cache) as plm:
@@ -103,8 +108,8 @@ def _ask(task: Mapping[str, Any]) -> dict[str, Any]:
                 records = ask_about_photo(plm, photo, task["max_tiles"], task["tokens"])
             case "again":
                 records = ask_again(plm, Path(task["photo"]), task["max_tiles"])
-            case "guess":
-                records = guess(plm, task["tokens"])
+            case "lookup":
+                records = ask_with_lookup(plm, task["tokens"])
             case _:
                 records = ask_together(plm, task["batches"], task["tokens"])
     return {"records": records, "load_ms": load_ms, "peak_rss_bytes": peak_rss_bytes()}

@@ -1,1 +1,1 @@
-"""The measurements of `gpu_check.py` on a GPU."""
+"""Parts of `gpu_check.py`: PyTorch models and engines, timed on a GPU."""

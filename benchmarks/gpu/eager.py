@@ -1,4 +1,4 @@
-"""What PyTorch does with our models on a GPU, in eager and compiled: what engines stand beside."""
+"""Times our models in PyTorch on a GPU, eager and compiled, for comparison with engines."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +20,7 @@ PROMPT, STEPS, SLOTS = 512, 64, 2048
 
 
 def tower_rows(bench: Bench, name: str, config: VisionConfig, peak: Row) -> Iterator[Row]:
-    """Eager and compiled float16, the latter compared with eager float32."""
+    """Yields rows of a tower in eager and compiled float16, compared with eager float32."""
     torch.manual_seed(0)
     tower = VisionTower(config).to(bench.device).eval()
     initialize(tower)
@@ -31,7 +31,7 @@ def tower_rows(bench: Bench, name: str, config: VisionConfig, peak: Row) -> Iter
     bench.forget_memory()
     pixels = pixels.to(bench.dtype)
     for how in ("eager", "torch.compile"):
-        # For each batch anew: of a second one, it would compile for any.
+        # dynamic=False: a second batch size would otherwise compile for any size.
         run = tower if how == "eager" else torch.compile(tower, dynamic=False)
         cosine = F.cosine_similarity(run(pixels[:1]).float(), exact, dim=-1).min()
         many = bench.seconds(partial(run, pixels))
@@ -48,7 +48,7 @@ def tower_rows(bench: Bench, name: str, config: VisionConfig, peak: Row) -> Iter
 
 
 def initialize(module: nn.Module) -> None:
-    """Random matrices, gains of one, no biases."""
+    """Sets random matrices, gains of one and zero biases."""
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
@@ -57,28 +57,30 @@ def initialize(module: nn.Module) -> None:
 
 
 class StaticCache:
-    """An `Attention` kernel over one sequence's keys and values, in place.
+    """An `Attention` kernel that updates one sequence's keys and values in place.
 
-    A prompt begins the sequence, and later passes have one token. Each is written so that PyTorch
-    has a fast kernel for it: the one knows no groups under a mask.
+    The first pass is a prompt, later passes have one token. Each is written for a fast PyTorch
+    kernel; the one for masks takes no grouped heads.
     """
 
     def __init__(self, config: DecoderConfig, slots: int, device: torch.device, dtype: torch.dtype):
         shape = (1, config.kv_heads, slots, config.head_dim)
-        # A tensor each: compiled code would copy a common one whole in every layer.
+        # One tensor per layer: compiled code would copy a shared one in every layer.
         self.caches = [
             tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             for _ in range(config.n_layers)
         ]
+        from torch._dynamo import mark_static_address
+
         for cache in (each for pair in self.caches for each in pair):
-            # Else CUDA graphs are skipped: what they change must stay where it is.
-            torch._dynamo.mark_static_address(cache)
+            # Without a static address, CUDA graphs would be skipped for a mutated input.
+            mark_static_address(cache)
         self.slots = torch.arange(slots, device=device)
         self.positions = self.slots[:1]
         self.layers = iter(self.caches)
 
     def start(self, positions: Tensor) -> None:
-        """The positions (T,) of the tokens of the next pass."""
+        """Begins a pass over tokens at `positions` (T,)."""
         self.positions, self.layers = positions, iter(self.caches)
 
     def __call__(
@@ -93,7 +95,7 @@ class StaticCache:
         causal: bool = False,
         mask: Any = None,
     ) -> Tensor:
-        """Attention of (1, T, C) over all that is in the cache up to each token."""
+        """Attention of (1, T, C) over the cache up to each token's position."""
         q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=kv_heads, rope=rope)
         keys, values = next(self.layers)
         keys.index_copy_(2, self.positions, k)
@@ -108,7 +110,7 @@ class StaticCache:
 
 
 def decoder_rows(bench: Bench, name: str, config: DecoderConfig, peak: Row) -> Iterator[Row]:
-    """Eager and compiled float16 (CUDA graphs): time to the first token, then tokens/s."""
+    """Yields rows of a decoder in eager and compiled float16 (CUDA graphs)."""
     slots, prompt, steps = (64, 16, 4) if bench.quick else (SLOTS, PROMPT, STEPS)
     cache = StaticCache(config, slots, bench.device, bench.dtype)
     with torch.device("meta"):
@@ -141,7 +143,7 @@ def decoder_rows(bench: Bench, name: str, config: DecoderConfig, peak: Row) -> I
             return torch.cat(found, dim=1)
 
         answers.append(answer())
-        # The prompt's own time is taken away.
+        # Without the time of the prompt.
         seconds = (bench.seconds(answer, 3) - first) / steps
         yield {
             "model": name,

@@ -1,4 +1,4 @@
-"""Our engines on a GPU, against the same graphs on the CPU."""
+"""Times our engines on a GPU and compares them with the same graphs on the CPU."""
 
 import gc
 import io
@@ -16,26 +16,24 @@ import numpy as np
 import torch
 
 import perception_rt as prt
-from benchmarks.flops import vision_flops
+from benchmarks.flops import decoder_bytes, vision_flops
 from benchmarks.gpu.eager import PROMPT, STEPS
 from benchmarks.gpu.timing import Bench, Row
 from perception_rt.cli import export_main
 from perception_rt.config import PeConfig
 from perception_rt.errors import ExportError
 from perception_rt.export.quantization.calibration import images
-from perception_rt.package.contract import DECODER
-from perception_rt.package.manifest import Content
 from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import TARGETS
 
 DEMOS = ("PE-Demo", "PLM-Demo")
-_MOST_IMAGES = 37  # of one call of an engine
-_COMPARED = 8  # tokens of an answer, on the CPU too
+_MOST_IMAGES = 37  # in one engine call
+_COMPARED = 8  # tokens of an answer that the CPU computes too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A model, exported for one of our backends."""
+    """A model exported for one of our backends."""
 
     model: str
     backend: str
@@ -43,22 +41,22 @@ class Engine:
 
     @property
     def how(self) -> str:
-        """In a word."""
+        """Backend and precision, the row's name in the table."""
         return f"{self.backend} {self.precision}"
 
     @property
     def is_language_model(self) -> bool:
-        """Whether it answers, and does not embed."""
+        """True for a language model, False for an encoder."""
         return self.model.startswith("PLM")
 
 
 def engine_rows(
     bench: Bench, engine: Engine, out: Path, peak: Row, *, device: str = "cuda"
 ) -> Iterator[Row]:
-    """A model by one of our backends on a device, against its graphs on the CPU."""
+    """Yields the row of a model on one of our backends and a device."""
     import_module(TARGETS[engine.backend].session).check_device(device)
-    if bench.device.type == "cuda":  # what torch still holds of the models before
-        torch._dynamo.reset()
+    if bench.device.type == "cuda":  # memory that torch holds for earlier models
+        torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
     arguments = ["--model", engine.model, "--backend", engine.backend, "--out", str(out)]
@@ -71,7 +69,7 @@ def engine_rows(
     except ExportError:
         if not TARGETS[engine.backend].has_engines:
             raise
-        how += " unfused"  # where the GPU has no fused kernel; what it costs is seen then
+        how += " unfused"  # this GPU has no fused kernel; the row shows what that costs
         _export([*arguments, "--allow-unfused"])
     row = {"model": engine.model, "how": how, "export_s": time.perf_counter() - started}
     measure = _answers if engine.is_language_model else _embeddings
@@ -79,7 +77,7 @@ def engine_rows(
 
 
 def _export(arguments: list[str]) -> None:
-    """ExportError with the words of an export that fails."""
+    """Exports a package; ExportError repeats the last line of a failed export."""
     words = io.StringIO()
     with redirect_stdout(sys.stderr), redirect_stderr(words):
         status = export_main(arguments)
@@ -89,7 +87,7 @@ def _export(arguments: list[str]) -> None:
 
 
 def _embeddings(bench: Bench, package: Path, device: str, peak: Row) -> Row:
-    """Of random images: the least cosine, images/s in batches of 37, batch 1, and the first one."""
+    """Figures of an encoder on random images: lowest cosine, images/s, milliseconds of one."""
     with prt.Embedder.load(package, backend="onnxruntime") as cpu:
         size = cpu.image_spec
         shape = (_MOST_IMAGES, size.height, size.width, 3)
@@ -114,7 +112,7 @@ def _embeddings(bench: Bench, package: Path, device: str, peak: Row) -> Row:
 
 
 def _answers(bench: Bench, package: Path, device: str, peak: Row) -> Row:
-    """Tokens of a question on an image, against the CPU's; of a prompt in ids, its times."""
+    """Figures of a language model: tokens equal to the CPU's, and times of a random prompt."""
     prompt, steps = (16, 4) if bench.quick else (PROMPT, STEPS)
     picture = images(1, 200, 200)[0]
 
@@ -139,8 +137,8 @@ def _answers(bench: Bench, package: Path, device: str, peak: Row) -> Row:
             lambda: counts.append(len(engine.generate_tokens(ids, max_new_tokens=1 + steps))), 3
         )
         memory = bench.used_gib()
-        weights = _decoder_bytes(engine.manifest.content)
-    tokens = counts[-1] - 1  # fewer than asked for, if an end token came
+        weights = decoder_bytes(engine.manifest.content)
+    tokens = counts[-1] - 1  # fewer than requested after an end token
     row = {
         "first_token_ms": first * 1e3,
         "same_tokens": sum(accumulate(map(operator.eq, found, exact), operator.and_)),
@@ -153,9 +151,3 @@ def _answers(bench: Bench, package: Path, device: str, peak: Row) -> Row:
         row["tokens_per_s"] = per_s
         row["share_of_bandwidth"] = per_s * weights / peak["bytes_per_s"]
     return row
-
-
-def _decoder_bytes(content: Content) -> int:
-    """What a token reads: the weights of all parts of the decoder, in whatever format."""
-    graphs = [graph for name, graph in content.graphs.items() if name.startswith(DECODER)]
-    return sum(content.files[file].size_bytes for graph in graphs for file in graph.data)

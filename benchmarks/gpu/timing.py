@@ -1,4 +1,4 @@
-"""How times, memory and clocks are measured on a GPU, and what the GPU can do at most."""
+"""Measures times, memory, clocks and peak rates of a GPU."""
 
 import subprocess
 import time
@@ -16,12 +16,12 @@ _CALLS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """Where figures are measured, and by what they are bounded.
+    """Device and budget of the measurements.
 
     Attributes:
-        device: of torch.
-        quick: tiny models, few calls.
-        deadline: a monotonic time, after which nothing new is begun.
+        device: torch device.
+        quick: True for tiny models and few calls.
+        deadline: monotonic time in seconds after which no measurement starts.
     """
 
     device: torch.device
@@ -30,11 +30,11 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float16 on a GPU; a CPU has no fast products of it."""
+        """float16 on a GPU, float32 on a CPU, which has no fast float16 products."""
         return torch.float16 if self.device.type == "cuda" else torch.float32
 
     def seconds(self, run: Callable[[], object], calls: int = _CALLS) -> float:
-        """The median of several calls, after two that are not counted."""
+        """Median seconds of several calls, after two uncounted ones."""
         times = []
         for index in range(2 + (2 if self.quick else calls)):
             self.wait()
@@ -46,23 +46,23 @@ class Bench:
         return float(np.median(times))
 
     def wait(self) -> None:
-        """Until the device has done everything."""
+        """Waits until the device has finished all work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def forget_memory(self) -> None:
-        """What came before is not in the next `memory_gib`."""
+        """Starts a new peak for the next call of `memory_gib`."""
         self.memory_gib()
 
     def used_gib(self) -> float:
-        """Memory of the device that is not free, whoever has it."""
+        """Memory of the device in use by any process, in GiB."""
         if self.device.type != "cuda":
             return 0.0
         free, total = torch.cuda.mem_get_info()
         return round((total - free) / 2**30, 2)
 
     def memory_gib(self) -> float:
-        """Peak memory of the device since the last call."""
+        """Peak memory that torch allocated on the device since the last call, in GiB."""
         if self.device.type != "cuda":
             return 0.0
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -72,7 +72,7 @@ class Bench:
 
 
 def limits(bench: Bench) -> Row:
-    """What the device can do at most: bytes/s copied, counted twice, and float16 operations/s."""
+    """Peak rates: bytes/s of a copy, reads and writes both counted, and float16 operations/s."""
     count, side = (1 << 20, 256) if bench.quick else (1 << 30, 8192)
     source = torch.zeros(count, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
@@ -82,22 +82,23 @@ def limits(bench: Bench) -> Row:
 
 
 def gpu_state() -> str:
-    """Name, driver, clocks and memory of the GPU, as `nvidia-smi` states them."""
+    """Name, driver, clocks and memory of the GPU, as printed by `nvidia-smi`."""
     query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,memory.total,power.limit"
     try:
-        return _smi(query)
+        return nvidia_smi(query)
     except (OSError, subprocess.CalledProcessError) as error:
         return f"nvidia-smi: {error}"
 
 
 def sm_clock() -> int | None:
-    """MHz of the multiprocessors just now; None where that is not known."""
+    """Current clock of the multiprocessors in MHz, or None if `nvidia-smi` does not know it."""
     try:
-        return int(_smi("clocks.sm").split()[0])
+        return int(nvidia_smi("clocks.sm").split()[0])
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
         return None
 
 
-def _smi(query: str) -> str:
+def nvidia_smi(query: str) -> str:
+    """Values of a comma-separated list of `nvidia-smi` fields."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]  # no shell
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from benchmarks import generate
-from benchmarks.flops import decoder_weights, prefill_macs, vision_flops
+from benchmarks.flops import decoder_bytes, decoder_weights, prefill_macs, vision_flops
 from benchmarks.generation.prepare import QUESTION, prepare, small_tokenizer
 from benchmarks.generation.report import (
     again_record,
     decoder_records,
-    guess_records,
+    lookup_records,
     photo_record,
     ratio_records,
     together_records,
 )
-from benchmarks.generation.runners import BASELINE, PEERS, engine_bytes, engine_row
+from benchmarks.generation.runners import BASELINE, PEERS, engine_row
 from benchmarks.generation.worker import measure_decoder, perform
 from perception_rt import archs
 from perception_rt.archs import PLM_MODELS
@@ -135,7 +135,7 @@ def test_second_question_figures() -> None:
     assert record["ratio"] == pytest.approx(0.125)
 
 
-def test_guess_figures() -> None:
+def test_lookup_figures() -> None:
     def run(ms: list[float], steps: int, identical: bool) -> dict:
         return {"token_ms": ms, "steps": steps, "identical": identical}
 
@@ -143,7 +143,7 @@ def test_guess_figures() -> None:
     records = {"plain": plain, "prompt": run([12.0] * 4, 4, True)}
     bad = {"records": {**records, "answer": run([20.0, 0.0, 0.0, 0.0], 1, False)}}
     good = {"records": {**records, "answer": run([20.0, 0.0, 0.0, 0.0], 1, True)}}
-    prompt, answer = guess_records([good, bad])
+    prompt, answer = lookup_records([good, bad])
     assert prompt["speed_up"] == pytest.approx(40 / 48)
     assert (prompt["accepted"], prompt["identical"]) == (0, True)
     assert (answer["accepted"], answer["steps"], answer["identical"]) == (3, 1, False)
@@ -245,7 +245,7 @@ def test_whole_run(
         assert record["tokens"] == 16
     for record in result["again"]:
         assert 0 < record["cached_tokens"] < record["prompt_tokens"]
-    prompt, answer = result["guess"]
+    prompt, answer = result["lookup"]
     assert prompt["identical"]
     assert answer["identical"]
     assert (answer["steps"], answer["accepted"]) == (2, 14)  # 8 guesses and a token, 6 and one
@@ -254,7 +254,7 @@ def test_whole_run(
     assert result["decoder"][0]["read_bytes"] > 64 * 2048 / 2
     assert (result["ratios"], result["peers"]) == ([], [])
     assert (result["unavailable"], result["unavailable_limits"]) == ({}, {})
-    assert printed.out.count("\n| ") == 5 + 2 + 2 + 2 + 2 + 2
+    assert printed.out.count("\n| ") == 6 + 13 + 2 + 2 + 2 + 2 + 2
     assert "nan" not in printed.out
     assert str(Path.home()) not in out.read_text()
 
@@ -297,14 +297,14 @@ def test_what_cannot_be_measured_is_unavailable_with_its_reason(
     arguments = f"--package {exported} --prompt 8 --rounds 2 --out {out}"
     assert generate.main(arguments.split()) == 0
     printed = capsys.readouterr()
-    dashes = " - |" * 9
     lines = printed.out.splitlines()
     assert "Unavailable: requests: the package has no tokenizer" in lines
     for name, reason in (
         ("onnxruntime-genai int4", "No module named 'onnxruntime_genai'"),
         ("transformers fp32", "ended by signal 9: out of memory?"),
     ):
-        assert f"| {name} | unavailable: {reason} |{dashes}" in lines
+        for columns in (5, 8):
+            assert f"| {name} | unavailable: {reason} |{' - |' * (columns - 2)}" in lines
     assert "unavailable limit: bf16: bf16 path needs the cpu support  " in lines
     assert "bf16 unavailable, int8 1 GFLOP/s" in printed.out
     result = json.loads(out.read_text())
@@ -333,7 +333,7 @@ def test_without_the_photograph_other_requests_are_measured(
         raise BackendError("pip install scikit-learn")
 
     def run(task: dict) -> object:
-        if task["do"] == "guess":
+        if task["do"] == "lookup":
             answer = {"token_ms": [1.0], "steps": 1, "identical": True}
             return {"records": dict.fromkeys(("plain", "prompt", "answer"), answer)}
         if task["do"] == "together":
@@ -347,10 +347,10 @@ def test_without_the_photograph_other_requests_are_measured(
     printed = capsys.readouterr().out
     assert "Unavailable: photo: pip install scikit-learn\n" in printed
     assert "### A photograph" not in printed
-    assert "### Guesses" in printed and "### Requests at once" in printed
+    assert "### Prompt lookup" in printed and "### Concurrent requests" in printed
 
 
-@pytest.mark.parametrize("failing", ["guess", "decoder"])
+@pytest.mark.parametrize("failing", ["lookup", "decoder"])
 def test_an_engine_that_fails_stops_the_benchmark(
     failing: str,
     exported: Path,
@@ -385,7 +385,7 @@ def test_a_package_whose_tokenizer_cannot_be_read_has_no_requests(
 def test_a_token_reads_the_decoders_weights_and_no_others(exported: Path) -> None:
     with open_package(exported) as package:
         content = package.manifest.content
-    assert engine_bytes(content) == content.files["decoder_0.data"].size_bytes
+    assert decoder_bytes(content) == content.files["decoder_0.data"].size_bytes
     assert {"embed.data", "vision.data"} < set(content.files)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import perception_rt as prt
 from benchmarks import gpu_check
-from benchmarks.flops import decoder_weights
+from benchmarks.flops import decoder_bytes, decoder_weights
 from benchmarks.gpu import engines, timing
 from perception_rt.errors import ExportError
+from perception_rt.package.reader import open_package
+from perception_rt.plm_config import PlmConfig
 
 
 def test_a_trial_has_every_row(
@@ -58,24 +59,24 @@ def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
     assert answers["same_tokens"] == answers["of_tokens"] > 0 and answers["load_to_first_s"] > 0
     assert 0 < encoder["share_of_peak"] < 1
     # PLM-Demo's decoder in float16: its products and head.
-    package = prt.load(tmp_path / "PLM-Demo")
-    read = engines._decoder_bytes(package.manifest.content)
-    config = package._decoder.config.decoder
-    package.close()
+    with open_package(tmp_path / "PLM-Demo") as package:
+        content = package.manifest.content
+    read = decoder_bytes(content)
+    config = PlmConfig.from_dict(content.architecture).decoder
     assert read == pytest.approx(2 * decoder_weights(config), rel=0.05)
 
 
 def test_the_clock_is_read_after_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_smi", lambda query: "1980 MHz")
+    monkeypatch.setattr(timing, "nvidia_smi", lambda query: "1980 MHz")
     assert timing.sm_clock() == 1980
-    monkeypatch.setattr(timing, "_smi", lambda query: "[N/A]")
+    monkeypatch.setattr(timing, "nvidia_smi", lambda query: "[N/A]")
     assert timing.sm_clock() is None
     monkeypatch.setattr(gpu_check, "limits", lambda bench: {"flops": 1, "bytes_per_s": 1})
     monkeypatch.setattr(
         gpu_check, "attempts", lambda *_: [({"model": "m"}, lambda: iter([{"model": "m"}]))]
     )
     bench = timing.Bench(device=torch.device("cpu"), quick=True, deadline=float("inf"))
-    monkeypatch.setattr(timing, "_smi", lambda query: "1410 MHz")
+    monkeypatch.setattr(timing, "nvidia_smi", lambda query: "1410 MHz")
     saved: list[Any] = []
     rows = gpu_check.run(bench, lambda result: saved.append(len(result["rows"])))["rows"]
     assert rows == [{"model": "m", "sm_mhz": 1410}] and saved == [1]
