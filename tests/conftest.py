@@ -2,6 +2,7 @@
 traces that exports share.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,23 @@ def pytest_configure() -> None:
     # Native code can. The library sees to this itself, but a test may import ONNX Runtime first.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     sys.addaudithook(_refuse_network)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        _take_one_thread()
+
+
+def _take_one_thread() -> None:
+    """Gives this process one core: workers that each take all cores wait for each other."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of torch and NumPy, which are not imported yet
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions
+
+    def one_thread() -> onnxruntime.SessionOptions:
+        found = options()
+        found.intra_op_num_threads = 1  # unless the caller sets another number
+        return found
+
+    onnxruntime.SessionOptions = one_thread
 
 
 def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
@@ -42,6 +60,13 @@ def pytest_collection_finish() -> None:
         import shared_traces
 
         shared_traces.share()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled_heap() -> None:
+    """Keeps objects of earlier files out of the garbage collections that tests wait for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """Size, names and characters of the sources; the line budget of each package is printed."""
 
 import ast
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,61 @@ def test_test_files_have_distinct_names() -> None:
     # Without packages, pytest imports test modules by their bare names.
     counts = Counter(p.name for p in TESTS if p.name != "conftest.py")
     assert [name for name, count in counts.items() if count > 1] == []
+
+
+def is_private(name: str) -> bool:
+    """Whether only its own file may use a name; `_repr_html_` and the like are protocols."""
+    return name.startswith("_") and not name.endswith("_")
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Private functions, classes, variables and attributes that a file defines."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return {name for name in names if is_private(name)}
+
+
+def used(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name) of attributes and imports, also of those in strings: code, and `setattr`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = re.findall(r"(?:\.|import )(_[a-zA-Z]\w*)", node.value)
+            yield from ((node.lineno, name) for name in names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("attr"):
+            named = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            yield from ((node.lineno, name) for name in named if isinstance(name, str))
+
+
+# Files that still use some.
+PRIVATE_NAMES_IN = {
+    "tests/checkpoint/test_checkpoint_plm.py",
+    "tests/checkpoint/test_checkpoint_random.py",
+    "tests/cli/test_cli_chat.py",
+    "tests/cli/test_cli_generate.py",
+}
+
+
+def test_tests_and_benchmarks_use_no_private_names() -> None:
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in SOURCES + TESTS}
+    private = set.union(*map(defined, trees.values()))
+    found = []
+    for path, tree in trees.items():
+        if relative(path) in PRIVATE_NAMES_IN:
+            continue
+        if path in TESTS or path.relative_to(ROOT).parts[0] in ("benchmarks", "examples"):
+            others = private - defined(tree)
+            found += [f"{relative(path)}:{line} {n}" for line, n in used(tree) if n in others]
+    assert found == []
 
 
 def test_line_budget(capsys: pytest.CaptureFixture[str]) -> None:

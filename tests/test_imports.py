@@ -1,19 +1,19 @@
-"""Who may import whom, read from the sources; what an import loads, seen in a child process.
+"""Imports follow `import_rules.PARTS` and have no cycles; what an import loads, in a child process.
 
-docs/design.md in a table: an import may only go down. `runtime` and `models` never see each other,
-and nobody imports `cli`, `training` or `benchmarks`.
+The rules are checked against the sources, without importing them.
 """
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from import_rules import IMPORT_BY_TABLE, PARTS, TOPS
 
-from perception_rt import _LAZY
+import perception_rt
 from perception_rt.families import FAMILIES
 from perception_rt.targets import TARGETS
 
@@ -21,113 +21,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What a part of the tree may import besides itself and the standard library.
-
-    `lazy` and `lazy_libraries` are for function bodies and for `if TYPE_CHECKING` only.
-    """
-
-    uses: tuple[str, ...] = ()
-    libraries: tuple[str, ...] = ()
-    lazy: tuple[str, ...] = ()
-    lazy_libraries: tuple[str, ...] = ()
-
-
-LAYER_1 = (
-    "_version",
-    "archs",
-    "config",
-    "demo",
-    "errors",
-    "families",
-    "limits",
-    "memory",
-    "plm_config",
-    "progress",
-    "records",
-    "targets",
-    "tensorrt_library",
-)
-LAYER_2 = (*LAYER_1, "processing", "package")
-TORCH_SIDE = (*LAYER_2, "models", "checkpoint")
-EXPORTER = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
-
-# The longest name that fits a module is its part; a module that no name fits is an error.
-PARTS = {
-    "perception_rt": Part(uses=LAYER_1, lazy=("processing", "runtime")),
-    **{f"perception_rt.{name}": Part(uses=LAYER_1) for name in LAYER_1},
-    "perception_rt.tensorrt_library": Part(
-        uses=LAYER_1,
-        lazy_libraries=("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"),
-    ),
-    "perception_rt.processing": Part(
-        uses=LAYER_1, libraries=("numpy", "PIL", "regex", "ftfy"),
-        lazy_libraries=("av", "sentencepiece", "tiktoken", "tokenizers")
-    ),
-    "perception_rt.package": Part(uses=LAYER_1),
-    "perception_rt.models": Part(uses=LAYER_1, libraries=("torch",)),
-    "perception_rt.checkpoint": Part(
-        uses=(*LAYER_1, "models", "processing"),
-        libraries=("torch", "safetensors"),
-        lazy_libraries=("huggingface_hub",),
-    ),
-    "perception_rt.runtime": Part(uses=LAYER_2, libraries=("numpy",)),
-    # Decides what runs; only `model_runner` touches engines, arrays and caches of contents.
-    "perception_rt.runtime.generation.scheduler": Part(
-        uses=(
-            *LAYER_1,
-            "package",
-            "runtime.cache.kv_pool",
-            "runtime.generation.model_runner",
-            "runtime.generation.request_state",
-            "runtime.request",
-        )
-    ),
-    "perception_rt.runtime.backends.onnxruntime": Part(
-        uses=(*LAYER_2, "runtime"), libraries=("numpy", "onnxruntime")
-    ),
-    "perception_rt.runtime.cuda": Part(
-        uses=LAYER_1, libraries=("numpy",), lazy_libraries=("cuda",)
-    ),
-    "perception_rt.export": Part(uses=TORCH_SIDE, libraries=EXPORTER),
-    "perception_rt.export.gate": Part(
-        uses=(*TORCH_SIDE, "export", "runtime"), libraries=EXPORTER
-    ),
-    "perception_rt.export.quantization.modelopt": Part(
-        uses=LAYER_1, libraries=("torch",), lazy_libraries=("modelopt",)
-    ),
-    "perception_rt.export.backends.torch_tensorrt": Part(
-        uses=(*TORCH_SIDE, "export"), libraries=EXPORTER, lazy_libraries=("torch_tensorrt",)
-    ),
-    "perception_rt.cli.report": Part(
-        uses=(*LAYER_1, "package"), lazy=("runtime",), lazy_libraries=("onnxruntime",)
-    ),
-    "perception_rt.cli": Part(
-        uses=LAYER_1,
-        lazy=("cli", "export", "package", "processing", "runtime"),
-        lazy_libraries=("numpy",),
-    ),
-    "perception_rt.__main__": Part(uses=("cli",)),
-    "training": Part(
-        uses=TORCH_SIDE,
-        libraries=("numpy", "torch", "PIL", "safetensors", "sklearn", "yaml"),
-        lazy_libraries=("matplotlib", "sentencepiece", "tensorboard", "xformers"),
-    ),
-}  # fmt: skip
-
-# Modules that import by names from a table: `_LAZY`, `TARGETS` or `FAMILIES`.
-IMPORT_BY_TABLE = {
-    "perception_rt",
-    "perception_rt.export.build",
-    "perception_rt.families",
-    "perception_rt.runtime.load",
-    "perception_rt.runtime.session",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Import:
-    """One import: who, whom, where, and whether it happens only when a function is called."""
+    """`module` imports `target` on a line; a `lazy` import runs when a function is called."""
 
     module: str
     target: str
@@ -136,7 +31,7 @@ class Import:
 
 
 def sources() -> dict[str, Path]:
-    paths = [p for top in ("perception_rt", "training") for p in (ROOT / top).rglob("*.py")]
+    paths = [p for top in TOPS for p in (ROOT / top).rglob("*.py")]
     names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(paths)}
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
@@ -181,7 +76,7 @@ def part_of(module: str, names: Iterable[str]) -> str | None:
 
 
 def violation(item: Import) -> str | None:
-    """What is wrong with an import by the table, None if it is fine."""
+    """Describes an import that the table forbids; None for one that it allows."""
     owner = part_of(item.module, PARTS)
     # The entry of the whole package is for its __init__.py alone.
     assert owner is not None and (owner != "perception_rt" or item.module == owner), (
@@ -191,10 +86,11 @@ def violation(item: Import) -> str | None:
     top = item.target.partition(".")[0]
     if top in sys.stdlib_module_names:
         return None
-    if top in ("perception_rt", "training"):
-        below = part.uses + (part.lazy if item.lazy else ())
+    if item.target == "perception_rt":
+        allowed = part.public
+    elif top in TOPS:
         itself = () if owner == "perception_rt" else (owner,)
-        allowed = part_of(item.target, [*itself, *(f"perception_rt.{n}" for n in below)])
+        allowed = part_of(item.target, [*itself, *part.allowed(lazy=item.lazy)]) is not None
     else:
         allowed = top in part.libraries + (part.lazy_libraries if item.lazy else ())
     when = "in a function" if item.lazy else "at import"
@@ -223,10 +119,71 @@ def test_imports_only_go_down() -> None:
         ("perception_rt", "perception_rt.runtime.load.load", False),
         ("perception_rt.cli", "training.demo.digits.held_out_digits", True),
         ("training.trainer", "perception_rt.export.build.export_package", True),
+        ("training.trainer", "benchmarks.flops.flops", True),
+        ("training.data.loader", "training.tasks.task.Task", False),
+        ("training.recipe.schema", "training.data.jsonl.read", False),
+        ("training.model.lora", "training.tasks.language.LanguageTask", True),
+        ("perception_rt.runtime.cache.kv_pool", "perception_rt.runtime.session.Session", False),
+        ("perception_rt.runtime.cache.disk_cache", "perception_rt.runtime.generation.x", False),
+        ("perception_rt.runtime.backends.tensorrt", "perception_rt.runtime.generator.x", True),
+        ("perception_rt.runtime.generation.worker", "perception_rt.runtime.backends.x", True),
+        ("perception_rt.runtime.generation.worker", "perception_rt.runtime.generator.x", False),
+        ("perception_rt.runtime.request", "perception_rt.runtime.session.Session", False),
+        ("perception_rt.runtime.embedder", "perception_rt.export.plan.ExportPlan", True),
+        ("perception_rt.export.graph.trace", "perception_rt.export.components.pe.x", False),
+        ("perception_rt.export.quantization.formats", "perception_rt.export.plan.Plan", False),
+        ("perception_rt.export.components.pe", "perception_rt.export.backends.tensorrt.x", False),
+        ("perception_rt.export.components.pe", "perception_rt.runtime.load.load", True),
+        ("perception_rt.export.plan", "torch", False),
+        ("benchmarks.flops", "benchmarks.encoder.runners.x", False),
+        ("benchmarks.encoder.runners", "benchmarks.generation.runners.x", True),
     ],
 )
 def test_the_table_refuses(module: str, target: str, lazy: bool) -> None:
     assert violation(Import(module=module, target=target, line=1, lazy=lazy)) is not None
+
+
+def cycles(edges: Mapping[str, set[str]]) -> list[set[str]]:
+    """Groups of nodes that reach each other; a node that reaches itself only is none."""
+    reached = {node: set(below) for node, below in edges.items()}
+    for middle in edges:
+        for below in reached.values():
+            if middle in below:
+                below |= reached[middle]
+    groups = ({n for n in reached[node] if node in reached[n]} for node in edges)
+    return sorted((set(group) for group in {*map(frozenset, groups)} if len(group) > 1), key=min)
+
+
+def import_graph(folder_of: Callable[[str], str]) -> dict[str, set[str]]:
+    """Which folders, or modules, import which when they are imported."""
+    known = sources()
+    edges: dict[str, set[str]] = {folder_of(module): set() for module in known}
+    for item in imports():
+        target = part_of(item.target, known)
+        if target is not None and not item.lazy:
+            edges[folder_of(item.module)].add(folder_of(target))
+    return edges
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    assert cycles(import_graph(lambda module: module)) == []
+
+
+def test_folders_do_not_import_each_other_in_a_circle() -> None:
+    """Modules beside sub-folders, such as `runtime.session`, count on their own."""
+    folders = {m for m, path in sources().items() if path.name == "__init__.py"}
+    parents = {folder.rpartition(".")[0] for folder in folders}
+
+    def folder_of(module: str) -> str:
+        folder = module if module in folders else module.rpartition(".")[0]
+        return module if folder in parents else folder
+
+    assert cycles(import_graph(folder_of)) == []
+
+
+def test_cycles_are_found() -> None:
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "d"}, "e": {"f"}, "f": {"e"}}
+    assert cycles(edges) == [{"a", "b", "c"}, {"e", "f"}]
 
 
 def test_names_that_are_imported_from_tables_go_down() -> None:
@@ -237,8 +194,9 @@ def test_names_that_are_imported_from_tables_go_down() -> None:
         assert family.model.startswith("perception_rt.models.")
         assert family.component.startswith("perception_rt.export.components.")
         assert family.runtime.startswith("perception_rt.runtime.")
-    lazy = [f"perception_rt.{name}" for name in PARTS["perception_rt"].lazy]
-    assert all(name.startswith(tuple(lazy)) for name in _LAZY.values())
+    public = {getattr(perception_rt, name) for name in perception_rt.__all__ if name[0] != "_"}
+    allowed = PARTS["perception_rt"].allowed(lazy=True)
+    assert all(part_of(item.__module__, allowed) for item in public)
     dynamic = {
         module
         for module, path in sources().items()

@@ -1,7 +1,8 @@
 """TensorRT engines, built ahead of time on a machine without a GPU, of graphs equal to eager.
 
-The depth is cut and all widths, grids and head sizes are the released models' own. By name
-(`-m slow`), and in CI by `make engines`: whole encoders, and the widest.
+The depth is cut, and all widths, grids and head sizes are the released models' own. `make engines`
+runs the slow tests, of whole encoders and of the widest. A build takes one precision to one GPU,
+so that each precision is built for each GPU, and each model in each precision for one GPU.
 """
 
 import shutil
@@ -18,6 +19,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from PIL import Image
 
 from perception_rt import tensorrt_library
 from perception_rt.archs import get_config
@@ -34,6 +36,7 @@ from perception_rt.export.backends.tensorrt_engines import (
 from perception_rt.export.backends.tensorrt_profiles import profiles
 from perception_rt.export.build import export_package
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
+from perception_rt.export.quantization.calibration import images
 from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import open_package
@@ -50,24 +53,34 @@ Export = Callable[..., Manifest]
 
 @pytest.fixture
 def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
-    """`export(config, precision, engines)`: publishes a package with random weights."""
+    """`export(config, precision, *gpus)`: publishes a package with random weights."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
-    def run(config: PeConfig | PlmConfig, precision: str, gpus: tuple[str, ...] = BOTH) -> Manifest:
+    def run(config: PeConfig | PlmConfig, precision: str, *gpus: str) -> Manifest:
+        size = config.vision.image_size
         common = {
             "name": "shape", "backend": "tensorrt", "precision": precision, "engines": gpus,
+            # One image and not eight: ranges are found as well, in an eighth of the time.
+            "calibration": one_image(tmp_path, size) if precision == "fp8" else None,
         }  # fmt: skip
         plan: ExportPlan | PlmPlan
         if isinstance(config, PlmConfig):
-            tiles = TileSpec(tile_size=config.vision.image_size)
+            tiles = TileSpec(tile_size=size)
             plan = PlmPlan(config=config, tiles=tiles, **common)  # type: ignore[arg-type]
         else:
-            size = config.vision.image_size
             image = ImageSpec(height=size, width=size, resize="squash")
             plan = ExportPlan(config=config, image=image, taps=(), **common)  # type: ignore[arg-type]
         return export_package(plan, RandomWeights(config, 0), tmp_path / "package")
 
     return run
+
+
+def one_image(folder: Path, size: int) -> Path:
+    """A folder with one picture to calibrate on."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    Image.fromarray(images(1, size, size)[0]).save(pictures / "picture.png")
+    return pictures
 
 
 def shallow(name: str, layers: int = 2) -> PeConfig | PlmConfig:
@@ -90,36 +103,54 @@ def check_fusion(manifest: Manifest, graph: str, layers: Counter[str]) -> None:
         assert record["bytes"] > 1000 and record["seconds"] > 0 and record["peak_rss_bytes"] > 0
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp8"])
 @pytest.mark.parametrize(
-    "name", ["PE-Core-B16-224", pytest.param("PE-Core-G14-448", marks=pytest.mark.slow)]
+    ("name", "precision", "gpus"),
+    [
+        ("PE-Core-B16-224", "fp16", BOTH),
+        ("PE-Core-B16-224", "fp8", ("sm89",)),
+        pytest.param("PE-Core-G14-448", "fp16", ("sm120",), marks=pytest.mark.slow),
+        pytest.param("PE-Core-G14-448", "fp8", ("sm89",), marks=pytest.mark.slow),
+    ],
 )
-def test_encoders_of_released_shapes_build(export: Export, name: str, precision: str) -> None:
+def test_encoders_of_released_shapes_build(
+    export: Export, name: str, precision: str, gpus: tuple[str, ...]
+) -> None:
     """The latter has heads of 96 channels."""
     config = shallow(name)
-    manifest = export(config, precision)
+    manifest = export(config, precision, *gpus)
     pooled = int(config.vision.pool_type == "attn")
     layers = Counter(ATTENTION_OUTPUT=2 + pooled, ROTARY_EMBEDDING=4)
     check_fusion(manifest, "vision", layers)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp8"])
-def test_a_language_model_of_released_shape_builds(export: Export, precision: str) -> None:
-    manifest = export(shallow("PLM-1B"), precision)
+@pytest.mark.parametrize(("precision", "gpu"), [("fp16", "sm89"), ("fp8", "sm120")])
+def test_a_language_model_of_released_shape_builds(
+    export: Export, precision: str, gpu: str
+) -> None:
+    manifest = export(shallow("PLM-1B"), precision, gpu)
     check_fusion(manifest, "vision", Counter(ATTENTION_OUTPUT=2, ROTARY_EMBEDDING=4))
     decoder = Counter(ATTENTION_OUTPUT=2, ROTARY_EMBEDDING=4, KV_CACHE_UPDATE=4)
     check_fusion(manifest, "decoder_0", decoder)
-    record = manifest.record["engines"]["decoder_0.sm89.engine"]["layers"]
+    record = manifest.record["engines"][f"decoder_0.{gpu}.engine"]["layers"]
     assert bool(record.get("QUANTIZE", 0)) == (precision == "fp8")
-    assert "pixels.sm89.engine" not in manifest.record["engines"]
+    assert f"pixels.{gpu}.engine" not in manifest.record["engines"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "fp8"])
-@pytest.mark.parametrize("name", ["PE-Core-B16-224", "PE-Core-L14-336", "PE-Lang-L14-448"])
-def test_whole_encoders_build(export: Export, name: str, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "precision", "gpu"),
+    [
+        ("PE-Core-B16-224", "fp16", "sm89"),
+        ("PE-Core-B16-224", "fp8", "sm120"),
+        ("PE-Core-L14-336", "fp16", "sm120"),
+        ("PE-Core-L14-336", "fp8", "sm89"),
+        ("PE-Lang-L14-448", "fp16", "sm89"),
+        ("PE-Lang-L14-448", "fp8", "sm120"),
+    ],
+)
+def test_whole_encoders_build(export: Export, name: str, precision: str, gpu: str) -> None:
     config = get_config(name)
-    manifest = export(config, precision)
+    manifest = export(config, precision, gpu)
     pooled = int(config.vision.pool_type == "attn")
     depth = config.vision.layers
     check_fusion(
@@ -131,7 +162,7 @@ def test_whole_encoders_build(export: Export, name: str, precision: str) -> None
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
 def test_a_whole_language_model_builds(export: Export, precision: str) -> None:
     config = get_config("PLM-1B")
-    manifest = export(config, precision, ("sm89",))
+    manifest = export(config, precision, "sm89")
     assert isinstance(config, PlmConfig)
     depth = config.decoder.n_layers
     parts = [n for n in manifest.content.graphs if n.startswith("decoder")]

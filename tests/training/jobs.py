@@ -139,12 +139,12 @@ def _run(arguments: list[str], place: dict[str, int], log: Path, faults: Faults)
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    _watch_steps(faults, place["RANK"])
+    watch_steps(faults, place["RANK"])
     _watch_checkpoints(faults)
     sys.exit(main(arguments))
 
 
-def _watch_steps(faults: Faults, rank: int) -> None:
+def watch_steps(faults: Faults, rank: int) -> None:
     step = Trainer.step
 
     def watched(self: Trainer, parts: Any) -> Any:

@@ -160,7 +160,7 @@ def test_trn_02_one_of_two_ranks_killed_ends_the_job_and_it_resumes_identical(
     kill.write_text(
         "import os, sys; import jobs; from training.train import main\n"
         "rank = int(os.environ['RANK'])\n"
-        "jobs._watch_steps(jobs.Faults(kill_step=8 if rank else 0), rank)\n"
+        "jobs.watch_steps(jobs.Faults(kill_step=8 if rank else 0), rank)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [

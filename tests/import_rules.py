@@ -1,0 +1,251 @@
+"""The table of docs/design.md: what each part of the tree may import.
+
+An import may only go down. `runtime` and `models` never import each other, and nothing imports
+`cli` or `benchmarks`. The sub-packages of `runtime`, `export` and `training` have layers too.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a part of the tree may import besides itself and the standard library.
+
+    Names are below `perception_rt`, or begin with `training` or `benchmarks`. `lazy` and
+    `lazy_libraries` are for function bodies and for `if TYPE_CHECKING` only. `public` allows
+    `import perception_rt`, as users write it.
+    """
+
+    uses: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    lazy: tuple[str, ...] = ()
+    lazy_libraries: tuple[str, ...] = ()
+    public: bool = False
+
+    def allowed(self, *, lazy: bool) -> list[str]:
+        """Full names of modules and packages that may be imported."""
+        names = self.uses + (self.lazy if lazy else ())
+        return [n if n.partition(".")[0] in TOPS else f"perception_rt.{n}" for n in names]
+
+
+TOPS = ("perception_rt", "training", "benchmarks")
+LAYER_1 = (
+    "_version",
+    "archs",
+    "config",
+    "demo",
+    "errors",
+    "families",
+    "limits",
+    "memory",
+    "plm_config",
+    "progress",
+    "records",
+    "targets",
+    "tensorrt_library",
+)
+LAYER_2 = (*LAYER_1, "processing", "package")
+TORCH_SIDE = (*LAYER_2, "models", "checkpoint")
+PLAN = ("export.plan", "export.quantization")
+EXPORTER = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
+RECIPE = ("training.recipe",)
+SHARED_BY_BENCHMARKS = (
+    "benchmarks.flops",
+    "benchmarks.limits",
+    "benchmarks.machine",
+    "benchmarks.rounds",
+    "benchmarks.subprocess_task",
+    "benchmarks.tables",
+    "benchmarks.timing",
+)
+
+_FOUNDATION = {
+    "perception_rt": Part(uses=LAYER_1, lazy=("processing", "runtime")),
+    **{f"perception_rt.{name}": Part(uses=LAYER_1) for name in LAYER_1},
+    "perception_rt.tensorrt_library": Part(
+        uses=LAYER_1,
+        lazy_libraries=("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"),
+    ),
+    "perception_rt.processing": Part(
+        uses=LAYER_1,
+        libraries=("numpy", "PIL", "regex", "ftfy"),
+        lazy_libraries=("av", "sentencepiece", "tiktoken", "tokenizers"),
+    ),
+    "perception_rt.package": Part(uses=LAYER_1),
+    "perception_rt.models": Part(uses=LAYER_1, libraries=("torch",)),
+    "perception_rt.checkpoint": Part(
+        uses=(*LAYER_1, "models", "processing"),
+        libraries=("torch", "safetensors"),
+        lazy_libraries=("huggingface_hub",),
+    ),
+}
+
+_RUNTIME = {
+    "perception_rt.runtime": Part(uses=LAYER_2, libraries=("numpy",)),
+    "perception_rt.runtime.cuda": Part(
+        uses=LAYER_1, libraries=("numpy",), lazy_libraries=("cuda",)
+    ),
+    "perception_rt.runtime.request": Part(uses=LAYER_2, libraries=("numpy",)),
+    "perception_rt.runtime.load_options": Part(uses=(*LAYER_2, "runtime.session")),
+    "perception_rt.runtime.session": Part(
+        uses=(*LAYER_2, "runtime.cache", "runtime.cuda"), libraries=("numpy",)
+    ),
+    "perception_rt.runtime.cache": Part(
+        uses=(*LAYER_1, "package", "runtime.cuda"), libraries=("numpy",)
+    ),
+    "perception_rt.runtime.generation": Part(
+        uses=(
+            *LAYER_2,
+            "runtime.cache",
+            "runtime.load_options",
+            "runtime.request",
+            "runtime.session",
+        ),
+        libraries=("numpy",),
+    ),
+    # Decides what runs; only `model_runner` touches engines, arrays and caches of contents.
+    "perception_rt.runtime.generation.scheduler": Part(
+        uses=(
+            *LAYER_1,
+            "package",
+            "runtime.cache.kv_pool",
+            "runtime.generation.model_runner",
+            "runtime.generation.request_state",
+            "runtime.request",
+        )
+    ),
+    "perception_rt.runtime.backends": Part(
+        uses=(*LAYER_1, "package", "runtime.cache", "runtime.cuda", "runtime.session"),
+        libraries=("numpy",),
+    ),
+    "perception_rt.runtime.backends.onnxruntime": Part(
+        uses=(
+            *LAYER_1,
+            "package",
+            "runtime.backends.onnx_weights",
+            "runtime.cache",
+            "runtime.cuda",
+            "runtime.session",
+        ),
+        libraries=("numpy", "onnxruntime"),
+    ),
+}
+
+_EXPORT = {
+    "perception_rt.export": Part(uses=TORCH_SIDE, libraries=EXPORTER),
+    "perception_rt.export.plan": Part(uses=(*LAYER_2, "export.quantization")),
+    "perception_rt.export.fidelity": Part(uses=LAYER_2, libraries=("numpy",)),
+    "perception_rt.export.gate": Part(uses=(*TORCH_SIDE, "export", "runtime"), libraries=EXPORTER),
+    "perception_rt.export.quantization": Part(
+        uses=(*LAYER_1, "processing"), libraries=("numpy", "torch", "ml_dtypes")
+    ),
+    "perception_rt.export.quantization.modelopt": Part(
+        uses=LAYER_1, libraries=("torch",), lazy_libraries=("modelopt",)
+    ),
+    "perception_rt.export.graph": Part(
+        uses=(*LAYER_1, "models", "package", "export.quantization"), libraries=EXPORTER
+    ),
+    "perception_rt.export.components": Part(
+        uses=(*TORCH_SIDE, *PLAN, "export.fidelity", "export.graph"), libraries=("numpy", "torch")
+    ),
+    "perception_rt.export.backends": Part(
+        uses=(*TORCH_SIDE, *PLAN, "export.components", "export.graph"), libraries=EXPORTER
+    ),
+    "perception_rt.export.backends.torch_tensorrt": Part(
+        uses=(*TORCH_SIDE, *PLAN, "export.backends", "export.components", "export.graph"),
+        libraries=EXPORTER,
+        lazy_libraries=("torch_tensorrt",),
+    ),
+}
+
+_COMMANDS = {
+    "perception_rt.cli": Part(
+        uses=LAYER_1,
+        lazy=("cli", "export", "package", "processing", "runtime"),
+        lazy_libraries=("numpy",),
+    ),
+    "perception_rt.cli.report": Part(
+        uses=(*LAYER_1, "package"), lazy=("runtime",), lazy_libraries=("onnxruntime",)
+    ),
+    "perception_rt.__main__": Part(uses=("cli",)),
+}
+
+_TRAINING = {
+    "training": Part(
+        uses=TORCH_SIDE,
+        libraries=("numpy", "torch", "yaml"),
+        lazy_libraries=("matplotlib", "tensorboard"),
+    ),
+    "training.atomic_files": Part(),
+    "training.signals": Part(),
+    "training.distributed": Part(uses=(*LAYER_1, *RECIPE), libraries=("torch",)),
+    "training.recipe": Part(uses=(*LAYER_1, "processing"), libraries=("yaml",)),
+    "training.data": Part(
+        uses=(*LAYER_2, *RECIPE, "training.distributed"), libraries=("numpy", "torch", "PIL")
+    ),
+    "training.model": Part(
+        uses=(*TORCH_SIDE, *RECIPE, "training.atomic_files"),
+        libraries=("torch",),
+        lazy_libraries=("xformers",),
+    ),
+    "training.demo": Part(
+        uses=(*TORCH_SIDE, *RECIPE, "training.data", "training.model"),
+        libraries=("numpy", "torch", "PIL", "sklearn"),
+        lazy_libraries=("sentencepiece",),
+    ),
+    "training.tasks": Part(
+        uses=(
+            *TORCH_SIDE,
+            *RECIPE,
+            "training.data",
+            "training.demo",
+            "training.distributed",
+            "training.model",
+        ),
+        libraries=("numpy", "torch"),
+    ),
+    "training.planning": Part(
+        uses=(*LAYER_1, *RECIPE, "models", "training.model", "training.tasks"),
+        libraries=("torch",),
+    ),
+    "training.checkpoint": Part(
+        uses=(
+            *LAYER_1,
+            *RECIPE,
+            "training.atomic_files",
+            "training.data.loader",
+            "training.distributed",
+            "training.tasks.task",
+        ),
+        libraries=("torch", "safetensors"),
+    ),
+}
+
+_BENCHMARKED = Part(
+    uses=(*TORCH_SIDE, *SHARED_BY_BENCHMARKS, "cli", "export", "runtime", "training.demo"),
+    libraries=("numpy", "safetensors", "torch"),
+    lazy_libraries=(
+        "numpy", "onnx", "onnxruntime", "onnxruntime_genai", "tokenizers", "transformers",
+    ),
+    public=True,
+)  # fmt: skip
+_BENCHMARKS = {
+    "benchmarks": _BENCHMARKED,
+    **dict.fromkeys(SHARED_BY_BENCHMARKS, _BENCHMARKED),
+    "benchmarks.encoder": _BENCHMARKED,
+    "benchmarks.generation": _BENCHMARKED,
+    "benchmarks.gpu": _BENCHMARKED,
+}
+
+# The longest name that fits a module is its part; a module that no name fits is an error.
+PARTS = {**_FOUNDATION, **_RUNTIME, **_EXPORT, **_COMMANDS, **_TRAINING, **_BENCHMARKS}
+
+# Modules that import by names from a table: `_LAZY`, `TARGETS` or `FAMILIES`.
+IMPORT_BY_TABLE = {
+    "benchmarks.gpu.engines",
+    "perception_rt",
+    "perception_rt.export.build",
+    "perception_rt.families",
+    "perception_rt.runtime.load",
+    "perception_rt.runtime.session",
+}
