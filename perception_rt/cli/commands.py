@@ -9,12 +9,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from perception_rt._version import __version__
+from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
 from perception_rt.errors import InputError, PerceptionError
 from perception_rt.progress import Progress
 
@@ -63,80 +63,6 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-
-
-def export_parser() -> argparse.ArgumentParser:
-    """Parser of `perception-export`."""
-    parser = argparse.ArgumentParser(
-        prog="perception-export", description="Make an engine package from a checkpoint."
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--model", help="a released model, such as PE-Core-L14-336 PLM-1B, PE-Demo or PLM-Demo"
-    )
-    what.add_argument("--checkpoint", metavar="PATH", help="weights of any PE or PLM")
-    parser.add_argument(
-        "--config", metavar="FILE", help="its architecture, as JSON; default: params.json beside it"
-    )
-    parser.add_argument(
-        "--weights", metavar="SOURCE", help="of --model: hf (default), random, or a path"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of --weights random")
-    parser.add_argument(
-        "--precision", help="fp32 (default), fp16, int8; int4 for PLM; fp16 (default) or fp8 for "
-        "tensorrt"
-    )  # fmt: skip
-    parser.add_argument("--fp8", action="store_true", help="the same as --precision fp8")
-    parser.add_argument(
-        "--backend", help="onnxruntime or tensorrt; default: the one that has the precision"
-    )
-    parser.add_argument(
-        "--target", metavar="GPUS", help="of tensorrt: compute capabilities to build engines for, "
-        "such as sm89,sm120; here (default) for this machine's GPU; none for graphs alone"
-    )  # fmt: skip
-    parser.add_argument(
-        "--allow-unfused", action="store_true", help="of tensorrt: take attention apart where "
-        "there is no fused kernel"
-    )  # fmt: skip
-    parser.add_argument(
-        "--refittable", action="store_true", help="of tensorrt: engines without weights, which "
-        "perception-rt refit can give others"
-    )  # fmt: skip
-    parser.add_argument(
-        "--route", default="onnx", help="of tensorrt: onnx (default), or torch-tensorrt for an "
-        "encoder in fp16"
-    )  # fmt: skip
-    parser.add_argument(
-        "--calibration", metavar="DIR", help="images, and prompts.txt, that fp8 finds its ranges "
-        "on; default: synthetic ones"
-    )  # fmt: skip
-    parser.add_argument(
-        "--calibrator", default="max", help="of fp8: max (default), the largest magnitude; or "
-        "modelopt, where NVIDIA's is installed"
-    )  # fmt: skip
-    parser.add_argument("--image-size", metavar="HxW", help="default: the model's own")
-    parser.add_argument("--center-crop", action="store_true", help="crop images; default: squash")
-    parser.add_argument(
-        "--taps", metavar="LAYERS", help="blocks that `features` can return: all (default), none, "
-        "or a list such as 5,11,-1"
-    )  # fmt: skip
-    parser.add_argument(
-        "--blocks", metavar="FORMAT", help="of a PLM's decoder in int4: int8 (default) for fast "
-        "prompts, int4 for half the memory"
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-length", type=int, metavar="TOKENS", help="of a PLM's longest sequence; of "
-        "tensorrt, every cache is that long; default: the model's"
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="of a PLM; default: tokenizer.model beside its weights"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the package to make")
-    parser.add_argument("--force", action="store_true", help="replace an existing package")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.set_defaults(command=_export)
-    return parser
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -190,13 +116,7 @@ def main_parser() -> argparse.ArgumentParser:
     verify.add_argument("package", metavar="DIR")
     verify.add_argument("--expect", metavar="ID", help="the package id that must be there")
 
-    refit = _command(commands, "refit", _refit, "give a package the weights of another checkpoint")
-    refit.add_argument("package", metavar="DIR", help="an engine package")
-    refit.add_argument("--weights", required=True, metavar="PATH", help="a checkpoint")
-    refit.add_argument("--out", required=True, metavar="DIR", help="the package to make")
-    refit.add_argument("--force", action="store_true", help="replace an existing package")
-    refit.add_argument("--expect", metavar="ID", help="the package id that must be there")
-    refit.add_argument("--calibration", metavar="DIR", help="images that fp8 finds its ranges on")
+    add_refit_arguments(_command(commands, "refit", run_refit, REFIT_HELP))
 
     doctor = _command(commands, "doctor", _doctor, "show what can run here; lint a package")
     doctor.add_argument("package", metavar="DIR", nargs="?")
@@ -288,50 +208,6 @@ def _load_generator(options: argparse.Namespace, progress: Progress, **more: Any
         max_batch=1,  # the commands put one question at a time
         **more,
     )
-
-
-def _export(options: argparse.Namespace) -> None:
-    with _needing_torch():
-        from perception_rt.export.options import run_export
-    with Progress() as progress:
-        manifest = run_export(options, progress.step)
-    _show_made(options, manifest)
-
-
-def _refit(options: argparse.Namespace) -> None:
-    with _needing_torch():
-        from perception_rt.export.refit import refit_package
-    with Progress() as progress:
-        manifest = refit_package(
-            options.package,
-            options.weights,
-            options.out,
-            expect=options.expect,
-            calibration=options.calibration,
-            force=options.force,
-            on_progress=progress.step,
-        )
-    _show_made(options, manifest)
-
-
-@contextmanager
-def _needing_torch() -> Iterator[None]:
-    """InputError that says what to install where an import of the exporter fails."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "perception_rt":
-            raise
-        raise InputError(
-            f"exporting needs {error.name}: pip install 'perception_rt[export]'"
-        ) from None
-
-
-def _show_made(options: argparse.Namespace, manifest: Any) -> None:
-    if options.json:
-        _print_json({"package": options.out, "id": manifest.id, "record": manifest.record})
-    else:
-        print(f"{options.out}  {manifest.id}")
 
 
 def _embed(options: argparse.Namespace) -> None:

@@ -1,16 +1,16 @@
-"""The export, from plan and weights to a published package.
+"""Exports: from options to a plan, and from a plan and weights to a published package.
 
-Towers are handled one after the other and weights one tensor at a time, so that the peak is one
-tower in eager, or one layer of a language model, not the model several times over.
+Components are handled one after the other and weights one tensor at a time. So the peak memory is
+one component in eager, or one layer of a language model, and not several copies of the model.
 """
 
 import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import numpy as np
 from torch import Tensor
 
 from perception_rt._version import __version__
-from perception_rt.checkpoint.source import WeightSource
-from perception_rt.errors import BackendError, CapacityError, ExportError
-from perception_rt.export.backends import torch_tensorrt
+from perception_rt.checkpoint.random import RandomWeights
+from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
+from perception_rt.errors import BackendError, CapacityError, ExportError, InputError
 from perception_rt.export.backends.tensorrt_engines import (
     EngineBuilder,
     EngineMaker,
@@ -29,21 +29,30 @@ from perception_rt.export.backends.tensorrt_engines import (
     library_for,
 )
 from perception_rt.export.backends.tensorrt_profiles import has_engine
+from perception_rt.export.backends.torch_tensorrt import TorchTensorRt, load_compiler
 from perception_rt.export.components.component import (
     Component,
     ModelExport,
     Recipe,
     Reference,
+    ranges_of,
 )
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.gate import check_gpu, run_gate
 from perception_rt.export.graph.lowering import LoweredGraph, Lowering
 from perception_rt.export.graph.onnx_writer import Place, write_graphs
-from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
+from perception_rt.export.options import (
+    ExportOptions,
+    find_architecture,
+    locate_weights,
+    refuse_foreign,
+)
+from perception_rt.export.plan import HERE, BuildSettings, Plan, build_settings
+from perception_rt.export.quantization.calibration import calibration_files, prompts
 from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.export.refit_source import RefitSource
-from perception_rt.families import family_of, import_named
+from perception_rt.families import Family, family_of, import_named
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
@@ -55,8 +64,78 @@ from perception_rt.tensorrt_library import gpu_capability
 Report = Callable[[str], None]
 
 
+def export(options: ExportOptions, on_progress: Report | None = None) -> Manifest:
+    """Exports a model as an engine package and publishes it as `options.out`.
+
+    Options are checked before weights are downloaded or read. Nothing is published unless the
+    finished package is faithful to eager PyTorch.
+
+    Args:
+        options: the model, how to build it, and where to.
+        on_progress: called with one line of text per step.
+
+    Returns:
+        The package's manifest; its `id` is the digest of the package's content.
+
+    Raises:
+        InputError: an option is unusable, or does not fit the model.
+        CheckpointError: the weights are missing, damaged or of another architecture.
+        BackendError: an engine cannot be built on this machine.
+        ExportError: `options.out` is taken, or the package is not faithful.
+    """
+    report = on_progress or _ignore
+    config = find_architecture(options)
+    family = family_of(config)
+    refuse_foreign(options, family)
+    settings = build_settings(options)
+    model_class = model_export(family)
+    config = model_class.configure(options, config, settings)
+    check_machine(settings)
+    if settings.calibration is not None:
+        calibration_files(settings.calibration)
+        prompts(settings.calibration)
+    with _parents(Path(options.out)):
+        # An early check: the stage itself is made when the weights are there.
+        Stage.create(options.out, force=options.force).discard()
+        place = locate_weights(options, report)
+        plan = model_class.make_plan(options, config, settings, place.path)
+        source: WeightSource
+        if place.path is None:
+            source = RandomWeights(config, options.seed)
+        else:
+            license_note = place.license_note or LICENSE_UNKNOWN
+            source = open_checkpoint(place.path, config, license_note=license_note)
+        return export_package(plan, source, options.out, force=options.force, on_progress=report)
+
+
+def model_export(family: Family) -> type[ModelExport[Any, Any]]:
+    """The class that plans and describes a family's packages."""
+    found: type[ModelExport[Any, Any]] = import_named(family.component)
+    return found
+
+
+def check_machine(settings: BuildSettings, *, builds: bool = True) -> None:
+    """Checks that this machine has what the settings need.
+
+    Args:
+        settings: how a package is to be built.
+        builds: whether its engines are to be built, and not taken from another package.
+
+    Raises:
+        BackendError: a library or a GPU is missing.
+        CapacityError: the GPU has no free memory.
+    """
+    if settings.engines and builds:
+        if settings.route != "onnx":
+            load_compiler()
+        library_for(settings.engines, refittable=settings.refittable)
+        if _has_gpu_for(settings):
+            check_gpu()
+    ranges_of(settings)
+
+
 def export_package(
-    plan: ExportPlan | PlmPlan,
+    plan: Plan,
     source: WeightSource,
     out: str | os.PathLike[str],
     *,
@@ -64,42 +143,46 @@ def export_package(
     refit: RefitSource | None = None,
     on_progress: Report | None = None,
 ) -> Manifest:
-    """Exports a model and publishes it as the package directory `out`.
+    """Exports a planned model and publishes it as the package directory `out`.
 
     Args:
         plan: what to make.
-        source: the weights; read a few times over, tensor by tensor.
-        out: must not exist, or be an empty directory, or a package that `force` may replace.
-        force: replace an existing package.
+        source: weights of the plan's architecture; tensors are read several times.
+        out: a path that does not exist or is an empty directory; its parent must exist.
+        force: replace the package at `out`, if there is one.
         refit: package that the result must equal in all but its weights; see `refit_package`.
-        on_progress: called with a line for each step.
+        on_progress: called with one line of text per step.
 
     Raises:
-        ExportError: the destination is not usable, or the gate failed; nothing is published.
-        CheckpointError: the weights are not usable.
+        ExportError: `out` is taken, or the package is not faithful; nothing is published.
+        CheckpointError: the weights are unusable.
+        BackendError: an engine cannot be built on this machine.
     """
-    report = on_progress or (lambda line: None)
+    report = on_progress or _ignore
     started = time.monotonic()
-    model: ModelExport[Any] = import_named(family_of(plan.config).component)(plan, source)
+    model = model_export(family_of(plan.config))(plan, source)
+    for note in model.notes():
+        report(note)
     with Stage.create(out, force=force) as stage:
         for path, data in model.files().items():
             stage.write(path, [data])
-        components = _write_components(plan, model, stage, refit, report)
-        content = _content(plan, model, stage, components)
-        stage.seal(Manifest.create(content, record={}), domains=operator_domains)
+        written = _write_components(plan, model, stage, refit, report)
+        content = _content(plan, model, stage, written)
+        # The gate opens the stage as users open a package, so the manifest must be there before
+        # the gate's results are; sealing again puts them into the record, which the id leaves out.
+        # Engines are built last, since the gate may find that they would be in vain.
+        _seal(stage, content, {})
         report("comparing the package with eager")
-        fidelity, latency = run_gate(stage.directory, components.references)
+        fidelity, latency = run_gate(stage.directory, written.references)
         check_gate(fidelity, plan.gate)
-        built: dict[str, Any] = {}
+        engines: dict[str, Any] = {}
         if plan.engines:
-            maker = _maker(plan, source) if refit is None or not refit.refittable else refit
-            content, built = _add_engines(plan, maker, stage, content, report)
-            stage.seal(Manifest.create(content, record={}), domains=operator_domains)
-            built |= _engine_gate(plan, stage, components.references, maker, report)
+            maker = refit if refit is not None and refit.refittable else _maker(plan, model)
+            content, engines = _add_engines(plan, maker, stage, content, report)
+            engines |= _gate_engines(plan, stage, content, written.references, maker, report)
         seconds = time.monotonic() - started
-        record = {**_record(plan, fidelity, latency, components.excluded, seconds), **built}
-        manifest = Manifest.create(content, record=record)
-        stage.seal(manifest, domains=operator_domains)
+        record = _record(plan, fidelity, latency, written.excluded, seconds)
+        manifest = _seal(stage, content, record | engines)
         stage.publish()
     if plan.engines:
         _remember(manifest.id, report)
@@ -107,83 +190,87 @@ def export_package(
     return manifest
 
 
+def _ignore(line: str) -> None:
+    pass
+
+
+@contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Makes the missing folders above `out`; removes them again if the export fails."""
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out.parent}: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _seal(stage: Stage, content: Content, record: Mapping[str, Any]) -> Manifest:
+    manifest = Manifest.create(content, record=record)
+    stage.seal(manifest, domains=operator_domains)
+    return manifest
+
+
 @dataclass
-class _Components:
-    """What was written of a model's towers, and what their linear layers were measured to need."""
+class _Written:
+    """The components' graphs, references, and quantisation of their linear layers."""
 
     graphs: dict[str, GraphSpec] = field(default_factory=dict)
     references: list[Reference] = field(default_factory=list)
-    excluded: dict[str, float] = field(default_factory=dict)
+    excluded: dict[str, float] = field(default_factory=dict)  # errors of these layers
     formats: dict[str, Format] = field(default_factory=dict)
     smoothed: set[str] = field(default_factory=set)
     clipped: set[str] = field(default_factory=set)
 
-    def options(self, plan: ExportPlan | PlmPlan, model: ModelExport[Any]) -> dict[str, Any]:
-        """The target's options: what a reader of the graphs could not know."""
-        options = model.options({name: self.formats.get(name) for name in sorted(self.excluded)})
-        if self.smoothed:
-            options["balanced_layers"] = sorted(self.smoothed)
-        if self.clipped:
-            options["clipped_layers"] = sorted(self.clipped)
-        if plan.calibrator != "max":
-            options["calibrator"] = plan.calibrator
-        return options
-
 
 def _write_components(
-    plan: ExportPlan | PlmPlan,
-    model: ModelExport[Any],
+    plan: Plan,
+    model: ModelExport[Any, Any],
     stage: Stage,
     refit: RefitSource | None,
     report: Report,
-) -> _Components:
-    lowering = _lowering(plan)
-    done = _Components()
-    carry: Tensor | None = None
+) -> _Written:
+    lowering: type[Lowering] = import_named(plan.target.emitter)
+    written = _Written()
     places: dict[str, Place] = {}
+    carry: Tensor | None = None
     for component in model.components():
         report(f"{component.name}: running eager")
         reference = component.reference(plan.scheme, carry)
         carry = reference.carry
-        done.references.append(reference)
+        written.references.append(reference)
         measured = reference.measured
         if refit is not None:
             measured.decide(refit.excluded, refit.smoothed, refit.clipped)
-        done.excluded |= {name: measured.errors[name] for name in measured.excluded()}
+        written.excluded |= {name: measured.errors[name] for name in measured.excluded()}
         formats = component.formats(measured)
-        done.formats |= formats
-        done.smoothed |= measured.smoothed & formats.keys()
-        done.clipped |= measured.clipped & formats.keys()
+        written.formats |= formats
+        written.smoothed |= measured.smoothed & formats.keys()
+        written.clipped |= measured.clipped & formats.keys()
         report(f"{component.name}: tracing and writing {plan.precision} graphs")
-        lowered = _lower(component, lowering, plan, formats, measured)
-        written = write_graphs(stage, f"{component.name}.data", lowered, places)
-        done.graphs |= written
+        lowered = _lower(component, lowering, formats, measured)
+        graphs = write_graphs(stage, f"{component.name}.data", lowered, places)
+        written.graphs |= graphs
         if refit is not None:
-            for name, spec in written.items():
+            for name, spec in graphs.items():
                 refit.check(name, stage.path(spec.file).read_bytes())
-    return done
-
-
-def check_destination(out: str | os.PathLike[str], *, force: bool) -> None:
-    """ExportError unless a package can be published as `out`; before weights are looked for."""
-    Stage.create(out, force=force).discard()
-
-
-def _lowering(plan: ExportPlan | PlmPlan) -> type[Lowering]:
-    module, _, name = plan.target.emitter.partition(":")
-    kind: type[Lowering] = getattr(import_module(module), name)
-    return kind
+    return written
 
 
 def _lower(
     component: Component[Any],
     lowering: type[Lowering],
-    plan: ExportPlan | PlmPlan,
     formats: Mapping[str, Format],
     measured: Measured,
 ) -> dict[str, LoweredGraph]:
     traced, parameters = component.traced()
-    dtype = np.dtype(plan.float_dtype)
+    dtype = np.dtype(component.plan.float_dtype)
     graphs = {}
     for name, recipe in component.recipes().items():
         instance = lowering(traced, parameters, dtype=dtype, formats=formats, measured=measured)
@@ -193,7 +280,7 @@ def _lower(
 
 
 def _check_fused(name: str, graph: LoweredGraph, lowering: type[Lowering], recipe: Recipe) -> None:
-    """ExportError unless attention became the operators that it should."""
+    """ExportError unless every attention became the operators that the lowering promises."""
     wanted: Counter[str] = Counter()
     for times, operators in (
         (recipe.attentions, lowering.attention_ops),
@@ -210,24 +297,22 @@ def _check_fused(name: str, graph: LoweredGraph, lowering: type[Lowering], recip
             )
 
 
-def _content(
-    plan: ExportPlan | PlmPlan,
-    model: ModelExport[Any],
-    stage: Stage,
-    components: _Components,
-) -> Content:
+def _content(plan: Plan, model: ModelExport[Any, Any], stage: Stage, written: _Written) -> Content:
+    options = model.options({name: written.formats.get(name) for name in sorted(written.excluded)})
+    if written.smoothed:
+        options["balanced_layers"] = sorted(written.smoothed)
+    if written.clipped:
+        options["clipped_layers"] = sorted(written.clipped)
+    if plan.calibrator != "max":
+        options["calibrator"] = plan.calibrator
     return Content(
         name=plan.name,
         family=family_of(plan.config).name,
         architecture=plan.config.to_dict(),
-        target=Target(
-            backend=plan.backend,
-            precision=plan.precision,
-            options=components.options(plan, model),
-        ),
+        target=Target(backend=plan.backend, precision=plan.precision, options=options),
         image=model.image(),
         text=model.text(),
-        graphs=components.graphs,
+        graphs=written.graphs,
         files=dict(stage.entries),
         weights=dict(model.source.provenance),
         versions={
@@ -237,34 +322,25 @@ def _content(
     )
 
 
-def check_builder(plan: ExportPlan | PlmPlan) -> None:
-    """BackendError unless the plan's engines can be built here; before weights are looked for."""
-    if plan.route != "onnx":
-        torch_tensorrt.load_compiler()
-    library_for(plan.engines, refittable=plan.refittable)
-    if _is_here(plan):
-        check_gpu()
-
-
-def _is_here(plan: ExportPlan | PlmPlan) -> bool:
-    """Whether the GPU is here that engines are built for, and so can be compared."""
+def _has_gpu_for(settings: BuildSettings) -> bool:
+    """Whether this machine has a GPU that engines are built for, so that they can be compared."""
     gpu = gpu_capability()
-    return gpu is not None and not {gpu, HERE}.isdisjoint(plan.engines)
+    return gpu is not None and not {gpu, HERE}.isdisjoint(settings.engines)
 
 
-def _maker(plan: ExportPlan | PlmPlan, source: WeightSource) -> EngineMaker:
+def _maker(plan: Plan, model: ModelExport[Any, Any]) -> EngineMaker:
     if plan.route == "onnx":
         return EngineBuilder(plan)
-    assert isinstance(plan, ExportPlan)
-    return torch_tensorrt.TorchTensorRt(plan, source)
+    return TorchTensorRt(plan.engines, model.torch_module)
 
 
 def _add_engines(
-    plan: ExportPlan | PlmPlan, maker: EngineMaker, stage: Stage, content: Content, report: Report
+    plan: Plan, maker: EngineMaker, stage: Stage, content: Content, report: Report
 ) -> tuple[Content, dict[str, Any]]:
-    """Stages an engine of each graph for each GPU; the content with them, and the record of them.
+    """Stages an engine of each graph for each GPU, one in memory at a time.
 
-    One engine at a time is in memory.
+    Returns:
+        The content with the engines; the part of the record that describes them.
     """
     files: dict[str, dict[str, str]] = {name: {} for name in plan.engines}
     made: dict[str, Any] = {}
@@ -278,7 +354,7 @@ def _add_engines(
             stage.write(file, [engine.data])
             files[gpu][graph] = file
             made[file] = engine.record
-            del engine  # before there is another
+            del engine  # so that its memory is free for the next one
     options = {**content.target.options, "engines": files, "builder": maker.label}
     if plan.route != "onnx":
         options["route"] = plan.route
@@ -289,28 +365,30 @@ def _add_engines(
     return replace(content, target=target, files=dict(stage.entries)), {"engines": made}
 
 
-def _engine_gate(
-    plan: ExportPlan | PlmPlan,
+def _gate_engines(
+    plan: Plan,
     stage: Stage,
+    content: Content,
     references: list[Reference],
     maker: EngineMaker,
     report: Report,
 ) -> dict[str, Any]:
-    """What the record says of the engines, if the GPU is here that they were built for.
+    """Compares engines with eager, and returns the results for the record; {} without their GPU.
 
     Raises:
-        ExportError: one is not faithful to eager.
-        BackendError, CapacityError: one that was built just now does not run.
+        ExportError: an engine is not faithful to eager.
+        BackendError, CapacityError: an engine that was built just now does not run.
     """
-    if not _is_here(plan):
+    if not _has_gpu_for(plan):
         return {}
+    _seal(stage, content, {})
     report("comparing the engines with eager on the GPU")
     try:
         fidelity, latency = run_gate(stage.directory, references, device="cuda")
     except (BackendError, CapacityError) as error:
         if not isinstance(maker, RefitSource):
             raise
-        # Engines that are kept may be for another GPU or TensorRT than those that are here.
+        # Engines of an earlier package may be for another GPU or TensorRT than this machine's.
         report(f"the engines are not compared: {error}")
         return {}
     check_gate(fidelity, plan.gate)
@@ -325,11 +403,11 @@ def _remember(package_id: str, report: Report) -> None:
     try:
         remember(package_id)
     except OSError as error:
-        report(f"load it with expect={package_id!r}; that it was made here is not noted: {error}")
+        report(f"load it with expect={package_id!r}: noting that it was made here failed: {error}")
 
 
 def _record(
-    plan: ExportPlan | PlmPlan,
+    plan: Plan,
     fidelity: Mapping[str, Fidelity],
     latency: Mapping[str, Any],
     excluded: Mapping[str, float],

@@ -1,223 +1,208 @@
-"""What `perception-export` does with its arguments: which model, which weights, which plan."""
+"""Options of an export, and the model that they name: its architecture, where its weights are."""
 
-import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
-from perception_rt.checkpoint.hub import PE_LICENSE, PLM_LICENSE, download
-from perception_rt.checkpoint.locate import CONFIG_NAME, find_config, find_tiles, find_tokenizer
-from perception_rt.checkpoint.random import RandomWeights
-from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
-from perception_rt.config import PeConfig, VisionConfig
+from perception_rt.checkpoint.hub import download
+from perception_rt.checkpoint.locate import CONFIG_NAME, find_config
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
-from perception_rt.errors import InputError, PackageError
-from perception_rt.export.build import check_builder, check_destination, export_package
-from perception_rt.export.components.component import ranges_of
-from perception_rt.export.plan import HERE, ExportPlan, PlmPlan, parse_image_size
-from perception_rt.export.quantization.calibration import calibration_files, prompts
-from perception_rt.package.manifest import Manifest
-from perception_rt.plm_config import PlmConfig, is_plm
-from perception_rt.processing.image import ImageSpec, Resize
-from perception_rt.processing.llm_tokenizer import TokenizerSpec, detect_tokenizer, open_tokenizer
-from perception_rt.processing.tiles import TileSpec
-from perception_rt.targets import Target, get_target
+from perception_rt.errors import InputError, describe
+from perception_rt.families import FAMILIES, Config, Family, family_of, parse_config
 
 _MAX_CONFIG_BYTES = 64 * 1024
-# Ids that the built-in byte tokenizer needs: one per byte, and some for control tokens.
-_MIN_BYTES_VOCABULARY = 320
-_ENCODER_ONLY = ("image_size", "center_crop", "taps")
-_LANGUAGE_ONLY = ("tokenizer", "blocks", "max_length")
+_TEXTS = ("model", "precision", "backend", "blocks", "route", "calibrator")
+_PATHS = ("out", "checkpoint", "config", "weights", "tokenizer", "calibration")
+_FLAGS = ("center_crop", "allow_unfused", "refittable", "force")
 
 Report = Callable[[str], None]
-Config = PeConfig | PlmConfig
+PathName = str | os.PathLike[str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """Where weights are: a file or directory, or nowhere for random ones."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What to export and how; `perception-export` has an option for each field.
 
-    path: Path | None
-    license_note: str = LICENSE_UNKNOWN
+    Exactly one of `model` and `checkpoint` must be given. Messages spell options as the command
+    does: `--image-size` for `image_size`.
+
+    Attributes:
+        out: package directory to make; missing parents are made too.
+        model: released model such as "PE-Core-L14-336" or "PLM-1B", or "PE-Demo" or "PLM-Demo".
+        checkpoint: file or folder with weights of any Perception Encoder or Language Model.
+        config: JSON file with the architecture of `checkpoint`; None reads the language model's
+            `params.json` beside it.
+        weights: weights of `model`: "hf" (the Hugging Face hub), "random", or a path. None takes a
+            released model from the hub, and a demo from this library.
+        seed: RNG seed of random weights.
+        precision: "fp32", "fp16", "int8", "int4" or "fp8"; None for the backend's default.
+        backend: "onnxruntime" or "tensorrt"; None for the first that has the precision.
+        target: compute capabilities to build TensorRT engines for, such as ("sm89", "sm120"), or
+            "here" for this machine's GPU; () builds graphs only; None builds for "here" if the
+            backend has engines.
+        image_size: an encoder's (height, width) or side in pixels; None for the model's own.
+        center_crop: crop an encoder's images to its aspect ratio instead of squashing them.
+        taps: blocks that an encoder's `features` returns, negative from the end; None for all.
+        tokenizer: a language model's tokenizer file; None takes the one beside the weights.
+        blocks: format of an int4 language model's decoder blocks: "int8" is faster at prompts,
+            "int4" halves the memory; None for "int8".
+        max_length: a language model's longest sequence in tokens; None for the model's own.
+        allow_unfused: accept TensorRT engines whose attention is not fused.
+        refittable: build TensorRT engines without weights, so that a refit keeps them.
+        route: "onnx", or "torch-tensorrt" to build an fp16 encoder's engines with Torch-TensorRT.
+        calibration: folder of images, and optionally `prompts.txt`, for fp8's activation ranges;
+            None for synthetic ones.
+        calibrator: fp8's activation ranges: "max" for the largest magnitude, or "modelopt".
+        force: replace an existing package.
+
+    Raises:
+        InputError: a value has the wrong type, or options contradict each other.
+    """
+
+    out: PathName
+    model: str | None = None
+    checkpoint: PathName | None = None
+    config: PathName | None = None
+    weights: PathName | None = None
+    seed: int = 0
+    precision: str | None = None
+    backend: str | None = None
+    target: Sequence[str] | None = None
+    image_size: int | tuple[int, int] | None = None
+    center_crop: bool = False
+    taps: Sequence[int] | None = None
+    tokenizer: PathName | None = None
+    blocks: str | None = None
+    max_length: int | None = None
+    allow_unfused: bool = False
+    refittable: bool = False
+    route: str = "onnx"
+    calibration: PathName | None = None
+    calibrator: str = "max"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        # A single name is meant as such, not as its characters.
+        names = (self.target,) if isinstance(self.target, str) else self.target
+        object.__setattr__(self, "target", _items("target", names, str))
+        object.__setattr__(self, "taps", _items("taps", self.taps, int))
+        if (self.model is None) == (self.checkpoint is None):
+            raise InputError("give either a model or a checkpoint")
+        if self.checkpoint is not None and self.weights is not None:
+            raise InputError("--weights is for --model; --checkpoint itself has the weights")
+        if self.model is not None and self.config is not None:
+            raise InputError("--config is for --checkpoint; --model has its own architecture")
+
+    def _check_types(self) -> None:
+        """InputError unless every field has a type that it may have."""
+        required = ("out", "route", "calibrator")
+        for names, kinds, wanted in (
+            (_TEXTS, (str,), "text"),
+            (_PATHS, (str, os.PathLike), "a path"),
+            (_FLAGS, (bool,), "True or False"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kinds) and (value is not None or name in required):
+                    raise InputError(f"{name} must be {wanted}, not {describe(value)}")
+        for name in ("seed", "max_length"):
+            value = getattr(self, name)
+            if type(value) is not int and (value is not None or name == "seed"):
+                raise InputError(f"{name} must be an integer, not {describe(value)}")
+        size = self.image_size
+        if not (size is None or type(size) is int or _is_pair(size)):
+            raise InputError(
+                f"image_size must be a side or (height, width) in pixels, not {describe(size)}"
+            )
 
 
-def run_export(options: argparse.Namespace, report: Report) -> Manifest:
-    """Exports as the parsed arguments of `perception-export` say."""
-    config = _config(options)
-    _refuse_foreign_options(options, config)
-    if isinstance(config, PlmConfig) and options.max_length is not None:
-        config = _shortened(config, options.max_length)
-    # What needs no weights is checked before they are looked for, and downloaded.
-    draft = _plan(options, config, None)
-    if draft.engines:
-        check_builder(draft)
-    ranges_of(draft)
-    if draft.calibration is not None:
-        calibration_files(draft.calibration)
-        prompts(draft.calibration)
-    with _parents(Path(options.out)):
-        check_destination(options.out, force=options.force)
-        weights = _weights(options, report)
-        source: WeightSource = (
-            RandomWeights(config, options.seed)
-            if weights.path is None
-            else open_checkpoint(weights.path, config, license_note=weights.license_note)
-        )
-        plan = _plan(options, config, weights.path) if isinstance(config, PlmConfig) else draft
-        if isinstance(plan, PlmPlan) and plan.tokenizer is None:
-            report("no tokenizer was found: the package takes token ids only (--tokenizer FILE)")
-        return export_package(plan, source, options.out, force=options.force, on_progress=report)
+def _items(name: str, values: object, kind: type) -> tuple[object, ...] | None:
+    """The values as a tuple; InputError unless they are a sequence of this type, or None."""
+    if values is None:
+        return None
+    if not isinstance(values, Sequence) or any(type(value) is not kind for value in values):
+        raise InputError(f"{name} must be a sequence of {kind.__name__}, not {describe(values)}")
+    return tuple(values)
 
 
-@contextmanager
-def _parents(out: Path) -> Iterator[None]:
-    """Makes the missing folders above `out`; an export that fails leaves none of them."""
-    missing = [folder for folder in out.parents if not folder.exists()]
+def _is_pair(size: object) -> bool:
+    return isinstance(size, tuple) and len(size) == 2 and all(type(side) is int for side in size)
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """Parses "HxW" or "S", in pixels, to (height, width)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isascii() and p.isdigit() and 0 < len(p) < 6 for p in parts):
+        raise InputError(f"image size must be HxW or S in pixels, not {text!r:.40}")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_taps(text: str) -> tuple[int, ...] | None:
+    """Parses "all", "none" or block indices such as "5,11,-1" to `ExportOptions.taps`."""
+    if text in ("all", "none"):
+        return None if text == "all" else ()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out.parent}: {error.strerror}") from None
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--taps must be all, none or integers, not {text!r:.60}") from None
 
 
-def _refuse_foreign_options(options: argparse.Namespace, config: Config) -> None:
-    """InputError for an option that the model's family has no use for."""
-    plm = isinstance(config, PlmConfig)
-    for name in _ENCODER_ONLY if plm else _LANGUAGE_ONLY:
-        if getattr(options, name):
-            kind = "an encoder" if plm else "a language model"
-            raise InputError(f"--{name.replace('_', '-')} is for {kind}")
-
-
-def _plan(
-    options: argparse.Namespace, config: Config, weights: Path | None
-) -> ExportPlan | PlmPlan:
-    precision = _precision(options)
-    backend = options.backend or ("tensorrt" if precision == "fp8" else "onnxruntime")
-    name = (options.model or _name_of(Path(options.checkpoint))).removeprefix("facebook/")
-    common: dict[str, Any] = {
-        "name": name.replace("Perception-LM-", "PLM-"),
-        "backend": backend,
-        "precision": precision or ("fp16" if backend == "tensorrt" else "fp32"),
-        "engines": _engines(options.target, get_target(backend)),
-        "allow_unfused": options.allow_unfused,
-        "refittable": options.refittable,
-        "route": options.route,
-        "calibrator": options.calibrator,
-        "calibration": None if options.calibration is None else Path(options.calibration),
-    }
-    if isinstance(config, PlmConfig):
-        return PlmPlan(
-            config=config,
-            tiles=_tiles(config, weights),
-            blocks=options.blocks or "int8",
-            tokenizer=_tokenizer(options, config, weights),
-            **common,
-        )
-    native = config.vision.image_size
-    size = parse_image_size(options.image_size) if options.image_size else (native, native)
-    resize: Resize = "center_crop" if options.center_crop else "squash"
-    return ExportPlan(
-        config=config,
-        image=ImageSpec(height=size[0], width=size[1], resize=resize),
-        taps=_taps(options.taps, config.vision),
-        **common,
-    )
-
-
-def _shortened(config: PlmConfig, length: int) -> PlmConfig:
-    """The architecture with shorter sequences, which is the same model."""
-    most = config.decoder.max_seqlen
-    if not 1 <= length <= most:
-        raise InputError(f"--max-length {length} is not in 1 to the model's {most}")
-    return replace(config, decoder=replace(config.decoder, max_seqlen=length))
-
-
-def _tiles(config: PlmConfig, weights: Path | None) -> TileSpec:
-    size = config.vision.image_size
-    return TileSpec(tile_size=size) if weights is None else find_tiles(weights, size)
-
-
-def _name_of(checkpoint: Path) -> str:
-    """A file's name, or its folder's where all files of this kind have the same name."""
-    path = checkpoint.absolute()
-    common = path.name.startswith(("consolidated.", "model."))
-    return path.parent.name if common else path.stem
-
-
-def _precision(options: argparse.Namespace) -> str | None:
-    """The one that was asked for."""
-    if options.fp8 and options.precision not in (None, "fp8"):
-        raise InputError(f"--fp8 and --precision {options.precision} contradict each other")
-    precision: str | None = "fp8" if options.fp8 else options.precision
-    return precision
-
-
-def _engines(text: str | None, target: Target) -> tuple[str, ...]:
-    """What engines are built for."""
-    if text is None:
-        return (HERE,) if target.has_engines else ()
+def parse_target(text: str) -> tuple[str, ...]:
+    """Parses "none" or compute capabilities such as "sm89,sm120" to `ExportOptions.target`."""
     return () if text == "none" else tuple(text.lower().split(","))
 
 
-def _tokenizer(
-    options: argparse.Namespace, config: PlmConfig, weights: Path | None
-) -> tuple[TokenizerSpec, bytes | None] | None:
-    """The one that was named or lies beside the weights; plain bytes for random weights."""
-    vocab_size, image = config.decoder.vocab_size, config.image_token_id
-    found = options.tokenizer or (None if weights is None else find_tokenizer(weights))
-    if found is not None:
-        return detect_tokenizer(found, vocab_size=vocab_size, image_token_id=image)
-    if options.weights != "random" or vocab_size < _MIN_BYTES_VOCABULARY:
-        return None
-    spec = TokenizerSpec(kind="bytes", vocab_size=vocab_size, image_token_id=image)
-    try:
-        open_tokenizer(spec)
-    except PackageError:  # the architecture's image token is one of the bytes
-        return None
-    return spec, None
+def refuse_foreign(options: ExportOptions, family: Family) -> None:
+    """InputError for an option that is set and belongs to another family than the model's."""
+    for other in FAMILIES.values():
+        for name in other.export_options if other is not family else ():
+            value = getattr(options, name)
+            if value is not None and value is not False:
+                raise InputError(f"--{name.replace('_', '-')} is for {other.label}")
 
 
-def _taps(text: str | None, vision: VisionConfig) -> tuple[int, ...] | None:
-    """`all`, `none`, or block indices from the front or, negative, from the end."""
-    if text is None or text == "all":
-        return None
-    if text == "none":
-        return ()
-    try:
-        indices = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--taps must be all, none or integers, not {text!r:.60}") from None
-    return tuple(vision.block_index(index) for index in indices)
+def model_name(options: ExportOptions) -> str:
+    """Name of the model in its package."""
+    if options.model is not None:
+        name = options.model
+    else:
+        assert options.checkpoint is not None
+        path = Path(options.checkpoint).absolute()
+        # Files of these names are told apart by their folders only.
+        common = path.name.startswith(("consolidated.", "model."))
+        name = path.parent.name if common else path.stem
+    return name.removeprefix("facebook/").replace("Perception-LM-", "PLM-")
 
 
-def _config(options: argparse.Namespace) -> Config:
-    if options.checkpoint is not None:
-        if options.weights is not None:
-            raise InputError("--weights goes with --model; --checkpoint is the weights")
-        if options.config is not None:
-            return _read_config(Path(options.config))
-        found = find_config(options.checkpoint)
-        if found is None:
-            raise InputError("--checkpoint needs --config, the architecture as JSON")
-        return found
+def find_architecture(options: ExportOptions) -> Config:
+    """The architecture of the model that the options name; reads no weights.
+
+    Raises:
+        InputError: the model is unknown, or there is no usable configuration.
+        CheckpointError: the configuration beside the checkpoint is not JSON.
+    """
+    if options.checkpoint is None:
+        assert options.model is not None
+        if options.model in _DEMOS:
+            return _read_config(_DEMOS[options.model][0])
+        return get_config(options.model)
     if options.config is not None:
-        raise InputError("--config goes with --checkpoint; --model has its own architecture")
-    if options.model == PE_DEMO:
-        return _read_config(config_path())
-    if options.model == PLM_DEMO:
-        return _read_config(language_model_path() / CONFIG_NAME)
-    return get_config(options.model)
+        return _read_config(Path(options.config))
+    found = find_config(Path(options.checkpoint))
+    if found is None:
+        raise InputError("--checkpoint needs --config, the architecture as JSON")
+    return found
+
+
+# Architecture and weights of each demo model.
+_DEMOS: Mapping[str, tuple[Path, Path]] = {
+    PE_DEMO: (config_path(), weights_path()),
+    PLM_DEMO: (language_model_path() / CONFIG_NAME, language_model_path()),
+}
 
 
 def _read_config(path: Path) -> Config:
@@ -231,19 +216,38 @@ def _read_config(path: Path) -> Config:
         values = json.loads(data)
     except (ValueError, RecursionError):
         raise InputError(f"config {path} is not JSON") from None
-    return PlmConfig.from_dict(values) if is_plm(values) else PeConfig.from_dict(values)
+    return parse_config(values)
 
 
-def _weights(options: argparse.Namespace, report: Report) -> _Weights:
+@dataclass(frozen=True, slots=True)
+class WeightsPlace:
+    """Where weights are.
+
+    Attributes:
+        path: file or folder; None for random weights.
+        license_note: licence of the weights; None if it is unknown.
+    """
+
+    path: Path | None
+    license_note: str | None = None
+
+
+def locate_weights(options: ExportOptions, report: Report) -> WeightsPlace:
+    """Where the weights are; downloads those of a released model unless they are in the cache.
+
+    Raises:
+        CheckpointError: the download failed.
+    """
     if options.checkpoint is not None:
-        return _Weights(Path(options.checkpoint))
+        return WeightsPlace(Path(options.checkpoint))
     if options.weights == "random":
-        return _Weights(None)
+        return WeightsPlace(None)
     if options.weights not in (None, "hf"):
-        return _Weights(Path(options.weights))
-    if options.model in (PE_DEMO, PLM_DEMO):
-        path = weights_path() if options.model == PE_DEMO else language_model_path()
-        return _Weights(path, LICENSE_NOTE)
+        assert options.weights is not None
+        return WeightsPlace(Path(options.weights))
+    assert options.model is not None
+    if options.model in _DEMOS:
+        return WeightsPlace(_DEMOS[options.model][1], LICENSE_NOTE)
     report(f"looking for {options.model} in the hub cache, or downloading it")
-    plm = isinstance(get_config(options.model), PlmConfig)
-    return _Weights(download(options.model), PLM_LICENSE if plm else PE_LICENSE)
+    license_note = family_of(get_config(options.model)).license
+    return WeightsPlace(download(options.model), license_note)

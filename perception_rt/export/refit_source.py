@@ -1,4 +1,4 @@
-"""What a package with new weights must have in common with the one that it comes from."""
+"""The package that a refit starts from: its decisions, its graphs' structure and its engines."""
 
 import hashlib
 from pathlib import Path
@@ -14,7 +14,15 @@ _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
 
 
 class RefitSource:
-    """What a new package must have in common with one that is there."""
+    """An exported package whose weights are to be replaced; supplies its refittable engines.
+
+    Attributes:
+        refittable: whether its engines hold no weights.
+        label: TensorRT that built its engines.
+        smoothed: fp8 layers whose channels are smoothed.
+        clipped: fp8 layers whose activation ranges clip outliers.
+        excluded: layers that do not take the plan's quantisation.
+    """
 
     def __init__(self, package: Package) -> None:
         options = package.manifest.content.target.options
@@ -26,7 +34,7 @@ class RefitSource:
         self.excluded = frozenset((*options["float_layers"], *options.get("block_layers", ())))
 
     def check(self, graph: str, data: bytes) -> None:
-        """ExportError unless a graph's structure is the package's."""
+        """ExportError unless an ONNX graph has the structure of the package's."""
         mine, theirs = structure(data), structure(self._package.read_graph(graph))
         if mine != theirs:
             raise ExportError(
@@ -35,16 +43,16 @@ class RefitSource:
             )
 
     def engine(self, graph: str, spec: GraphSpec, file: Path, gpu: str) -> MadeEngine:
-        """The package's engine, which has no weights, and how it came about."""
+        """The package's engine of a graph for a GPU; see `EngineMaker.engine`."""
         name = engine_name(graph, gpu)
         record = self._package.manifest.record.get("engines", {})
         return MadeEngine(data=self._package.map(name), record=dict(record.get(name, {})))
 
 
 def structure(data: bytes) -> str:
-    """SHA-256 of an ONNX graph without the values of its weights.
+    """SHA-256 of an ONNX graph without its float weights.
 
-    Where weights lie in their files is part of it; of constants, integers are.
+    Integer constants, and the places of weights in their files, are included.
     """
     model = onnx.load_model_from_string(data)
     for tensor in model.graph.initializer:

@@ -122,8 +122,11 @@ def test_bad_exports_leave_nothing(checkpoint, tmp_path: Path, capsys) -> None:
         (["--model", "PE-Core-X", "--out", out], "unknown model 'PE-Core-X'"),
         (["--checkpoint", "absent.pt", "--config", str(config), "--out", out], "absent.pt"),
         (["--checkpoint", str(file), "--out", out], "--config"),
-        ([*good, "--weights", "random", "--out", out], "--weights goes with --model"),
-        (["--model", "PE-Core-B16-224", "--config", "x.json", "--out", out], "--config goes with"),
+        ([*good, "--weights", "random", "--out", out], "--weights is for --model; --checkpoint"),
+        (
+            ["--model", "PE-Core-B16-224", "--config", "x.json", "--out", out],
+            "--config is for --checkpoint",
+        ),
         ([*good[:3], "absent.json", "--out", out], "absent.json"),
         (["--checkpoint", str(truncated), *good[2:], "--out", out], "truncated.safetensors"),
         (["--checkpoint", str(broken_pt), *good[2:], "--out", out], "broken.pt"),

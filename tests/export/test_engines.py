@@ -14,7 +14,8 @@ from perception_rt.config import PeConfig
 from perception_rt.errors import ExportError, InputError
 from perception_rt.export import build
 from perception_rt.export.backends.onnxruntime import OnnxRuntimeLowering
-from perception_rt.export.plan import ExportPlan, parse_image_size
+from perception_rt.export.options import parse_image_size
+from perception_rt.export.plan import ExportPlan
 from perception_rt.processing.image import ImageSpec, normalize
 
 MAX_ABS = 2e-5  # the bar is 1e-4; measured 6.0e-6

@@ -19,6 +19,7 @@ from perception_rt.config import PeConfig
 from perception_rt.errors import BackendError, ExportError, InputError
 from perception_rt.export.backends import tensorrt_engines, torch_tensorrt
 from perception_rt.export.build import export_package
+from perception_rt.export.components.pe import PeExport
 from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
 from perception_rt.package.reader import open_package
 from perception_rt.plm_config import PlmConfig
@@ -135,7 +136,8 @@ def test_what_is_missing_is_named(
     Library(monkeypatch)
     monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: None)
     with pytest.raises(BackendError, match="no GPU to build for"):
-        torch_tensorrt.TorchTensorRt(plan(tiny_config), RandomWeights(tiny_config, 0))
+        pe = PeExport(plan(tiny_config), RandomWeights(tiny_config, 0))
+        torch_tensorrt.TorchTensorRt(pe.plan.engines, pe.torch_module)
 
 
 def test_plans_that_it_is_not_for(tiny_config: PeConfig) -> None:

@@ -17,7 +17,7 @@ import onnx.inliner
 
 from perception_rt.errors import BackendError, ExportError
 from perception_rt.export.backends.tensorrt_profiles import Profile, profiles
-from perception_rt.export.plan import HERE, ExportPlan, PlmPlan
+from perception_rt.export.plan import HERE, Plan
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.tensorrt_library import TensorRt, find_tensorrt, gpu_capability
@@ -74,11 +74,11 @@ class EngineMaker(Protocol):
 class EngineBuilder:
     """Builds the engines of a plan."""
 
-    def __init__(self, plan: ExportPlan | PlmPlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         """BackendError unless the installed TensorRT can do that here."""
         self._plan = plan
         self._library = library_for(plan.engines, refittable=plan.refittable)
-        self._max_length = plan.config.decoder.max_seqlen if isinstance(plan, PlmPlan) else 1
+        self._max_length = plan.max_length
         self.label = self._library.label
 
     def engine(self, graph: str, spec: GraphSpec, file: Path, gpu: str) -> MadeEngine:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,7 +21,8 @@ from perception_rt.export.graph import trace
 from perception_rt.export.graph.lazy_weights import Weight
 from perception_rt.export.graph.lowering import Entry
 from perception_rt.export.graph.trace import Traced
-from perception_rt.export.plan import Plan
+from perception_rt.export.options import ExportOptions
+from perception_rt.export.plan import BuildSettings, Plan
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.formats import Format, Scheme
 from perception_rt.export.quantization.modelopt import ModelOptRanges
@@ -30,8 +32,10 @@ from perception_rt.export.quantization.sensitivity import (
     exclude_layers,
     measure_layers,
 )
+from perception_rt.families import Config
 from perception_rt.package import contract
 from perception_rt.package.contract import TensorSpec
+from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSpec, normalize
 
 Array = np.ndarray[Any, Any]
@@ -117,8 +121,11 @@ class Component(ABC, Generic[P]):
         return dict.fromkeys(measured.errors.keys() - measured.excluded(), scheme)
 
 
-class ModelExport(ABC, Generic[P]):
-    """Contents of a model's package.
+C = TypeVar("C", bound=Config)
+
+
+class ModelExport(ABC, Generic[C, P]):
+    """How one model family is planned and what its packages contain; its record names the subclass.
 
     Attributes:
         plan: plan of the export.
@@ -128,6 +135,40 @@ class ModelExport(ABC, Generic[P]):
     def __init__(self, plan: P, source: WeightSource) -> None:
         self.plan = plan
         self.source = source
+
+    @classmethod
+    @abstractmethod
+    def configure(cls, options: ExportOptions, config: C, settings: BuildSettings) -> C:
+        """Checks options against the architecture; returns the architecture to export.
+
+        Called before weights are looked for.
+
+        Raises:
+            InputError: the architecture cannot be built so.
+        """
+
+    @classmethod
+    @abstractmethod
+    def make_plan(
+        cls, options: ExportOptions, config: C, settings: BuildSettings, weights: Path | None
+    ) -> P:
+        """The plan of an export.
+
+        Args:
+            options: what the user asked for.
+            config: the architecture, from `configure`.
+            settings: checked settings, from the options.
+            weights: checkpoint, beside which further files may lie; None for random weights.
+        """
+
+    @classmethod
+    @abstractmethod
+    def plan_of(cls, package: Package, settings: BuildSettings) -> P:
+        """The plan that a package was exported by, without `settings.calibration`.
+
+        Raises:
+            InputError, KeyError, TypeError: no export makes such a package.
+        """
 
     @abstractmethod
     def components(self) -> Sequence[Component[P]]:
@@ -143,7 +184,7 @@ class ModelExport(ABC, Generic[P]):
 
     @abstractmethod
     def text(self) -> dict[str, Any] | None:
-        """The manifest's `processing.text`; None for a package without a tokenizer."""
+        """The manifest's `processing.text`; None if the package takes no texts."""
 
     @abstractmethod
     def options(self, excluded: Mapping[str, Format | None]) -> dict[str, Any]:
@@ -153,6 +194,14 @@ class ModelExport(ABC, Generic[P]):
             excluded: layers that do not take the plan's scheme, and their format instead; None
                 for float.
         """
+
+    def notes(self) -> list[str]:
+        """What a user should know about the package before it is made."""
+        return []
+
+    def torch_module(self, graph: str) -> nn.Module:
+        """The float16 module of a graph, for `--route torch-tensorrt`."""
+        raise NotImplementedError("plans refuse this route for the family")
 
 
 def trace_batch(
@@ -164,8 +213,8 @@ def trace_batch(
 
 
 def gate_images(plan: Plan, spec: ImageSpec, count: int) -> Array:
-    """Images that engines are compared on, uint8 (N, H, W, 3); in fp8 calibration images follow."""
-    if plan.scheme == "fp8":
+    """Images that engines are compared on, uint8 (N, H, W, 3), then those for calibration."""
+    if plan.calibrated:
         return calibration.pictures(plan.calibration, spec)
     return calibration.images(count, spec.height, spec.width)
 
@@ -178,9 +227,13 @@ def calibration_batches(pictures: Array, spec: ImageSpec, size: int) -> list[Ten
     ]
 
 
-def ranges_of(plan: Plan) -> Ranges | None:
-    """A new range finder for one module's inputs; None to use the largest magnitudes."""
-    return ModelOptRanges() if plan.calibrator == "modelopt" else None
+def ranges_of(settings: BuildSettings) -> Ranges | None:
+    """A new range finder for one module's inputs; None to use the largest magnitudes.
+
+    Raises:
+        BackendError: ModelOpt is asked for and not installed.
+    """
+    return ModelOptRanges() if settings.calibrator == "modelopt" else None
 
 
 def measure_faithful(

@@ -1,13 +1,14 @@
 """Export components of a Perception Encoder: its vision tower and its text tower."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perception_rt.checkpoint.source import WeightSource
-from perception_rt.config import TextConfig
+from perception_rt.config import PeConfig, TextConfig, VisionConfig
 from perception_rt.export.components.component import (
     Component,
     ModelExport,
@@ -21,11 +22,17 @@ from perception_rt.export.components.component import (
     trace_batch,
 )
 from perception_rt.export.components.parameters import text_parameters, vision_parameters
-from perception_rt.export.components.traced_modules import TextGraph, VisionGraph
+from perception_rt.export.components.traced_modules import (
+    HalfTower,
+    Pixels,
+    TextGraph,
+    VisionGraph,
+)
 from perception_rt.export.graph.lazy_weights import Weight
 from perception_rt.export.graph.lowering import as_is, uint8_images
 from perception_rt.export.graph.trace import Traced
-from perception_rt.export.plan import ExportPlan
+from perception_rt.export.options import ExportOptions
+from perception_rt.export.plan import BuildSettings, ExportPlan, check_encoder
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.formats import Format, Scheme
 from perception_rt.export.quantization.sensitivity import Measured
@@ -33,8 +40,9 @@ from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
 from perception_rt.package import contract
 from perception_rt.package.contract import TensorSpec
+from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import MIN_CONTEXT, VOCAB_SIZE, TextSpec
-from perception_rt.processing.image import normalize
+from perception_rt.processing.image import ImageSpec, Resize, normalize
 
 _GATE_IMAGES = 2
 
@@ -167,8 +175,46 @@ class TextComponent(Component[ExportPlan]):
         return {contract.TEXT: recipe}
 
 
-class PeExport(ModelExport[ExportPlan]):
+class PeExport(ModelExport[PeConfig, ExportPlan]):
     """Contents of a Perception Encoder package."""
+
+    @classmethod
+    def configure(
+        cls, options: ExportOptions, config: PeConfig, settings: BuildSettings
+    ) -> PeConfig:
+        """Checks precision, image size and taps; returns the architecture as it is."""
+        check_encoder(settings)
+        image = _image_spec(options, config.vision)
+        config.vision.grid_of(image.height, image.width)
+        _tap_indices(options, config.vision)
+        return config
+
+    @classmethod
+    def make_plan(
+        cls,
+        options: ExportOptions,
+        config: PeConfig,
+        settings: BuildSettings,
+        weights: Path | None,
+    ) -> ExportPlan:
+        """The plan of an export; see `ModelExport.make_plan`."""
+        return ExportPlan(
+            **settings.shared(),
+            config=config,
+            image=_image_spec(options, config.vision),
+            taps=_tap_indices(options, config.vision),
+        )
+
+    @classmethod
+    def plan_of(cls, package: Package, settings: BuildSettings) -> ExportPlan:
+        """The plan that a package was exported by; see `ModelExport.plan_of`."""
+        content = package.manifest.content
+        return ExportPlan(
+            **settings.shared(),
+            config=PeConfig.from_dict(content.architecture),
+            image=ImageSpec.from_dict(content.image),
+            taps=tuple(content.target.options["taps"]),
+        )
 
     def components(self) -> Sequence[Component[ExportPlan]]:
         """The vision tower, and the text tower if there is one."""
@@ -196,6 +242,30 @@ class PeExport(ModelExport[ExportPlan]):
     def options(self, excluded: Mapping[str, Format | None]) -> dict[str, Any]:
         """The manifest's `target.options`; see `ModelExport.options`."""
         return {"taps": list(self.plan.tapped), "float_layers": list(excluded)}
+
+    def torch_module(self, graph: str) -> nn.Module:
+        """The float16 module of a graph, for `--route torch-tensorrt`."""
+        config = self.plan.config
+        if graph == contract.TEXT:
+            assert config.text is not None
+            return HalfTower(_load(TextTower, config.text, self.source, "text."))
+        tower = _load(VisionTower, config.vision, self.source, "visual.")
+        taps = self.plan.tapped if graph == contract.FEATURES else ()
+        return HalfTower(tower, Pixels(self.plan.image), taps)
+
+
+def _image_spec(options: ExportOptions, vision: VisionConfig) -> ImageSpec:
+    size = vision.image_size if options.image_size is None else options.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    resize: Resize = "center_crop" if options.center_crop else "squash"
+    return ImageSpec(height=height, width=width, resize=resize)
+
+
+def _tap_indices(options: ExportOptions, vision: VisionConfig) -> tuple[int, ...] | None:
+    """Taps counted from the front; None for all blocks."""
+    if options.taps is None:
+        return None
+    return tuple(vision.block_index(index) for index in options.taps)
 
 
 def _tensor(name: str, dtype: str, *sizes: int) -> TensorSpec:

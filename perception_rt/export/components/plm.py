@@ -8,12 +8,16 @@ Legend: n tiles, S tile side in pixels, t image tokens per tile, C decoder width
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from perception_rt.checkpoint.locate import find_tiles, find_tokenizer
+from perception_rt.errors import InputError, PackageError
 from perception_rt.export.components.component import (
     Component,
     ModelExport,
@@ -38,20 +42,79 @@ from perception_rt.export.components.traced_modules import TileGraph
 from perception_rt.export.graph.lazy_weights import Weight
 from perception_rt.export.graph.lowering import as_is, uint8_images
 from perception_rt.export.graph.trace import Traced
-from perception_rt.export.plan import PlmPlan
+from perception_rt.export.options import ExportOptions
+from perception_rt.export.plan import BuildSettings, PlmPlan, check_decoder
 from perception_rt.export.quantization.formats import Format, Scheme
 from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.models.plm import VisionProjector
 from perception_rt.models.vision import VisionTower
 from perception_rt.package import contract
 from perception_rt.package.plm_graphs import tile_signatures
+from perception_rt.package.reader import Package
+from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import normalize
+from perception_rt.processing.llm_tokenizer import TokenizerSpec, detect_tokenizer, open_tokenizer
+from perception_rt.processing.tiles import TileSpec
 
 _TOWER, _PROJECTOR = "vision_model.", "vision_projector."
+_DEFAULT_BLOCKS = "int8"
+_MIN_BYTES_VOCABULARY = 320  # ids of the built-in byte tokenizer: bytes and control tokens
 
 
-class PlmExport(ModelExport[PlmPlan]):
+class PlmExport(ModelExport[PlmConfig, PlmPlan]):
     """Contents of a Perception Language Model package."""
+
+    @classmethod
+    def configure(
+        cls, options: ExportOptions, config: PlmConfig, settings: BuildSettings
+    ) -> PlmConfig:
+        """Checks the decoder's shapes and formats; returns the architecture at `max_length`."""
+        if options.max_length is not None:
+            limit = config.decoder.max_seqlen
+            if not 1 <= options.max_length <= limit:
+                raise InputError(
+                    f"--max-length {options.max_length} is not in 1 to the model's {limit}"
+                )
+            config = replace(config, decoder=replace(config.decoder, max_seqlen=options.max_length))
+        check_decoder(settings, config, options.blocks or _DEFAULT_BLOCKS)
+        return config
+
+    @classmethod
+    def make_plan(
+        cls,
+        options: ExportOptions,
+        config: PlmConfig,
+        settings: BuildSettings,
+        weights: Path | None,
+    ) -> PlmPlan:
+        """The plan of an export, with the tile settings and the tokenizer beside the weights.
+
+        See `ModelExport.make_plan`.
+        """
+        size = config.vision.image_size
+        return PlmPlan(
+            **settings.shared(),
+            config=config,
+            tiles=TileSpec(tile_size=size) if weights is None else find_tiles(weights, size),
+            blocks=options.blocks or _DEFAULT_BLOCKS,
+            tokenizer=_find_tokenizer(options, config, weights),
+        )
+
+    @classmethod
+    def plan_of(cls, package: Package, settings: BuildSettings) -> PlmPlan:
+        """The plan that a package was exported by; see `ModelExport.plan_of`."""
+        content = package.manifest.content
+        tokenizer = None
+        if content.text is not None:
+            spec = TokenizerSpec.from_dict(content.text, "text")
+            tokenizer = spec, None if spec.file is None else package.read(spec.file)
+        return PlmPlan(
+            **settings.shared(),
+            config=PlmConfig.from_dict(content.architecture),
+            tiles=TileSpec.from_dict(content.image),
+            blocks=content.target.options.get("blocks", _DEFAULT_BLOCKS),
+            tokenizer=tokenizer,
+        )
 
     def components(self) -> Sequence[Component[PlmPlan]]:
         """Tile encoder, embedding, and the decoder's parts."""
@@ -88,6 +151,30 @@ class PlmExport(ModelExport[PlmPlan]):
             "float_layers": [name for name, format_ in excluded.items() if format_ is None],
             "block_layers": [name for name, format_ in excluded.items() if format_ is not None],
         }
+
+    def notes(self) -> list[str]:
+        """Says if the package has no tokenizer."""
+        if self.plan.tokenizer is not None:
+            return []
+        return ["no tokenizer was found: the package takes token ids only (--tokenizer FILE)"]
+
+
+def _find_tokenizer(
+    options: ExportOptions, config: PlmConfig, weights: Path | None
+) -> tuple[TokenizerSpec, bytes | None] | None:
+    """The tokenizer that is named or lies beside the weights; plain bytes for random weights."""
+    vocab_size, image = config.decoder.vocab_size, config.image_token_id
+    found = options.tokenizer or (None if weights is None else find_tokenizer(weights))
+    if found is not None:
+        return detect_tokenizer(found, vocab_size=vocab_size, image_token_id=image)
+    if weights is not None or vocab_size < _MIN_BYTES_VOCABULARY:
+        return None
+    spec = TokenizerSpec(kind="bytes", vocab_size=vocab_size, image_token_id=image)
+    try:
+        open_tokenizer(spec)
+    except PackageError:  # the architecture's image token is one of the bytes
+        return None
+    return spec, None
 
 
 class TileComponent(Component[PlmPlan]):

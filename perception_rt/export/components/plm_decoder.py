@@ -67,14 +67,14 @@ class EmbedComponent(Component[PlmPlan]):
     name = "embed"
 
     def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
-        """Embeds a prompt; in fp8 a real one, since ranges are measured on it.
+        """Embeds a prompt; a real one if activation ranges are calibrated on it.
 
         Args:
-            scheme: decides which prompt is embedded.
+            scheme: unused; an embedding is not measured.
             carry: image features (n, t, C); those of the first tile go into the prompt.
         """
         assert carry is not None
-        prompt = self._question(carry[0]) if scheme == "fp8" else None
+        prompt = self._question(carry[0]) if self.plan.calibrated else None
         ids, prompt_hidden = prompt or self._random_prompt(carry[0])
         return Reference(
             inputs={contract.EMBED: {contract.TOKENS: ids[None]}},

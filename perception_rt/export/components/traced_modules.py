@@ -7,7 +7,9 @@ list of inputs, as `trace` wants it.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from perception_rt.models.plm import VisionProjector
 from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
 from perception_rt.plm_config import DecoderConfig, PlmConfig
+from perception_rt.processing.image import ImageSpec
 
 
 def _meta(*shape: int) -> nn.Parameter:
@@ -156,3 +159,48 @@ class DecoderGraph(nn.Module):
             top = allowed.amax(dim=-1), allowed.argmax(dim=-1)
             return (logits, *self.attention.updated, *top)
         return (hidden, *self.attention.updated)
+
+
+class Pixels(nn.Module):
+    """uint8 (N, H, W, 3) -> normalised float16 (N, 3, H, W)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ImageSpec) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            values = np.asarray(getattr(spec, name), np.float32).reshape(1, 3, 1, 1)
+            self.register_buffer(name, torch.from_numpy(values))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Does what `processing.image.normalize` does."""
+        # The cast comes first: TensorRT can do nothing else with uint8.
+        planes = images.to(torch.float32).permute(0, 3, 1, 2)
+        return ((planes / 255 - self.mean) / self.std).to(torch.float16)
+
+
+class HalfTower(nn.Module):
+    """A tower in float16, from a graph's input to its float32 outputs.
+
+    Args:
+        tower: a vision or text tower with its weights; converted in place.
+        entry: converts the graph's input to the tower's; None if they are the same.
+        taps: blocks whose outputs are returned instead of the embedding.
+    """
+
+    def __init__(
+        self, tower: Any, entry: nn.Module | None = None, taps: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        self.tower = tower.to(torch.float16)
+        self.entry = entry
+        self.taps = tuple(taps)
+
+    def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """uint8 (N, H, W, 3) or int64 (N, T) -> embedding, or (N, T, C) per tapped block."""
+        x = inputs if self.entry is None else self.entry(inputs)
+        if not self.taps:
+            embedding: Tensor = self.tower(x)
+            return embedding.to(torch.float32)
+        return tuple(y.to(torch.float32) for y in self.tower.forward_taps(x, self.taps))

@@ -1,0 +1,162 @@
+"""`export` called from Python: the same packages as the command's, and bad values refused early."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perception_rt.cli import export_main
+from perception_rt.errors import ExportError, InputError
+from perception_rt.export import ExportOptions, export, options
+from perception_rt.export.components.plm import PlmExport
+from perception_rt.export.options import parse_image_size, parse_taps, parse_target
+from perception_rt.package.manifest import Manifest
+from perception_rt.package.reader import read_manifest
+
+
+def test_an_encoder_is_the_command_s(tmp_path: Path) -> None:
+    command = [
+        "--model", "PE-Demo", "--weights", "random", "--seed", "3", "--precision", "int8",
+        "--image-size", "48x32", "--center-crop", "--taps", "0,-1", "--out", str(tmp_path / "cli"),
+    ]  # fmt: skip
+    assert export_main(command) == 0
+    lines: list[str] = []
+    chosen = ExportOptions(
+        model="PE-Demo", weights="random", seed=3, precision="int8", image_size=(48, 32),
+        center_crop=True, taps=[0, -1], out=tmp_path / "new" / "python",
+    )  # fmt: skip
+    manifest = export(chosen, lines.append)
+    assert isinstance(manifest, Manifest)
+    assert manifest == read_manifest(tmp_path / "new" / "python")
+    assert manifest.id == read_manifest(tmp_path / "cli").id
+    assert lines[-1] == f"published python, {manifest.id}"
+
+
+def test_a_language_model_is_the_command_s_and_is_planned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [
+        "--model", "PLM-Demo", "--precision", "int4", "--blocks", "int4", "--max-length", "256",
+        "--out", str(tmp_path / "cli"),
+    ]  # fmt: skip
+    assert export_main(command) == 0
+    plans = []
+    make_plan = PlmExport.make_plan
+
+    def counted(*arguments: Any) -> Any:
+        plans.append(make_plan(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(PlmExport, "make_plan", counted)
+    manifest = export(
+        ExportOptions(
+            model="PLM-Demo", precision="int4", blocks="int4", max_length=256,
+            out=str(tmp_path / "python"),
+        )
+    )  # fmt: skip
+    assert manifest.id == read_manifest(tmp_path / "cli").id
+    assert manifest.content.text is not None
+    (plan,) = plans
+    assert (plan.tiles.mode, plan.max_length) == ("vanilla", 256)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "either a model or a checkpoint"),
+        ({"model": "PE-Demo", "checkpoint": "x.pt"}, "either a model or a checkpoint"),
+        ({"checkpoint": "x.pt", "weights": "random"}, "--weights is for --model"),
+        ({"model": "PE-Demo", "config": "x.json"}, "--config is for --checkpoint"),
+        ({"model": 3}, "model must be text, not 3"),
+        ({"model": "PE-Demo", "precision": 8}, "precision must be text, not 8"),
+        ({"model": "PE-Demo", "route": None}, "route must be text, not a NoneType"),
+        ({"model": "PE-Demo", "weights": 0.5}, r"weights must be a path, not 0\.5"),
+        ({"model": "PE-Demo", "seed": "1"}, "seed must be an integer, not a str"),
+        ({"model": "PLM-Demo", "max_length": 1.0}, r"max_length must be an integer, not 1\.0"),
+        ({"model": "PE-Demo", "force": 1}, "force must be True or False, not 1"),
+        ({"model": "PE-Demo", "image_size": "448"}, "image_size must be a side or .height, width"),
+        ({"model": "PE-Demo", "image_size": (448, 1, 2)}, "image_size must be a side"),
+        ({"model": "PE-Demo", "taps": "all"}, "taps must be a sequence of int, not a str"),
+        ({"model": "PE-Demo", "taps": [1.0]}, "taps must be a sequence of int, not a list"),
+        ({"model": "PE-Demo", "target": [89]}, "target must be a sequence of str, not a list"),
+    ],
+)
+def test_options_of_a_wrong_type_or_that_contradict_are_refused(
+    values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        ExportOptions(**{"out": tmp_path / "p", **values})
+    with pytest.raises(InputError, match="out must be a path, not a NoneType"):
+        ExportOptions(model="PE-Demo", out=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "PE-Core-X"}, "unknown model 'PE-Core-X'"),
+        ({"model": "PE-Core-B16-224", "precision": "int4"}, "int4 is for language models"),
+        ({"model": "PE-Core-B16-224", "image_size": (225, 224)}, "multiple of the patch size 16"),
+        ({"model": "PE-Core-B16-224", "image_size": 0}, "from 1 to"),
+        ({"model": "PE-Core-B16-224", "taps": [12]}, "layer 12 is out of range"),
+        ({"model": "PE-Core-B16-224", "blocks": "int4"}, "--blocks is for a language model"),
+        ({"model": "PLM-1B", "taps": ()}, "--taps is for an encoder"),
+        ({"model": "PLM-1B", "image_size": 448}, "--image-size is for an encoder"),
+        ({"model": "PLM-1B", "max_length": 0}, "--max-length 0 is not in 1 to the model's 11520"),
+        ({"model": "PLM-1B", "blocks": "int3"}, "blocks must be int8 or int4, not 'int3'"),
+        ({"model": "PLM-1B", "precision": "fp9"}, "unknown precision 'fp9'"),
+        ({"model": "PLM-1B", "backend": "x"}, "unknown backend 'x'"),
+        ({"model": "PLM-1B", "target": "sm89"}, "onnxruntime has no engines to build for 'sm89'"),
+        ({"model": "PLM-1B", "route": "x"}, "unknown route 'x'"),
+        ({"model": "PLM-1B", "calibrator": "x"}, "unknown calibrator 'x'"),
+        ({"model": "PLM-1B", "calibration": "x"}, "--calibration is for fp8"),
+        (
+            {"model": "PLM-1B", "precision": "fp8", "target": (), "calibration": "absent"},
+            "--calibration absent: No such file",
+        ),
+    ],
+)
+def test_bad_values_are_refused_before_weights_are_looked_for(
+    values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "download", lambda name: pytest.fail("the hub was asked"))
+    with pytest.raises(InputError, match=message):
+        export(ExportOptions(out=tmp_path / "a" / "p", **values))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_destination_that_is_taken_is_refused_before_weights_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "download", lambda name: pytest.fail("the hub was asked"))
+    (tmp_path / "p").write_text("mine")
+    with pytest.raises(ExportError, match="is not a directory; it is not replaced"):
+        export(ExportOptions(model="PLM-1B", out=tmp_path / "p", force=True))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("p", "mine")]
+
+
+def test_a_name_is_one_target_and_sequences_are_kept_as_tuples() -> None:
+    one = ExportOptions(model="PE-Demo", target="sm89", taps=[1, 0], out="p")
+    assert (one.target, one.taps) == (("sm89",), (1, 0))
+    assert ExportOptions(model="PE-Demo", out="p").target is None
+
+
+def test_texts_of_the_command_line() -> None:
+    assert parse_taps("all") is None and parse_taps("none") == () and parse_taps("5,-1") == (5, -1)
+    with pytest.raises(InputError, match="--taps must be all, none or integers, not 'first'"):
+        parse_taps("first")
+    assert parse_target("none") == () and parse_target("SM89,here") == ("sm89", "here")
+    assert parse_image_size("448x336") == (448, 336)
+
+
+def test_options_load_no_torch() -> None:
+    code = """
+import sys
+from perception_rt.export import ExportOptions
+ExportOptions(model="PE-Demo", out="p")
+print(*{"torch", "onnx"} & set(sys.modules))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
