@@ -46,7 +46,7 @@ LAYER_1 = (
 )
 LAYER_2 = (*LAYER_1, "processing", "package")
 TORCH_SIDE = (*LAYER_2, "models", "checkpoint")
-PLAN = ("export.plan", "export.quantization")
+PLAN = ("export.options", "export.plan", "export.quantization")
 EXPORTER = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
 RECIPE = ("training.recipe",)
 SHARED_BY_BENCHMARKS = (
@@ -133,7 +133,8 @@ _RUNTIME = {
 
 _EXPORT = {
     "perception_rt.export": Part(uses=TORCH_SIDE, libraries=EXPORTER),
-    "perception_rt.export.plan": Part(uses=(*LAYER_2, "export.quantization")),
+    "perception_rt.export.options": Part(uses=(*LAYER_1, "checkpoint")),
+    "perception_rt.export.plan": Part(uses=(*LAYER_2, "export.options", "export.quantization")),
     "perception_rt.export.fidelity": Part(uses=LAYER_2, libraries=("numpy",)),
     "perception_rt.export.gate": Part(uses=(*TORCH_SIDE, "export", "runtime"), libraries=EXPORTER),
     "perception_rt.export.quantization": Part(
@@ -149,10 +150,10 @@ _EXPORT = {
         uses=(*TORCH_SIDE, *PLAN, "export.fidelity", "export.graph"), libraries=("numpy", "torch")
     ),
     "perception_rt.export.backends": Part(
-        uses=(*TORCH_SIDE, *PLAN, "export.components", "export.graph"), libraries=EXPORTER
+        uses=(*LAYER_2, *PLAN, "export.graph"), libraries=EXPORTER
     ),
     "perception_rt.export.backends.torch_tensorrt": Part(
-        uses=(*TORCH_SIDE, *PLAN, "export.backends", "export.components", "export.graph"),
+        uses=(*LAYER_2, *PLAN, "export.backends", "export.graph"),
         libraries=EXPORTER,
         lazy_libraries=("torch_tensorrt",),
     ),
