@@ -24,7 +24,7 @@ from typing import Any
 try:
     from benchmarks import subprocess_task
     from benchmarks.command import Parser, check_number, check_out, or_default, run_command
-    from benchmarks.generation.prepare import PACKAGE_DIRECTORY, photo_path
+    from benchmarks.generation.prepare import PACKAGE_DIRECTORY
     from benchmarks.generation.report import (
         again_record,
         decoder_records,
@@ -36,6 +36,7 @@ try:
     )
     from benchmarks.generation.runners import PEERS, Row, engine_row
     from benchmarks.machine import environment
+    from benchmarks.photographs import SAMPLES, sample_photo
     from benchmarks.rounds import Measured, Task, best_limits, limit_tasks, progress, run_rounds
     from perception_rt.archs import get_config
     from perception_rt.errors import BackendError, InputError
@@ -156,7 +157,8 @@ def _requests(options: argparse.Namespace, measured: Measured) -> list[Task]:
     tokens = {"tokens": options.tokens}
     values: list[dict[str, Any]] = []
     try:
-        about = [{"photo": str(photo_path()), "max_tiles": tiles} for tiles in options.max_tiles]
+        photo = str(sample_photo(SAMPLES[0]))
+        about = [{"photo": photo, "max_tiles": tiles} for tiles in options.max_tiles]
         values += [{"do": "photo", **picture, **tokens} for picture in about]
         values += [{"do": "again", **picture} for picture in about]
     except BackendError as error:

@@ -11,7 +11,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from perception_rt.errors import BackendError
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.llm_vocabulary import CONTROLS, IMAGE
@@ -20,7 +19,6 @@ from perception_rt.processing.prompt import SYSTEM
 PACKAGE_DIRECTORY = "package"
 
 _SEED = 0
-_PHOTO = "datasets/images/china.jpg"  # 640 x 427 pixels
 
 QUESTION = (
     "What is in this photograph? Describe the building, the colours and the weather in three "
@@ -41,15 +39,6 @@ one has to ask for the key at the bakery across the street."""
 def short_question(index: int) -> str:
     """A question without a picture; each index begins differently, so that no prefix is shared."""
     return f"{index + 1}. Where does the river rise, and what do the farmers do in spring?"
-
-
-def photo_path() -> Path:
-    """Path of scikit-learn's sample photograph; BackendError if scikit-learn is not installed."""
-    found = find_spec("sklearn")
-    for folder in (found and found.submodule_search_locations) or ():
-        if (Path(folder) / _PHOTO).is_file():
-            return Path(folder) / _PHOTO
-    raise BackendError("the photograph is scikit-learn's: pip install scikit-learn")
 
 
 def prepare(config: PlmConfig, work: Path, *, name: str, precision: str, blocks: Any) -> None:

@@ -329,7 +329,7 @@ def test_what_cannot_be_measured_is_unavailable_with_its_reason(
 def test_without_the_photograph_other_requests_are_measured(
     exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_photo() -> Path:
+    def no_photo(name: str) -> Path:
         raise BackendError("pip install scikit-learn")
 
     def run(task: dict) -> object:
@@ -340,7 +340,7 @@ def test_without_the_photograph_other_requests_are_measured(
             return {"records": {"1": {"tokens": 1, "ms": 1.0}}}
         return canned(task)
 
-    monkeypatch.setattr(generate, "photo_path", no_photo)
+    monkeypatch.setattr(generate, "sample_photo", no_photo)
     monkeypatch.setattr(generate, "run_task", run)
     monkeypatch.setattr(generate, "run_limit", limit)
     assert generate.main(["--package", str(exported), *SHORT]) == 0
