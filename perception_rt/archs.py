@@ -1,8 +1,8 @@
-"""The released architectures, as data and nothing else.
+"""The released architectures, as data.
 
-Source: the reference's `core/vision_encoder/config.py` and `apps/plm/configs/` at 3e352cc. The
-`-Tiling` checkpoints have the architecture of their base: they are the encoders that PLM-3B (L) and
-PLM-8B (G) start from.
+Source: the reference's `core/vision_encoder/config.py` and `apps/plm/configs/` at 3e352cc. A
+`-Tiling` checkpoint has the architecture of its base model; PLM-3B starts from the L encoder and
+PLM-8B from the G encoder.
 """
 
 from dataclasses import replace
@@ -102,7 +102,7 @@ _LLAMA_8B = replace(
     high_freq_factor=32.0,
     weight_tying=False,
 )
-# Stochastic depth in training only.
+# Stochastic depth applies to training only.
 _PLM_L, _PLM_G = replace(_LANG_L, drop_path=0.1), replace(_LANG_G, drop_path=0.1)
 
 PLM_MODELS: dict[str, PlmConfig] = {
@@ -121,9 +121,14 @@ PE_DEMO, PLM_DEMO = "PE-Demo", "PLM-Demo"
 
 
 def get_config(name: str) -> PeConfig | PlmConfig:
-    """The architecture of a released checkpoint, by its name without the `facebook/` prefix.
+    """Returns the architecture of a released checkpoint.
 
-    The hub calls the language models `Perception-LM-1B` and so on; either name will do.
+    Args:
+        name: such as "PE-Core-L14-336" or "PLM-1B", with or without the prefix `facebook/`. The
+            hub's names of language models, such as "Perception-LM-1B", work too.
+
+    Raises:
+        InputError: no model has this name.
     """
     short = name.removeprefix("facebook/").replace("Perception-LM-", "PLM-")
     known: dict[str, PeConfig | PlmConfig] = {**PE_MODELS, **PLM_MODELS}

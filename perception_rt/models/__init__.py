@@ -1,1 +1,1 @@
-"""The Perception Encoder in torch: pure functions of a configuration, no I/O and no globals."""
+"""PE and PLM in torch: pure functions of a configuration, without I/O or global state."""

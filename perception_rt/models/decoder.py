@@ -1,8 +1,7 @@
-"""The Llama decoder, in the reference's parameter names.
+"""The Llama decoder, under the reference's parameter names.
 
-A sequence starts at position 0 unless positions are given. Nothing here knows of a key-value cache:
-the attention that an exporter passes has one, and the tables that it is given are those of the
-positions in it.
+A sequence starts at position 0 unless positions are given. The decoder has no key-value cache: the
+attention kernel of an exporter adds one, and gets the rotary tables of the cached positions.
 
 Legend: N batch, T tokens, C width, H query heads, K key and value heads, E channels per head,
 V vocabulary.
@@ -20,10 +19,10 @@ from perception_rt.plm_config import DecoderConfig
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
-    """Angles per position, float32 (E/2,), with llama3 scaling where the model has it.
+    """Returns rotary angles per position, float32 (E/2,), with llama3 scaling if configured.
 
-    Frequencies that turn less than `low_freq_factor` times in the old context are divided by the
-    scale factor, those that turn more than `high_freq_factor` times stay, the others are blended.
+    Frequencies with fewer than `low_freq_factor` turns in the old context are divided by the scale
+    factor; those with more than `high_freq_factor` turns stay; those between are interpolated.
     """
     size = config.head_dim
     steps = torch.arange(0, size, 2, dtype=torch.float32, device=device)
@@ -37,14 +36,14 @@ def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) 
 
 
 def rope_1d(config: DecoderConfig, length: int, device: torch.device | None = None) -> Rope:
-    """Rotary tables of the positions 0 to `length` - 1, for adjacent channel pairs."""
+    """Returns rotary tables (length, E/2) of positions 0 to `length` - 1, for adjacent channels."""
     positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, rope_frequencies(config, device))
+    angles = torch.outer(positions, rope_frequencies(config, device))  # (T, E/2)
     return Rope(angles.cos(), angles.sin())
 
 
 class RmsNorm(nn.Module):
-    """Divides by the root mean square, in float32, then scales each channel."""
+    """Divides by the root mean square in float32, then scales each channel."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -57,7 +56,7 @@ class RmsNorm(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Causal self-attention whose key and value heads serve groups of query heads."""
+    """Causal self-attention in which each key and value head serves a group of query heads."""
 
     def __init__(self, config: DecoderConfig, attention: Attention) -> None:
         super().__init__()
@@ -70,10 +69,10 @@ class GroupedAttention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, mask: Any = None) -> Tensor:
-        """(N, T, C) -> (N, T, C); `mask` as the attention takes it."""
+        """(N, T, C) -> (N, T, C); `mask` in the form of the attention kernel."""
         y = self.attention(
-            self.wq(x),
-            self.wk(x),
+            self.wq(x),  # (N, T, H * E)
+            self.wk(x),  # (N, T, K * E)
             self.wv(x),
             heads=self.heads,
             kv_heads=self.kv_heads,
@@ -85,7 +84,7 @@ class GroupedAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """A SwiGLU feed-forward layer."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -115,11 +114,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm and head; a tied head is the embedding and no parameter of its own.
+    """Embedding, blocks, norm and head. A tied head uses the embedding and has no parameter.
 
     Args:
         config: the architecture.
-        attention: the kernel behind every attention; torch's own by default.
+        attention: attention kernel of all blocks.
     """
 
     def __init__(self, config: DecoderConfig, *, attention: Attention = sdpa_attention) -> None:
@@ -137,12 +136,13 @@ class Decoder(nn.Module):
         """Input embeddings (N, T, C) -> normed hidden states (N, T, C).
 
         Args:
-            hidden: what goes into the first layer.
-            positions: int64 (N, T), of each token in its document; 0 to T - 1 without.
-            mask: which tokens see which, as the attention takes it; causal without.
+            hidden: input of the first layer.
+            positions: int64 (N, T), position of each token in its document; None for 0 to T - 1.
+            mask: attention mask in the form of the kernel; None for causal attention.
         """
         rope = rope_1d(self.decoder_config, hidden.shape[1], hidden.device)
         if positions is not None:
+            # (T, E/2) indexed by (N, T) -> (N, 1, T, E/2); the 1 is for heads.
             rope = Rope(rope.cos[positions][:, None], rope.sin[positions][:, None])
         for layer in self.layers:
             hidden = layer(hidden, rope, mask)

@@ -1,7 +1,7 @@
-"""The layers that the PE towers share, and the one seam through which all attention goes.
+"""Layers shared by the PE towers, and the attention interface of all models.
 
-Parameter names equal the reference's checkpoint names. `forward` changes no state, and every table
-is a function of integers, so that two threads or two grids can never meet.
+Parameter names equal those of the reference's checkpoints. `forward` changes no state and all
+tables are functions of integers, so threads and image sizes never interfere.
 
 Legend: N batch, T tokens, C width, h w grid rows and columns, D channels per head.
 """
@@ -24,7 +24,7 @@ class Rope(NamedTuple):
 
 
 class Attention(Protocol):
-    """How queries meet keys: the seam that lowerings and training kernels replace."""
+    """An attention kernel. Exporters and training pass their own."""
 
     def __call__(
         self,
@@ -41,28 +41,31 @@ class Attention(Protocol):
         """Multi-head attention of (N, Tq, C) over (N, Tk, C); returns (N, Tq, C).
 
         With fewer `kv_heads` than `heads`, keys and values are (N, Tk, kv_heads * D), and each of
-        their heads serves a group of consecutive query heads. A `mask` says which keys a query
-        sees, instead of `causal` and in the kernel's own form; training packs documents with it.
+        their heads serves a group of consecutive query heads. A `mask`, in the kernel's own form,
+        replaces `causal`; training uses it to pack documents.
         """
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(N, T, C) -> (N, heads, T, D)."""
     n, t, c = x.shape
+    # (N, T, C) -> (N, T, heads, D) -> (N, heads, T, D)
     return x.reshape(n, t, heads, c // heads).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(N, heads, T, D) -> (N, T, C)."""
     n, heads, t, d = x.shape
+    # (N, heads, T, D) -> (N, T, heads, D) -> (N, T, C)
     return x.transpose(1, 2).reshape(n, t, heads * d)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotates adjacent channel pairs of (N, heads, T, D) in float32, then returns to x's dtype."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    pairs = x.float().unflatten(-1, (-1, 2))  # (N, heads, T, D/2, 2)
     a, b = pairs.unbind(-1)  # (N, heads, T, D/2)
     turned = (a * rope.cos - b * rope.sin, b * rope.cos + a * rope.sin)
+    # (N, heads, T, D/2, 2) -> (N, heads, T, D)
     return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -75,7 +78,7 @@ def rotated_heads(
     kv_heads: int | None,
     rope: Rope | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a kernel of (N, heads, T, D) takes, of what an `Attention` is given."""
+    """Converts the arguments of an `Attention` for a kernel on (N, heads, T, D), and rotates."""
     q = split_heads(query, heads)
     k, v = (split_heads(x, kv_heads or heads) for x in (key, value))
     if rope is not None:
@@ -94,9 +97,9 @@ def sdpa_attention(
     causal: bool = False,
     mask: Any = None,
 ) -> Tensor:
-    """The default `Attention`: torch's scaled dot product attention, scale D ** -0.5.
+    """The default `Attention`: torch's scaled dot product attention with scale D ** -0.5.
 
-    Its masks are what `scaled_dot_product_attention` takes: bool, true where a query sees a key.
+    Masks are bool, true where a query sees a key, as in `scaled_dot_product_attention`.
     """
     q, k, v = rotated_heads(query, key, value, heads=heads, kv_heads=kv_heads, rope=rope)
     grouped = kv_heads is not None and kv_heads != heads
@@ -109,10 +112,10 @@ def sdpa_attention(
 def rope_2d(
     grid: tuple[int, int], head_dim: int, *, class_token: bool, device: torch.device | None = None
 ) -> Rope:
-    """2-D rotary tables of a grid, tokens row-major.
+    """Returns 2-D rotary tables (T, D/2) of a grid, tokens in row-major order.
 
-    The first half of a head's channels turns with the column, the second with the row; each half
-    has D/4 frequencies. With a class token, patches count from 1 and the class token has angle 0.
+    The first half of a head's channels rotates with the column, the second with the row, with D/4
+    frequencies each. With a class token, patches count from 1 and the class token has angle 0.
     """
     half = head_dim // 2
     steps = torch.arange(0, half, 2, dtype=torch.float32, device=device)
@@ -121,23 +124,24 @@ def rope_2d(
     rows = torch.arange(grid[0], dtype=torch.float32, device=device) + offset
     cols = torch.arange(grid[1], dtype=torch.float32, device=device) + offset
     by_col = (cols[:, None] * freqs).expand(grid[0], -1, -1)  # (h, w, D/4)
-    by_row = (rows[:, None] * freqs)[:, None].expand(-1, grid[1], -1)
+    by_row = (rows[:, None] * freqs)[:, None].expand(-1, grid[1], -1)  # (h, w, D/4)
     angles = torch.cat([by_col, by_row], dim=-1).flatten(0, 1)  # (h*w, D/2)
     if class_token:
-        angles = torch.cat([angles.new_zeros(1, half), angles])
+        angles = torch.cat([angles.new_zeros(1, half), angles])  # (1 + h*w, D/2)
     return Rope(angles.cos(), angles.sin())
 
 
 def drop_path(x: Tensor, rate: float, *, training: bool) -> Tensor:
-    """Stochastic depth: in training, drops whole samples of a residual branch with `rate`."""
+    """Stochastic depth: while training, drops samples of a residual branch at `rate`."""
     if not training or rate == 0.0:
         return x
+    # (N, 1, ...): one draw per sample.
     keep = torch.rand(x.shape[0], *([1] * (x.ndim - 1)), device=x.device) >= rate
     return x * keep.to(x.dtype) / (1.0 - rate)
 
 
 class PackedAttention(nn.Module):
-    """The parameters of an attention, packed as torch's MultiheadAttention stores them."""
+    """Attention parameters, packed like those of torch's MultiheadAttention."""
 
     def __init__(self, width: int, heads: int, attention: Attention) -> None:
         super().__init__()
@@ -149,16 +153,17 @@ class PackedAttention(nn.Module):
 
 
 class SelfAttention(PackedAttention):
-    """Attention of tokens over themselves."""
+    """Self-attention of tokens."""
 
     def forward(self, x: Tensor, *, rope: Rope | None = None, causal: bool = False) -> Tensor:
         """(N, T, C) -> (N, T, C)."""
+        # (N, T, 3 * C) -> three of (N, T, C)
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         return self.out_proj(self.attention(q, k, v, heads=self.heads, rope=rope, causal=causal))
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel on a residual branch."""
+    """A learned scale per channel of a residual branch."""
 
     def __init__(self, width: int, init: float) -> None:
         super().__init__()
@@ -213,7 +218,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, under the name that checkpoints give it."""
+    """A stack of blocks, under the parameter name of the checkpoints."""
 
     def __init__(self, blocks: list[Block]) -> None:
         super().__init__()

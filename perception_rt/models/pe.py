@@ -1,4 +1,7 @@
-"""A whole Perception Encoder: both towers and the logit scale, in the reference's names."""
+"""A Perception Encoder: both towers and the logit scale, under the reference's names.
+
+Legend: N images, M texts, F frames, H W pixels, T tokens, D output.
+"""
 
 import math
 
@@ -16,11 +19,11 @@ INIT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class PerceptionEncoder(nn.Module):
-    """Vision tower under `visual.`; text tower and `logit_scale` at the root, as checkpoints do.
+    """A Perception Encoder with the parameter names of the checkpoints.
 
     Args:
         config: the architecture; without `text`, only the vision methods work.
-        attention: the kernel behind every attention; torch's own by default.
+        attention: attention kernel of all blocks.
     """
 
     def __init__(self, config: PeConfig, *, attention: Attention = sdpa_attention) -> None:
@@ -39,11 +42,12 @@ class PerceptionEncoder(nn.Module):
     def encode_video(self, frames: Tensor, *, normalize: bool = False) -> Tensor:
         """Float frames (N, F, 3, H, W) -> the mean (N, D) of the frames' features.
 
-        `normalize` acts on each frame; the mean is not normalised again, as in the reference.
+        As in the reference, `normalize` applies to each frame and not to the mean.
         """
         n, f = frames.shape[:2]
+        # (N, F, 3, H, W) -> (N * F, 3, H, W)
         features = self.encode_image(frames.flatten(0, 1), normalize=normalize)
-        return features.unflatten(0, (n, f)).mean(dim=1)
+        return features.unflatten(0, (n, f)).mean(dim=1)  # (N * F, D) -> (N, F, D) -> (N, D)
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = False) -> Tensor:
         """int64 token ids (N, T) -> (N, D)."""
@@ -53,7 +57,7 @@ class PerceptionEncoder(nn.Module):
         return F.normalize(x, dim=-1) if normalize else x
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit image and text features (N, D), (M, D), and exp(logit_scale)."""
+        """Pixels (N, 3, H, W) and ids (M, T) -> unit features (N, D), (M, D), exp(logit_scale)."""
         image = self.encode_image(pixels, normalize=True)
         text = self.encode_text(tokens, normalize=True)
         return image, text, self.logit_scale.exp()

@@ -1,4 +1,4 @@
-"""The PE text tower: causal blocks, the end-of-text token's state, a linear projection.
+"""The PE text tower: causal blocks, the state of the end-of-text token, a linear projection.
 
 Legend: N batch, T tokens, C width, D output.
 """
@@ -12,7 +12,12 @@ from perception_rt.models.layers import LN_EPS, Attention, Block, Transformer, s
 
 
 class TextTower(nn.Module):
-    """A Perception Encoder text tower. Padding is not masked: the mask is causal only."""
+    """A Perception Encoder text tower. As in the reference, padding is not masked.
+
+    Args:
+        config: the architecture.
+        attention: attention kernel of all blocks.
+    """
 
     def __init__(self, config: TextConfig, *, attention: Attention = sdpa_attention) -> None:
         super().__init__()
@@ -29,11 +34,11 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 token ids (N, T), T <= context_length -> features (N, D), not normalised.
 
-        The state read is that of the first highest id, which the end-of-text token has.
+        Reads the state of the end-of-text token, which has the highest id.
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
-        end = tokens.argmax(dim=-1)[:, None, None].expand(-1, 1, x.shape[-1])
-        x = self.ln_final(x.gather(1, end).squeeze(1))  # (N, C)
+        end = tokens.argmax(dim=-1)[:, None, None].expand(-1, 1, x.shape[-1])  # (N, 1, C)
+        x = self.ln_final(x.gather(1, end).squeeze(1))  # (N, 1, C) -> (N, C)
         return F.linear(x, self.text_projection.T)

@@ -1,7 +1,7 @@
-"""The PE vision tower: patches, position tables, blocks, pooling, at any grid.
+"""The PE vision tower: patches, position tables, blocks and pooling, at any image size.
 
-Legend: N batch, H W pixels, h w grid, T tokens (h*w, and one more with a class token), C width,
-D output.
+Legend: N batch, H W pixels, h w grid, p patch size, T tokens (h*w, and one more with a class
+token), C width, D output.
 """
 
 from collections.abc import Sequence
@@ -25,19 +25,21 @@ from perception_rt.models.layers import (
 
 
 class CrossAttention(PackedAttention):
-    """Attention of a few queries over all tokens."""
+    """Attention of a few learned queries over all tokens."""
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """(1, Q, C) over (N, T, C) -> (N, Q, C); the same queries for every sample."""
+        """Queries (1, Q, C) over tokens (N, T, C) -> (N, Q, C)."""
         width = query.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
+        # (1, Q, C) -> (N, Q, C)
         q = F.linear(query, weight[:width], bias[:width]).expand(tokens.shape[0], -1, -1)
+        # (N, T, 2 * C) -> two of (N, T, C)
         k, v = F.linear(tokens, weight[width:], bias[width:]).chunk(2, dim=-1)
         return self.out_proj(self.attention(q, k, v, heads=self.heads))
 
 
 class AttentionPooling(nn.Module):
-    """One learned probe reads all tokens, then an MLP with its own norm."""
+    """Pools tokens: one learned query attends to all of them, then a residual MLP."""
 
     def __init__(self, width: int, heads: int, mlp_dim: int, attention: Attention) -> None:
         super().__init__()
@@ -48,21 +50,23 @@ class AttentionPooling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, C) -> (N, C)."""
-        x = self.attn(self.probe, tokens)
-        return (x + self.mlp(self.layernorm(x))).squeeze(1)
+        x = self.attn(self.probe, tokens)  # (N, 1, C)
+        return (x + self.mlp(self.layernorm(x))).squeeze(1)  # (N, 1, C) -> (N, C)
 
 
 def resize_positions(table: Tensor, native: int, grid: tuple[int, int], prefix: int) -> Tensor:
-    """Interpolates a learned (prefix + native**2, C) table to (prefix + h*w, C), bilinearly.
+    """Interpolates a learned position table (prefix + native**2, C) to (prefix + h*w, C).
 
-    The first `prefix` rows, the class token's, stay. No antialiasing and no corner alignment: what
-    the checkpoints were used with.
+    Keeps the first `prefix` rows, the class token's. Bilinear without antialiasing and without
+    aligned corners, as in the reference.
     """
     if grid == (native, native):
         return table
     head, body = table.split([prefix, native * native])
-    square = body.float().reshape(1, native, native, -1).permute(0, 3, 1, 2)  # (1, C, h, w)
+    # (native**2, C) -> (1, native, native, C) -> (1, C, native, native)
+    square = body.float().reshape(1, native, native, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+    # (1, C, h, w) -> (1, h, w, C) -> (h*w, C)
     body = resized.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
     return torch.cat([head, body])
 
@@ -70,16 +74,16 @@ def resize_positions(table: Tensor, native: int, grid: tuple[int, int], prefix: 
 def token_table(
     positions: Tensor | None, class_embedding: Tensor | None, native: int, grid: tuple[int, int]
 ) -> Tensor | None:
-    """What is added to the tokens of a grid, (T, C): positions, and the class token itself.
+    """Returns the table (T, C) that is added to the tokens: positions and the class token.
 
-    The class token enters the tower as a row of zeros, so that its value is one more constant
-    here. None if the tower has neither.
+    The class token enters the tower as a row of zeros, so its value is added here. None if the
+    tower has neither.
     """
     prefix = 0 if class_embedding is None else 1
     table = None if positions is None else resize_positions(positions, native, grid, prefix)
     if class_embedding is None:
         return table
-    head = F.pad(class_embedding[None], (0, 0, 0, grid[0] * grid[1]))
+    head = F.pad(class_embedding[None], (0, 0, 0, grid[0] * grid[1]))  # (1, C) -> (T, C)
     return head if table is None else head + table
 
 
@@ -88,7 +92,7 @@ class VisionTower(nn.Module):
 
     Args:
         config: the architecture.
-        attention: the kernel behind every attention; torch's own by default.
+        attention: attention kernel of all blocks.
     """
 
     def __init__(self, config: VisionConfig, *, attention: Attention = sdpa_attention) -> None:
@@ -127,23 +131,25 @@ class VisionTower(nn.Module):
         return int(self.config.use_cls_token)
 
     def patchify(self, pixels: Tensor) -> Tensor:
-        """float (N, 3, H, W) -> (N, h*w, C): the patch convolution as one product."""
+        """Float pixels (N, 3, H, W) -> (N, h*w, C): the patch convolution as a matrix product."""
         n, channels, height, width = pixels.shape
         p = self.config.patch_size
         h, w = self.config.grid_of(height, width)
+        # (N, 3, H, W) -> (N, 3, h, p, w, p) -> (N, h, w, 3, p, p)
         x = pixels.reshape(n, channels, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
-        weight = self.conv1.weight.flatten(1)
+        weight = self.conv1.weight.flatten(1)  # (C, 3, p, p) -> (C, 3 * p * p)
+        # (N, h, w, 3, p, p) -> (N, h*w, 3 * p * p)
         return F.linear(x.reshape(n, h * w, channels * p * p).to(weight.dtype), weight)
 
     def token_table(self, grid: tuple[int, int]) -> Tensor | None:
-        """The (T, C) table that is added to the tokens of a grid."""
+        """Returns the table (T, C) that is added to the tokens of a grid; None if there is none."""
         config = self.config
         positions = self.positional_embedding if config.use_abs_posemb else None
         class_embedding = self.class_embedding if config.use_cls_token else None
         return token_table(positions, class_embedding, config.grid, grid)
 
     def rope_table(self, grid: tuple[int, int]) -> Rope | None:
-        """Rotary tables of a grid, or None for a tower without them."""
+        """Returns rotary tables (T, C/heads/2) of a grid; None for a tower without them."""
         if not self.config.use_rope2d:
             return None
         return rope_2d(
@@ -154,12 +160,13 @@ class VisionTower(nn.Module):
         )
 
     def embed(self, pixels: Tensor, table: Tensor | None) -> Tensor:
-        """Normalised float pixels (N, 3, H, W) -> the blocks' input (N, T, C)."""
+        """Normalised float pixels (N, 3, H, W) -> input of the blocks (N, T, C)."""
+        # (N, h*w, C) -> (N, T, C)
         x = F.pad(self.patchify(pixels), (0, 0, self.num_prefix, 0))
         return self.ln_pre(x if table is None else x + table)
 
     def run_blocks(self, x: Tensor, rope: Rope | None, taps: Sequence[int]) -> list[Tensor]:
-        """Runs blocks up to the deepest tap; returns the output of each tapped block, in order."""
+        """Runs the blocks up to the deepest tap; returns the outputs (N, T, C) of the taps."""
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(self.transformer.resblocks[: max(taps) + 1]):
             x = block(x, rope=rope)
@@ -168,7 +175,7 @@ class VisionTower(nn.Module):
         return [outputs[i] for i in taps]
 
     def forward_taps(self, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
-        """Outputs (N, T, C) of the blocks `layers`, class token included, no final norm."""
+        """Pixels (N, 3, H, W) -> outputs (N, T, C) of the blocks `layers`, without final norm."""
         height, width = pixels.shape[-2:]
         grid = self.config.grid_of(height, width)
         indices = [self.config.block_index(i) for i in layers]
@@ -183,14 +190,21 @@ class VisionTower(nn.Module):
         layer: int = -1,
         strip_class_token: bool = False,
     ) -> Tensor:
-        """One block's tokens (N, T, C), with the final norm and without class token on demand."""
+        """Pixels (N, 3, H, W) -> tokens (N, T, C) of one block.
+
+        Args:
+            pixels: normalised floats.
+            norm: apply the final norm.
+            layer: block index; negative from the end.
+            strip_class_token: return the h*w patch tokens only.
+        """
         (x,) = self.forward_taps(pixels, [layer])
         if norm:
             x = self.ln_post(x)
         return x[:, self.num_prefix :] if strip_class_token else x
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Normed tokens (N, T, C) -> (N, C), or the tokens themselves for a tower without pool."""
+        """Normed tokens (N, T, C) -> (N, C); the tokens themselves without pooling."""
         match self.config.pool_type:
             case "attn":
                 return self.attn_pool(tokens)
@@ -202,10 +216,10 @@ class VisionTower(nn.Module):
                 return tokens
 
     def head(self, tokens: Tensor) -> Tensor:
-        """The last block's tokens (N, T, C) -> what `forward` returns."""
+        """Tokens (N, T, C) of the last block -> (N, D), or (N, T, D) without pooling."""
         x = self.pool(self.ln_post(tokens))
         return x if self.config.output_dim is None else F.linear(x, self.proj.T)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised float pixels (N, 3, H, W) -> (N, D), or (N, T, D) for a tower without pool."""
+        """Normalised float pixels (N, 3, H, W) -> (N, D), or (N, T, D) without pooling."""
         return self.head(self.forward_features(pixels))
