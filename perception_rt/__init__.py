@@ -1,7 +1,7 @@
-"""Run Meta's Perception Encoder and Perception Language Model as compiled engines, without torch.
+"""Runs Meta's Perception Encoder and Perception Language Model as compiled engines, without torch.
 
-`load` opens a package that `perception-export` made. Everything here is imported on first use, so
-that `import perception_rt` is quick.
+`load` opens a package that `perception-export` made. All names but the errors are imported on first
+use, so that `import perception_rt` is quick.
 """
 
 from importlib import import_module

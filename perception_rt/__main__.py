@@ -1,4 +1,4 @@
-"""`python -m perception_rt`, the same as `perception-rt`."""
+"""Runs `perception-rt` by `python -m perception_rt`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Architectures as frozen records, in the field names of the reference implementation.
+"""Architectures of Perception Encoders as frozen records, with the reference's field names.
 
-Only integers, floats and strings: no torch, no I/O. `from_dict` is strict, so that a typo in a
-configuration file is an error that names the key instead of a silently different model.
+`from_dict` is strict: a typo in a configuration file is an error that names the key, and never a
+silently different model.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _MAX_LAYERS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig(Record):
-    """A PE vision tower. Lengths in pixels where named so by the reference (`image_size`).
+    """A PE vision tower; `image_size` and `patch_size` are in pixels.
 
     Source: facebookresearch/perception_models `core/vision_encoder/config.py` at 3e352cc.
     """
@@ -83,7 +83,7 @@ class VisionConfig(Record):
 
     @property
     def mlp_dim(self) -> int:
-        """Hidden channels of the MLP, truncated as the reference does."""
+        """Hidden channels of the MLP, rounded down as in the reference."""
         return int(self.width * self.mlp_ratio)
 
     @property
@@ -92,18 +92,26 @@ class VisionConfig(Record):
         return self.image_size // self.patch_size
 
     def block_index(self, layer: int) -> int:
-        """A block counted from the front; `layer` may be negative. InputError out of range."""
+        """Returns the index of a block from the front; a negative `layer` counts from the end.
+
+        Raises:
+            InputError: there is no such block.
+        """
         if type(layer) is not int or not -self.layers <= layer < self.layers:
             raise InputError(f"layer {layer!r:.40} is out of range for {self.layers} blocks")
         return layer % self.layers
 
     @property
     def embed_dim(self) -> int:
-        """Channels of what `forward` returns."""
+        """Output channels."""
         return self.output_dim or self.width
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Patch rows and columns of an image; InputError unless the patch size divides both."""
+        """Returns patch rows and columns of an image of this size in pixels.
+
+        Raises:
+            InputError: the patch size does not divide height and width.
+        """
         p = self.patch_size
         if height < p or width < p or height % p or width % p:
             raise InputError(f"image size {height}x{width} is not a multiple of the patch size {p}")
@@ -164,7 +172,11 @@ class PeConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Accepts `{"vision": ..., "text": ...}` or the fields of a vision tower alone."""
+        """Builds the record from `{"vision": ..., "text": ...}`, or from a vision tower's fields.
+
+        Raises:
+            InputError: names unknown, missing and mistyped keys.
+        """
         if not isinstance(data, Mapping):
             raise InputError(f"config must be an object, not {type(data).__name__}")
         if "vision" not in data:
@@ -179,7 +191,7 @@ class PeConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; `text` is null for a vision tower alone."""
+        """Plain JSON values; `text` is None for a vision tower alone."""
         return {
             "vision": self.vision.to_dict(),
             "text": None if self.text is None else self.text.to_dict(),

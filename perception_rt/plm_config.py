@@ -1,7 +1,7 @@
-"""A Perception Language Model's architecture: Llama decoder, vision tower, and what joins them.
+"""Architectures of Perception Language Models: Llama decoder, vision tower and projector.
 
-In the reference's own field names, flat as its `params.json` has them: `apps/plm/transformer.py`
-and `core/transformer.py` at 3e352cc.
+Field names are those of the reference's `params.json`, from `apps/plm/transformer.py` and
+`core/transformer.py` at 3e352cc.
 """
 
 from collections.abc import Mapping
@@ -22,20 +22,20 @@ class DecoderConfig(Record):
 
     Attributes:
         dim: channels of the residual stream.
-        n_layers: blocks.
+        n_layers: number of blocks.
         n_heads: query heads.
-        n_kv_heads: key and value heads; None for as many as query heads.
+        n_kv_heads: key and value heads; None for `n_heads`.
         vocab_size: rows of the embedding and of the head.
         ffn_dim_multiplier: factor on 8/3 dim, before rounding up; None for 1.
-        multiple_of: what the hidden size of the feed-forward layer is rounded up to.
-        norm_eps: of every RMSNorm.
+        multiple_of: the hidden size of the feed-forward layer is rounded up to a multiple of this.
+        norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
-        old_context_len: context that the frequencies were first trained for, in tokens.
-        rope_scale_factor: how much llama3 scaling slows the low frequencies; 1 for no scaling.
-        low_freq_factor: wavelengths above old_context_len over this are slowed in full.
-        high_freq_factor: wavelengths below old_context_len over this are left alone.
-        max_seqlen: the longest sequence, in tokens.
-        weight_tying: the head is the embedding.
+        old_context_len: context in tokens that the frequencies were first trained for.
+        rope_scale_factor: divisor of the low frequencies in llama3 scaling; 1 for no scaling.
+        low_freq_factor: wavelengths above old_context_len / this are scaled in full.
+        high_freq_factor: wavelengths below old_context_len / this are not scaled.
+        max_seqlen: longest sequence in tokens.
+        weight_tying: whether the head uses the embedding's weight.
     """
 
     dim: int
@@ -98,14 +98,14 @@ class DecoderConfig(Record):
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden channels of the feed-forward layer, rounded as the reference does."""
+        """Hidden channels of the feed-forward layer, rounded as in the reference."""
         hidden = int(2 * (4 * self.dim) / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
         return -(-hidden // self.multiple_of) * self.multiple_of
 
 
-# Fields of `params.json` that say how the reference trains or computes, not what the model is.
+# Fields of `params.json` about training and kernels, not about the architecture.
 _IGNORED = frozenset(
     {
         "attn_impl",
@@ -117,7 +117,7 @@ _IGNORED = frozenset(
         "seed",
     }
 )
-# Fields with the one value that this library has a model for.
+# Fields with the only value that this library supports.
 _FIXED: Mapping[str, Any] = {"sliding_window": None, "remove_vision_class_token": True}
 
 
@@ -127,9 +127,9 @@ class PlmConfig:
 
     Attributes:
         decoder: the language model.
-        vision: the tower; its class token is dropped and it has no pooling and no head.
-        pooling_ratio: patches per side that become one image token.
-        image_token_id: the token id whose embeddings image tokens replace.
+        vision: the vision tower, without pooling and head; its class token is dropped.
+        pooling_ratio: side of the square of patches that becomes one image token.
+        image_token_id: token id at which image tokens are inserted.
     """
 
     decoder: DecoderConfig
@@ -153,18 +153,17 @@ class PlmConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Image tokens that one tile becomes."""
+        """Image tokens per tile."""
         return (self.vision.grid // self.pooling_ratio) ** 2
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Accepts the reference's flat fields, or a `params.json` that has them under `model`.
+        """Builds the record from flat fields, or from a `params.json` with them under `model`.
 
-        A `params.json` is a record of a training run: what it says beyond the architecture is not
-        looked at.
+        A `params.json` records a training run: fields beyond the architecture are ignored.
 
         Raises:
-            InputError: names missing and mistyped keys, and unknown ones of flat fields.
+            InputError: names missing and mistyped keys, and unknown keys of flat fields.
         """
         if not isinstance(data, Mapping):
             raise InputError(f"config must be an object, not {type(data).__name__}")
@@ -178,7 +177,7 @@ class PlmConfig:
         image_token_id = _integer(values, "image_token_id", IMAGE_TOKEN_ID)
         for name, only in _FIXED.items():
             if values.pop(name, only) != only:
-                raise InputError(f"config.{name} must be {only}: no other is supported")
+                raise InputError(f"config.{name} must be {only}; no other value is supported")
         head_dim = values.pop("head_dim", None)
         decoder = DecoderConfig.from_dict(values)
         if head_dim not in (None, decoder.head_dim):
@@ -191,7 +190,7 @@ class PlmConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The reference's flat fields, as plain JSON values."""
+        """Plain JSON values, flat as in the reference."""
         return {
             **self.decoder.to_dict(),
             "vision_model": self.vision.to_dict(),
@@ -201,7 +200,7 @@ class PlmConfig:
 
 
 def is_plm(data: Any) -> bool:
-    """Whether an architecture in JSON is a language model's and not an encoder's."""
+    """Whether an architecture in JSON values is a language model."""
     if not isinstance(data, Mapping):
         return False
     model = data.get("model")

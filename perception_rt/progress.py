@@ -1,20 +1,21 @@
-"""Progress of a command on standard error, once it has taken a second."""
+"""Shows a command's progress on standard error, after one second."""
 
 import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
+from typing import Self
 
-_QUIET_S = 1.0
-_TERMINAL_S = 0.2
-_LOG_S = 5.0
+QUIET_S = 1.0  # before the first line
+TERMINAL_S = 0.2  # between updates on a terminal
+LOG_S = 5.0  # between lines elsewhere
+THREAD_NAME = "perception-rt-progress"
 
 
 class Progress:
-    """Says what a command is doing: one line, rewritten on a terminal; else a line now and then.
+    """Shows the current step of a command: one line that a terminal updates, else a line at times.
 
-    A thread of its own shows it, so that a single long step is seen too.
+    A thread shows it, so that a single long step is visible too.
     """
 
     def __init__(self) -> None:
@@ -23,40 +24,35 @@ class Progress:
         self._line = ""
         self._shown = ""
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._show, daemon=True)
+        self._thread = threading.Thread(target=self._show, name=THREAD_NAME, daemon=True)
 
     def step(self, line: str) -> None:
-        """Says what is being done now."""
+        """Sets the current step."""
         self._line = line
 
-    def counter(self, what: str) -> Callable[[int, int], None]:
-        """A callback for the numbers done and in all."""
-        return lambda done, total: self.step(f"{done} of {total} {what}")
+    def counter(self, noun: str) -> Callable[[int, int], None]:
+        """Returns a callback that takes the number done and the total."""
+        return lambda done, total: self.step(f"{done} of {total} {noun}")
 
     def stop(self) -> None:
-        """Shows nothing from now on; what follows has the line to itself. May be called again."""
+        """Clears the line and shows nothing more; a second call does nothing."""
         self._done.set()
         self._thread.join()
         if self._terminal and self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._shown = ""
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _show(self) -> None:
-        wait = _QUIET_S
+        wait = QUIET_S
         while not self._done.wait(wait):
-            wait = _TERMINAL_S if self._terminal else _LOG_S
+            wait = TERMINAL_S if self._terminal else LOG_S
             line = self._line
             elapsed = time.monotonic() - self._start
             if self._terminal:

@@ -1,7 +1,7 @@
-"""The commands `perception-rt` and `perception-export`: arguments in, one line or JSON out.
+"""The commands `perception-rt` and `perception-export`: parse arguments, print lines or JSON.
 
-Each sub-command parses into the call that a program would make, and imports what it needs itself:
-`perception-rt embed` never imports torch. Nothing imports this module.
+Each sub-command makes the calls that a program would make, and imports what it needs itself:
+`perception-rt embed` never imports torch.
 """
 
 import argparse
@@ -16,15 +16,10 @@ from typing import Any
 from perception_rt._version import __version__
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
 from perception_rt.errors import InputError, PerceptionError
+from perception_rt.families import PE, PLM, Family, get_family
 from perception_rt.progress import Progress
 
 _SHOWN_COSINES = 8
-
-# What a package of a family is, and what it is for.
-_PURPOSES = {
-    "pe": "an encoder: it is for embed, classify and features",
-    "plm": "a language model: it is for generate and chat",
-}
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -40,10 +35,10 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Runs a command; an error of ours is one line on standard error and status 2."""
+    """Runs a command. A PerceptionError becomes one line on standard error and status 2."""
     options = parser.parse_args(arguments)
     for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # a character that it does not have is no error
+        if isinstance(stream, io.TextIOWrapper):  # print "?" for characters it cannot encode
             stream.reconfigure(errors="replace")
     try:
         status = options.command(options) or 0
@@ -54,7 +49,7 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            # What is left in the buffer would fail once more when the interpreter ends.
+            # Otherwise the rest of the buffer fails again when the interpreter exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         where = "" if error.filename is None else f": {error.filename}"
@@ -76,49 +71,51 @@ def main_parser() -> argparse.ArgumentParser:
     _list_argument(embed, "--image", "FILE")
     _list_argument(embed, "--text", "TEXT")
     _list_argument(embed, "--video", "FILE")
-    embed.add_argument("--num-frames", type=int, default=8, help="per video (default: 8)")
-    embed.add_argument("--out", metavar="FILE.npy", help="write float32 (N, D): images, then "
-                       "texts, then videos")  # fmt: skip
+    embed.add_argument("--num-frames", type=int, default=8, help="frames per video (default: 8)")
+    embed.add_argument("--out", metavar="FILE.npy", help="array to write, float32 (N, D): images, "
+                       "then texts, then videos")  # fmt: skip
 
     classify = _command(commands, "classify", _classify, "choose between labels for images")
     _package_arguments(classify)
     _list_argument(classify, "--image", "FILE", required=True)
     _list_argument(classify, "--label", "LABEL", required=True)
-    _list_argument(classify, "--template", "TEXT", help="with {} for the label; default: {}")
+    _list_argument(
+        classify, "--template", "TEXT", help="sentences with {} for the label (default: {})"
+    )
 
     features = _command(commands, "features", _features, "draw the dense features of an image")
     _package_arguments(features)
     features.add_argument("--image", required=True, metavar="FILE")
     features.add_argument("--layer", type=int, default=-1, help="block index (default: -1)")
-    features.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+    features.add_argument("--out", required=True, metavar="FILE.png", help="image to write")
 
     generate = _command(commands, "generate", _generate, "answer a question on images and videos")
     _package_arguments(generate)
     generate.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="the question; images and videos go where "
-        "it has <image> or <video>, or first"
+        "--prompt", required=True, metavar="TEXT", help="the question; images and videos replace "
+        "its <image> and <video> marks, or come first"
     )  # fmt: skip
     _question_arguments(generate)
     generate.add_argument("--stream", action="store_true", help="print the answer as it grows")
 
     chat = _command(commands, "chat", _chat, "answer the lines of standard input", as_json=False)
     chat.epilog = (
-        "A line `/image FILE` shows an image with the next question, `/reset` forgets all that was "
-        "said and shown, `/quit` ends."
+        "`/image FILE` adds an image to the next question, `/reset` forgets the conversation, "
+        "`/quit` ends."
     )
     _package_arguments(chat)
     _question_arguments(chat)
 
-    inspect = _command(commands, "inspect", _inspect, "show what a package is")
+    inspect = _command(commands, "inspect", _inspect, "show what a package contains")
     inspect.add_argument("package", metavar="DIR")
 
     verify = _command(commands, "verify", _verify, "check every byte of a package")
     verify.add_argument("package", metavar="DIR")
-    verify.add_argument("--expect", metavar="ID", help="the package id that must be there")
+    verify.add_argument("--expect", metavar="ID", help="refuse any other package id")
 
     add_refit_arguments(_command(commands, "refit", run_refit, REFIT_HELP))
 
-    doctor = _command(commands, "doctor", _doctor, "show what can run here; lint a package")
+    doctor = _command(commands, "doctor", _doctor, "show what can run here; check a package")
     doctor.add_argument("package", metavar="DIR", nargs="?")
     return parser
 
@@ -148,38 +145,46 @@ def _list_argument(
 
 def _package_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="DIR", help="an engine package")
-    parser.add_argument("--backend", default="auto", help="default: the package's own")
+    parser.add_argument(
+        "--backend", default="auto", help="backend to run on (default: the package's own)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or tensorrt")
-    parser.add_argument("--threads", type=int, help="default: one per physical core")
-    parser.add_argument("--expect", metavar="ID", help="the package id that must be there")
+    parser.add_argument(
+        "--threads", type=int, help="threads per engine call (default: one per physical core)"
+    )
+    parser.add_argument("--expect", metavar="ID", help="refuse any other package id")
 
 
 def _question_arguments(parser: argparse.ArgumentParser) -> None:
     _list_argument(parser, "--image", "FILE")
     _list_argument(parser, "--video", "FILE")
-    parser.add_argument("--max-tiles", type=int, metavar="N", help="per image, at most")
-    parser.add_argument("--num-frames", type=int, metavar="N", help="per video, at most")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles per image")
+    parser.add_argument("--num-frames", type=int, metavar="N", help="most frames per video")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="default: 0, for no chance"
+        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)"
     )
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from this much probability")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from this many tokens")
-    parser.add_argument("--seed", type=int, help="makes the draws repeatable; default: chance")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that sum to P"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument("--seed", type=int, help="RNG seed (default: a fresh one)")
     _list_argument(parser, "--stop", "TEXT", help="strings that end the answer")
     parser.add_argument(
-        "--lookup", action="store_true", help="guess tokens from what was said; changes an "
-        "answer in ties only"
+        "--lookup", action="store_true", help="speculate by copying from the prompt; changes "
+        "answers only in ties"
     )  # fmt: skip
     caches = parser.add_mutually_exclusive_group()
     caches.add_argument(
-        "--cache-dir", metavar="DIR", help="private folder where work on images and prompts is kept"
+        "--cache-dir", metavar="DIR", help="private folder that keeps image features and prompts"
     )
-    caches.add_argument("--no-cache", action="store_true", help="do not even keep it in memory")
+    caches.add_argument("--no-cache", action="store_true", help="keep neither, not even in memory")
 
 
-def _load(options: argparse.Namespace, progress: Progress, family: str = "pe", **more: Any) -> Any:
-    """The engine of a package; InputError for a package of another family."""
+def _load(options: argparse.Namespace, progress: Progress, family: Family = PE, **more: Any) -> Any:
+    """Loads the package; InputError if it is of another family."""
     from perception_rt.runtime.load import load
 
     progress.step(f"opening {options.package}")
@@ -191,10 +196,10 @@ def _load(options: argparse.Namespace, progress: Progress, family: str = "pe", *
         expect=options.expect,
         **more,
     )
-    content = engine.manifest.content
-    if content.family != family:
+    found = get_family(engine.manifest.content.family)
+    if found != family:
         engine.close()
-        raise InputError(f"{options.package} is {_PURPOSES[content.family]}")
+        raise InputError(f"{options.package} is {found.label}: it is for {found.commands}")
     return engine
 
 
@@ -202,10 +207,10 @@ def _load_generator(options: argparse.Namespace, progress: Progress, **more: Any
     return _load(
         options,
         progress,
-        "plm",
+        PLM,
         cache=not options.no_cache,
         cache_dir=options.cache_dir,
-        max_batch=1,  # the commands put one question at a time
+        max_batch=1,  # the commands ask one question at a time
         **more,
     )
 
@@ -283,8 +288,8 @@ def _generate(options: argparse.Namespace) -> None:
     from perception_rt.cli.generate import generate
 
     if options.stream and options.json:
-        raise InputError("--stream and --json contradict each other")
-    # Nothing follows that a prompt in memory would help; its copy takes as much as the engine's.
+        raise InputError("--stream and --json exclude each other")
+    # No second question follows, so a copy of the prompt's keys and values would waste memory.
     more = {} if options.cache_dir is not None else {"prefix_cache_bytes": 0}
     with Progress() as progress, _load_generator(options, progress, **more) as engine:
         generate(engine, options, progress)
@@ -327,7 +332,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from perception_rt.cli.report import DAMAGED, environment, lint
 
     with Progress() as progress:
-        progress.step("looking around")
+        progress.step("checking the environment")
         found = environment()
         notes = [] if options.package is None else lint(options.package)
     if options.json:
@@ -341,12 +346,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _output(path: str, ending: str) -> Path:
-    """A file that can be written; checked before any work."""
+    """Checks, before any work, that a file can be written."""
     out = Path(path)
     if out.suffix != ending:
         raise InputError(f"--out must end in {ending}, not {path!r:.80}")
     if not out.parent.is_dir() or out.is_dir():
-        raise InputError(f"cannot write {path!r:.80}: no such folder, or a folder is there")
+        raise InputError(f"cannot write {path!r:.80}: its folder is missing, or it is a folder")
     return out
 
 

@@ -1,7 +1,6 @@
-"""What `generate` and `chat` do with an open language model: questions in, answers out.
+"""Runs the commands `generate` and `chat` on an open language model.
 
-Answers go to standard output, everything else to standard error. Knows no options but those of the
-two commands and loads no package. Only `cli.py` imports this module.
+Answers go to standard output, everything else to standard error.
 """
 
 import json
@@ -30,19 +29,19 @@ if TYPE_CHECKING:
 
 _COMMANDS = "/image FILE, /reset and /quit"
 
-# What could change the state of a terminal.
+# Characters that could change the state of a terminal.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
-    """What came of a question; `result` is None for one that was interrupted."""
+class Answer:
+    """The answer to a question; `result` is None after an interrupt."""
 
     text: str
     result: "Result | None"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; what an interrupted answer does not have is None."""
+        """Plain JSON values; `tokens` and `timings` are None after an interrupt."""
         from perception_rt.processing.boxes import parse_boxes
 
         result = self.result
@@ -56,10 +55,10 @@ class _Answer:
 
 
 def generate(engine: "Generator", options: Namespace, progress: Progress) -> None:
-    """Answers one question, and prints the answer or, with `--json`, all that is known of it.
+    """Answers one question and prints the answer or, with `--json`, all facts about it.
 
     Raises:
-        KeyboardInterrupt: there was one; the answer up to there is printed.
+        KeyboardInterrupt: the user interrupted; the answer so far is printed.
         PerceptionError: as `Generator.generate`.
     """
     _check_tokenizer(engine)
@@ -69,7 +68,7 @@ def generate(engine: "Generator", options: Namespace, progress: Progress) -> Non
         prompt=options.prompt,
         images=options.image,
         videos=options.video,
-        on_progress=lambda moved: progress.step(_line(moved)),
+        on_progress=lambda moved: progress.step(progress_line(moved)),
     )
     answer = _ask(engine, request, progress if options.stream else None)
     progress.stop()
@@ -84,19 +83,19 @@ def generate(engine: "Generator", options: Namespace, progress: Progress) -> Non
 
 
 def chat(engine: "Generator", options: Namespace) -> None:
-    """Answers the lines of standard input until it ends; an error ends a line's turn only.
+    """Answers the lines of standard input until its end. An error ends only its own line.
 
-    On a terminal an interrupt ends the answer under way, which then counts as said.
+    On a terminal, an interrupt ends the current answer; the part so far stays in the conversation.
 
     Raises:
-        InputError: the options are unusable, whatever the questions.
+        InputError: the options are unusable.
     """
     _check_tokenizer(engine)
     conversation = _Conversation(engine, options)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401 - gives `input` its line editing
+            import readline  # noqa: F401 - adds line editing to `input`
     while True:
         try:
             line = input("> " if terminal else "").strip()
@@ -112,9 +111,10 @@ def chat(engine: "Generator", options: Namespace) -> None:
 
 
 class _Conversation:
-    """What was said and shown so far, and what the next question comes with.
+    """The conversation so far, and the images and videos of the next question.
 
-    Images and videos are decoded when they are named: a turn depends on no file of an earlier one.
+    Images and videos are decoded when they are named, so no turn depends on a file of an earlier
+    one.
     """
 
     def __init__(self, engine: "Generator", options: Namespace) -> None:
@@ -135,13 +135,13 @@ class _Conversation:
         )
         self._history: list[Exchange] = []
         self._images: list[ImageSource] = [decode_image(file) for file in options.image]
-        # Frames of the size of a tile are not changed by being resized to it again.
+        # Frames already have the size of a tile, so resizing them again changes nothing.
         self._videos: list[VideoSource] = [
             load_frames(file, spec, num_frames=options.num_frames) for file in options.video
         ]
 
     def take(self, line: str, *, interruptible: bool) -> None:
-        """Does what a line says: a command, a question, or nothing."""
+        """Runs a line: a command, a question, or an empty line."""
         from perception_rt.processing.image import decode_image
 
         command, _, argument = line.partition(" ")
@@ -150,7 +150,7 @@ class _Conversation:
         elif line == "/reset":
             self._history, self._images, self._videos = [], [], []
         elif line.startswith("/"):
-            raise InputError(f"{line!r:.60} is no command; there are {_COMMANDS}")
+            raise InputError(f"unknown command {line!r:.60}; known are {_COMMANDS}")
         elif line:
             self._answer(line, interruptible)
 
@@ -166,13 +166,13 @@ class _Conversation:
                 images=images,
                 videos=videos,
                 history=self._history,
-                on_progress=lambda moved: progress.step(_line(moved)),
+                on_progress=lambda moved: progress.step(progress_line(moved)),
             )
             answer = _ask(self._engine, request, progress)
         if answer.result is None and not interruptible:
             raise KeyboardInterrupt
         if answer.result is None and not answer.text:
-            return  # the question was taken back
+            return  # interrupted before the first token: the question does not count
         exchange = Exchange(prompt=question, answer=answer.text, images=images, videos=videos)
         self._history = [*self._history, exchange]
         self._images, self._videos = [], []
@@ -187,7 +187,7 @@ def _check_tokenizer(engine: "Generator") -> None:
 
 
 def _request(options: Namespace, **fields: Any) -> "Request":
-    """A request with the options that all questions of a command have in common."""
+    """A request with the options that apply to all questions of a command."""
     from perception_rt.runtime.request import Request
 
     return Request(
@@ -204,13 +204,13 @@ def _request(options: Namespace, **fields: Any) -> "Request":
     )
 
 
-def _ask(engine: "Generator", request: "Request", progress: Progress | None) -> _Answer:
-    """Puts a question; an interrupt ends the answer where it is.
+def _ask(engine: "Generator", request: "Request", progress: Progress | None) -> Answer:
+    """Asks a question. An interrupt ends the answer early.
 
     Args:
-        engine: that answers.
+        engine: the language model.
         request: the question.
-        progress: what to stop before the answer is printed as it grows; None to print nothing.
+        progress: display to stop before printing the answer as it grows; None prints nothing.
     """
     pieces: list[str] = []
     result: Result | None = None
@@ -227,19 +227,20 @@ def _ask(engine: "Generator", request: "Request", progress: Progress | None) -> 
     finally:
         if progress is not None and pieces:
             print(flush=True)
-    return _Answer(text="".join(pieces), result=result)
+    return Answer(text="".join(pieces), result=result)
 
 
 def _printable(text: str) -> str:
-    """A text as standard output may have it: a terminal obeys control characters."""
+    """Replaces control characters, which a terminal would obey."""
     return text.translate(_CONTROLS) if sys.stdout.isatty() else text
 
 
-def _line(progress: "GenerationProgress") -> str:
+def progress_line(progress: "GenerationProgress") -> str:
+    """Describes the progress of a request in one line."""
     if progress.phase == "decode":
         return f"{progress.done} tokens of at most {progress.total}"
-    what = "tiles" if progress.phase == "vision" else "prompt tokens"
-    return f"{progress.done} of {progress.total} {what}"
+    noun = "tiles" if progress.phase == "vision" else "prompt tokens"
+    return f"{progress.done} of {progress.total} {noun}"
 
 
 def _timings(timings: "Timings") -> dict[str, Any]:
@@ -248,7 +249,7 @@ def _timings(timings: "Timings") -> dict[str, Any]:
 
 
 def _summary(timings: "Timings") -> str:
-    """The work and the time of an answer, in a line."""
+    """One line about the work and the time of an answer."""
     cached = f" ({timings.cached_tokens} cached)" if timings.cached_tokens else ""
     parts = [f"{timings.image_tiles} tiles, {timings.prompt_tokens} prompt tokens{cached}"]
     times = timings.token_times_s
@@ -258,7 +259,7 @@ def _summary(timings: "Timings") -> str:
             f"vision {timings.vision_s:.3f}, prefill {timings.prefill_s:.3f})"
         )
     if len(times) > 1 and times[-1] > times[0]:
-        # The mean and not `per_token_s`: guessed tokens come several at a time.
+        # The mean, not the median of `per_token_s`: accepted drafts come several at a time.
         each = (times[-1] - times[0]) / (len(times) - 1)
         parts.append(f"{each * 1e3:.1f} ms/token, {1 / each:.1f} tokens/s")
     return "; ".join(parts)

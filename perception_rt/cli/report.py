@@ -1,4 +1,4 @@
-"""What a package is, what is wrong with it, and what can run here, in plain lines."""
+"""Describes a package, its defects, and the backends that can run here, in plain lines."""
 
 import os
 import platform
@@ -20,21 +20,21 @@ from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import ONNX, TARGETS
 from perception_rt.tensorrt_library import find_tensorrt
 
-DAMAGED = "damaged"  # how the note on a package that cannot be used begins
+DAMAGED = "damaged"  # starts the note on an unusable package
 
 _OPTIONAL = (
     *("onnxruntime", "numpy", "pillow", "av", "tiktoken", "tokenizers", "sentencepiece"),
     *("torch", "onnx", "onnxscript", "openvino"),
 )
 
-# The weights of a language model by its precision, `blocks` an option of the target.
+# Weight formats of a language model by precision; `blocks` is an option of the target.
 _FORMATS = {
     "fp32": "float32 throughout",
     "fp16": "float16 throughout",
     "int8": "int8 in tower, decoder blocks, embedding and head",
     "int4": "int8 in tower, {blocks} in decoder blocks, int4 in embedding and head",
 }
-# What reads each kind of tokenizer; bytes need nothing.
+# The library that reads each kind of tokenizer; "bytes" needs none.
 _LIBRARIES = {"tiktoken": "tiktoken", "hf": "tokenizers", "sentencepiece": "sentencepiece"}
 
 _FLOATS = (1, 10)  # of TensorProto.DataType: float32, float16
@@ -42,7 +42,7 @@ _NBITS, _ACCURACY_INT8 = "MatMulNBits", 4
 
 
 def describe(manifest: Manifest) -> list[str]:
-    """A manifest in lines."""
+    """Returns a human-readable summary of a package."""
     content, record, image = manifest.content, manifest.record, manifest.content.image
     lines = [
         f"{content.name}  {manifest.id}",
@@ -80,7 +80,7 @@ def describe(manifest: Manifest) -> list[str]:
 
 
 def _describe_plm(content: Content) -> list[str]:
-    """What an encoder does not have: decoder, formats, tokens of tiles, cache and tokenizer."""
+    """The lines for language models: decoder, formats, tiles, cache and tokenizer."""
     config, target = PlmConfig.from_dict(content.architecture), content.target
     decoder, parts = config.decoder, _decoder_parts(content)
     sizes = {
@@ -104,16 +104,16 @@ def _describe_plm(content: Content) -> list[str]:
 
 
 def lint(path: str | os.PathLike[str]) -> list[str]:
-    """What is wrong or remarkable about a package; damage is one of the lines, not an error."""
+    """Returns notes on defects and oddities of a package; damage is a note, not an error."""
     try:
         manifest = verify_package(path)
         plm_notes = _lint_plm(path, manifest) if manifest.content.family == "plm" else []
     except PerceptionError as error:
         return [f"{DAMAGED}: {error}"]
     content, record = manifest.content, manifest.record
-    notes = ["intact: every file has the bytes that the manifest says"]
+    notes = ["intact: all files match the manifest"]
     if content.weights.get("source") == "random":
-        notes.append("random weights: good for timing only")
+        notes.append("random weights: for timing only")
     if not record.get("fidelity"):
         notes.append("no fidelity record: the package never passed an export gate")
     if content.versions.get("perception_rt") != __version__:
@@ -122,32 +122,34 @@ def lint(path: str | os.PathLike[str]) -> list[str]:
         )
     left = content.target.options.get("float_layers")
     if left:
-        notes.append(f"{len(left)} linear layers stay in float: 8 bits would hurt them")
+        notes.append(f"{len(left)} linear layers stay in float: 8 bits would lose accuracy")
     if content.target.precision == "fp16":
-        notes.append("fp16 is for GPUs: on a CPU it is no faster than fp32, and int8 is")
+        notes.append("fp16 is for GPUs: on a CPU it is no faster than fp32; int8 is faster")
     backends = dict.fromkeys(content.backend_of(name) for name in content.graphs)
-    notes += [f"backend {b} is not known to this version" for b in backends if b not in TARGETS]
+    notes += [f"this version does not know backend {b}" for b in backends if b not in TARGETS]
     return notes + plm_notes
 
 
 def _lint_plm(path: str | os.PathLike[str], manifest: Manifest) -> list[str]:
-    """Notes on what only a language model can lack; InputError if it has no architecture."""
+    """The notes for language models; InputError if the architecture is unusable."""
     content = manifest.content
     config, parts = PlmConfig.from_dict(content.architecture), _decoder_parts(content)
     notes = []
     library = None if content.text is None else _LIBRARIES.get(str(content.text.get("kind")))
     if content.text is None:
-        notes.append("no tokenizer: it takes token ids only; export it with --tokenizer for text")
+        notes.append("no tokenizer: takes token ids only; export it with --tokenizer for text")
     elif library is not None and find_spec(library) is None:
         notes.append(f'{library} is not installed: pip install "perception_rt[plm]"')
     by_blocks = content.target.options.get("block_layers")
     if by_blocks:
-        notes.append(f"{len(by_blocks)} linear layers are int8 by blocks: by rows would hurt them")
+        notes.append(
+            f"{len(by_blocks)} linear layers are int8 by blocks: by rows would lose accuracy"
+        )
     for name, graph in parts.items():
         outputs = {tensor.name for tensor in graph.outputs}
         stale = [t.name for t in _caches(graph) if contract.updated(t.name) not in outputs]
         if stale:
-            notes.append(f"{name}: {len(stale)} caches are read and never updated: {stale[0]}")
+            notes.append(f"{name}: {len(stale)} caches are read but never updated: {stale[0]}")
     for name, scan in _scans(path, manifest).items():
         slow = _float_products(scan)
         if slow:
@@ -159,7 +161,7 @@ def _lint_plm(path: str | os.PathLike[str], manifest: Manifest) -> list[str]:
 
 
 def _scans(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, GraphScan]:
-    """What the graphs in ONNX refer to, by name."""
+    """Scans of the package's ONNX graphs, by name."""
     with open_package(path, expect=manifest.id) as package:
         return {
             name: scan_graph(package.read(graph.file))
@@ -169,7 +171,7 @@ def _scans(path: str | os.PathLike[str], manifest: Manifest) -> dict[str, GraphS
 
 
 def _float_products(scan: GraphScan) -> int:
-    """Products of integer weights whose activations stay in float, which is slow."""
+    """Counts products with integer weights and float activations, which are slow."""
     products = zip(scan.nodes, scan.integers, strict=True)
     levels = [values.get("accuracy_level", 0) for (op, _), values in products if op == _NBITS]
     return sum(level != _ACCURACY_INT8 for level in levels)
@@ -186,7 +188,6 @@ def _decoder_parts(content: Content) -> dict[str, GraphSpec]:
 
 
 def _caches(graph: GraphSpec) -> list[TensorSpec]:
-    """The inputs that hold keys and values."""
     return [t for t in graph.inputs if contract.is_cache(t.name)]
 
 
@@ -197,7 +198,7 @@ def _bytes_per_token(cache: TensorSpec) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of what is installed, and what can run here."""
+    """Returns versions of installed libraries, and the backends that can run here."""
     return {
         "perception_rt": __version__,
         "python": platform.python_version(),

@@ -1,7 +1,4 @@
-"""The demo models PE-Demo and PLM-Demo, tiny and for handwritten digits; see CARD.md of each.
-
-Package data and where it lies, nothing else: no torch, no I/O.
-"""
+"""Paths of the demo models PE-Demo and PLM-Demo, tiny models of handwritten digits; see CARD.md."""
 
 from pathlib import Path
 
@@ -9,15 +6,15 @@ LICENSE_NOTE = "Apache-2.0; trained on UCI handwritten digits (CC BY 4.0), see C
 
 
 def weights_path() -> Path:
-    """`pe_demo.safetensors`: float16 weights in the reference's names."""
+    """Path of PE-Demo's float16 weights, under the reference's names."""
     return Path(__file__).with_name("pe_demo.safetensors")
 
 
 def config_path() -> Path:
-    """`pe_demo.json`: the architecture, as `PeConfig.from_dict` takes it."""
+    """Path of PE-Demo's architecture, as `PeConfig.from_dict` takes it."""
     return Path(__file__).with_name("pe_demo.json")
 
 
 def language_model_path() -> Path:
-    """The folder of PLM-Demo: float16 weights, `params.json`, `tokenizer.model`."""
+    """Path of PLM-Demo's folder: float16 weights, `params.json` and `tokenizer.model`."""
     return Path(__file__).with_name("plm_demo")

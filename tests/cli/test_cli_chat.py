@@ -10,7 +10,7 @@ from one_line import fails
 
 from perception_rt.cli import main
 from perception_rt.runtime.generation.handle import Handle
-from perception_rt.runtime.generation.plm_engine import Decoder
+from perception_rt.runtime.generation.plm_engine import PlmEngine
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.load import load
 from perception_rt.runtime.request import Exchange, Request
@@ -67,7 +67,7 @@ def chat(plm_package: Path, monkeypatch, capsys) -> Callable:
 def spied(monkeypatch) -> tuple[list[Handle], list[int]]:
     """Handles of all requests, and the numbers of tiles of all calls of the vision engine."""
     handles, tiles = [], []
-    submit, encode = Generator.submit, Decoder.encode_tiles
+    submit, encode = Generator.submit, PlmEngine.encode_tiles
 
     def spied_submit(self, request: Request) -> Handle:
         handles.append(submit(self, request))
@@ -78,7 +78,7 @@ def spied(monkeypatch) -> tuple[list[Handle], list[int]]:
         return encode(self, pixels, **options)
 
     monkeypatch.setattr(Generator, "submit", spied_submit)
-    monkeypatch.setattr(Decoder, "encode_tiles", spied_encode)
+    monkeypatch.setattr(PlmEngine, "encode_tiles", spied_encode)
     return handles, tiles
 
 
@@ -146,8 +146,8 @@ def test_errors_are_a_line_and_the_chat_goes_on(chat, plm: Generator, picture: s
         errors,
         (
             "image 'nowhere.png' cannot be read",
-            "'/dance' is no command; there are /image FILE, /reset and /quit",
-            "'/image' is no command",
+            "unknown command '/dance'; known are /image FILE, /reset and /quit",
+            "unknown command '/image'",
             "the context has 8192",
             "2 <image> or <video> marks for 1",
         ),
@@ -176,7 +176,7 @@ def test_an_interrupt_ends_an_answer_on_a_terminal_and_all_in_a_pipe(
             raise KeyboardInterrupt
         return ""
 
-    monkeypatch.setattr(generate, "_line", interrupt)
+    monkeypatch.setattr(generate, "progress_line", interrupt)
     asked: list = []
     out, errors = chat(["Hello", "Hello"], status=130)
     assert errors == ["perception-rt: interrupted"]

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from perception_rt import progress
 from perception_rt.cli import main
-from perception_rt.cli.generate import _Answer
+from perception_rt.cli.generate import Answer
 from perception_rt.progress import Progress
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.load import load
@@ -82,7 +83,7 @@ def test_json_is_one_object(ask, plm: Generator, picture: str) -> None:
 
 
 def test_boxes_are_numbers_in_json() -> None:
-    answer = _Answer(text="at [010,020,300,400].", result=None).to_dict()
+    answer = Answer(text="at [010,020,300,400].", result=None).to_dict()
     assert answer["boxes"] == [{"x1": 0.01, "y1": 0.02, "x2": 0.3, "y2": 0.4}]
 
 
@@ -129,9 +130,9 @@ def test_one_question_keeps_no_copy_of_its_prompt(ask, monkeypatch) -> None:
     bounds = []
     original = Generator.__init__
 
-    def spied(self, *args, **kwargs) -> None:
-        bounds.append((kwargs["prefix_cache_bytes"], kwargs["feature_cache_bytes"] > 0))
-        original(self, *args, **kwargs)
+    def spied(self, package, options) -> None:
+        bounds.append((options.prefix_cache_bytes, options.cache))
+        original(self, package, options)
 
     monkeypatch.setattr(Generator, "__init__", spied)
     ask("--max-new-tokens", "1")
@@ -149,8 +150,8 @@ class Terminal(io.StringIO):
 def test_progress_makes_way_for_the_text(plm: Generator, plm_package: Path, monkeypatch) -> None:
     """Both streams are one terminal here; control characters never reach it."""
     screen = Terminal()
-    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
-    monkeypatch.setattr(progress, "_TERMINAL_S", 0.0005)
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "TERMINAL_S", 0.0005)
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)
     arguments = ["generate", str(plm_package), "--prompt", "What?", "--max-new-tokens", "200"]
@@ -166,8 +167,8 @@ def test_progress_makes_way_for_the_text(plm: Generator, plm_package: Path, monk
 
 def test_stopped_progress_is_silent(monkeypatch) -> None:
     screen = Terminal()
-    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
-    monkeypatch.setattr(progress, "_TERMINAL_S", 0.001)
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "TERMINAL_S", 0.001)
     monkeypatch.setattr(sys, "stderr", screen)
     with Progress() as shown:
         shown.step("one")
@@ -177,7 +178,7 @@ def test_stopped_progress_is_silent(monkeypatch) -> None:
         length = len(screen.getvalue())
         assert screen.getvalue().endswith("\x1b[K")
         shown.step("two")
-        assert not shown._thread.is_alive()
+        assert progress.THREAD_NAME not in [thread.name for thread in threading.enumerate()]
     assert len(screen.getvalue()) == length
 
 
@@ -190,7 +191,7 @@ def interrupt_at(monkeypatch, tokens: int) -> None:
             raise KeyboardInterrupt
         return ""
 
-    monkeypatch.setattr(generate, "_line", line)
+    monkeypatch.setattr(generate, "progress_line", line)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--stream"], ["--lookup"]])
@@ -238,9 +239,9 @@ def test_ctrl_c_and_a_reader_that_leaves(plm_package: Path) -> None:
 
 def test_an_error_after_some_text_begins_a_line(ask, monkeypatch) -> None:
     from perception_rt.errors import BackendError
-    from perception_rt.runtime.generation.plm_engine import Decoder
+    from perception_rt.runtime.generation.plm_engine import PlmEngine
 
-    calls, original = [], Decoder.embed
+    calls, original = [], PlmEngine.embed
 
     def embed(self, tokens):
         calls.append(len(tokens))
@@ -248,7 +249,7 @@ def test_an_error_after_some_text_begins_a_line(ask, monkeypatch) -> None:
             raise BackendError("the engine failed")
         return original(self, tokens)
 
-    monkeypatch.setattr(Decoder, "embed", embed)
+    monkeypatch.setattr(PlmEngine, "embed", embed)
     out, lines = ask("--stream", status=2)
     assert len(out) > 1 and out.endswith("\n")
     assert lines == ["perception-rt: the engine failed"]

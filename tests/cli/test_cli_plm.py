@@ -75,7 +75,7 @@ def test_half_precision_caches_take_half(plm_package: Path, tmp_path: Path) -> N
 
 
 def test_a_good_package_has_no_notes(plm_package: Path) -> None:
-    assert report.lint(plm_package) == ["intact: every file has the bytes that the manifest says"]
+    assert report.lint(plm_package) == ["intact: all files match the manifest"]
 
 
 def test_lint_without_a_tokenizer(plm_package: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_lint_finds_what_is_not_quantized(plm_package: Path, tmp_path: Path) -> 
     )
     notes = report.lint(repack(plm_package, tmp_path / "p", target=target))
     assert "decoder_0: the head is not quantised, and each token reads all of it" in notes
-    assert "2 linear layers are int8 by blocks: by rows would hurt them" in notes
+    assert "2 linear layers are int8 by blocks: by rows would lose accuracy" in notes
 
 
 def changed_model(package: Path, change: Any) -> bytes:
@@ -155,7 +155,7 @@ def test_lint_finds_caches_that_are_never_updated(plm_package: Path, tmp_path: P
 
     files = {"decoder_0.onnx": changed_model(plm_package, change)}
     notes = report.lint(repack(plm_package, tmp_path / "p", files=files, graphs=graphs))
-    assert "decoder_0: 1 caches are read and never updated: value_cache_1" in notes
+    assert "decoder_0: 1 caches are read but never updated: value_cache_1" in notes
 
 
 def test_a_package_without_an_architecture_is_damaged(
@@ -216,7 +216,7 @@ def test_bad_questions_are_one_line(
         ([*ask, "--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1"),
         ([*ask, "--stop", ""], "stop must hold strings of 1 to 256 characters"),
         ([*ask, "--lookup", "--temperature", "1"], "lookup is for temperature 0 only"),
-        ([*ask, "--stream", "--json"], "--stream and --json contradict each other"),
+        ([*ask, "--stream", "--json"], "--stream and --json exclude each other"),
         ([*ask, "--cache-dir", str(fake)], "the cache directory cannot be made"),
         (["generate", bare, "--prompt", "a"], "tiny has no tokenizer and takes token ids only"),
         (["chat", bare], "tiny has no tokenizer and takes token ids only"),
