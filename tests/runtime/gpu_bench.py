@@ -33,19 +33,36 @@ class Bench:
         self.cuda = FakeCuda()
 
 
+def plm_plan(precision: str) -> PlmPlan:
+    """The plan of a language model with bytes as tokens: PLM-Demo with fewer layers."""
+    demo = find_config(language_model_path())
+    assert isinstance(demo, PlmConfig)
+    config = replace(
+        demo,
+        decoder=replace(demo.decoder, n_layers=2, max_seqlen=320),
+        vision=replace(demo.vision, layers=1),
+        image_token_id=demo.image_token_id + 300,
+    )
+    tokens = TokenizerSpec(
+        kind="bytes",
+        vocab_size=config.decoder.vocab_size,
+        image_token_id=config.image_token_id,
+    )
+    return PlmPlan(
+        name="plm",
+        config=config,
+        backend="tensorrt",
+        precision=precision,
+        tiles=TileSpec(tile_size=config.vision.image_size),
+        tokenizer=(tokens, None),
+        engines=(CAPABILITY,),
+    )
+
+
 def make_bench(folder: Path, state: Path, tiny_config: PeConfig) -> Bench:
     """Exports both packages; `state` is the state directory that notes their exports."""
     bench = Bench(folder)
-    config = find_config(language_model_path())
-    assert isinstance(config, PlmConfig)
-    config = replace(config, decoder=replace(config.decoder, max_seqlen=320))
-    tokens = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=config.image_token_id + 300)
-    config = replace(config, image_token_id=tokens.image_token_id)
-    tiles = TileSpec(tile_size=config.vision.image_size)
-    plm = PlmPlan(
-        name="plm", config=config, backend="tensorrt", precision="fp16",
-        tiles=tiles, tokenizer=(tokens, None), engines=(CAPABILITY,),
-    )  # fmt: skip
+    plm = plm_plan("fp16")
     pe = ExportPlan(
         name="pe", config=tiny_config, backend="tensorrt", precision="fp16",
         image=ImageSpec(height=32, width=32, resize="squash"), engines=(CAPABILITY,),
@@ -53,7 +70,7 @@ def make_bench(folder: Path, state: Path, tiny_config: PeConfig) -> Bench:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(state))
         for plan, source, out in (
-            (plm, RandomWeights(config, 0), bench.plm),
+            (plm, RandomWeights(plm.config, 0), bench.plm),
             (pe, RandomWeights(tiny_config, 0), bench.pe),
         ):
             trt = bench.trt[out.name]

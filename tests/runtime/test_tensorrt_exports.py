@@ -6,41 +6,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_gpu import CAPABILITY, FakeRefitter
-from gpu_bench import PICTURE, Bench, install
+from gpu_bench import PICTURE, Bench, install, plm_plan
 
 import perception_rt as prt
-from perception_rt.checkpoint.locate import find_config
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.config import PeConfig
-from perception_rt.demo import language_model_path
 from perception_rt.errors import BackendError, ExportError
 from perception_rt.export import build, gate, refit
 from perception_rt.export.components.plm_decoder import GATE_STEPS
-from perception_rt.export.plan import ExportPlan, PlmPlan
+from perception_rt.export.plan import ExportPlan
 from perception_rt.package.contract import CHUNK_TOKENS
-from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
-from perception_rt.processing.llm_tokenizer import TokenizerSpec
-from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime.backends import tensorrt
 
 
 def test_engines_are_compared_with_eager_if_their_gpu_is_here(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = find_config(language_model_path())
-    assert isinstance(config, PlmConfig)
-    config = replace(config, decoder=replace(config.decoder, max_seqlen=320))
-    tiles = TileSpec(tile_size=config.vision.image_size)
-    tokens = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=config.image_token_id + 300)
-    config = replace(config, image_token_id=tokens.image_token_id)
-    plan = PlmPlan(
-        name="plm", config=config, backend="tensorrt", precision="fp8", tiles=tiles,
-        tokenizer=(tokens, None), engines=(CAPABILITY,),
-    )  # fmt: skip
+    plan = plm_plan("fp8")
     monkeypatch.setattr(build, "gpu_capability", lambda: CAPABILITY)
     trt = install(monkeypatch, bench, tmp_path / "package")
-    manifest = build.export_package(plan, RandomWeights(config, 0), tmp_path / "package")
+    manifest = build.export_package(plan, RandomWeights(plan.config, 0), tmp_path / "package")
     # The prompt is longer than an engine takes in one call.
     assert manifest.record["engine_latency"]["decoder_0"]["prompt_tokens"] > CHUNK_TOKENS
     found = manifest.record["engine_fidelity"]
@@ -50,7 +36,7 @@ def test_engines_are_compared_with_eager_if_their_gpu_is_here(
     # One profile of six is wrong; the reference's two images do not use it.
     trt.broken_from = 17
     with pytest.raises(ExportError, match=r"not faithful to eager: cosine of vision"):
-        build.export_package(plan, RandomWeights(config, 0), tmp_path / "other")
+        build.export_package(plan, RandomWeights(plan.config, 0), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -75,7 +61,7 @@ def test_new_weights_without_a_new_engine(
 ) -> None:
     trt = install(monkeypatch, bench, tmp_path / "new")
     plan = ExportPlan(
-        name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
+        name="pe", config=tiny_config, backend="tensorrt", precision="fp16",
         image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=refittable,
     )  # fmt: skip
     build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
@@ -102,7 +88,7 @@ def test_kept_engines_of_another_gpu_are_not_compared(
 ) -> None:  # fmt: skip
     trt = install(monkeypatch, bench, tmp_path / "new")
     plan = ExportPlan(
-        name="pe", config=tiny_config, backend="tensorrt", precision="fp16", taps=(),
+        name="pe", config=tiny_config, backend="tensorrt", precision="fp16",
         image=ImageSpec(height=32, width=32), engines=(CAPABILITY,), refittable=True,
     )  # fmt: skip
     build.export_package(plan, RandomWeights(tiny_config, 0), tmp_path / "old")
