@@ -24,6 +24,8 @@ def _value(value: Any) -> Any:
         return tuple((key, _value(item)) for key, item in value.items())
     if isinstance(value, tuple | list):
         return tuple(_value(item) for item in value)
+    if isinstance(value, trace.CachedAttention):  # each module has its own; `start` sets its state
+        return type(value)
     return repr(value)
 
 
