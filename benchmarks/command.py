@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 
 from perception_rt.errors import InputError, PerceptionError
 
-Result = dict[str, Any]
-
 
 class Parser(argparse.ArgumentParser):
     """Raises InputError for a wrong command line."""
@@ -23,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 def run_command(
     arguments: Sequence[str] | None,
     parse: Callable[[Sequence[str] | None], argparse.Namespace],
-    measure: Callable[[argparse.Namespace], Result],
+    measure: Callable[[argparse.Namespace], Mapping[str, Any]],
     report: Callable[[Mapping[str, Any]], str],
 ) -> int:
     """Parses options, measures, prints the report and writes the result to `options.out`.
@@ -36,7 +34,7 @@ def run_command(
         result = measure(options)
         print(report(result))
         if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(options.out, result)
     except PerceptionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -44,6 +42,11 @@ def run_command(
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a result as indented JSON."""
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def check_number(name: str, value: int, least: int, most: int) -> None:

@@ -7,24 +7,32 @@ digits are by writers that the model has not seen; see `training/demo/questions.
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import perception_rt as prt
-from perception_rt.cli import export_main
+from benchmarks.command import Parser, check_out, run_command
+from benchmarks.rounds import progress
+from benchmarks.tables import table
+from perception_rt.export import ExportOptions, export
 from training.demo.questions import LEARNED, Record, held_out_record, is_right
 
-# The graphs that TensorRT builds engines from; ONNX Runtime runs them on the CPU.
-GRAPHS = ("--backend", "tensorrt", "--target", "none")
-PRECISIONS: dict[str, tuple[str, ...]] = {
-    "fp32": (),
-    "int8": (),
-    "int4": (),
+# Of a TensorRT package, ONNX Runtime runs the graphs that engines are built from.
+GRAPHS: dict[str, Any] = {"backend": "tensorrt", "target": ()}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "int8": {},
+    "int4": {},
     "fp16": GRAPHS,
     "fp8": GRAPHS,
 }
 SETS = ("read3", *LEARNED)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    return run_command(arguments, _parsed, run_benchmark, markdown)
 
 
 def request(found: Record) -> prt.Request:
@@ -38,8 +46,7 @@ def request(found: Record) -> prt.Request:
 def accuracy(package: Path, names: Sequence[str], count: int) -> dict[str, float]:
     """Share of right answers, 0 to 1, to `count` questions of each set."""
     shares = {}
-    with prt.load(package, backend="onnxruntime") as plm:
-        assert isinstance(plm, prt.Generator)
+    with prt.Generator.load(package, backend="onnxruntime") as plm:
         for name in names:
             records = [held_out_record(name, number) for number in range(count)]
             results = plm.generate_batch([request(found) for found in records])
@@ -51,34 +58,47 @@ def accuracy(package: Path, names: Sequence[str], count: int) -> dict[str, float
     return shares
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Accuracy of PLM-Demo: the shipped weights, in each precision."
-    )
-    parser.add_argument("--count", type=int, default=500, help="questions of each kind")
-    parser.add_argument("--checkpoint", help="folder of a training run")
-    parser.add_argument("--precision", choices=PRECISIONS, help="only this precision")
-    options = parser.parse_args(arguments)
-    model = ["--model", "PLM-Demo"]
-    if options.checkpoint:
-        model = ["--checkpoint", options.checkpoint]
-    print(f"| {options.count} questions each | {' | '.join(SETS)} | mean but read3 |")
-    print("|---" * (len(SETS) + 2) + "|")
+def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """Shares of right answers, 0 to 1, by precision and set of questions."""
+    model = {"checkpoint": options.checkpoint} if options.checkpoint else {"model": "PLM-Demo"}
+    shares = {}
     with tempfile.TemporaryDirectory() as folder:
         for precision in [options.precision] if options.precision else PRECISIONS:
             package = Path(folder) / precision
-            how = ["--precision", precision, *PRECISIONS[precision], "--out", str(package)]
-            with redirect_stdout(sys.stderr):
-                status = export_main([*model, *how])
-            if status:
-                return status
-            shares = accuracy(package, SETS, options.count)
-            mean = sum(shares[name] for name in LEARNED) / len(LEARNED)
-            cells = " | ".join(f"{100 * shares[name]:.1f}" for name in SETS)
-            print(f"| {precision} | {cells} | {100 * mean:.1f} |", flush=True)
-    return 0
+            how = {**model, **PRECISIONS[precision], "precision": precision, "out": package}
+            export(ExportOptions(**how), progress)
+            shares[precision] = accuracy(package, SETS, options.count)
+            progress(f"{precision}: {shares[precision]}")
+    return {"count": options.count, "accuracy": shares}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Formats a result as a Markdown table in percent."""
+    columns = (f"{result['count']} questions each", *SETS, "mean but read3")
+    rows = [
+        [precision, *(f"{100 * shares[name]:.1f}" for name in SETS), _mean(shares)]
+        for precision, shares in result["accuracy"].items()
+    ]
+    return "\n".join(table(columns, rows, {}))
+
+
+def _mean(shares: Mapping[str, float]) -> str:
+    return f"{100 * sum(shares[name] for name in LEARNED) / len(LEARNED):.1f}"
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="demo_accuracy.py",
+        description="Accuracy of PLM-Demo: the shipped weights, in each precision.",
+    )
+    parser.add_argument("--count", type=int, default=500, help="questions of each kind")
+    parser.add_argument("--checkpoint", help="folder of a training run, instead of PLM-Demo")
+    parser.add_argument("--precision", choices=PRECISIONS, help="only this precision")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the shares")
+    options = parser.parse_args(arguments)
+    check_out(options.out)
+    return options
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ try:
     from benchmarks.photographs import write_photographs
     from benchmarks.rounds import progress
     from benchmarks.tables import table
-    from perception_rt.cli import export_main
-    from perception_rt.errors import BackendError, ExportError
+    from perception_rt.errors import BackendError
+    from perception_rt.export import ExportOptions, export
     from perception_rt.processing.image_loader import default_workers
 except ModuleNotFoundError as missing:
     print(f'error: no module {missing.name}; run `pip install -e ".[dev]"` first', file=sys.stderr)
@@ -145,10 +144,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def _exported(options: argparse.Namespace, out: Path) -> Path:
     progress(f"{options.model}: exporting {options.precision}")
-    arguments = ["--model", options.model, "--precision", options.precision, "--out", str(out)]
-    with redirect_stdout(sys.stderr):
-        if export_main(arguments):
-            raise ExportError(f"{options.model} was not exported")
+    export(ExportOptions(model=options.model, precision=options.precision, out=out), progress)
     return out
 
 

@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import Parser, run_command, write_json
 from benchmarks.gpu.eager import decoder_rows, tower_rows
 from benchmarks.gpu.engines import DEMOS, Engine, engine_rows
 from benchmarks.gpu.timing import Bench, Row, gpu_state, limits, sm_clock
+from benchmarks.rounds import progress
+from benchmarks.tables import table
 from perception_rt.archs import get_config
 from perception_rt.config import VisionConfig
+from perception_rt.errors import InputError
 from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import TARGETS
 
@@ -99,7 +103,7 @@ def run(bench: Bench, save: Callable[[Mapping[str, Any]], object]) -> Mapping[st
             try:
                 for figures in measure():
                     rows.append({**figures, "sm_mhz": sm_clock()})  # before the clock changes
-                    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                    progress(json.dumps(rows[-1]))
             except Exception as error:  # the other rows are measured in any case
                 words = " ".join(str(error).split())[:_MOST_WORDS]
                 rows.append({**name, "failed": f"{type(error).__name__}: {words}"})
@@ -119,37 +123,43 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['gpu']['before']}; torch {result['torch']}; measured limits "
         f"{peak['flops'] / 1e12:.0f} TFLOP/s, {peak['bytes_per_s'] / 1e9:.0f} GB/s.",
         "",
-        f"| {' | '.join(names)} |",
-        "|---" * len(names) + "|",
+        *table(
+            names, ([_text(row.get(name, "-")) for name in names] for row in result["rows"]), {}
+        ),
     ]
-    for row in result["rows"]:
-        cells = (row.get(name, "-") for name in names)
-        texts = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
-    """Measures, prints the table and writes JSON; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Measure models and engines on a GPU.")
-    parser.add_argument("--out", type=Path, help="JSON file for all figures")
-    parser.add_argument("--quick", action="store_true", help="a trial with tiny models")
-    options = parser.parse_args(arguments)
-    if not (torch.cuda.is_available() or options.quick):
-        print("gpu_check: torch finds no GPU; --quick tries the script on the CPU", file=sys.stderr)
-        return 2
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the check; returns the exit status."""
+    return run_command(arguments, _parsed, run_check, markdown)
+
+
+def run_check(options: argparse.Namespace) -> Mapping[str, Any]:
+    """Measures what checked options ask for, and writes the figures so far after each attempt."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     deadline = time.monotonic() + BUDGET_S * 0.8
 
     def save(figures: Mapping[str, Any]) -> None:
         if options.out:
-            options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            write_json(options.out, figures)
 
-    result = run(Bench(device=device, quick=options.quick, deadline=deadline), save)
-    save(result)
-    print(markdown(result))
-    return 0
+    return run(Bench(device=device, quick=options.quick, deadline=deadline), save)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="gpu_check.py", description="Measure models and engines on a GPU.")
+    parser.add_argument("--out", type=Path, help="JSON file for all figures")
+    parser.add_argument("--quick", action="store_true", help="a trial with tiny models")
+    options = parser.parse_args(arguments)
+    if not (torch.cuda.is_available() or options.quick):
+        raise InputError("torch finds no GPU; --quick tries the script on the CPU")
+    return options
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,13 +1,10 @@
 """Times our engines on a GPU and compares them with the same graphs on the CPU."""
 
 import gc
-import io
 import operator
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
@@ -19,9 +16,10 @@ import perception_rt as prt
 from benchmarks.flops import decoder_bytes, vision_flops
 from benchmarks.gpu.eager import PROMPT, STEPS
 from benchmarks.gpu.timing import Bench, Row
-from perception_rt.cli import export_main
+from benchmarks.rounds import progress
 from perception_rt.config import PeConfig
 from perception_rt.errors import ExportError
+from perception_rt.export import ExportOptions, export
 from perception_rt.export.quantization.calibration import images
 from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import TARGETS
@@ -59,31 +57,25 @@ def engine_rows(
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    arguments = ["--model", engine.model, "--backend", engine.backend, "--out", str(out)]
-    arguments += ["--precision", engine.precision]
-    arguments += [] if engine.is_language_model else ["--taps", "none"]
-    arguments += [] if engine.model in DEMOS else ["--weights", "random"]
+    options = ExportOptions(
+        out=out,
+        model=engine.model,
+        backend=engine.backend,
+        precision=engine.precision,
+        taps=None if engine.is_language_model else (),
+        weights=None if engine.model in DEMOS else "random",
+    )
     how, started = engine.how, time.perf_counter()
     try:
-        _export(arguments)
+        export(options, progress)
     except ExportError:
         if not TARGETS[engine.backend].has_engines:
             raise
         how += " unfused"  # this GPU has no fused kernel; the row shows what that costs
-        _export([*arguments, "--allow-unfused"])
+        export(replace(options, allow_unfused=True), progress)
     row = {"model": engine.model, "how": how, "export_s": time.perf_counter() - started}
     measure = _answers if engine.is_language_model else _embeddings
     yield row | measure(bench, out, device, peak)
-
-
-def _export(arguments: list[str]) -> None:
-    """Exports a package; ExportError repeats the last line of a failed export."""
-    words = io.StringIO()
-    with redirect_stdout(sys.stderr), redirect_stderr(words):
-        status = export_main(arguments)
-    print(words.getvalue(), file=sys.stderr, end="", flush=True)
-    if status:
-        raise ExportError(words.getvalue().strip().rpartition("\n")[2])
 
 
 def _embeddings(bench: Bench, package: Path, device: str, peak: Row) -> Row:

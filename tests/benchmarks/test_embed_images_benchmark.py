@@ -66,7 +66,7 @@ def test_photographs_differ_and_depend_on_the_seed_only(tmp_path: Path) -> None:
     [
         ("--count 0", "--count must be 1 to 100000, not 0"),
         ("--workers 65", "--workers must be 1 to 64, not 65"),
-        ("--model PE-Core-X", "was not exported"),
+        ("--model PE-Core-X", "unknown model 'PE-Core-X'"),
         ("--out x.csv", "--out must be a .json file"),
     ],
 )

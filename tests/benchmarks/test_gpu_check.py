@@ -1,7 +1,6 @@
 """The GPU check runs anywhere as a trial: what it cannot do is a row with the reason."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from benchmarks import gpu_check
 from benchmarks.flops import decoder_bytes, decoder_weights
 from benchmarks.gpu import engines, timing
 from perception_rt.errors import ExportError
+from perception_rt.export import ExportOptions
 from perception_rt.package.reader import open_package
 from perception_rt.plm_config import PlmConfig
 
@@ -85,23 +85,21 @@ def test_the_clock_is_read_after_each_row(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_export_that_fails_says_why_and_is_tried_unfused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[list[str]] = []
+    tried: list[ExportOptions] = []
 
-    def export(arguments: list[str]) -> int:
-        tried.append(arguments)
-        print("a line", file=sys.stderr)
-        print("perception-export: no fused kernel", file=sys.stderr)
-        return 2
+    def export(options: ExportOptions, on_progress: object) -> None:
+        tried.append(options)
+        raise ExportError("no fused kernel")
 
-    monkeypatch.setattr(engines, "export_main", export)
+    monkeypatch.setattr(engines, "export", export)
     monkeypatch.setattr(engines, "import_module", lambda name: SimpleNamespace(check_device=id))
     bench = timing.Bench(device=torch.device("cpu"), quick=True, deadline=0)
     for backend, times in (("tensorrt", 2), ("onnxruntime", 1)):
         tried.clear()
         engine = engines.Engine(model="PE-Demo", backend=backend, precision="fp16")
-        with pytest.raises(ExportError, match=r"^perception-export: no fused kernel$"):
+        with pytest.raises(ExportError, match=r"^no fused kernel$"):
             next(engines.engine_rows(bench, engine, tmp_path, {}))
-        assert ["--allow-unfused" in arguments for arguments in tried] == [False, True][:times]
+        assert [options.allow_unfused for options in tried] == [False, True][:times]
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

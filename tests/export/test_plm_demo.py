@@ -8,8 +8,8 @@ from safetensors import safe_open
 
 import perception_rt as prt
 from benchmarks.demo_accuracy import PRECISIONS, request
-from perception_rt.cli import export_main
 from perception_rt.demo import language_model_path
+from perception_rt.export import ExportOptions, export
 from perception_rt.plm_config import PlmConfig
 from training.demo.questions import LEARNED, held_out_record, is_right
 
@@ -24,8 +24,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     found = {}
     for precision in ("fp32", *ROUNDED):
         package = tmp_path_factory.mktemp("demo") / precision
-        how = ["--precision", precision, *PRECISIONS[precision], "--out", str(package)]
-        assert export_main(["--model", "PLM-Demo", *how]) == 0
+        how = {"precision": precision, "out": package, **PRECISIONS[precision]}
+        export(ExportOptions(model="PLM-Demo", **how))
         with prt.load(package, backend="onnxruntime") as plm:
             assert isinstance(plm, prt.Generator)
             results = plm.generate_batch([request(record) for _, record in ASKED])
@@ -70,8 +70,7 @@ def test_lookup_changes_no_answer_of_a_trained_model(
 ) -> None:
     """Trained answers have no near ties, so that last bits do not matter; see docs/parity.md."""
     package = tmp_path / "int8"
-    options = ["--model", "PLM-Demo", "--precision", "int8", "--out", str(package)]
-    assert export_main(options) == 0
+    export(ExportOptions(model="PLM-Demo", precision="int8", out=package))
     chosen = [(index, record) for index, (_, record) in enumerate(ASKED) if index % 4 == 0]
     with prt.load(package) as plm:
         assert isinstance(plm, prt.Generator)
