@@ -245,6 +245,7 @@ PARTS = {**_FOUNDATION, **_RUNTIME, **_EXPORT, **_COMMANDS, **_TRAINING, **_BENC
 IMPORT_BY_TABLE = {
     "benchmarks.gpu.engines",
     "perception_rt",
+    "perception_rt.checkpoint.source",
     "perception_rt.export.build",
     "perception_rt.families",
     "perception_rt.runtime.load",

@@ -1,1 +1,1 @@
-"""Foreign weights in: readers, name tables, strict checks, hub download."""
+"""Reads and writes checkpoints: file formats, name tables, strict checks, hub download."""

@@ -1,8 +1,8 @@
-"""What a path to a model stands for: its weight files, its configuration, its tokenizer.
+"""Finds a model's weight files, configuration and tokenizer at a path.
 
-This module opens no weights. A hub snapshot has an index or one safetensors file, and Meta's
-`params.json` and `tokenizer.model` in `original/`; a checkpoint of Meta's own code has all in one
-folder, its weights in `consolidated.pth` or in `consolidated.00.pth`, `consolidated.01.pth`, ...
+A hub snapshot has an index or one safetensors file, and Meta's `params.json` and `tokenizer.model`
+in `original/`. A checkpoint of Meta's own code has all files in one folder, with the weights in
+`consolidated.pth` or in `consolidated.00.pth`, `consolidated.01.pth`, ...
 """
 
 import json
@@ -22,7 +22,7 @@ HF_TOKENIZER_NAME = "tokenizer.json"
 ORIGINAL_FOLDER = "original"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
-# Fields of `params.json` under `data`, and ours.
+# Fields of `params.json` under `data`, and our names.
 _TILE_FIELDS = {
     "vision_input_type": "mode",
     "max_num_tiles": "max_tiles",
@@ -37,11 +37,11 @@ _SHARDS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
-    """The files that together hold a model, all of one format.
+    """The files of one model, all in one format.
 
     Attributes:
-        label: base name of what was asked for, or of the file that was found there.
-        paths: the files; there is at least one, and each exists.
+        label: base name of the path, or of the file found in it, for messages.
+        paths: one or more existing files.
     """
 
     label: str
@@ -49,13 +49,13 @@ class WeightFiles:
 
 
 def weight_files(path: Path) -> WeightFiles:
-    """The weight files at a path: a file, an index of shards, or a directory with either.
+    """Returns the weight files at a path: a file, an index of shards, or a directory with either.
 
-    In a directory, an index goes before a single safetensors file, and this before Meta's
+    In a directory, an index takes precedence over a single safetensors file, and that over Meta's
     `consolidated` files.
 
     Raises:
-        CheckpointError: no weights are there, or some of them are missing.
+        CheckpointError: there are no weights, or some files are missing.
     """
     try:
         found = (
@@ -91,12 +91,12 @@ def _in_directory(directory: Path) -> WeightFiles:
             return WeightFiles(label="consolidated.*.pth", paths=parts)
     raise CheckpointError(
         f"directory {directory} must hold {INDEX_NAME}, {_CONSOLIDATED} or exactly one "
-        f".safetensors file, and it has {len(found)} of the latter"
+        f".safetensors file; it has {len(found)} .safetensors files"
     )
 
 
 def _consolidated_parts(directory: Path) -> tuple[Path, ...]:
-    """`consolidated.00.pth` up to the last there is, whether or not those between exist."""
+    """`consolidated.00.pth` up to the last one, whether or not all between exist."""
     names = (file.name for file in directory.glob("consolidated.*.pth"))
     ranks = [int(match[1]) for match in map(_CONSOLIDATED_PART.fullmatch, names) if match]
     return tuple(
@@ -105,7 +105,7 @@ def _consolidated_parts(directory: Path) -> tuple[Path, ...]:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    """The shard files of an index, each a plain name beside it."""
+    """The shard files of an index; names with a folder are refused."""
     content = _read_json(index, _INDEX_BYTES)
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
@@ -114,31 +114,35 @@ def _shards(index: Path) -> tuple[Path, ...]:
     for name in sorted(names):
         if not name.endswith(".safetensors") or any(c in name for c in "/\\\0"):
             raise CheckpointError(
-                f"{index.name} names a shard {name!a:.80}: shards are plain .safetensors names"
+                f"{index.name} names a shard {name!a:.80}: it must be a .safetensors file name "
+                "without a folder"
             )
     if len(names) > _SHARDS:
-        raise CheckpointError(f"{index.name} has {len(names)} shards, the limit is {_SHARDS}")
+        raise CheckpointError(f"{index.name} has {len(names)} shards; the limit is {_SHARDS}")
     return tuple(index.parent / name for name in sorted(names))
 
 
 def _read_json(path: Path, limit: int) -> Any:
     try:
         if path.stat().st_size > limit:
-            raise CheckpointError(f"{path.name} exceeds the limit of {limit} bytes")
+            raise CheckpointError(f"{path.name} is larger than the limit of {limit} bytes")
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not a readable JSON file") from error
 
 
 def find_config(path: Path | str) -> PlmConfig | None:
-    """The language model that `params.json` describes, beside the weights or in `original/`.
+    """Reads the language model's `params.json`, beside the weights or in `original/`.
 
     Args:
-        path: what `open_checkpoint` takes.
+        path: as for `open_checkpoint`.
+
+    Returns:
+        The architecture; None without such a file.
 
     Raises:
-        CheckpointError: there is such a file, and it is not JSON.
-        InputError: it does not describe a Perception Language Model.
+        CheckpointError: the file is not JSON.
+        InputError: the file does not describe a Perception Language Model.
     """
     file = _beside(Path(path), CONFIG_NAME)
     if file is None:
@@ -150,17 +154,17 @@ def find_config(path: Path | str) -> PlmConfig | None:
 
 
 def find_tiles(path: Path | str, tile_size: int) -> TileSpec:
-    """How a language model was trained to see images and videos, as its `params.json` says.
+    """Reads a language model's image and video preprocessing from its `params.json`.
 
-    What it does not say, or without such a file all of it, is as for the released models.
+    Missing settings, or a missing file, give the settings of the released models.
 
     Args:
-        path: what `open_checkpoint` takes.
-        tile_size: of the model's vision tower, in pixels.
+        path: as for `open_checkpoint`.
+        tile_size: image size of the model's vision tower in pixels.
 
     Raises:
         CheckpointError: the file is not JSON.
-        InputError: a setting in it is not usable; it is named.
+        InputError: a setting is unusable; the message names it.
     """
     file = _beside(Path(path), CONFIG_NAME)
     content = {} if file is None else _read_json(file, _CONFIG_BYTES)
@@ -171,12 +175,13 @@ def find_tiles(path: Path | str, tile_size: int) -> TileSpec:
 
 
 def find_tokenizer(path: Path | str) -> Path | None:
-    """The tokenizer's file beside the weights or in `original/`; None if there is none.
-
-    `tokenizer.model`, or else the `tokenizer.json` of transformers.
+    """Finds the tokenizer's file, beside the weights or in `original/`.
 
     Args:
-        path: what `open_checkpoint` takes.
+        path: as for `open_checkpoint`.
+
+    Returns:
+        Path of `tokenizer.model`, else of the `tokenizer.json` of transformers, else None.
     """
     return _beside(Path(path), TOKENIZER_NAME) or _beside(Path(path), HF_TOKENIZER_NAME)
 

@@ -1,10 +1,9 @@
-"""The ways to store a model, as tables between their keys and our names.
+"""The layouts of checkpoints: tables between their keys and our parameter names.
 
-Of a Perception Encoder, `reference` is what Meta publishes, `timm` and `open_clip` are the two
-libraries that have ported it. Of a Perception Language Model, `original` is what Meta publishes
-and `hf` is transformers' port. Our names are the parameter names of `models.pe.PerceptionEncoder`
-and `models.plm.PerceptionLM`. One table serves both directions. This module knows tensors, not
-files.
+Perception Encoders: `reference` is Meta's layout, `timm` and `open_clip` are those of the libraries
+that ported the model. Perception Language Models: `original` is Meta's layout, `hf` that of
+transformers. Our names are the parameter names of `models.pe.PerceptionEncoder` and
+`models.plm.PerceptionLM`. One table serves reading and writing.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,18 +16,29 @@ from perception_rt.checkpoint.stored import Shape, Stored
 from perception_rt.checkpoint.timm_names import timm_entry
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
+from perception_rt.families import PE, PLM, family_of
 from perception_rt.plm_config import PlmConfig
 
 Layout = Literal["reference", "timm", "open_clip", "original", "hf"]
 
 _TRUNK = "visual.trunk."
 
-# A buffer that some open_clip versions save with the weights; the causal mask is no weight.
+# By family, the starts of keys that tell a layout; the first layout that fits is the one.
+_PREFIXES: Mapping[str, Mapping[Layout, tuple[str, ...]]] = {
+    PE.name: {
+        "open_clip": (_TRUNK,),
+        "timm": ("blocks.", "patch_embed."),
+        "reference": ("visual.", "transformer.resblocks.", "conv1."),
+    },
+    PLM.name: {"hf": HF_STEMS, "original": ORIGINAL_STEMS},
+}
+
+# The causal mask, a buffer that some open_clip versions save with the weights.
 IGNORED_KEYS: Mapping[Layout, frozenset[str]] = {"open_clip": frozenset({"text.attn_mask"})}
 
 
 def without_module_prefix(keys: Collection[str]) -> dict[str, str]:
-    """Maps each key, freed of the `module` that data-parallel wrappers add, to the key itself.
+    """Maps each key, without the `module` that data-parallel wrappers add, to the key itself.
 
     Raises:
         CheckpointError: two keys differ only by that prefix.
@@ -40,49 +50,46 @@ def without_module_prefix(keys: Collection[str]) -> dict[str, str]:
 
 
 def detect_layout(names: Collection[str], config: PeConfig | PlmConfig) -> Layout:
-    """Which layout a set of keys is in, `module.` already stripped.
+    """Detects the layout of a set of keys, without `module.`.
+
+    Args:
+        names: the keys.
+        config: the architecture that the checkpoint must hold.
 
     Raises:
         CheckpointError: no layout has such keys, or the layout cannot hold this architecture.
     """
-
-    def has(*prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in names)
-
-    if isinstance(config, PlmConfig):
-        if has(*HF_STEMS):
-            return "hf"
-        if has(*ORIGINAL_STEMS):
-            return "original"
-        raise _unknown(names, "Perception Language Model in the original or hf layout")
-    if has(_TRUNK):
-        return "open_clip"
-    if has("blocks.", "patch_embed."):
-        if config.text is not None:
-            raise CheckpointError(
-                "a timm checkpoint is a vision tower alone, and this architecture has a text tower"
-            )
-        return "timm"
-    if has("visual.", "transformer.resblocks.", "conv1."):
-        return "reference"
-    raise _unknown(names, "Perception Encoder in the reference, timm or open_clip layout")
-
-
-def _unknown(names: Collection[str], what: str) -> CheckpointError:
-    example = f"such as {min(names)!a:.80}" if names else "because there are none"
-    return CheckpointError(f"not a {what}: its {len(names)} keys fit none of them, {example}")
+    family = family_of(config)
+    prefixes = _PREFIXES[family.name]
+    fitting = (
+        layout
+        for layout, starts in prefixes.items()
+        if any(name.startswith(starts) for name in names)
+    )
+    layout = next(fitting, None)
+    if layout is None:
+        example = f"such as {min(names)!a:.80}" if names else "because there are none"
+        raise CheckpointError(
+            f"not {family.label} in one of the layouts {', '.join(prefixes)}: its {len(names)} "
+            f"keys fit none of them, {example}"
+        )
+    if layout == "timm" and isinstance(config, PeConfig) and config.text is not None:
+        raise CheckpointError(
+            "a timm checkpoint holds only a vision tower, but this architecture has a text tower"
+        )
+    return layout
 
 
 def stored_tensors(
     layout: Layout, shapes: Mapping[str, Shape], head_dim: int | None = None
 ) -> tuple[Stored, ...]:
-    """The table of a layout for the tensors of one architecture.
+    """Returns the table of a layout for the tensors of an architecture.
 
     Args:
         layout: one of the five layouts.
-        shapes: our names and shapes. In the reference layout a vision tower alone has keys
-            without `visual.`, as in the reference's own module.
-        head_dim: channels per head of the decoder; only `hf` asks for it.
+        shapes: our names and shapes. A lone vision tower in the reference layout has keys without
+            `visual.`, as in the reference's own module.
+        head_dim: channels per head of the decoder; only `hf` needs it.
 
     Raises:
         CheckpointError: a name is not a parameter of such a model, or has no place in the layout.
@@ -96,7 +103,7 @@ def stored_tensors(
 
 
 def _pe_entry(layout: Layout, name: str, shape: Shape, bare: bool) -> Stored:
-    """A Perception Encoder's tensor; `bare` keys have no tower in front."""
+    """A Perception Encoder's tensor; `bare` keys have no `visual.` prefix."""
     tower, _, leaf = name.partition(".")
     if tower == "visual" and layout != "reference":
         return timm_entry(name, shape, _TRUNK if layout == "open_clip" else "")
@@ -110,9 +117,9 @@ def _pe_entry(layout: Layout, name: str, shape: Shape, bare: bool) -> Stored:
 
 
 def zero_tensors(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Keys that a layout has and we have not, whose values must all be zero, with their shapes.
+    """Returns keys and shapes of a layout's additional tensors, which must be all zeros.
 
-    The ports project by a linear layer, whose bias the reference does not have.
+    The ports project with a linear layer, whose bias the reference does not have.
     """
     projection = shapes.get("visual.proj")
     if layout == "reference" or projection is None:
@@ -124,7 +131,7 @@ def zero_tensors(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Shape
 def to_layout(
     state: Mapping[str, Tensor], layout: Layout, head_dim: int | None = None
 ) -> dict[str, Tensor]:
-    """All our tensors under a layout's keys: the inverse of reading a checkpoint.
+    """Converts our tensors to the keys and shapes of a layout; the inverse of reading.
 
     Raises:
         CheckpointError: a name has no place in the layout.

@@ -1,7 +1,7 @@
-"""A Perception Language Model's tensors as Meta and as Hugging Face's transformers store them.
+"""The layouts of Perception Language Models: Meta's `original` and transformers' `hf`.
 
-`original` has our names, which are those of Meta's `consolidated.pth`. `hf` is what transformers
-calls `perception_lm`: a Llama of its own, and timm's vision tower.
+`original` has our names, which are those of Meta's `consolidated.pth`. `hf` is the model
+`perception_lm` of transformers, with its own Llama and timm's vision tower.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ _HEAD = "output.weight"
 _TOWER = "vision_model."
 _LAYERS = "layers."
 _LANGUAGE = "model.language_model."
-# Stems of our names, and what transformers calls them: in a layer, and outside of layers.
+# Stems of our names and of transformers' names, in a layer and outside the layers.
 _HF_LAYER = {
     "attention.wq.": "self_attn.q_proj.",
     "attention.wk.": "self_attn.k_proj.",
@@ -35,9 +35,9 @@ _HF = {
     "vision_projector.projector.2.": "model.multi_modal_projector.linear_2.",
 }
 _HF_TOWER = "model.vision_tower.timm_model."
-# What transformers turns in halves of a head, and Meta in adjacent pairs.
+# Rows that transformers rotates in halves of a head, and Meta in adjacent pairs.
 _TURNED = ("attention.wq.", "attention.wk.")
-# The copy of the embedding that a checkpoint with a tied head may hold.
+# Key of the embedding's copy that a checkpoint with a tied head may hold.
 _TIED_COPY = {"original": "output.tied_module.weight", "hf": "lm_head.weight"}
 
 ORIGINAL_STEMS = ("tok_embeddings.", _LAYERS, "norm.", "output.", _TOWER, "vision_projector.")
@@ -45,24 +45,29 @@ HF_STEMS = (_LANGUAGE, "model.multi_modal_projector.", "model.vision_tower.", "l
 
 
 def original_entry(name: str, shape: Shape) -> Stored:
-    """How `original` stores a tensor: as we do. CheckpointError for a name that is none."""
+    """Returns the entry of the `original` layout; CheckpointError if it has no such tensor."""
     if not name.startswith(ORIGINAL_STEMS):
         raise CheckpointError(f"the original layout has no place for {name!a:.80}")
     return Stored(name=name, shape=shape, keys=(name,), shapes=(shape,))
 
 
 def hf_entry(name: str, shape: Shape, head_dim: int | None) -> Stored:
-    """How `hf` stores a tensor.
+    """Returns the entry of the `hf` layout.
+
+    Args:
+        name: our name.
+        shape: our shape.
+        head_dim: channels per head; needed for query and key weights.
 
     Raises:
-        CheckpointError: the layout has no such tensor, or needs a head size that fits its rows.
+        CheckpointError: the layout has no such tensor, or `head_dim` does not fit its rows.
     """
     if name.startswith(_TOWER):
         return timm_entry(name, shape, _HF_TOWER)
     turned = name.startswith(_LAYERS) and any(f".{stem}" in name for stem in _TURNED)
     if turned and (head_dim is None or head_dim % 2 or shape[0] % head_dim):
         raise CheckpointError(
-            f"the hf layout needs the head size that the {shape[0]} rows of {name} are made of, "
+            f"the hf layout needs an even head size that divides the {shape[0]} rows of {name}, "
             f"not {head_dim}"
         )
     return Stored(
@@ -86,9 +91,9 @@ def _hf_key(name: str) -> str:
 
 
 def tied_copy(layout: str, names: Collection[str]) -> Mapping[str, str]:
-    """The key that may hold the embedding once more, and our name of the embedding.
+    """Returns the key that may hold a copy of the embedding, with our name of the embedding.
 
-    Empty for a model whose head is a parameter of its own.
+    Empty for a model whose head has its own parameter.
     """
     if layout not in _TIED_COPY or _HEAD in names or _EMBEDDING not in names:
         return {}

@@ -1,8 +1,7 @@
-"""Random weights for an architecture: the same for the same seed, whatever is asked for first.
+"""Random weights for an architecture, determined by the seed, for benchmarks and tests.
 
-For benchmarks and tests where a trained model would teach nothing. Activations keep their size
-through any depth, and logits are about one. The largest model costs one tensor of memory, or some
-rows of one: only the rows drawn last are kept, for those who read them one by one.
+Activations keep their scale at any depth, and logits are about one. Memory holds one tensor, or
+some of its rows: only the rows drawn last are kept, for callers that read row by row.
 """
 
 import hashlib
@@ -15,6 +14,7 @@ from torch import Tensor
 from perception_rt.checkpoint.source import expected_tensors
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
+from perception_rt.families import family_of
 from perception_rt.models.pe import INIT_LOGIT_SCALE
 from perception_rt.plm_config import PlmConfig
 
@@ -24,12 +24,12 @@ _EMBEDDINGS = ("class_embedding", "positional_embedding", "token_embedding.weigh
 _NORMS = ("ln_1", "ln_2", "ln_pre", "ln_post", "ln_final", "norm")
 # Stored as (input, output), unlike a linear layer's weight.
 _PROJECTIONS = ("visual.proj", "text.text_projection")
-# With a gain, a decoder's attention prefers some tokens to others, and what it generates varies;
-# with much more of one, rounding errors would grow from block to block.
+# This gain makes a decoder's attention prefer some tokens, so that generated text varies. A larger
+# gain would amplify rounding errors from block to block.
 _SHARPENED = (".attention.wq.weight", ".attention.wk.weight")
 _SHARPNESS = sqrt(2.0)
-# Rows of a language model's tensors that are drawn together, each block from its own seed.
-_BLOCK_ROWS = 4096
+# Rows of a language model's tensors that are drawn together; each block has its own seed.
+BLOCK_ROWS = 4096
 
 
 class RandomWeights:
@@ -44,16 +44,16 @@ class RandomWeights:
         self._shapes = expected_tensors(config)
         self._layer_scale = config.vision.ls_init_value
         self._seed = seed
-        self._block_rows = _BLOCK_ROWS if isinstance(config, PlmConfig) else sys.maxsize
+        self._block_rows = BLOCK_ROWS if family_of(config).generates else sys.maxsize
         self._drawn: tuple[str, int, int, Tensor] | None = None
 
     @property
     def provenance(self) -> dict[str, str | int]:
-        """That these weights are random, and their seed."""
+        """Source and seed of the weights, for the manifest."""
         return {"source": "random", "seed": self._seed}
 
     def load(self, name: str) -> Tensor:
-        """The float32 tensor of a parameter; CheckpointError for a name that is none."""
+        """Returns a parameter in float32; CheckpointError if there is no such parameter."""
         shape = self._shape(name)
         constant = self._constant(name)
         if constant is not None:
@@ -61,14 +61,14 @@ class RandomWeights:
         return self._draw(name, 0, shape[0])
 
     def load_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """`load(name)[start:stop]`; of a language model's, only the blocks around are drawn."""
+        """Returns `load(name)[start:stop]`; for a language model, draws only the blocks needed."""
         rows, size = self._shape(name)[0], self._block_rows
         if self._constant(name) is not None:
             return self.load(name)[start:stop]
         first = start // size * size
         last = min(-(-stop // size) * size, rows)
         if self._drawn is None or self._drawn[:3] != (name, first, last):
-            self._drawn = None  # before there are others
+            self._drawn = None  # frees the old rows before drawing new ones
             self._drawn = (name, first, last, self._draw(name, first, last))
         return self._drawn[3][start - first : stop - first].clone()
 
@@ -78,7 +78,7 @@ class RandomWeights:
         return self._shapes[name]
 
     def _constant(self, name: str) -> float | None:
-        """The value of all elements of a parameter that is not random."""
+        """The value of a parameter that is not random; None for a random one."""
         owner, _, kind = name.rpartition(".")
         if kind == "gamma":
             assert self._layer_scale is not None
@@ -90,9 +90,9 @@ class RandomWeights:
         return None
 
     def _draw(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows from the beginning of a block to the end of one, without a second copy of them."""
+        """Draws rows from the start of a block to the end of one, in place."""
         shape, size = self._shapes[name], self._block_rows
-        # Uniform rather than normal: whole numbers scaled, hence equal on every processor.
+        # Uniform, since scaled integers are equal on every processor; normal draws are not.
         bound = sqrt(3.0) * _std(name, shape)
         tensor = torch.empty(stop - start, *shape[1:])
         for block, part in enumerate(tensor.split(size), start // size):

@@ -1,10 +1,9 @@
-"""Untrusted weight files, read tensor by tensor: safetensors, sharded or not, and torch's `.pt`.
+"""Reads untrusted weight files tensor by tensor: safetensors, sharded or not, and torch's `.pt`.
 
-A reader lists every tensor from headers and reads one on demand, memory-mapped. It runs no code
-from a file: `.pt` goes through torch's weights-only loading, and only plain dense tensors come out.
-A file is mapped anew after every so many bytes, so that reading a whole model does not keep all of
-it in memory. It knows nothing of names or architectures. The files must not change while a reader
-is in use.
+A reader lists all tensors from the headers and reads each on demand from a memory mapping. It runs
+no code from a file: `.pt` goes through torch's weights-only loading, and only plain dense tensors
+are accepted. Mappings are renewed regularly, so that reading a whole model does not keep it in
+memory. The files must not change while a reader is in use.
 """
 
 import hashlib
@@ -21,10 +20,10 @@ from torch import Tensor
 from perception_rt.checkpoint.locate import TORCH_SUFFIXES, weight_files
 from perception_rt.errors import CheckpointError
 
-# Pages of a mapping that were read count as this process's memory until it is unmapped.
+# Bytes read before files are mapped anew: pages of a mapping count as this process's memory.
 MAPPED_BYTES = 512 * 1024 * 1024
 _WRAPPERS = ("state_dict", "weights", "model")
-_MAX_WRAPPERS = 2  # one inside the other
+_MAX_WRAPPERS = 2  # nested
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFETENSORS_FLOATS = ("F32", "F16", "BF16", "F64")
 _HASH_BLOCK = 1 << 20
@@ -32,11 +31,11 @@ _HASH_BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What is known of a stored tensor before it is read.
+    """Shape and usability of a stored tensor, known before it is read.
 
     Attributes:
-        shape: its shape.
-        unusable: why it cannot be a weight, in a word or two; None for a dense float tensor.
+        shape: shape of the tensor.
+        unusable: short reason why it cannot be a weight; None for a dense float tensor.
     """
 
     shape: tuple[int, ...]
@@ -44,7 +43,7 @@ class Header:
 
 
 class FileSet:
-    """Files as they were when they were opened, and their digest."""
+    """Detects changes of files after they were opened, and computes their digest."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -53,13 +52,13 @@ class FileSet:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files."""
+        """Total size of the files."""
         return sum(size for size, _, _ in self._stamps)
 
     def sha256(self) -> str:
-        """The digest of one file, or of the lines that `sha256sum` prints for several.
+        """Returns the digest of one file, or of the output of `sha256sum` for several.
 
-        The files are read on the first call only.
+        Only the first call reads the files.
 
         Raises:
             CheckpointError: a file has changed since it was opened.
@@ -71,7 +70,7 @@ class FileSet:
         return self._digest
 
     def check(self) -> None:
-        """CheckpointError if a file has changed since it was opened."""
+        """Raises CheckpointError if a file has changed since it was opened."""
         for path, stamp in zip(self._paths, self._stamps, strict=True):
             if _stamp(path) != stamp:
                 raise CheckpointError(f"{path.name} changed while it was being read")
@@ -105,20 +104,20 @@ class OpenFile(Protocol):
 
     @property
     def headers(self) -> Mapping[str, Header]:
-        """Every tensor, by its key in the file."""
+        """Headers of all tensors, by key in the file."""
 
     def read(self, key: str) -> Tensor:
-        """The tensor of a key, a view of the mapping; CheckpointError if unreadable."""
+        """Returns a view of the mapped tensor; CheckpointError if it is unreadable."""
 
 
 class Reader:
-    """A weight file, or the shards that together hold a model.
+    """A weight file, or the shards of a model.
 
     Attributes:
-        label: base name of what was opened, for messages and provenance.
+        label: base name of the opened path, for messages and provenance.
         format: `safetensors` or `pt`.
-        files: the files that hold the tensors.
-        headers: every tensor, by its key in the file.
+        files: the files with the tensors.
+        headers: headers of all tensors, by key in the file.
     """
 
     def __init__(self, label: str, paths: Sequence[Path]) -> None:
@@ -136,19 +135,18 @@ class Reader:
             twice = sorted(self.headers.keys() & headers.keys())
             if twice:
                 raise CheckpointError(
-                    f"{label}: two shards hold {twice[0]!a:.80}; shards hold different tensors, "
-                    "each of them whole"
+                    f"{label}: two shards hold {twice[0]!a:.80}; a tensor must be in one shard"
                 )
             self.headers |= headers
             self._paths |= dict.fromkeys(headers, path)
 
     def read(self, key: str, rows: slice | None = None) -> Tensor:
-        """The tensor of a key, or some rows of it, on the CPU and in its stored dtype.
+        """Returns a tensor or some of its rows, on the CPU and in its stored dtype.
 
-        It is a view of the mapped file, which lives as long as a tensor from it.
+        The result is a view of the mapped file, and keeps the mapping alive.
 
         Raises:
-            CheckpointError: it is unreadable, or a file has changed since it was opened.
+            CheckpointError: the tensor is unreadable, or a file has changed since it was opened.
         """
         if self._mapped_bytes >= MAPPED_BYTES:
             self._open.clear()
@@ -169,7 +167,7 @@ def open_reader(path: Path) -> Reader:
     """Opens a weight file by its suffix, an index of shards, or a directory with either.
 
     Raises:
-        CheckpointError: nothing readable is there.
+        CheckpointError: there is no readable weight file.
     """
     found = weight_files(path)
     if found.paths[0].suffix not in (".safetensors", *TORCH_SUFFIXES):
@@ -196,7 +194,7 @@ class SafetensorsFile:
             ) from error
 
     def read(self, key: str) -> Tensor:
-        """The tensor of a key; a view of the mapped file."""
+        """Returns a view of the mapped tensor."""
         try:
             tensor: Tensor = self._handle.get_tensor(key)
         except (SafetensorError, OSError) as error:
@@ -211,25 +209,25 @@ def _safetensors_header(view: Any) -> Header:
 
 
 class TorchFile:
-    """A file of `torch.save`: a dictionary of tensors, perhaps inside one of the usual wrappers."""
+    """A file of `torch.save` with a dictionary of tensors, possibly in a common wrapper."""
 
     def __init__(self, path: Path) -> None:
         self._tensors = _tensors(_load_weights_only(path), path.name)
         self.headers = {key: _torch_header(tensor) for key, tensor in self._tensors.items()}
 
     def read(self, key: str) -> Tensor:
-        """The tensor of a key; a view of the mapped file."""
+        """Returns a view of the mapped tensor."""
         return self._tensors[key].detach()
 
 
 def _load_weights_only(path: Path) -> object:
-    """The restricted loading of torch, with whatever a hostile file makes it raise in one line."""
+    """Loads with torch's weights-only unpickler; any failure becomes one CheckpointError."""
     try:
         _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except CheckpointError:
         raise
-    # The unpickler meets arbitrary bytes, and has no one class for what can go wrong with them.
+    # Arbitrary bytes can make the unpickler raise any exception class.
     except Exception as error:
         raise CheckpointError(
             f"{path.name} is damaged or holds more than tensors: torch's weights-only loading "
@@ -238,7 +236,7 @@ def _load_weights_only(path: Path) -> object:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses old formats, which cannot be mapped, and compression, which torch never writes."""
+    """Refuses old formats, which cannot be mapped, and compression, which torch never uses."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path.name} is truncated, or not written by torch.save since 1.6: weights-only "
@@ -268,7 +266,7 @@ def _tensors(content: object, label: str) -> dict[str, Tensor]:
 
 
 def _torch_header(tensor: Tensor) -> Header:
-    if tensor.is_nested:  # it has no shape to ask for
+    if tensor.is_nested:  # has no shape
         return Header(shape=(), unusable="nested")
     unusable = None
     if tensor.is_quantized:

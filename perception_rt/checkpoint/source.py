@@ -1,8 +1,8 @@
-"""Where weights come from, one tensor at a time, under our own names.
+"""Weight sources: checkpoints under our parameter names, read one tensor at a time.
 
-Our names are the parameter names of `models.pe.PerceptionEncoder` and `models.plm.PerceptionLM`. A
-file is checked against the architecture when it is opened, every name and every shape; a tensor is
-read, and checked for numbers that are not finite, when it is asked for.
+Our names are the parameter names of `models.pe.PerceptionEncoder` and `models.plm.PerceptionLM`.
+Opening a file checks all names and shapes against the architecture. Loading a tensor reads it and
+checks that its elements are finite.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,14 +27,13 @@ from perception_rt.checkpoint.readers import Header, Reader, open_reader
 from perception_rt.checkpoint.stored import Shape, Stored
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
-from perception_rt.models.pe import PerceptionEncoder
-from perception_rt.models.plm import PerceptionLM
+from perception_rt.families import family_of, import_named
 from perception_rt.plm_config import PlmConfig
 
 LICENSE_UNKNOWN = "not stated"
 _LISTED = 5
-_PIECE = 1 << 20  # elements that are looked at together
-# The tensors whose width tells one architecture from another, and the axis that it is on.
+PIECE_ELEMENTS = 1 << 20  # checked or compared at once
+# Tensors whose width identifies an architecture, and the axis of the width.
 _WIDTHS = {
     "visual.conv1.weight": ("vision tower", 0),
     "vision_model.conv1.weight": ("vision tower", 0),
@@ -43,30 +42,28 @@ _WIDTHS = {
 
 
 class WeightSource(Protocol):
-    """A strict view of a checkpoint: exactly the architecture's tensors, read on demand."""
+    """A checkpoint with exactly the architecture's tensors, read on demand."""
 
     @property
     def provenance(self) -> Mapping[str, str | int]:
-        """What the manifest says about these weights."""
+        """Facts about the weights for the manifest."""
 
     def load(self, name: str) -> Tensor:
-        """The tensor of a parameter, in its stored dtype; CheckpointError if it is unreadable."""
+        """Returns a parameter in its stored dtype; CheckpointError if it is unreadable."""
 
     def load_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """`load(name)[start:stop]`, at the cost of these rows where the source can do so."""
+        """Returns `load(name)[start:stop]`; reads only these rows if the source can."""
 
 
 def state_dict(source: WeightSource, names: Collection[str]) -> dict[str, Tensor]:
-    """All tensors for `load_state_dict`, float32."""
+    """Returns parameters in float32, for `load_state_dict`."""
     return {name: source.load(name).to(torch.float32) for name in names}
 
 
 def expected_tensors(config: PeConfig | PlmConfig) -> dict[str, torch.Size]:
-    """Names and shapes of an architecture's parameters, without memory for their values."""
+    """Returns names and shapes of an architecture's parameters, without allocating them."""
     with torch.device("meta"):
-        model: nn.Module = (
-            PerceptionLM(config) if isinstance(config, PlmConfig) else PerceptionEncoder(config)
-        )
+        model: nn.Module = import_named(family_of(config).model)(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
@@ -79,10 +76,10 @@ def open_checkpoint(
         path: a `.safetensors`, `.pt`, `.pth` or `.bin` file, an index of shards, or a directory
             with an index, a single safetensors file, `consolidated.pth`, or all of
             `consolidated.00.pth`, `consolidated.01.pth`, ...
-        config: the architecture that the weights must fit exactly. Without a text tower, a
-            reference checkpoint of a whole CLIP is accepted, and its text tower dropped. A
-            language model whose head is tied may hold the embedding twice.
-        license_note: the weights' licence, as far as the caller knows it.
+        config: the architecture, which the weights must fit exactly. For an architecture without a
+            text tower, the text tower of a whole CLIP in the reference layout is dropped. A
+            language model with a tied head may hold the embedding twice.
+        license_note: licence of the weights, if the caller knows it.
 
     Raises:
         CheckpointError: the file is unreadable or unsafe, a tensor is missing, unexpected,
@@ -92,7 +89,7 @@ def open_checkpoint(
 
 
 class FileWeights:
-    """The weights of an architecture in a file: a `WeightSource`."""
+    """A `WeightSource` that reads weight files."""
 
     def __init__(self, reader: Reader, config: PeConfig | PlmConfig, license_note: str) -> None:
         self._reader = reader
@@ -115,7 +112,7 @@ class FileWeights:
 
     @property
     def provenance(self) -> dict[str, str | int]:
-        """Origin, layout, digest and licence; the first access reads the whole file."""
+        """Source, layout, digest and licence; the first access reads the whole file."""
         facts: dict[str, str | int] = {
             "source": "file",
             "format": self._reader.format,
@@ -130,20 +127,20 @@ class FileWeights:
         return facts
 
     def load(self, name: str) -> Tensor:
-        """The tensor of a parameter in our shape, contiguous, in its stored dtype.
+        """Returns a parameter in our shape, contiguous and in its stored dtype.
 
         Raises:
-            CheckpointError: the architecture has no such parameter, or the tensor is unreadable
-                or has an element that is not finite.
+            CheckpointError: there is no such parameter, or its tensor is unreadable or has an
+                element that is not finite.
         """
         entry = self._entry(name)
         return entry.unpack([self._read(key) for key in entry.keys])
 
     def load_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """`load(name)[start:stop]`; only these rows are read unless the layout turns them.
+        """Returns `load(name)[start:stop]`; reads only these rows unless the layout reorders rows.
 
         Raises:
-            CheckpointError: as `load` does.
+            CheckpointError: as `load`.
         """
         entry = self._entry(name)
         if not entry.has_our_rows:
@@ -163,7 +160,7 @@ class FileWeights:
         return tensor
 
     def _check_copy(self, key: str, entry: Stored) -> None:
-        """Compares in pieces: the two matrices may be gigabytes."""
+        """Compares in pieces, since the two matrices may have gigabytes."""
         (original,) = entry.keys
         for rows in _pieces(entry.shape):
             first, second = self._read(original, rows), self._read(key, rows)
@@ -174,14 +171,23 @@ class FileWeights:
 
 
 def _pieces(shape: Sequence[int]) -> Iterator[slice]:
-    """Ranges of rows that cover a tensor of one or more axes, each of about `_PIECE` elements."""
-    step = max(1, _PIECE // max(1, prod(shape[1:])))
+    """Ranges of rows that cover a tensor, each of about `PIECE_ELEMENTS` elements."""
+    step = max(1, PIECE_ELEMENTS // max(1, prod(shape[1:])))
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """How to read a checkpoint: its layout, its table, and where its keys are in the file."""
+    """How to read a checkpoint.
+
+    Attributes:
+        layout: layout of the keys.
+        stored: table of the tensors.
+        zeros: keys and shapes that must be all zeros.
+        copies: keys that must equal a parameter of ours, with its name.
+        file_keys: keys of the layout, with the keys in the file.
+        dropped: number of ignored tensors.
+    """
 
     layout: Layout
     stored: tuple[Stored, ...]
@@ -192,7 +198,7 @@ class _Plan:
 
 
 def _plan(headers: Mapping[str, Header], config: PeConfig | PlmConfig) -> _Plan:
-    """Recognises a layout and checks it; CheckpointError says what does not fit."""
+    """Detects the layout and checks names and shapes; CheckpointError lists the differences."""
     file_keys = without_module_prefix(headers)
     layout = detect_layout(file_keys, config)
     total = len(file_keys)
@@ -218,7 +224,7 @@ def _plan(headers: Mapping[str, Header], config: PeConfig | PlmConfig) -> _Plan:
 
 
 def _visual_only(file_keys: Mapping[str, str]) -> dict[str, str]:
-    """The vision tower of a whole CLIP, under the keys of a vision tower alone."""
+    """The vision tower of a whole CLIP, under the keys of a lone vision tower."""
     visual = {k.removeprefix("visual."): f for k, f in file_keys.items() if k.startswith("visual.")}
     return visual or dict(file_keys)
 
@@ -247,7 +253,7 @@ def _check(
 
 
 def _same_shape(found: Shape, wanted: Shape) -> bool:
-    """Equal, or a scalar that was saved as a vector of one, as some logit scales are."""
+    """Whether shapes are equal, or a scalar was saved as a vector of one, like some scales."""
     return found == wanted or (wanted == () and found == (1,))
 
 
@@ -258,15 +264,15 @@ def _listing(kind: str, entries: list[str]) -> str:
 
 
 def _width_hint(found: Mapping[str, Header], stored: Sequence[Stored]) -> str:
-    """Widths that differ mean that the whole file is of another model."""
+    """Names another width of a tower, which means that the file holds another model."""
     for entry in stored:
-        what, axis = _WIDTHS.get(entry.name, ("", 0))
+        part, axis = _WIDTHS.get(entry.name, ("", 0))
         header = found.get(entry.keys[0])
-        if not what or header is None or len(header.shape) != len(entry.shape):
+        if not part or header is None or len(header.shape) != len(entry.shape):
             continue
         if header.shape[axis] != entry.shape[axis]:
             return (
-                f". Other architecture? Its {what} is {header.shape[axis]} wide, "
+                f". Other architecture? Its {part} is {header.shape[axis]} wide, "
                 f"not {entry.shape[axis]}"
             )
     return ""

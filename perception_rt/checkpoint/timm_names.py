@@ -1,9 +1,9 @@
-"""A Perception Encoder's vision tower in timm's names and shapes."""
+"""The vision tower of a Perception Encoder in timm's names and shapes."""
 
 from perception_rt.checkpoint.stored import Shape, Stored
 from perception_rt.errors import CheckpointError
 
-# Stems of our names inside a vision tower, and what timm calls them.
+# Stems of our names in a vision tower, and timm's names.
 _BLOCK = {
     "ln_1.": "norm1.",
     "attn.in_proj_": "attn.qkv.",
@@ -31,12 +31,12 @@ _POOL_INPUT = "attn_pool.attn.in_proj_"
 
 
 def timm_entry(name: str, shape: Shape, prefix: str) -> Stored:
-    """How timm stores one tensor of a vision tower.
+    """Returns the entry of one tensor of a vision tower in timm's layout.
 
     Args:
-        name: our name; what follows its first dot is the name inside the tower.
+        name: our name; the part after its first dot is the name within the tower.
         shape: our shape.
-        prefix: put before timm's keys.
+        prefix: prefix of timm's keys.
 
     Raises:
         CheckpointError: timm's towers have no such tensor.
@@ -73,7 +73,7 @@ def _key(name: str, leaf: str) -> str:
 
 
 def _shape(leaf: str, shape: Shape) -> Shape:
-    """The ports keep a batch axis on its token tables."""
+    """The shape in the ports, whose token tables have a batch axis."""
     match leaf:
         case "class_embedding":
             return (1, 1, *shape)

@@ -1,4 +1,4 @@
-"""Our weights out, as a safetensors file that is either whole or not there at all."""
+"""Writes our weights to a safetensors file, whole or not at all."""
 
 import os
 import secrets
@@ -22,16 +22,16 @@ def save_checkpoint(
     *,
     head_dim: int | None = None,
 ) -> None:
-    """Writes a safetensors file; a file of that name is replaced in one step, once all is on disk.
+    """Writes a safetensors file, and replaces an existing one once all bytes are on disk.
 
     Args:
-        state_dict: tensors under our names, on any device; all of a model, or of its vision tower.
+        state_dict: tensors under our names, on any device; those of a model or its vision tower.
         path: the file to write; its directory must exist.
-        layout: whose keys to write; `original` or `hf` for a language model.
+        layout: layout of the keys; `original` or `hf` for a language model.
         head_dim: channels per attention head of the decoder; `hf` needs it.
 
     Raises:
-        CheckpointError: a name has no place in the layout, `hf` has no fitting `head_dim`, or the
+        CheckpointError: a name has no place in the layout, `head_dim` does not fit `hf`, or the
             file cannot be written.
     """
     path = Path(path)
@@ -59,7 +59,7 @@ def save_checkpoint(
 
 
 def _sync(path: Path) -> None:
-    """Returns when a file's bytes, or a directory's names, are on the disk."""
+    """Waits until a file's bytes, or a directory's names, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,6 +10,7 @@ from typing import Any
 
 from perception_rt._version import __version__
 from perception_rt.errors import PerceptionError
+from perception_rt.families import FAMILIES
 from perception_rt.limits import DEFAULT_LIMITS
 from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec, TensorSpec
@@ -50,7 +51,7 @@ def describe(manifest: Manifest) -> list[str]:
         f"images      {_pairs(image)}",
         f"weights     {_pairs(content.weights)}",
         f"versions    {_pairs(content.versions)}",
-        *(_describe_plm(content) if content.family == "plm" else ()),
+        *(_describe_plm(content) if _generates(content) else ()),
     ]
     for name, graph in content.graphs.items():
         caches = _caches(graph)
@@ -77,6 +78,11 @@ def describe(manifest: Manifest) -> list[str]:
         for name, result in measured.items() if isinstance(measured, Mapping) else ():
             lines.append(f"{part:<11} {name}{note}: {_pairs(result)}")
     return lines
+
+
+def _generates(content: Content) -> bool:
+    family = FAMILIES.get(content.family)
+    return family is not None and family.generates
 
 
 def _describe_plm(content: Content) -> list[str]:
@@ -107,7 +113,7 @@ def lint(path: str | os.PathLike[str]) -> list[str]:
     """Returns notes on defects and oddities of a package; damage is a note, not an error."""
     try:
         manifest = verify_package(path)
-        plm_notes = _lint_plm(path, manifest) if manifest.content.family == "plm" else []
+        plm_notes = _lint_plm(path, manifest) if _generates(manifest.content) else []
     except PerceptionError as error:
         return [f"{DAMAGED}: {error}"]
     content, record = manifest.content, manifest.record

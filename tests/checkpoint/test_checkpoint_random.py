@@ -96,7 +96,7 @@ def test_deep_decoders_stay_in_range(tied):
 
 
 def test_rows_are_those_of_the_whole(monkeypatch):
-    monkeypatch.setattr(random_weights, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(random_weights, "BLOCK_ROWS", 7)
     for config in (DEEP, DEEP_PLM):
         weights = RandomWeights(config, 3)
         names = [n for n in expected_tensors(config) if "resblocks" not in n and n != "logit_scale"]

@@ -161,7 +161,7 @@ def test_a_tensor_in_two_shards(tmp_path):
 def test_shards_must_be_plain_names(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match="shards are plain"):
+    with pytest.raises(CheckpointError, match=r"must be a \.safetensors file name without a"):
         open_checkpoint(index, TINY)
 
 
@@ -174,7 +174,7 @@ def test_damaged_index(tmp_path, text):
 
 
 def test_a_directory_with_one_file(tmp_path):
-    with pytest.raises(CheckpointError, match="it has 0 of the latter"):
+    with pytest.raises(CheckpointError, match=r"it has 0 \.safetensors files"):
         open_checkpoint(tmp_path, TINY)
     save_checkpoint(tiny_state(), tmp_path / "open_clip_model.safetensors", "open_clip")
     assert_holds(tmp_path, TINY, tiny_state())
