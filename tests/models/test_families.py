@@ -1,10 +1,19 @@
-"""The records of model families: every name in them can be imported."""
+"""The records of model families, and that code asks records instead of comparing names."""
+
+import ast
+from pathlib import Path
 
 import pytest
 
+import perception_rt
 from perception_rt.archs import PE_MODELS, PLM_MODELS
 from perception_rt.errors import InputError
 from perception_rt.families import FAMILIES, family_of, get_family, import_named, parse_config
+from perception_rt.targets import TARGETS
+
+# "reference" is also a checkpoint layout, and "tensorrt" the name of a library.
+NAMES = {*FAMILIES, *TARGETS} - {"reference"}
+LIBRARY_NAMES = "tensorrt_library.py"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -30,3 +39,18 @@ def test_an_architecture_in_json_is_recognised(family: str, models) -> None:
 def test_no_option_of_an_export_belongs_to_two_families() -> None:
     options = [option for family in FAMILIES.values() for option in family.export_options]
     assert len(options) == len(set(options))
+
+
+def test_no_code_compares_names_of_families_or_backends() -> None:
+    root = Path(perception_rt.__file__).parent
+    found = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for path in sorted(root.rglob("*.py"))
+        if path.name != LIBRARY_NAMES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Compare)
+        for side in (node.left, *node.comparators)
+        for part in (side.elts if isinstance(side, ast.Tuple | ast.Set | ast.List) else (side,))
+        if isinstance(part, ast.Constant) and part.value in NAMES
+    ]
+    assert found == []
