@@ -224,7 +224,7 @@ _TRAINING = {
 
 _BENCHMARKED = Part(
     uses=(*TORCH_SIDE, *SHARED_BY_BENCHMARKS, "cli", "export", "runtime", "training.demo"),
-    libraries=("numpy", "safetensors", "torch"),
+    libraries=("numpy", "PIL", "safetensors", "torch"),
     lazy_libraries=(
         "numpy", "onnx", "onnxruntime", "onnxruntime_genai", "tokenizers", "transformers",
     ),
