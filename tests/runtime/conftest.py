@@ -1,5 +1,7 @@
 """Fixtures for tests of the runtime: packages with engines, and a fake GPU that runs them."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,11 @@ def bench(made: tuple[Bench, Path], monkeypatch: pytest.MonkeyPatch) -> Bench:
     """The packages, on a machine with the fake GPU."""
     use_bench(*made, monkeypatch)
     return made[0]
+
+
+@pytest.fixture
+def frozen_heap() -> Iterator[None]:
+    """Keeps `gc.collect` to objects made by the test; those of the whole suite take it seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

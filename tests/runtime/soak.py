@@ -16,8 +16,12 @@ from typing import Any, Self
 import numpy as np
 import psutil
 import pytest
+from fake_plm import CONFIG
 
 import perception_rt as prt
+from perception_rt.plm_config import DecoderConfig, PlmConfig
+from perception_rt.processing.llm_tokenizer import TokenizerSpec
+from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime import generator as generators
 from perception_rt.runtime.cache.kv_pool import KvPool, Lease
 from perception_rt.runtime.generation import plm_engine
@@ -33,37 +37,45 @@ _LETTERS = list(string.ascii_letters + "  .,\u00e9\u4e16\U0001f600")
 _LIBC = ctypes.CDLL(None)
 
 
-def golden_package(factory: pytest.TempPathFactory) -> Path:
-    """The engine that people run: golden weights in float32; exported once per session."""
-    out = factory.getbasetemp() / "golden-plm"
+def onnx_package(factory: pytest.TempPathFactory) -> Path:
+    """A tiny model for ONNX Runtime, in float32; exported once per session."""
+    out = factory.getbasetemp() / "onnx-plm"
     if not out.exists():
-        export_golden(out)
+        export_onnx(out)
     return out
 
 
-def export_golden(out: Path) -> None:
-    """Golden weights, with a longer context than theirs and with a tokenizer."""
+def export_onnx(out: Path) -> None:
+    """Exports random weights with a context of 1024 tokens and a tokenizer of bytes."""
     # torch and onnx are imported only for those tests that need a package.
-    from golden_data import plm_golden
-
+    from perception_rt.checkpoint.random import RandomWeights
     from perception_rt.export.build import export_package
     from perception_rt.export.plan import PlmPlan
-    from perception_rt.processing.llm_tokenizer import TokenizerSpec
-    from perception_rt.processing.tiles import TileSpec
 
-    data = plm_golden("plm_tied_ropescaled")
-    decoder = replace(data.config.decoder, max_seqlen=1024)
-    data = replace(data, config=replace(data.config, decoder=decoder))
-    text = TokenizerSpec(kind="bytes", vocab_size=320, image_token_id=data.config.image_token_id)
+    config = PlmConfig(
+        decoder=DecoderConfig(
+            dim=32,
+            n_layers=2,
+            n_heads=2,
+            n_kv_heads=1,
+            vocab_size=320,
+            max_seqlen=1024,
+            multiple_of=16,
+            ffn_dim_multiplier=0.5,
+        ),
+        vision=CONFIG.vision,
+        image_token_id=319,
+    )
+    text = TokenizerSpec(kind="bytes", vocab_size=320, image_token_id=319)
     plan = PlmPlan(
-        name="golden",
-        config=data.config,
+        name="tiny",
+        config=config,
         backend="onnxruntime",
         precision="fp32",
-        tiles=TileSpec(tile_size=data.config.vision.image_size, max_tiles=4, max_frames=4),
+        tiles=TileSpec(tile_size=config.vision.image_size, max_tiles=4, max_frames=4),
         tokenizer=(text, None),
     )
-    export_package(plan, data, out)
+    export_package(plan, RandomWeights(config, 0), out)
 
 
 @cache

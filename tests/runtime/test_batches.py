@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from plm_requests import PoisonedBlock
-from soak import Case, Watch, assert_idle, golden_package, make_cases, run_threads
+from soak import Case, Watch, assert_idle, make_cases, onnx_package, run_threads
 
 import perception_rt as prt
 from perception_rt.runtime.generation import plm_engine
@@ -23,12 +23,12 @@ from perception_rt.runtime.request import GenerationProgress, Result
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return golden_package(tmp_path_factory)
+    return onnx_package(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def cases(package: Path) -> list[Case]:
-    return make_cases(package, 60, seed=1, text=120, new=60)
+    return make_cases(package, 60, seed=2, text=120, new=40)
 
 
 def test_the_cases_are_not_all_alike(cases: list[Case]) -> None:
@@ -41,7 +41,7 @@ def test_the_cases_are_not_all_alike(cases: list[Case]) -> None:
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
 
 
-BYTES = 3 * 2 * 2 * 32 * 4  # per token: layers, keys and values, heads, channels, float32
+BYTES = 2 * 2 * 1 * 16 * 4  # per token: layers, keys and values, heads, channels, float32
 
 SETTINGS = {
     "plenty": {"cache": False},
@@ -153,6 +153,6 @@ class Arrivals:
 
 
 def staggered(plm: Generator, batch: list[Case], rng: np.random.Generator) -> list[Result]:
-    starts = np.cumsum(rng.integers(0, 10, len(batch)))
+    starts = np.cumsum(rng.integers(0, 6, len(batch)))
     leaves = [int(rng.integers(1, 20)) if rng.random() < 0.15 else None for _ in batch]
     return Arrivals(plm, batch, starts.tolist(), leaves).run()

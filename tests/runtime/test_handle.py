@@ -21,6 +21,7 @@ from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Request
 
 PLM = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=4096))
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 @pytest.fixture(scope="module")

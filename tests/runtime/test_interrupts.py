@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_plm import CONFIG, write_plm
-from soak import golden_package
+from soak import onnx_package
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package(
     request: pytest.FixtureRequest, reference: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    return reference if request.param == "reference" else golden_package(tmp_path_factory)
+    return reference if request.param == "reference" else onnx_package(tmp_path_factory)
 
 
 INTERRUPT = """

@@ -20,9 +20,9 @@ from soak import (
     assert_idle,
     descriptors,
     eventually,
-    golden_package,
     live_requests,
     load,
+    onnx_package,
     parts,
     picture,
     resident_bytes,
@@ -42,6 +42,7 @@ from perception_rt.runtime.request import Request
 MIB = 2**20
 LONG = 700  # tokens of an answer that nobody waits for to the end
 ENGINES = ("reference", "onnxruntime")
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A package by its engine: the reference backend's, or the one that people run."""
     config = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=1024))
     reference = write_plm(tmp_path_factory.mktemp("plm") / "plm", config=config)
-    return lambda engine: reference if engine == "reference" else golden_package(tmp_path_factory)
+    return lambda engine: reference if engine == "reference" else onnx_package(tmp_path_factory)
 
 
 @pytest.fixture(params=ENGINES)
@@ -136,7 +137,7 @@ def test_processes_share_one_package(packages: Callable[[str], Path]) -> None:
 def test_a_killed_export_leaves_nothing_visible(delay_s: float, tmp_path: Path) -> None:
     """EXP-01: absent or valid after SIGKILL, and the next run cleans up."""
     dest = tmp_path / "package"
-    code = "import sys, pathlib, soak; soak.export_golden(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, soak; soak.export_onnx(pathlib.Path(sys.argv[1]))"
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     code = f"import sys; sys.path[:0] = {paths}; {code}"
     child = subprocess.Popen([sys.executable, "-c", code, str(dest)], stderr=subprocess.DEVNULL)

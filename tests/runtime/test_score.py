@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_plm import CONFIG, write_plm
-from soak import assert_idle, golden_package, picture
+from soak import assert_idle, onnx_package, picture
 
 import perception_rt as prt
 from perception_rt.errors import BackendError, CapacityError, InputError
@@ -24,13 +24,13 @@ from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Exchange, Request, Score
 
 LONG = "An answer of more tokens than one prompt chunk has, and than an engine predicts. " * 2
-TOKEN_BYTES = 16 + 3 * 2 * 2 * 32 * 4  # key; layers, keys and values, heads, channels, float32
+TOKEN_BYTES = 16 + 2 * 2 * 1 * 16 * 4  # key; layers, keys and values, heads, channels, float32
 ANSWERS = {"one token": "A", "three": "yes", "long": LONG}
 
 
 @pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return golden_package(tmp_path_factory)
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return onnx_package(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def plm(golden: Path):
-    with prt.load(golden, threads=1) as plm:
+def plm(onnx: Path):
+    with prt.load(onnx, threads=1) as plm:
         yield plm
         assert_idle(plm)
 
@@ -70,20 +70,20 @@ def expected(package: Path, request: Request, tokens: tuple[int, ...]) -> list[f
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 @pytest.mark.parametrize("images", [0, 1])
 def test_scores_are_the_log_softmax_of_the_logits(
-    plm: Generator, golden: Path, images: int, answer: str
+    plm: Generator, onnx: Path, images: int, answer: str
 ) -> None:
     history = [Exchange(prompt="Hello?", answer="Hello.")]
     media = {"images": [picture(0)][:images], "history": history[images:], "max_tiles": 1}
     score = plm.score("What is this?", answer, **media)
-    assert score.tokens == tuple(preprocessor(golden).tokenizer.encode_text(answer))
+    assert score.tokens == tuple(preprocessor(onnx).tokenizer.encode_text(answer))
     assert score.logprobs.shape == (len(score.tokens),) and score.logprobs.dtype == np.float64
-    wanted = expected(golden, Request("What is this?", **media), score.tokens)
+    wanted = expected(onnx, Request("What is this?", **media), score.tokens)
     np.testing.assert_allclose(score.logprobs, wanted, atol=1e-4)
     assert score.total == pytest.approx(sum(wanted), abs=1e-4 * len(wanted))
 
 
 def test_answers_to_one_prompt_share_its_cache(
-    plm: Generator, golden: Path, monkeypatch: pytest.MonkeyPatch
+    plm: Generator, onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
     forward = PlmEngine.forward
@@ -94,7 +94,7 @@ def test_answers_to_one_prompt_share_its_cache(
 
     monkeypatch.setattr(PlmEngine, "forward", counted)
     question = {"prompt": "Which one is it?", "images": [picture(1)], "max_tiles": 1}
-    with prt.load(golden, threads=1, cache=False) as bare:
+    with prt.load(onnx, threads=1, cache=False) as bare:
         alone = [bare.score(**question, answer=answer) for answer in "ABCD"]
     prompt = sum(lengths) // 4
     lengths.clear()
