@@ -1,4 +1,4 @@
-"""A tiny package of family "plm" for the reference backend: a manifest and placeholder files."""
+"""A tiny "plm" package for the reference backend: a manifest and placeholder files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +34,7 @@ CONFIG = PlmConfig(
 def graph_specs(
     config: PlmConfig = CONFIG, *, parts: int = 2, cache_dtype: str = "float32"
 ) -> dict[str, GraphSpec]:
-    """Every graph of a package, with a placeholder file for each."""
+    """Specs of every graph of a package, with placeholder files."""
     per_part = -(-config.decoder.n_layers // parts)
     layers = range(config.decoder.n_layers)
     layout = DecoderLayout(
@@ -64,11 +64,11 @@ def write_plm(
     """Publishes a package; returns its directory.
 
     Args:
-        dest: the directory to be.
+        dest: directory to create.
         config: the architecture.
-        graphs: None for those of the architecture, in two parts.
-        files: contents by name; a file that is not here gets its own name as contents.
-        changes: fields of the manifest's `Content`; with others the package has another id.
+        graphs: graphs by name; None for `graph_specs(config)`.
+        files: contents by file name; any other file contains its own name.
+        changes: fields of the manifest's `Content`, which also change the package id.
     """
     graphs = graph_specs(config) if graphs is None else graphs
     files = {} if files is None else files

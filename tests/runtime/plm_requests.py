@@ -29,7 +29,7 @@ ENDS = frozenset(range(12))  # one token in 27 ends an answer
 
 
 class PoisonedBlock(CacheBlock):
-    """NaN where nothing was written, and again where a row was given back."""
+    """A block filled with NaN wherever nothing is written, and again when a row is released."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -45,7 +45,7 @@ class PoisonedBlock(CacheBlock):
 
 
 class FakeClock:
-    """Seconds that pass when they are told to, and a little at each look."""
+    """A clock that a test advances; each reading advances it by `look_s`."""
 
     def __init__(self, look_s: float = 0.0) -> None:
         self.now = 0.0
@@ -67,7 +67,7 @@ def open_engine(directory: Path) -> Iterator[PlmEngine]:
 def make_pool(
     engine: PlmEngine, *, slots: int = 4096, rows: int = 4, block: type[CacheBlock] = CacheBlock
 ) -> KvPool:
-    """Rows of 32, 64, 128, 256 and 512 tokens, in a budget of `slots`."""
+    """A pool with rows of 32, 64, 128, 256 and 512 tokens, `slots` tokens in all."""
     shape = engine.cache_shape
     return KvPool(
         shape.bytes_per_token,
@@ -91,7 +91,7 @@ def make_scheduler(
     clock: Callable[[], float] = time.monotonic,
     **memory: Any,
 ) -> Scheduler:
-    """A scheduler; `memory` are arguments of `make_pool`."""
+    """A scheduler; `memory` holds arguments of `make_pool`."""
     if cached:
         features = FeatureCache(1 << 20, package_id="sha256:0")
         prefixes = PrefixCache(1 << 20, package_id="sha256:0")
@@ -114,7 +114,7 @@ def make_request(
     lookup: bool = False,
     **fields: Any,
 ) -> RequestState:
-    """A request that is a function of its arguments.
+    """A reproducible request.
 
     Args:
         seed: RNG seed of the prompt, the tiles and the sampler.
@@ -137,7 +137,7 @@ def make_request(
     is_image = ids == PLM.image_token_id
     allowed = np.arange(PLM.decoder.vocab_size) != PLM.image_token_id
     sampling = {k: fields.pop(k) for k in ("temperature", "top_k", "top_p") if k in fields}
-    guess = PromptLookup(np.where(is_image, -1, ids), new) if lookup else None
+    drafts = PromptLookup(np.where(is_image, -1, ids), new) if lookup else None
     return RequestState(
         **{
             "ids": ids.astype(np.int64),
@@ -147,7 +147,7 @@ def make_request(
             "max_new_tokens": new,
             "sampler": Sampler(seed=seed, allowed=allowed, **sampling),
             "end_ids": ENDS,
-            "lookup": guess,
+            "lookup": drafts,
             "called_at": 0.0,
             **fields,
         }
@@ -167,7 +167,7 @@ def run(scheduler: Scheduler, requests: Sequence[RequestState] = (), *, most: in
 
 
 def alone(engine: PlmEngine, *arguments: Any, **fields: Any) -> tuple[int, ...]:
-    """Tokens of a request that has a scheduler for itself and nothing cached."""
+    """Tokens of a request that runs by itself, without caches."""
     request = make_request(*arguments, **fields)
     run(make_scheduler(engine), [request])
     return request.result().tokens

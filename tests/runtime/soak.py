@@ -1,4 +1,4 @@
-"""Random requests and their answers, threads that must end, and what a process holds."""
+"""Random requests and their answers, threads with time limits, and resources of the process."""
 
 import ctypes
 import gc
@@ -80,7 +80,7 @@ def export_onnx(out: Path) -> None:
 
 @cache
 def picture(seed: int) -> np.ndarray:
-    """One of few, so that caches have something to find; of different sizes."""
+    """A random image of random size; few seeds are used, so that caches hit."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(20, 120, 2)
     return rng.integers(0, 256, (height, width, 3), np.uint8)
@@ -93,16 +93,16 @@ def clip(seed: int) -> np.ndarray:
 
 
 def random_request(rng: np.random.Generator, *, text: int, new: int) -> Request:
-    """A question with or without images, videos and history, greedy, guessing or drawn.
+    """A random request: with or without images, videos and history; greedy, drafting or sampled.
 
     Args:
-        rng: what decides.
-        text: most characters of the question, and again of what was said before.
-        new: most tokens of the answer.
+        rng: source of all choices.
+        text: most characters of the question, and of the history.
+        new: bound on `max_new_tokens`.
     """
 
     def words(most: int) -> str:
-        # Questions have beginnings in common, which is what a cache of prompts is for.
+        # Questions share beginnings, so that the prefix cache hits.
         start = ("What is this? ", "What is that? ", "")[rng.integers(3)]
         return start + "".join(rng.choice(_LETTERS, rng.integers(most)))
 
@@ -140,18 +140,18 @@ def random_request(rng: np.random.Generator, *, text: int, new: int) -> Request:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """A request, and what it is answered when nobody else is there and nothing is cached."""
+    """A request, and its answer when it runs alone and without caches."""
 
     request: Request
     answer: Result
 
     def check(self, result: Result) -> None:
-        """The same answer."""
+        """Checks that an answer is the same."""
         assert result.tokens == self.answer.tokens
         assert (result.text, result.finish_reason) == (self.answer.text, self.answer.finish_reason)
 
     def check_part(self, result: Result) -> bool:
-        """The same answer, or as much of it as there was time for; whether it is not whole."""
+        """Checks that an answer is the same or its beginning; returns whether it is cut short."""
         broken = result.finish_reason in ("cancelled", "deadline")
         if broken:
             assert result.tokens == self.answer.tokens[: len(result.tokens)]
@@ -161,7 +161,7 @@ class Case:
 
 
 def make_cases(package: Path, count: int, *, seed: int, text: int, new: int) -> list[Case]:
-    """Requests that were answered one by one by a generator that remembers and moves nothing."""
+    """Requests with their answers, one by one, without caches and without moves between rows."""
     rng = np.random.default_rng(seed)
     cases = []
     with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +169,7 @@ def make_cases(package: Path, count: int, *, seed: int, text: int, new: int) -> 
         plm = prt.load(package, cache=False, max_batch=1, threads=1)
     with plm:
         for _ in range(count):
-            # Without guesses: whether they change an answer is what is to be seen.
+            # Without drafts: the tests show that drafts change no answer.
             request = random_request(rng, text=text, new=new)
             answer = plm.submit(replace(request, lookup=False)).result()
             cases.append(Case(request=request, answer=answer))
@@ -234,7 +234,7 @@ class Watch:
 
 
 def is_clear(bucket, row: int, length: int) -> bool:
-    """Nothing of what somebody said is where somebody else will be; NaN is a test's poison."""
+    """Whether a released row holds no earlier contents; a test may have filled it with NaN."""
     if bucket.block is None:
         return True
     tokens = bucket.block.read(row, min(length + 2 * MAX_DRAFTS, bucket.slots))
@@ -270,7 +270,7 @@ def parts(plm: Generator) -> Pipeline:
 
 
 def assert_idle(plm: Generator) -> None:
-    """Nothing is left of any request; also in the parts, if `load` opened it."""
+    """Checks that no request is left, also in the parts if `load` opened the generator."""
     stats = plm.stats
     assert (stats.queued, stats.running, stats.kv_bytes) == (0, 0, 0)
     pipeline = _pipelines.get(plm)
@@ -280,13 +280,13 @@ def assert_idle(plm: Generator) -> None:
 
 
 def live_requests() -> int:
-    """Jobs that something still refers to."""
+    """Number of request states that are still referenced."""
     gc.collect()
     return sum(type(item) is RequestState for item in gc.get_objects())
 
 
 def run_threads(works: Iterable[Callable[[], object]], *, timeout_s: float = 60.0) -> None:
-    """Runs each in a thread of its own; the first error, or a failure if one does not end."""
+    """Runs each function in its own thread; raises the first error, fails if one does not end."""
     errors: list[BaseException] = []
 
     def guarded(work: Callable[[], object]) -> None:
@@ -309,7 +309,7 @@ def run_threads(works: Iterable[Callable[[], object]], *, timeout_s: float = 60.
 
 
 def eventually(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> bool:
-    """Whether it comes true in time."""
+    """Whether the condition becomes true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -323,17 +323,17 @@ def descriptors() -> int:
 
 
 def threads() -> int:
-    """Native ones too."""
+    """Number of threads, native ones included."""
     return sum(1 for _ in Path("/proc/self/task").iterdir())
 
 
 def resident_bytes() -> int:
-    """Without what the allocator keeps for later."""
+    """Resident memory, after the allocator returned what it can."""
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
     return psutil.Process().memory_info().rss
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """By least squares."""
+    """Slope of the least-squares line."""
     return float(np.polyfit(xs, ys, 1)[0])

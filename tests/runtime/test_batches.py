@@ -1,7 +1,7 @@
-"""GEN-01: what a language model answers does not depend on what else it is asked at the time.
+"""GEN-01: an answer does not depend on other requests that run at the same time.
 
-Five hundred random batches on the engine that people run, against answers given one at a time by a
-generator that remembers nothing; and again with caches, little memory and poisoned memory.
+Five hundred random batches on ONNX Runtime, with and without caches, in little and in poisoned
+memory, are compared with answers given one at a time without caches.
 """
 
 import threading
@@ -32,12 +32,12 @@ def cases(package: Path) -> list[Case]:
 
 
 def test_the_cases_are_not_all_alike(cases: list[Case]) -> None:
-    """A model that says the same to everybody would pass the rest."""
+    """A model that always gives the same answer would pass the other tests."""
     answers = [case.answer for case in cases]
     assert len({answer.tokens for answer in answers}) >= 50
     assert len({answer.timings.image_tiles for answer in answers}) >= 5
     prompts = [answer.timings.prompt_tokens for answer in answers]
-    assert min(prompts) < 256 < 512 < max(prompts)  # the first sizes of rows
+    assert min(prompts) < 256 < 512 < max(prompts)  # the first row sizes
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
 
 
@@ -70,11 +70,11 @@ def test_an_answer_does_not_depend_on_company(
         for _ in range(BATCHES[setting]):
             batch = [cases[i] for i in rng.integers(len(cases), size=rng.integers(2, 9))]
             way = (together, staggered, in_threads)[rng.choice(3, p=[0.3, 0.6, 0.1])]
-            # In a thread, so that one that waits for ever fails.
+            # In threads with a time limit, so that a deadlock fails.
             run_threads([lambda way=way, batch=batch: results.extend(way(plm, batch, rng))])
             assert_idle(plm)
     assert watch.left == 0
-    # Or else there was no company, and nothing was shown.
+    # Otherwise few requests ran together, and the test shows nothing.
     in_company = sum(calls for count, calls in watch.decoded.items() if count > 1)
     assert in_company > 0.2 * watch.decoded.total()
     assert max(watch.decoded) >= (3 if "max_batch" in SETTINGS[setting] else 5)
@@ -92,7 +92,7 @@ def together(plm: Generator, batch: list[Case], _: np.random.Generator) -> list[
 
 
 def in_threads(plm: Generator, batch: list[Case], rng: np.random.Generator) -> list[Result]:
-    """Each in a thread of its own."""
+    """Runs each request in its own thread."""
     results: list[Result] = []
 
     def ask(case: Case, delay_s: float) -> None:
@@ -109,15 +109,15 @@ def in_threads(plm: Generator, batch: list[Case], rng: np.random.Generator) -> l
 
 @dataclass
 class Arrivals:
-    """Requests that begin in the middle of the work on those before them; some leave early.
+    """Requests that arrive while others run, some of which are cancelled early.
 
-    All but the first arrive and leave in `on_progress`, at a step of those before them.
+    All but the first arrive and leave in `on_progress` of an earlier request.
     """
 
     plm: Generator
     batch: list[Case]
-    starts: list[int]  # after how many steps of any request each of the batch begins
-    leaves: list[int | None]  # after how many tokens of its own each is cancelled
+    starts: list[int]  # steps of any request before each arrives
+    leaves: list[int | None]  # own tokens after which each is cancelled
 
     def run(self) -> list[Result]:
         self._handles = []

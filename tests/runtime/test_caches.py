@@ -101,7 +101,7 @@ def test_snapshots_are_copies_and_may_be_written_in_part() -> None:
 
 
 def test_memory_is_spent_as_tokens_are_written() -> None:
-    """One token in each row of 256 MiB; with huge pages it would cost a quarter of that."""
+    """One token per row of a 256 MiB block; huge pages would spend a quarter of it."""
     shape = CacheShape(layers=8, kv_heads=8, head_dim=64, dtype="float32")
     before = psutil.Process().memory_info().rss
     block = CacheBlock(shape, 1, 8192)
@@ -151,7 +151,7 @@ def test_the_least_recently_used_features_go_first() -> None:
     for seed in (0, 2, 3):
         assert np.array_equal(cache.get(name(seed)), features(seed))
     assert cache.nbytes == 3 * size
-    cache.put(name(4), features(4, tiles=4))  # takes the place of two
+    cache.put(name(4), features(4, tiles=4))  # replaces two entries
     assert cache.nbytes == 3 * size and cache.get(name(4)) is not None
     cache.put(name(5), features(5, tiles=7))
     assert cache.get(name(5)) is None and cache.nbytes == 3 * size
@@ -193,7 +193,7 @@ def test_features_outlive_the_process(tmp_path: Path) -> None:
 
 
 def damages(data: bytes) -> list[bytes]:
-    """Truncations, single bits that are wrong, and more at the end."""
+    """Truncated files, single flipped bits, and extra bytes at the end."""
     places = [*range(0, len(data), len(data) // 40), len(data) - 1]
     flipped = [data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :] for i in places]
     lengths = (0, 1, 60, len(data) // 2, len(data) - 32, len(data) - 1)
@@ -249,10 +249,10 @@ def test_files_are_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
     cache = FeatureCache(4 * size, package_id=PACKAGE, directory=tmp_path)
     for seed in range(9):
         cache.put(name(seed), features(seed))
-        for path in entries(tmp_path):  # by far older than what comes next
+        for path in entries(tmp_path):  # much older than the next entry
             os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 10**9))
         assert used() <= 4 * size
-    FeatureCache(4 * size, package_id=PACKAGE, directory=tmp_path).get(name(4))  # is used, so new
+    FeatureCache(4 * size, package_id=PACKAGE, directory=tmp_path).get(name(4))  # used, so recent
     other = FeatureCache(4 * size, package_id=OTHER, directory=tmp_path)
     other.put(name(0), features(0))
     (tmp_path / FOLDER / f"{name(1)}.{'0' * 32}.features.tmp").write_bytes(bytes(9))
@@ -327,7 +327,7 @@ def test_a_longer_prompt_replaces_its_beginnings() -> None:
     cache.put(text(1, 2, 3), block, 0, 2)
     cache.put(text(1, 2, 3, 4), block, 0, 4)
     assert cache.nbytes == 4 * cost
-    cache.put(text(1, 2, 3), block, 1, 3)  # there already
+    cache.put(text(1, 2, 3), block, 1, 3)  # already there
     assert cache.nbytes == 4 * cost
     cache.put(text(1, 2, 5), block, 1, 3)
     assert cache.nbytes == 7 * cost
@@ -356,7 +356,7 @@ def test_prompts_outlive_the_process(tmp_path: Path) -> None:
     first = PrefixCache(2**20, package_id=PACKAGE, directory=tmp_path)
     first.put(keys[:5], block, 0, 5)
     first.put(keys, block, 0, 20)
-    assert len(entries(tmp_path)) == 1  # the longer one only
+    assert len(entries(tmp_path)) == 1  # only the longer one
     second = PrefixCache(2**20, package_id=PACKAGE, directory=tmp_path)
     assert second.nbytes == 0
     length, entry = second.longest(np.concatenate([keys[:15], text(1)]))

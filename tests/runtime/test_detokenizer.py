@@ -1,4 +1,4 @@
-"""Text of bytes that come in pieces: whole characters, and stop strings that are never shown."""
+"""Text from bytes in pieces: whole characters, and stop strings that never appear."""
 
 from itertools import pairwise
 
@@ -48,7 +48,7 @@ def test_a_character_that_is_cut_off_becomes_one_replacement() -> None:
 def test_text_ends_before_the_first_stop_string(
     text: str, stop: list[str], cuts: list[int]
 ) -> None:
-    """However the bytes are cut; of a stop string, not even its beginning is shown."""
+    """However the bytes are cut, not even the beginning of a stop string appears."""
     stream = TextStream(stop)
     shown = ""
     for piece in parts(text.encode(), cuts):

@@ -1,4 +1,4 @@
-"""The public methods of a language model: what they give, what they refuse, what they remember."""
+"""The public methods of a language model: results, errors and caches."""
 
 import threading
 import time
@@ -37,14 +37,14 @@ def plm(package: Path):
 
 @pytest.fixture(scope="module")
 def preprocessor(package: Path) -> RequestPreprocessor:
-    """One that no generator has."""
+    """A preprocessor without a generator."""
     with open_package(package) as opened:
         return RequestPreprocessor(opened, PLM, limits=Limits(), cached=True, clock=time.monotonic)
 
 
 @pytest.fixture
 def fresh(package: Path):
-    """With empty caches."""
+    """A generator with empty caches."""
     with prt.load(package) as plm:
         yield plm
 
@@ -143,7 +143,7 @@ def test_seeded_draws_repeat_in_any_company(plm: Generator) -> None:
 
 
 def test_a_batch_is_its_requests_in_order(package: Path) -> None:
-    """Also of more than may wait, with images, videos and answers of different lengths."""
+    """More requests than the queue holds, with images, videos and answers of different lengths."""
     requests = [
         Request(
             f"Question {i}",
@@ -168,7 +168,7 @@ def test_a_batch_is_its_requests_in_order(package: Path) -> None:
 def test_a_batch_names_the_request_that_is_unusable(plm: Generator, bad: Request) -> None:
     with pytest.raises(InputError, match=r"^request 1: ") as caught:
         plm.generate_batch([Request("a", max_new_tokens=1000), bad])
-    assert caught.traceback  # which keeps what the call held
+    assert caught.traceback  # which keeps the frames of the call alive
     assert eventually(lambda: plm.stats.queued + plm.stats.running == 0)
     assert plm.stats.running == 0
 
@@ -220,7 +220,7 @@ def test_budgets_of_tiles_and_frames(plm: Generator) -> None:
 
 
 def test_too_long_a_prompt_is_refused_with_its_counts(plm: Generator) -> None:
-    """GEN-05: at the context's length, one beyond, and by images before they are opened."""
+    """GEN-05: at the context length, one token beyond, and images too many to open."""
     base = plm.generate("", max_new_tokens=1).timings.prompt_tokens
     room = plm.max_length - base
     result = plm.generate("a" * (room - 5), max_new_tokens=5)
@@ -245,7 +245,7 @@ def test_what_does_not_fit_the_budget_is_refused(package: Path) -> None:
 
 
 def test_the_queue_is_bounded(package: Path) -> None:
-    """GEN-08: requests beyond are refused before their images are opened."""
+    """GEN-08: further requests are refused before their images are opened."""
     at_work, go_on = threading.Event(), threading.Event()
 
     def wait(_: GenerationProgress) -> None:
@@ -269,7 +269,7 @@ def test_the_second_question_about_an_image_is_cheap(fresh: Generator) -> None:
     first = fresh.generate("What is this?", images=[picture(1)], max_new_tokens=8)
     assert first.timings.cached_tokens == 0
     second = fresh.generate("Who made it?", images=[picture(1)], max_new_tokens=8)
-    # All up to the question, whose text is the first to differ.
+    # Everything up to the text of the question, which differs.
     assert second.timings.cached_tokens >= second.timings.prompt_tokens - 40
     other = fresh.generate("Who made it?", images=[picture(2)], max_new_tokens=8)
     assert other.timings.cached_tokens < other.timings.prompt_tokens - 5 * 4
@@ -286,7 +286,7 @@ def test_a_chat_goes_on_where_it_was(fresh: Generator) -> None:
     assert second.tokens != first.tokens
 
 
-def test_guessing_changes_no_token(plm: Generator, preprocessor: RequestPreprocessor) -> None:
+def test_drafting_changes_no_token(plm: Generator, preprocessor: RequestPreprocessor) -> None:
     request = Request("again and again and again", images=[picture(7)], lookup=True)
     state = preprocessor.prepare(request)
     assert state.lookup is not None and state.lookup.draft(3) == []
@@ -295,12 +295,12 @@ def test_guessing_changes_no_token(plm: Generator, preprocessor: RequestPreproce
 
 
 def test_expected_tokens_are_drafted(plm: Generator) -> None:
-    """An answer that is known beforehand takes a step per nine tokens, and no other token."""
+    """A known answer takes one step per nine tokens, with the same tokens."""
     request = Request("again", images=[picture(7)], max_new_tokens=60, ignore_eos=True)
     plain = plm.submit(request).result()
     for tokens, most in ((plain.tokens, 9), (plain.tokens[30:], 45), ([5, 6, 7], 59)):
-        guessing = replace(request, lookup=True, lookup_tokens=tokens)
-        found = plm.submit(guessing).result()
+        drafting = replace(request, lookup=True, lookup_tokens=tokens)
+        found = plm.submit(drafting).result()
         assert found.tokens == plain.tokens and found.timings.steps <= most
     assert plain.timings.steps == 59
 
@@ -357,7 +357,7 @@ def test_tokens_in_tokens_out(plm: Generator) -> None:
 
 
 def test_pictures_and_their_pixels_are_not_the_same_key(preprocessor: RequestPreprocessor) -> None:
-    """The reference backend makes other features of them; a cache must not mix them up."""
+    """The two graphs give different features on the reference backend, so the keys must differ."""
     square = picture(6, 28, 28)
     state = preprocessor.prepare(Request("a", images=[square], max_tiles=0))
     normalised = (state.tiles.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
@@ -368,7 +368,7 @@ def test_a_package_without_tokenizer_takes_ids_only(
     tmp_path: Path, plm: Generator, preprocessor: RequestPreprocessor
 ) -> None:
     with prt.load(write_plm(tmp_path / "plm", config=PLM, text=None)) as bare:
-        for seed in range(40):  # some would end early
+        for seed in range(40):  # some answers would end early
             ids = np.random.default_rng(seed).integers(0, 300, 9)
             tokens = bare.generate_tokens(ids, max_new_tokens=40)
             assert len(tokens) == 40 and IMAGE_ID not in tokens

@@ -1,4 +1,4 @@
-"""Callers wait and one thread works: streams that are dropped, closing, forks and errors."""
+"""Callers wait while one thread works: dropped streams, closing, forks and errors."""
 
 import asyncio
 import gc
@@ -39,7 +39,7 @@ def plm(package: Path):
 
 
 class Gate:
-    """An `on_progress` that holds the thread at work, at its call of a number, until `open`."""
+    """An `on_progress` that blocks the worker thread at its n-th call until `open`."""
 
     def __init__(self, call: int = 1) -> None:
         self._left = call
@@ -76,7 +76,7 @@ def test_many_threads_get_what_one_gets(plm: Generator) -> None:
         assert list(pool.map(ask, [*range(36)] * 3)) == expected * 3
 
 
-def test_requests_move_on_while_nobody_waits(plm: Generator) -> None:
+def test_requests_advance_without_a_waiting_caller(plm: Generator) -> None:
     handles = [plm.submit(Request(f"{i}", max_new_tokens=12)) for i in range(4)]
     assert eventually(lambda: all(handle.done for handle in handles))
     last = handles[-1].result()
@@ -94,7 +94,7 @@ def test_a_handle_streams_and_has_a_result(plm: Generator) -> None:
 
 @pytest.mark.parametrize("call", [0, 1, 3, 7, 99])
 def test_cancelling_twice_is_cancelling_once(plm: Generator, call: int) -> None:
-    """GEN-04: in the queue, in the prompt, in the answer, and of what has ended."""
+    """GEN-04: in the queue, during the prompt, during the answer, and after the end."""
     gate = Gate(call)
     first = Gate()
     if call == 0:
@@ -128,8 +128,8 @@ def test_cancelled_during_the_last_step_it_is_freed_after_it(plm: Generator) -> 
     assert other.result().finish_reason == "cancelled" and plm.stats.running == 0
 
 
-def test_what_nobody_holds_any_more_is_freed(plm: Generator) -> None:
-    """CON-05: streams closed, dropped and never begun; handles dropped."""
+def test_abandoned_requests_are_freed(plm: Generator) -> None:
+    """CON-05: streams that are closed, dropped or never read; dropped handles."""
 
     def begun():
         stream = plm.stream("a", max_new_tokens=3000)
@@ -154,7 +154,7 @@ def test_what_nobody_holds_any_more_is_freed(plm: Generator) -> None:
     assert eventually(lambda: plm.stats.running == 0, timeout_s=0.3)
 
 
-def test_what_is_dropped_while_another_works_is_freed(plm: Generator) -> None:
+def test_a_request_dropped_while_another_runs_is_freed(plm: Generator) -> None:
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(plm.generate, "b", max_new_tokens=2000)
         assert eventually(lambda: plm.stats.running == 1)
@@ -175,7 +175,7 @@ def test_an_error_in_the_consumer_frees_the_row(plm: Generator) -> None:
 
 
 def test_clients_that_go_away(plm: Generator) -> None:
-    """CON-06: a hundred, of whom every tenth goes away in the middle."""
+    """CON-06: a hundred clients, every tenth of which disconnects."""
     expected = plm.generate("Hello", max_new_tokens=20).text
 
     async def client(index: int) -> str:
@@ -194,7 +194,7 @@ def test_clients_that_go_away(plm: Generator) -> None:
 
 
 def test_closing_fails_what_is_under_way(package: Path) -> None:
-    """CON-05: twice, during a run, and use after it."""
+    """CON-05: close during a run, close twice, and use after close."""
     plm = load(package, threads=None)
     done = plm.submit(Request("a", max_new_tokens=2))
     done.result()
@@ -276,7 +276,7 @@ def test_a_forked_child_gets_an_error(plm: Generator) -> None:
 
 
 def test_nothing_is_left_at_exit(package: Path) -> None:
-    """CON-05: neither a thread nor a wait, with an answer half read."""
+    """CON-05: exit with a half-read answer leaves no thread and does not wait."""
     code = """
 import sys
 import perception_rt as prt
@@ -306,10 +306,10 @@ def test_a_generator_at_rest_has_no_thread_and_can_be_dropped(package: Path) -> 
     assert thread() is None
 
 
-def test_a_mistake_of_ours_leaves_nobody_waiting(
+def test_an_internal_error_leaves_no_caller_waiting(
     plm: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error of a step, and of no request, is an error of all; the next one is not concerned."""
+    """An error of a step that no request caused fails all requests, but not later ones."""
     step, count = parts(plm).scheduler.step, 0
 
     def fail() -> None:
@@ -328,12 +328,12 @@ def test_a_mistake_of_ours_leaves_nobody_waiting(
                 run.result(10)
             except ZeroDivisionError:
                 continue
-            assert count > 8  # it came after the other had failed
+            assert count > 8  # it was submitted after the other had failed
     assert_idle(plm)
     assert len(plm.generate("a", max_new_tokens=20).tokens) == 20
 
 
-def test_a_row_that_cannot_be_given_back_leaves_nobody_waiting(
+def test_a_failing_release_leaves_no_caller_waiting(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plm = load(package, threads=None)
@@ -355,7 +355,7 @@ def test_a_row_that_cannot_be_given_back_leaves_nobody_waiting(
 def test_without_another_thread_there_is_an_error(
     plm: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where there are too many; closing works even then, also with what could not be begun."""
+    """When no thread can start, closing still works, also with requests that never began."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -375,7 +375,7 @@ def test_without_another_thread_there_is_an_error(
 
 
 def test_an_exit_in_a_callback_reaches_no_neighbour(plm: Generator) -> None:
-    """Also what is no Exception, such as the cancellation of a task."""
+    """Also for a BaseException, such as the cancellation of a task."""
 
     def stop(_: object) -> None:
         raise asyncio.CancelledError

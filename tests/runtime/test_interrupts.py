@@ -1,4 +1,4 @@
-"""CON-05: SIGINT while requests are served, in processes of their own."""
+"""CON-05: SIGINT while requests run, in child processes."""
 
 import signal
 import subprocess
@@ -33,7 +33,7 @@ plm = prt.load(sys.argv[1], threads=1, cache=False)
 options = {"max_new_tokens": 500, "ignore_eos": True}
 short = {"max_new_tokens": 30, "ignore_eos": True}
 expected = plm.generate("a", **short).tokens
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells disable it in the background
 forward, step, schedulers = PlmEngine.forward, Scheduler.step, set()
 calls, slow, go_on, engine = 0, 0, threading.Event(), None
 
@@ -125,7 +125,7 @@ print("done", flush=True)
     ids=["alone", "in company"],
 )
 def test_an_interrupt_ends_the_call_and_nothing_else(code: str, times: int, package: Path) -> None:
-    """As Ctrl-C sends it, while the engine is at work, which is not waited for."""
+    """An interrupt as by Ctrl-C during an engine call; the caller does not wait for the call."""
     command = [sys.executable, "-c", code, str(package)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
@@ -195,7 +195,7 @@ print("done")
 
 
 def test_interrupts_at_any_instruction(reference: Path) -> None:
-    """CON-05: none leaves a lock taken, a row lost, or another thread with an error."""
+    """CON-05: no interrupt leaves a lock held, a row in use, or an error in another thread."""
     command = [sys.executable, "-c", INTERRUPT_ANYWHERE, str(reference)]
     child = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (child.returncode, child.stdout, child.stderr) == (0, "done\n", "")

@@ -1,4 +1,4 @@
-"""Rows of the cache: whose they are, what they cost, and that none is lost or shared."""
+"""Cache rows: owners, cost, and that no row is lost or shared."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ TOKEN = SHAPE.bytes_per_token
 
 
 def make_pool(*, slots: int = 256, max_rows: int = 4, max_length: int = 64) -> KvPool:
-    """A pool for `slots` tokens in all, with rows of 16, 32 and 64."""
+    """A pool with rows of 16, 32 and 64 tokens, `slots` tokens in all."""
     return KvPool(
         TOKEN,
         max_length=max_length,
@@ -68,7 +68,7 @@ def test_a_request_moves_once_with_what_its_row_holds() -> None:
     pool.invariants()
     assert (lease.block.slots, lease.row, lease.length) == (64, 0, 16)
     assert (content(lease)[:, :, :, :16] == 2).all() and not content(lease)[:, :, :, 16:].any()
-    # What it left behind is zero, and what is beside it is not touched.
+    # The released slots are zero, and the rows beside them are unchanged.
     assert not other.block.read(1, 16).any()
     assert (content(other)[:, :, :, :10] == 1).all()
     write(lease, 3.0, 64)
@@ -77,12 +77,12 @@ def test_a_request_moves_once_with_what_its_row_holds() -> None:
         pool.make_room(lease, 65)
 
 
-def test_a_row_that_was_given_back_is_zero_for_the_next() -> None:
-    """GEN-02: never the request's before."""
+def test_a_released_row_is_zero_for_the_next_owner() -> None:
+    """GEN-02: never the contents of an earlier request."""
     pool = make_pool()
     keeper, lease = pool.admit(1, 16), pool.admit(1, 16)
     write(lease, 5.0, 12)
-    lease.advance(3)  # of 12 tokens, 9 were wrong guesses
+    lease.advance(3)  # 9 of 12 tokens were wrong drafts
     pool.release(lease)
     again = pool.admit(1, 16)
     assert again.row == 1 and again.block is keeper.block and not content(again).any()
@@ -211,7 +211,7 @@ def test_any_order_of_calls_keeps_the_invariants(data: st.DataObject) -> None:
 
 
 def test_one_longest_row_is_enough_for_every_request() -> None:
-    """A request that could move between two rows does without where there is memory for one."""
+    """A request does not move between two rows if there is memory for one only."""
     pool = KvPool(
         1,
         max_length=11520,
@@ -223,8 +223,8 @@ def test_one_longest_row_is_enough_for_every_request() -> None:
         assert pool.cost(start, start + 256) <= pool.max_bytes, start
 
 
-def test_a_row_that_cannot_be_cleared_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a device that fails. Who leaves is let go, and the next one gets a clear row or none."""
+def test_a_row_that_cannot_be_cleared_is_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing device does not fail the release; the next owner gets a clear row or none."""
     pool = make_pool()
     other, lease = pool.admit(1, 16), pool.admit(1, 16)
     write(lease, 7.0, 9)

@@ -1,4 +1,4 @@
-"""The engine calls of a language model: state in place, checks against the manifest, the double."""
+"""Engine calls of a language model: state in place, checks of the graphs, the reference backend."""
 
 import mmap
 import threading
@@ -48,7 +48,7 @@ def engine(directory: Path):
 def predict(
     engine: PlmEngine, block: CacheBlock, row: int, ids: list[int], past: int
 ) -> np.ndarray:
-    """Logits after each of the ids, which are appended to a row, (T, V)."""
+    """Appends ids to a row; returns the logits after each, (T, V)."""
     hidden = engine.embed(np.array(ids))[None]
     where = np.arange(len(ids))[None]
     return engine.forward(hidden, np.array([past], np.int32), block, slice(row, row + 1), where)[0]
@@ -58,7 +58,7 @@ def predict(
 
 
 def attention_model(kv_heads: int, head_dim: int, heads: int) -> bytes:
-    """hidden -> hidden_out by one cached attention layer, its keys and values the first heads."""
+    """One cached attention layer whose keys and values are the first channels of its input."""
     width = kv_heads * head_dim
     cache = ["batch", kv_heads, "slots", head_dim]
     tensors = [
@@ -153,7 +153,7 @@ def caches(*shape: int) -> dict[str, np.ndarray]:
 def test_state_is_updated_in_place_and_no_other_row_is_touched(session: Session) -> None:
     whole = caches(5, 2, 32, 16)
     for array in whole.values():
-        array[...] = np.nan  # in the slots that are not in use, too
+        array[...] = np.nan  # also in unused slots
     state = {name: array[3:4] for name, array in whole.items()}
     hidden = np.random.default_rng(0).standard_normal((1, 7, 64)).astype(np.float32)
     prefill = attend(session, hidden[:, :4], 0, state)
@@ -168,7 +168,7 @@ def test_state_is_updated_in_place_and_no_other_row_is_touched(session: Session)
 
 
 def test_state_is_not_copied(session: Session) -> None:
-    """256 MiB of state cost no memory and no time."""
+    """256 MiB of state are neither copied nor touched."""
     pages = [mmap.mmap(-1, 2**27, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
     arrays = [np.frombuffer(page, np.float32).reshape(1, 2, 2**20, 16) for page in pages]
     state = dict(zip(("key_cache_0", "value_cache_0"), arrays, strict=True))
@@ -181,7 +181,7 @@ def test_state_is_not_copied(session: Session) -> None:
 
 
 def test_64_bindings_are_cheap() -> None:
-    """Two caches for each of 16 layers, in and out: far below the time of a decoding step."""
+    """Two caches for each of 16 layers, in and out, cost far less than a decode step."""
     names = [f"c{i}" for i in range(32)]
     tensor = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 8]) for n in names]
     ends = [
@@ -206,7 +206,7 @@ def test_64_bindings_are_cheap() -> None:
         start = time.perf_counter()
         engine.run({}, ["y"], state)
         times.append(time.perf_counter() - start)
-    assert min(times) < 2e-3  # 0.2 ms where it was measured
+    assert min(times) < 2e-3  # measured: 0.2 ms
     assert all((array == 1).all() for array in state.values())  # negated 50 times
 
 
@@ -236,7 +236,7 @@ def test_state_that_does_not_fit_is_named(session: Session) -> None:
 def test_pages_of_weights_are_given_back_while_a_session_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One session holds the weights twice at its peak if they are released at the end only."""
+    """Otherwise a session would hold the weights twice at its peak."""
     released: list[str] = []
     used: list[Any] = []  # session options
     make: Callable[..., Any] = backend.ort.InferenceSession
@@ -265,7 +265,7 @@ def test_pages_of_weights_are_given_back_while_a_session_is_made(
 
 
 def weighted_package(dest: Path) -> Path:
-    """A package with the graph y = x + 1, where the ones are in a file of weights."""
+    """A package with the graph y = x + 1, with the ones in a weights file."""
     weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4])
     weight.data_location = TensorProto.EXTERNAL
     for key, value in (("location", "weights.bin"), ("offset", "0"), ("length", "16")):
@@ -376,7 +376,7 @@ def test_tiles_are_encoded_one_by_one(engine: PlmEngine, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("cut", [1, 2, 7, 19])
 def test_chunks_give_what_the_whole_gives(engine: PlmEngine, cut: int) -> None:
-    """PAR-05, and GEN-02: what is not in use is NaN, and is never read."""
+    """PAR-05 and GEN-02: unused slots are NaN and are never read."""
     ids = list(range(40, 60))
     block = CacheBlock(engine.cache_shape, 3, 64)
     for array in block.keys + block.values:

@@ -1,4 +1,4 @@
-"""Generators that are closed, dropped, interrupted and forked; packages that are replaced."""
+"""Generators that are closed, dropped and forked; packages that are replaced."""
 
 import gc
 import shutil
@@ -40,14 +40,14 @@ from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Request
 
 MIB = 2**20
-LONG = 700  # tokens of an answer that nobody waits for to the end
+LONG = 700  # length of an answer that is abandoned
 ENGINES = ("reference", "onnxruntime")
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A package by its engine: the reference backend's, or the one that people run."""
+    """Returns a package for the reference backend or ONNX Runtime."""
     config = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=1024))
     reference = write_plm(tmp_path_factory.mktemp("plm") / "plm", config=config)
     return lambda engine: reference if engine == "reference" else onnx_package(tmp_path_factory)
@@ -88,7 +88,7 @@ def republish(source: Path, dest: Path, record: int) -> None:
 def test_a_generator_outlives_republishes_of_its_package(
     packages: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """PKG-15: graphs are opened, and run, while the name changes hands."""
+    """PKG-15: graphs are opened and run while the package is replaced."""
     source, dest = packages("onnxruntime"), tmp_path / "package"
     shutil.copytree(source, dest)
     with load(dest, cache=False) as plm:
@@ -100,7 +100,7 @@ def test_a_generator_outlives_republishes_of_its_package(
         while publisher.is_alive():
             assert plm.generate("a", max_new_tokens=8).tokens == expected
         publisher.join()
-        # The vision graph was not opened before.
+        # This opens the vision graph.
         seen = plm.generate("a", images=[picture(0)], max_new_tokens=8).tokens
     with load(dest, cache=False) as plm:
         assert plm.manifest.record["take"] == 9
@@ -161,7 +161,7 @@ def test_a_killed_export_leaves_nothing_visible(delay_s: float, tmp_path: Path) 
 def test_loading_and_closing_leaves_nothing(
     engine: str, cycles: int, packages: Callable[[str], Path]
 ) -> None:
-    """CON-04: what was loaded is gone, however it was used."""
+    """CON-04: closing frees everything, whatever was in use."""
     package = packages(engine)
 
     def cycle(index: int) -> None:
@@ -179,7 +179,7 @@ def test_loading_and_closing_leaves_nothing(
         plm.close()
         assert descriptors() == held
         assert handle.done
-        with suppress(BackendError):  # a quick engine was through before it was closed
+        with suppress(BackendError):  # a quick engine may have finished before
             list(pieces)
 
     for index in range(10):
@@ -195,7 +195,7 @@ def test_loading_and_closing_leaves_nothing(
 
 
 def test_closing_under_eight_runs(package: Path) -> None:
-    """CON-04 and CON-05: each gets its answer or an error, and nothing waits for ever."""
+    """CON-04 and CON-05: each caller gets its answer or an error; none waits for ever."""
     rng = np.random.default_rng(0)
     with load(package, cache=False) as plm:
         whole = plm.generate("a", max_new_tokens=40).tokens
@@ -223,7 +223,7 @@ def test_closing_under_eight_runs(package: Path) -> None:
 def test_closing_does_not_pull_memory_from_under_a_run(
     packages: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CON-05: it waits for the engine's call that is under way."""
+    """CON-05: `close` waits for the current engine call."""
     plm = load(packages("onnxruntime"))
     at_work, go_on = threading.Event(), threading.Event()
     engine = parts(plm).engine
@@ -281,7 +281,7 @@ LEAVES = {
 
 
 def test_the_interpreter_may_exit_at_any_time(package: Path) -> None:
-    """CON-05: exit code 0, and not a word."""
+    """CON-05: exit code 0 and no output."""
     start = """
 import sys, threading, time
 import perception_rt as prt
@@ -330,7 +330,7 @@ print("done")
 
 
 def test_a_fork_is_told_so_even_while_a_thread_is_at_work(package: Path) -> None:
-    """CON-05: locks that the thread holds at the time stay locked in the child."""
+    """CON-05: locks that the worker thread holds stay locked in the child."""
     assert_clean(run_child(FORK, package), "done\n")
 
 
@@ -362,7 +362,7 @@ def test_spawned_processes_load_their_own(package: Path, tmp_path: Path) -> None
     assert_clean(child, "done\n")
 
 
-# Requests that nobody waits for any more.
+# Abandoned requests.
 
 
 def abandon_closed(plm: Generator) -> None:
@@ -386,14 +386,14 @@ def abandon_cycle(plm: Generator) -> None:
 
 
 def abandon_callback(plm: Generator) -> None:
-    """The request's own function refers to its handle."""
+    """The request's `on_progress` refers to its handle."""
     handles: list[Handle] = []
     handles.append(plm.submit(Request("a", max_new_tokens=5, on_progress=lambda _: len(handles))))
     handles[0].result()
 
 
 def abandon_cancelled(plm: Generator) -> None:
-    """The same, of one whose result nobody asks for."""
+    """The same for a cancelled request whose result is never read."""
     handles: list[Handle] = []
     request = Request("a", max_new_tokens=LONG, on_progress=lambda _: len(handles))
     handles.append(plm.submit(request))
@@ -401,14 +401,14 @@ def abandon_cancelled(plm: Generator) -> None:
 
 
 def abandon_failed(plm: Generator) -> None:
-    """The consumer's error refers to the frame that has the stream."""
+    """The consumer's error refers to the frame that holds the stream."""
     with suppress(ZeroDivisionError):
         for piece in plm.stream("a", max_new_tokens=LONG):
             len(piece) / 0
 
 
 def abandon_error(plm: Generator) -> None:
-    """The request's error refers to the frame that has the handle."""
+    """The request's error refers to the frame that holds the handle."""
     handle = plm.submit(Request("a", on_progress=lambda _: 1 / 0))
     with suppress(ZeroDivisionError):
         handle.result()
@@ -427,8 +427,8 @@ ABANDONS = [
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-def test_what_is_abandoned_is_freed_within_a_second(busy: bool, reference: Path) -> None:
-    """CON-05: the row, and the request with it; also while another thread is at work."""
+def test_abandoned_requests_are_freed_within_a_second(busy: bool, reference: Path) -> None:
+    """CON-05: both the row and the request, also while another thread works."""
     going_on = threading.Event()
     with load(reference) as plm, ThreadPoolExecutor(1) as pool:
         before = live_requests()

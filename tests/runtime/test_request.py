@@ -1,4 +1,4 @@
-"""What can be asked: every field of a request at its bounds, beyond them, and of another type."""
+"""Every field of a request: at its bounds, beyond them, and of another type."""
 
 import math
 import re
@@ -33,7 +33,7 @@ def check(limits: Limits = DEFAULT_LIMITS, **changes: object) -> None:
     [
         {"prompt": ""},
         {"max_new_tokens": 1},
-        {"max_new_tokens": BIG - 1},  # the context decides
+        {"max_new_tokens": BIG - 1},  # bounded by the context later
         {"temperature": 0},
         {"temperature": 1e-9},
         {"temperature": 5},
@@ -159,14 +159,14 @@ def test_options_are_the_fields_of_a_request() -> None:
     assert get_type_hints(RequestOptions) == {name: types[name] for name in names[1:]}
 
 
-def test_what_is_no_request_is_refused() -> None:
+def test_other_types_than_requests_are_refused() -> None:
     with pytest.raises(InputError, match="must be a Request, not a str"):
         check_request(
             "Why?", vocab_size=1, max_length=1, max_tiles=1, max_frames=1, limits=DEFAULT_LIMITS
         )
 
 
-def test_guessing_is_for_greedy_decoding() -> None:
+def test_drafting_is_for_greedy_decoding() -> None:
     with pytest.raises(InputError, match="temperature 0"):
         check(lookup=True, temperature=1.0)
 

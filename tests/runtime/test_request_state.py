@@ -1,4 +1,4 @@
-"""GEN-04: which states of a request may follow which; any other order raises, changing nothing."""
+"""GEN-04: transitions between stages; an illegal one raises and changes nothing."""
 
 from itertools import pairwise
 
@@ -65,7 +65,7 @@ def test_illegal_transitions_raise_and_change_nothing(old: Status, new: Status) 
         (b"a", ["a"], "stop", ""),
     ],
 )
-def test_what_was_held_back_is_text_at_the_end(data, stop, reason, text: str) -> None:
+def test_held_back_text_is_emitted_at_the_end(data, stop, reason, text: str) -> None:
     request = make_request(spell=lambda ids: data, stream=TextStream(stop))
     for status in WAY[1:4]:
         request.enter(status)

@@ -1,4 +1,4 @@
-"""GEN-06 below the requests: which tokens are drawn, how often, and with which logits none is."""
+"""GEN-06 for the sampler: which tokens are sampled, how often, and unusable logits."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))
 
 
 def drawn(logits: np.ndarray = LOGITS, count: int = 4000, **options) -> np.ndarray:
-    """How often each token is drawn."""
+    """Frequency of each sampled token."""
     sampler = Sampler(seed=0, **options)
     tokens = [sampler.choose(logits) for _ in range(count)]
     return np.bincount(tokens, minlength=len(logits)) / count
@@ -40,7 +40,7 @@ def test_frequencies_are_probabilities() -> None:
         ({"top_p": 0.75}, [1, 3, 4]),
         ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
         ({"top_p": 0.9999999}, [0, 1, 2, 3, 4]),
-        # top_p counts what top_k left: 0.4 / 0.7 is less than 0.6.
+        # top_p applies to the tokens that top_k left: 0.4 / 0.7 is less than 0.6.
         ({"top_k": 2, "top_p": 0.55}, [1]),
         ({"top_k": 2, "top_p": 0.6}, [1, 3]),
         # At temperature 2 the probabilities are about 0.15, 0.29, 0.10, 0.25, 0.18.
@@ -83,7 +83,7 @@ def test_a_seed_repeats_and_another_does_not() -> None:
 
 
 def test_each_draw_takes_one_number_whatever_the_options() -> None:
-    """So that a stream does not depend on what else was computed."""
+    """So a seeded stream does not depend on other computations."""
     for options in ({}, {"top_k": 2}, {"top_p": 0.5}):
         rng = np.random.default_rng(9)
         sampler = Sampler(temperature=1.0, seed=rng, **options)

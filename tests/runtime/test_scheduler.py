@@ -1,4 +1,4 @@
-"""Requests among others: the same tokens as alone, in order, and nothing left behind."""
+"""Requests that run together: the same tokens as alone, in order, and nothing left behind."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
 
 
 class Watched:
-    """A engine that counts its calls and fails where it is told to."""
+    """An engine that counts its calls and fails on demand."""
 
     def __init__(self, engine: PlmEngine) -> None:
         self._engine = engine
@@ -106,7 +106,7 @@ def test_a_growing_request_moves_and_keeps_its_tokens(engine: PlmEngine) -> None
     for seed, request in enumerate(requests):
         expected = alone(engine, seed, prompt=20 + seed, new=60, end_ids=frozenset())
         assert request.result().tokens == expected and len(expected) == 60
-    assert (4, 1) in watched.forwards  # decoded together, wherever they were
+    assert (4, 1) in watched.forwards  # decoded together after the moves
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_prepared(engine: PlmEngine) -> None:
@@ -165,7 +165,7 @@ def test_logits_alone(engine: PlmEngine) -> None:
 
 
 class Repeating(Watched):
-    """A engine whose next token is a function of the last one, and now and then of its place."""
+    """An engine whose next token depends on the last one, and sometimes on its position."""
 
     def forward(self, hidden: np.ndarray, past, cache: CacheBlock, rows: slice, positions):
         logits = super().forward(hidden, past, cache, rows, positions).copy()
@@ -177,7 +177,7 @@ class Repeating(Watched):
 
 
 @pytest.mark.parametrize("new", [1, 2, 9, 10, 70])
-def test_guessing_changes_no_token_and_saves_steps(engine: PlmEngine, new: int) -> None:
+def test_drafting_changes_no_token_and_saves_steps(engine: PlmEngine, new: int) -> None:
     results = []
     for lookup in (False, True):
         watched = Repeating(engine)
@@ -185,16 +185,16 @@ def test_guessing_changes_no_token_and_saves_steps(engine: PlmEngine, new: int) 
         run(make_scheduler(watched, block=PoisonedBlock), [request])
         results.append(request.result())
         assert all(n == 1 for n, _ in watched.forwards)
-    plain, guessed = results
-    assert guessed.tokens == plain.tokens and len(plain.tokens) == new
+    plain, drafted = results
+    assert drafted.tokens == plain.tokens and len(plain.tokens) == new
     assert plain.timings.steps == new - 1
     if new == 70:
-        assert guessed.timings.steps < 40
+        assert drafted.timings.steps < 40
         assert max(length for _, length in watched.forwards[1:]) == 9
 
 
-def test_wrong_guesses_will_be_wiped_out_too(engine: PlmEngine) -> None:
-    """What a row is cleared of is all that was written."""
+def test_wrong_drafts_are_cleared_too(engine: PlmEngine) -> None:
+    """The lease records all slots that were written."""
     scheduler = make_scheduler(Repeating(engine))
     request = make_request(prompt=[105, 106, 107] * 12, new=90, lookup=True, end_ids=frozenset())
     scheduler.submit(request)
@@ -208,13 +208,13 @@ def test_wrong_guesses_will_be_wiped_out_too(engine: PlmEngine) -> None:
     assert wrong > 3
 
 
-def test_guessing_stops_at_an_end_token(engine: PlmEngine) -> None:
+def test_drafting_stops_at_an_end_token(engine: PlmEngine) -> None:
     def ended(lookup: bool) -> RequestState:
         request = make_request(prompt=prompt, new=60, lookup=lookup, end_ids=frozenset({104}))
         run(make_scheduler(Repeating(engine), block=PoisonedBlock), [request])
         return request
 
-    prompt = [104]  # what `Repeating` says, nearly twice around
+    prompt = [104]  # the cycle of `Repeating`, nearly twice
     while len(prompt) < 29:
         prompt.append(100 + prompt[-1] * 3 % 17)
     assert ended(True).tokens == ended(False).tokens == [115, 105, 109]
@@ -222,7 +222,7 @@ def test_guessing_stops_at_an_end_token(engine: PlmEngine) -> None:
 
 
 def test_a_second_question_decodes_only_what_is_new(engine: PlmEngine) -> None:
-    """Neither the image nor what the prompts have in common, also of the answer before."""
+    """Neither the image nor a shared prefix runs again, an earlier answer included."""
     watched = Watched(engine)
     scheduler = make_scheduler(watched, cached=True)
     start = [*range(30, 70), *[319] * PER_TILE, *range(70, 90)]
@@ -244,10 +244,10 @@ def test_a_second_question_decodes_only_what_is_new(engine: PlmEngine) -> None:
     assert chat.cached_tokens == len(start) + 2 + len(first.tokens) - 1
     again = ask([*start, 5, 6])
     assert again.cached_tokens == len(start) + 1 and again.tokens == first.tokens
-    # The image's features are known, but not at this place.
+    # The image features are cached; its keys and values are not, at this position.
     moved = ask([99, *start])
     assert (watched.encoded, moved.cached_tokens) == (0, 0)
-    # Equal ids with another image have the text before it in common, and no more.
+    # With another image, only the text before it is shared.
     other = ask([*start, 5, 6], key="cd")
     assert (watched.encoded, other.cached_tokens) == (1, 40)
 
@@ -266,7 +266,7 @@ def test_the_last_token_of_an_image_needs_its_features(engine: PlmEngine) -> Non
     watched = Watched(engine)
     scheduler = make_scheduler(watched, prefixes=PrefixCache(1 << 20, package_id="sha256:0"))
     requests = [make_request(0, prompt=1, tiles=2) for _ in range(2)]
-    for request in requests:  # its only token comes last, so without it the prompt ends with a tile
+    for request in requests:  # dropping the last token leaves a prompt that ends with a tile
         request.ids, request.image_positions = request.ids[:-1], request.image_positions
         run(scheduler, [request])
     assert requests[0].ids[-1] == 319 and watched.encoded == 2 + 1
@@ -283,7 +283,7 @@ def test_requests_that_wait_together_share_what_they_have_in_common(engine: PlmE
     assert len({request.result().tokens for request in requests}) == 1
 
 
-# Ends before the end.
+# Requests that end early.
 
 
 def step_until(scheduler: Scheduler, request: RequestState, status: Status) -> None:
@@ -296,7 +296,7 @@ def step_until(scheduler: Scheduler, request: RequestState, status: Status) -> N
 
 @pytest.mark.parametrize("status", [Status.QUEUED, Status.ENCODING, Status.PREFILL, Status.DECODE])
 def test_cancelled_in_any_phase_it_leaves_nothing(engine: PlmEngine, status: Status) -> None:
-    """The neighbour's tokens are the same; the row is free at the next step."""
+    """The other request keeps its tokens, and the row is free at the next step."""
     # The first takes 96 slots and the second 128.
     scheduler = make_scheduler(engine, slots=200 if status is Status.QUEUED else 300)
     other = make_request(1, prompt=20, new=30)
@@ -323,7 +323,7 @@ def test_cancelled_in_any_phase_it_leaves_nothing(engine: PlmEngine, status: Sta
 
 
 def test_deadlines_are_kept_to_a_step(engine: PlmEngine) -> None:
-    """GEN-09: whether they wait, are prepared or decode, and all is free afterwards."""
+    """GEN-09: in any stage, and all memory is free afterwards."""
     clock, pool = FakeClock(), make_pool(engine)
     scheduler = make_scheduler(engine, pool=pool, clock=clock)
     rng = np.random.default_rng(0)
@@ -356,7 +356,7 @@ def test_a_call_that_fails_once_costs_one_request_at_most(engine: PlmEngine, cal
     scheduler = make_scheduler(watched, block=PoisonedBlock)
     run(scheduler, requests)
     failed = [request for request in requests if request.status is Status.FAILED]
-    # Prompts have two parts, and the others decode in between; these are of several together.
+    # Calls 7, 9 and 11 decode several requests together, and are repeated one by one.
     assert len(failed) == (0 if call in (7, 9, 11) else 1)
     for case, request in zip(cases, requests, strict=True):
         if request in failed:
@@ -445,7 +445,7 @@ def test_a_thousand_requests_onto_four_rows(engine: PlmEngine) -> None:
     assert pool.accounted_bytes == 0
 
 
-def test_what_can_never_fit_is_refused_at_once(engine: PlmEngine) -> None:
+def test_a_request_that_can_never_fit_is_refused(engine: PlmEngine) -> None:
     scheduler = make_scheduler(engine, slots=100)
     with pytest.raises(CapacityError, match=r"160 tokens takes 32768 bytes .* kv_bytes is 12800"):
         scheduler.submit(make_request(prompt=100, new=60))
@@ -454,7 +454,7 @@ def test_what_can_never_fit_is_refused_at_once(engine: PlmEngine) -> None:
 
 
 def test_memory_that_cannot_be_had_costs_one_request(engine: PlmEngine) -> None:
-    """GEN-10 on a CPU: a clean error, and recovery."""
+    """GEN-10 on a CPU: a clear error and recovery."""
     made = []
 
     class Scarce(CacheBlock):

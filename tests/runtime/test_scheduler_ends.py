@@ -1,4 +1,4 @@
-"""How requests end: nothing that has ended still has memory."""
+"""A request that has ended holds no memory."""
 
 import pytest
 from plm_requests import make_pool, make_request, make_scheduler, open_engine, run
@@ -15,8 +15,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("end", ["length", "cancelled", "deadline", "error", "close"])
-def test_what_has_ended_has_given_back_its_row(engine: PlmEngine, end: str) -> None:
-    """Another thread may look at any time: at no time is there one that has ended with a row."""
+def test_ended_requests_have_released_their_row(engine: PlmEngine, end: str) -> None:
+    """Another thread may look at any time, so the row is released before the end shows."""
     pool, seen = make_pool(engine), []
     scheduler = make_scheduler(engine, pool=pool)
     request = make_request(

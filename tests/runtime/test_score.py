@@ -1,4 +1,4 @@
-"""Log-probabilities of given answers: those of the logits, in any company, cached or not."""
+"""Scores of given answers equal those of the logits, in any company, cached or not."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,7 @@ def preprocessor(package: Path) -> RequestPreprocessor:
 
 
 def expected(package: Path, request: Request, tokens: tuple[int, ...]) -> list[float]:
-    """Log-softmax of the logits before each token, one prompt at a time, with nothing cached."""
+    """Log-softmax of the logits before each token, one prompt at a time, without caches."""
     state = preprocessor(package).prepare(request)
     found = []
     with prt.load(package, threads=1, cache=False) as plm:

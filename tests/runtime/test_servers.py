@@ -1,4 +1,4 @@
-"""CON-06: a server's clients, of whom some go away."""
+"""CON-06: clients of a server, some of which disconnect."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from soak import assert_idle, live_requests, load
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Request
 
-LONG = 400  # tokens of an answer that nobody waits for to the end
+LONG = 400  # length of an answer that is abandoned
 pytestmark = pytest.mark.usefixtures("frozen_heap")
 
 
@@ -23,7 +23,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def handle_request(plm: Generator, index: int, max_new_tokens: int) -> str:
-    """What a server does for a client; it is cancelled when the client has gone."""
+    """Serves one client; cancelled when the client disconnects."""
     handle = plm.submit(Request(f"Question {index % 7}", max_new_tokens=max_new_tokens))
     try:
         return (await asyncio.to_thread(handle.result)).text
@@ -32,7 +32,7 @@ async def handle_request(plm: Generator, index: int, max_new_tokens: int) -> str
 
 
 async def serve(plm: Generator) -> list[str | BaseException]:
-    """A hundred clients, of whom every tenth wants a long answer and goes away in its middle."""
+    """A hundred clients; every tenth asks for a long answer and disconnects."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(100))
     tasks = [
         asyncio.create_task(handle_request(plm, index, 20 if index % 10 else LONG))
@@ -46,7 +46,7 @@ async def serve(plm: Generator) -> list[str | BaseException]:
 
 
 def test_a_hundred_clients_of_whom_ten_disconnect(reference: Path) -> None:
-    """CON-06: it ends empty, and does the same work again."""
+    """CON-06: all memory is free at the end, and the work can be repeated."""
     requests = live_requests()
     with load(reference, max_batch=4) as plm:
         expected = [plm.generate(f"Question {i}", max_new_tokens=20).text for i in range(7)]
@@ -61,7 +61,7 @@ def test_a_hundred_clients_of_whom_ten_disconnect(reference: Path) -> None:
 
 
 def test_a_hundred_threads_of_a_server(reference: Path) -> None:
-    """CON-06, the short way: one that is cancelled goes on in its thread, and to its end."""
+    """CON-06 with blocking calls: a cancelled one runs to its end in its thread."""
 
     async def calls(plm: Generator) -> list:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(100))
@@ -77,7 +77,7 @@ def test_a_hundred_threads_of_a_server(reference: Path) -> None:
     with load(reference, max_batch=4) as plm:
         expected = [plm.generate(f"{i}", max_new_tokens=20).tokens for i in range(7)]
         for _ in range(2):
-            results = asyncio.run(calls(plm))  # ends when its threads have
+            results = asyncio.run(calls(plm))  # ends with its threads
             assert_idle(plm)
             answers = [r.tokens for i, r in enumerate(results) if i % 10]
             assert answers == [expected[i % 7] for i in range(100) if i % 10]

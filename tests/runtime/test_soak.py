@@ -1,7 +1,7 @@
-"""CON-01: thousands of requests of which many are cancelled, late or unusable, and nothing is left.
+"""CON-01: thousands of requests, many of them cancelled, late or unusable, leave nothing behind.
 
-Eight clients share a generator over the reference backend, with little memory and small caches. A
-request that is left alone is answered as it is when nobody else is there.
+Eight clients share a generator over the reference backend, with little memory and small caches. An
+undisturbed request gets the same answer as when it runs alone.
 """
 
 import itertools
@@ -40,7 +40,7 @@ CLIENTS = 8
 SAMPLES = 25
 MIB = 2**20
 pytestmark = pytest.mark.usefixtures("frozen_heap")
-MOST_S = 0.2  # for one request, with all of a slow machine's other work
+MOST_S = 0.2  # limit per request, on a busy machine
 
 _TOKEN_BYTES = 2 * 2 * 2 * 4 * 4  # layers, keys and values, heads, channels, float32
 _FEATURE_BYTES = 16 * 4  # of a tile: one token
@@ -51,7 +51,7 @@ LITTLE = {
     "prefix_cache_bytes": 4000 * _TOKEN_BYTES,
 }
 
-# What may happen to a request, and in how many of a hundred; 30 are cancelled, one way or another.
+# Fates of requests, in percent; 30 % are cancelled in some way.
 SHARES = {
     "left alone": 56,
     "cancelled in queue": 4,
@@ -93,11 +93,11 @@ def cases(package: Path) -> list[Case]:
 
 
 class ClientError(Exception):
-    """What a caller's own function raises."""
+    """The error of a caller's own function."""
 
 
 class CancelAt:
-    """Cancels a request in the middle of a step of its own."""
+    """An `on_progress` that cancels its own request at a given phase and count."""
 
     def __init__(self, phase: str, done: int) -> None:
         self._wanted = (phase, done)
@@ -110,7 +110,7 @@ class CancelAt:
             self._cancel()
 
     def follow(self, handle: Handle) -> Handle:
-        """A step may have come before this."""
+        """Sets the handle; the point may have been reached before."""
         self._handle = handle
         self._cancel()
         return handle
@@ -122,13 +122,13 @@ class CancelAt:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What became of a request.
+    """Outcome of a request.
 
     Attributes:
         fate: one of `SHARES`.
-        broken: whether it ended in the middle.
-        start: in seconds.
-        duration: in seconds.
+        broken: whether it ended early.
+        start: start time, in seconds.
+        duration: duration, in seconds.
     """
 
     fate: str
@@ -139,7 +139,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What the process had used after a number of requests: bytes, and seconds of processors."""
+    """Resources used after a number of requests: resident bytes, and CPU seconds."""
 
     requests: int
     memory: int
@@ -148,7 +148,7 @@ class Sample:
 
 @dataclass
 class Soak:
-    """Clients that ask one generator, and what they saw."""
+    """Clients of one generator, and their records."""
 
     plm: Generator
     cases: list[Case]
@@ -156,7 +156,7 @@ class Soak:
     samples: list[Sample] = field(default_factory=list)
 
     def run(self, count: int, *, seed: int) -> None:
-        """Serves `count` requests, and checks the answer of each."""
+        """Serves `count` requests and checks each answer."""
         numbers = iter(range(count))
         lock = threading.Lock()
 
@@ -176,7 +176,7 @@ class Soak:
 
         clients = [lambda index=index: client(index) for index in range(CLIENTS)]
         run_threads(clients, timeout_s=MOST_S * count)
-        # One that was dropped lasts until the next step.
+        # A dropped request lasts until the next step.
         assert eventually(lambda: self.plm.stats.queued + self.plm.stats.running == 0)
 
     def _request(self, rng: np.random.Generator) -> None:
@@ -188,7 +188,7 @@ class Soak:
         self.entries.append(Entry(fate=fate, broken=broken, start=start, duration=duration))
 
     def _serve(self, fate: str, case: Case, rng: np.random.Generator) -> bool:
-        """Whether the request ended in the middle."""
+        """Serves one request; returns whether it ended early."""
         if fate == "left alone":
             return self._left_alone(case, rng)
         if fate.startswith("cancelled"):
@@ -267,7 +267,7 @@ class Soak:
 
 
 def serve(package: Path, cases: list[Case], *, warm_up: int, count: int) -> Soak:
-    """Serves requests, and checks that nothing is left of them."""
+    """Serves requests and checks that nothing is left."""
     running, requests = threads(), live_requests()
     with Watch() as watch, prt.load(package, **LITTLE) as plm:
         held = descriptors()
@@ -276,10 +276,10 @@ def serve(package: Path, cases: list[Case], *, warm_up: int, count: int) -> Soak
         soak.run(count, seed=1)
         assert_idle(plm)
         assert watch.left == 0 and live_requests() == requests
-        # A thread that has ended for Python ends for the kernel a moment later.
+        # The kernel ends a thread a moment after Python does.
         assert eventually(lambda: threads() <= running)
         assert descriptors() == held
-    # Or else memory was not as little, and clients not as unreliable, as they should be.
+    # Otherwise there was too much memory, or clients were too reliable, to show anything.
     assert watch.most_queued >= 3 and watch.decoded[LITTLE["max_batch"]] > count / 4
     assert watch.moves > count / 50
     fates, broken = Counter(), Counter()
@@ -293,7 +293,7 @@ def serve(package: Path, cases: list[Case], *, warm_up: int, count: int) -> Soak
 
 
 def check_pace(soak: Soak) -> None:
-    """Requests at the end take no longer than at the beginning, and no more work."""
+    """Checks that late requests take no longer and no more CPU time than early ones."""
     entries = sorted(soak.entries, key=lambda entry: entry.start)
     waits = [entry.duration for entry in entries if entry.fate == "left alone"]
     first, *_, last = (np.percentile(part, 99) for part in np.array_split(waits, 4))
@@ -304,7 +304,7 @@ def check_pace(soak: Soak) -> None:
 
 
 def check_memory(soak: Soak, *, growth_mib: float, slope_mib: float) -> None:
-    """Growth in all, and per thousand requests."""
+    """Checks total growth of memory, and growth per thousand requests."""
     samples = sorted(soak.samples, key=lambda s: s.requests)
     memory = [sample.memory / MIB for sample in samples]
     assert max(memory) - memory[0] < growth_mib
