@@ -1,15 +1,12 @@
-"""What the training tests share: the tiny recipe, in a directory of its own."""
+"""Shared by the training tests: the tiny recipe, and uninterrupted runs of it."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import EXACT, finish
+from jobs import EXACT, TINY, finish
 
 from training.recipe.schema import TrainConfig, load_config
-
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "training" / "configs" / "pe_tiny.yaml"
 
 
 @pytest.fixture
@@ -24,7 +21,7 @@ def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     out_dir = tmp_path_factory.mktemp("whole") / "run"
     finish(out_dir)
     return out_dir
@@ -32,7 +29,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without stochastic depth."""
+    """An uninterrupted run without stochastic depth."""
     out_dir = tmp_path_factory.mktemp("exact") / "run"
     finish(out_dir, EXACT)
     return out_dir

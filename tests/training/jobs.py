@@ -1,6 +1,6 @@
-"""Training runs in processes of their own, for tests that kill them.
+"""Training runs on forked ranks, for tests of ranks, kills and signals.
 
-The processes are forks of one that has imported everything, so that starting one takes a moment.
+A server imports everything once and forks the ranks, so that a rank starts within a moment.
 """
 
 import json
@@ -13,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from training.checkpoint import files
 from training.checkpoint.files import LAST, step_name
@@ -27,24 +29,31 @@ from training.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 TINY = CONFIGS / "pe_tiny.yaml"
-SAVE = "run.save_every=5"
-GO_ON = "run.resume=true"
-# Stochastic depth is drawn per rank, so what is compared between numbers of ranks is without it.
+STEPS = 12
+SHORT = f"schedule.steps={STEPS}"
+SAVE = "run.save_every=3"
+RESUME = "run.resume=true"
+# Every rank draws its own stochastic depth, so comparisons between numbers of ranks disable it.
 EXACT = "model.vision.drop_path=0"
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["training.train", "sklearn.datasets", "torch._dynamo"])
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the processes inherit it
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["warm"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """What goes wrong in a run, and when: at the step of that number, counted from 1.
+    """Faults to inject into a rank. Steps are counted from 1; 0 injects nothing.
 
-    `kill_at` is `step`; or `saved`, when the checkpoint before is whole; or a moment of the
-    checkpoint of `kill_step`: `shard` when it is written, `rename` before it has its name, `last`
-    before `LAST` names it. `signal_step` sends SIGTERM to itself. `pause` seconds are slept in
-    every step. `limit_step` limits the size of files to `limit` bytes.
+    Attributes:
+        kill_step: step that the rank kills itself in.
+        kill_at: moment of the kill: `step`, at the start of the step; `saved`, the same once the
+            previous checkpoint is complete; or during that step's checkpoint, `shard` after the
+            tensors are written, `rename` before the folder gets its name, `last` before `LAST`
+            names it.
+        signal_step: step that the rank sends itself SIGTERM in.
+        pause: seconds to sleep in every step.
+        limit_step: step from which files larger than `limit` bytes cannot be written.
+        limit: bytes.
     """
 
     kill_step: int = 0
@@ -57,13 +66,13 @@ class Faults:
 
 @dataclass(frozen=True)
 class Job:
-    """The ranks of one run."""
+    """The ranks of one run; `errors` is the stem of the files with their standard error."""
 
     ranks: list[ForkServerProcess]
     errors: Path
 
     def wait(self, timeout: float = 60) -> list[int | None]:
-        """The exit statuses; None for a rank that is still running, which is then killed."""
+        """Waits for all ranks, then kills those still running; their exit status is None."""
         end = time.monotonic() + timeout
         for rank in self.ranks:
             rank.join(max(0.0, end - time.monotonic()))
@@ -77,6 +86,35 @@ class Job:
         return self.errors.with_suffix(f".{rank}.err").read_text()
 
 
+def fork(target: Callable[..., None], ranks: Sequence[Sequence[Any]], errors: Path) -> Job:
+    """Forks one process per rank with torchrun's environment; each calls `target(*ranks[rank])`."""
+    folder = str(Path(__file__).parent)
+    with mock.patch.dict(os.environ, PYTHONPATH=folder, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()  # imports `warm` from this folder
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = Job([], errors)
+    for rank, arguments in enumerate(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(ranks), "MASTER_PORT": port}
+        log = errors.with_suffix(f".{rank}.err")
+        process = _CONTEXT.Process(
+            target=_rank_main, args=(target, arguments, place, log), daemon=True
+        )
+        process.start()
+        job.ranks.append(process)
+    return job
+
+
+def _rank_main(
+    target: Callable[..., None], arguments: Sequence[Any], place: dict[str, int], log: Path
+) -> None:
+    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    target(*arguments)
+
+
 def start(
     out_dir: Path,
     *settings: str,
@@ -84,23 +122,14 @@ def start(
     ranks: int = 1,
     faults: Sequence[Faults] = (),
 ) -> Job:
-    """Begins a run; `faults` are by rank."""
+    """Starts a run; `faults` are by rank."""
     arguments = [str(recipe)]
-    for setting in (f"run.out_dir={out_dir}", "run.workers=1", *settings):
+    shared = [SHORT] if recipe == TINY else []
+    for setting in (f"run.out_dir={out_dir}", "run.workers=1", *shared, *settings):
         arguments += ["--set", setting]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     faults = [*faults, *[Faults()] * (ranks - len(faults))]
-    job = Job([], out_dir.with_suffix(".job"))
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        log = job.errors.with_suffix(f".{rank}.err")
-        arguments_of = (arguments, place, log, faults[rank])
-        process = _context.Process(target=_run, args=arguments_of, daemon=True)
-        process.start()
-        job.ranks.append(process)
-    return job
+    each = [(arguments, rank, fault) for rank, fault in enumerate(faults)]
+    return fork(_run, each, out_dir.with_suffix(".job"))
 
 
 def finish(
@@ -110,13 +139,13 @@ def finish(
     ranks: int = 1,
     faults: Sequence[Faults] = (),
 ) -> None:
-    """A run that ends well."""
+    """Runs to the end and checks that all ranks succeed."""
     job = start(out_dir, *settings, recipe=recipe, ranks=ranks, faults=faults)
     assert job.wait() == [0] * ranks, job.stderr()
 
 
 def steps(out_dir: Path) -> dict[int, tuple[float, float, float]]:
-    """Loss, gradient norm and learning rate by step, each step once."""
+    """Loss, gradient norm and learning rate by step; each step must be recorded once."""
     found = {}
     for line in (out_dir / "metrics.jsonl").read_text().splitlines():
         event = json.loads(line)
@@ -127,7 +156,7 @@ def steps(out_dir: Path) -> dict[int, tuple[float, float, float]]:
 
 
 def names(out_dir: Path) -> dict[int, set[str]]:
-    """The sequences of samples of each step, as often as it was done."""
+    """The sample names of each step, one entry per distinct sequence."""
     found: dict[int, set[str]] = {}
     for line in (out_dir / "names.txt").read_text().splitlines():
         step, _, samples = line.partition(" ")
@@ -135,16 +164,14 @@ def names(out_dir: Path) -> dict[int, set[str]]:
     return found
 
 
-def _run(arguments: list[str], place: dict[str, int], log: Path, faults: Faults) -> None:
-    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    watch_steps(faults, place["RANK"])
+def _run(arguments: list[str], rank: int, faults: Faults) -> None:
+    watch_steps(faults, rank)
     _watch_checkpoints(faults)
     sys.exit(main(arguments))
 
 
 def watch_steps(faults: Faults, rank: int) -> None:
+    """Injects faults into `Trainer.step`; rank 0 also records the names of samples."""
     step = Trainer.step
 
     def watched(self: Trainer, parts: Any) -> Any:
@@ -156,6 +183,7 @@ def watch_steps(faults: Faults, rank: int) -> None:
         if faults.signal_step == number:
             os.kill(os.getpid(), signal.SIGTERM)
         if faults.limit_step == number:
+            self.checkpoints.wait()  # the previous one is not limited
             resource.setrlimit(resource.RLIMIT_FSIZE, (faults.limit, faults.limit))
         time.sleep(faults.pause)
         if rank == 0:
@@ -187,7 +215,7 @@ def _watch_checkpoints(faults: Faults) -> None:
 
 
 def run_here(config: TrainConfig) -> Trainer:
-    """A run in this process."""
+    """Runs in this process."""
     with process_group("cpu") as group:
         trainer = Trainer(config, make_task(config), group)
         trainer.run()
@@ -195,5 +223,5 @@ def run_here(config: TrainConfig) -> Trainer:
 
 
 def checkpoints(config: TrainConfig) -> Path:
-    """The folder of a run's checkpoints."""
+    """Returns the folder of a run's checkpoints."""
     return Path(config.run.out_dir) / "checkpoints"

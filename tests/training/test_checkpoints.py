@@ -1,4 +1,4 @@
-"""Interrupted runs go on to the same bits."""
+"""A resumed run ends with the same bits as an uninterrupted one."""
 
 import errno
 import os
@@ -14,7 +14,19 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
-from jobs import EXACT, GO_ON, SAVE, Faults, checkpoints, finish, names, run_here, start, steps
+from jobs import (
+    EXACT,
+    RESUME,
+    SAVE,
+    STEPS,
+    Faults,
+    checkpoints,
+    finish,
+    names,
+    run_here,
+    start,
+    steps,
+)
 from safetensors.torch import load_file
 
 from perception_rt.errors import CheckpointError
@@ -30,7 +42,7 @@ Tiny = Callable[..., TrainConfig]
 
 
 def assert_same(found: Path, expected: Path) -> None:
-    """The same bits: losses, norms, rates, sample names of each step, and weights."""
+    """Losses, norms, rates, sample names and weights are equal to the bit."""
     assert steps(found) == steps(expected)
     assert names(found) == names(expected)
     assert all(len(sequences) == 1 for sequences in names(found).values())
@@ -41,7 +53,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 def assert_close(found: Path, expected: Path) -> None:
-    """Losses and norms of all steps within 1e-5."""
+    """Losses, norms and rates of all steps agree within 1e-5."""
     both = steps(found), steps(expected)
     assert both[0].keys() == both[1].keys()
     for step, values in both[0].items():
@@ -55,34 +67,34 @@ def test_trn_01_killed_at_five_points_a_run_ends_with_the_same_bits(
     tmp_path: Path, whole: Path
 ) -> None:
     out_dir = tmp_path / "run"
-    kills = [("step", 4), ("shard", 5), ("saved", 8), ("rename", 10), ("last", 15)]
-    # A checkpoint counts from the moment that it has its name.
+    kills = [("step", 2), ("shard", 3), ("saved", 5), ("rename", 6), ("last", 9)]
+    # A checkpoint is complete as soon as its folder has its final name.
     newest: list[list[str]] = []
     for moment, step in kills:
         fault = Faults(kill_step=step, kill_at=moment)
-        assert start(out_dir, SAVE, GO_ON, faults=[fault]).wait() == [-signal.SIGKILL]
+        assert start(out_dir, SAVE, RESUME, faults=[fault]).wait() == [-signal.SIGKILL]
         newest.append(names_of(out_dir / "checkpoints")[:1])
-    assert newest == [[], [], ["step_0000000005"], ["step_0000000005"], ["step_0000000015"]]
-    finish(out_dir, SAVE, GO_ON)
+    assert newest == [[], [], ["step_0000000003"], ["step_0000000003"], ["step_0000000009"]]
+    finish(out_dir, SAVE, RESUME)
     assert_same(out_dir, whole)
     assert sorted(path.name for path in (out_dir / "checkpoints").iterdir()) == [
-        "LAST", "step_0000000015", "step_0000000020",
+        "LAST", "step_0000000009", "step_0000000012",
     ]  # fmt: skip
-    assert (out_dir / "checkpoints" / "LAST").read_text() == "step_0000000020\n"
+    assert (out_dir / "checkpoints" / "LAST").read_text() == "step_0000000012\n"
 
 
 def test_trn_01_a_language_model_in_stage_one_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     recipe = jobs.CONFIGS / "plm_demo_stage1.yaml"
     settings = (
-        "schedule.steps=6", "schedule.warmup=2", "data.batch_size=2", "optim.accumulation=2",
+        "schedule.steps=3", "schedule.warmup=2", "data.batch_size=2", "optim.accumulation=2",
         "data.validation=2", "run.log_every=1", "run.eval_every=0", "run.threads=1",
-        "run.save_every=3", "run.resume=true",
+        "run.save_every=1", "run.resume=true",
     )  # fmt: skip
     whole, out_dir = tmp_path / "whole", tmp_path / "run"
     finish(whole, *settings, recipe=recipe)
-    job = start(out_dir, *settings, recipe=recipe, faults=[Faults(kill_step=5, kill_at="saved")])
+    job = start(out_dir, *settings, recipe=recipe, faults=[Faults(kill_step=2, kill_at="saved")])
     assert job.wait() == [-signal.SIGKILL]
-    assert names_of(out_dir / "checkpoints") == ["step_0000000003"]
+    assert names_of(out_dir / "checkpoints") == ["step_0000000001"]
     finish(out_dir, *settings, recipe=recipe)
     assert_same(out_dir, whole)
 
@@ -93,7 +105,7 @@ def test_trn_01_killed_at_twenty_random_points(tmp_path: Path, whole: Path) -> N
     rng = random.Random(11)
     killed = 0
     while killed < 20:
-        job = start(out_dir, "run.save_every=1", GO_ON, faults=[Faults(pause=0.02)])
+        job = start(out_dir, "run.save_every=1", RESUME, faults=[Faults(pause=0.02)])
         log = out_dir / "metrics.jsonl"
         before = log.stat().st_mtime_ns if log.exists() else 0
         while not log.exists() or log.stat().st_mtime_ns == before:
@@ -101,25 +113,25 @@ def test_trn_01_killed_at_twenty_random_points(tmp_path: Path, whole: Path) -> N
         time.sleep(rng.uniform(0, 0.3))
         job.ranks[0].kill()
         (status,) = job.wait()
-        if status == 0:  # it was at its end: another one
+        if status == 0:  # the run ended before the kill
             assert_same(out_dir, whole)
             out_dir = tmp_path / f"run_{killed}"
             continue
         assert status == -signal.SIGKILL
         killed += 1
-    finish(out_dir, "run.save_every=1", GO_ON)
+    finish(out_dir, "run.save_every=1", RESUME)
     assert_same(out_dir, whole)
 
 
 def test_a_save_leaves_the_training_thread_alone(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    going_on = threading.Event()
+    next_step_done = threading.Event()
     threads = []
 
     def entry_of(path: Path) -> files.FileEntry:
         threads.append(threading.current_thread())
-        assert going_on.wait(30)  # until a step after the save is done
+        assert next_step_done.wait(30)
         return original(path)
 
     original = files.entry_of
@@ -130,14 +142,14 @@ def test_a_save_leaves_the_training_thread_alone(
     def watched(self: Trainer, parts: list[object]) -> object:
         result = step(self, parts)  # type: ignore[arg-type]
         if self.done == 4:
-            going_on.set()
+            next_step_done.set()
         return result
 
     monkeypatch.setattr(Trainer, "step", watched)
     run_here(config)
     assert threading.main_thread() not in threads
     assert names_of(checkpoints(config)) == ["step_0000000004", "step_0000000003"]
-    # What was saved is the state of its step, whatever came after it.
+    # The checkpoint holds the state of its own step, not of a later one.
     other = tiny("schedule.steps=4", "run.save_every=3", f"run.out_dir={config.run.out_dir}_b")
     run_here(other)
     for folder in names_of(checkpoints(config)):
@@ -156,26 +168,27 @@ def test_trn_02_one_of_two_ranks_killed_ends_the_job_and_it_resumes_identical(
     out_dir, expected = tmp_path / "run", tmp_path / "expected"
     finish(expected, ranks=2)
     kill = tmp_path / "kill.py"
-    # Rank 1 dies in step 8, of its own hand.
+    # Rank 1 kills itself in step 5.
     kill.write_text(
         "import os, sys; import jobs; from training.train import main\n"
         "rank = int(os.environ['RANK'])\n"
-        "jobs.watch_steps(jobs.Faults(kill_step=8 if rank else 0), rank)\n"
+        "jobs.watch_steps(jobs.Faults(kill_step=5 if rank else 0), rank)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
+    settings = [f"run.out_dir={out_dir}", SAVE, jobs.SHORT]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(kill), str(jobs.TINY), "--set", f"run.out_dir={out_dir}", "--set", SAVE,
+        str(kill), str(jobs.TINY), *(part for each in settings for part in ("--set", each)),
     ]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), str(Path(jobs.__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-        while 7 not in (steps(out_dir) if (out_dir / "metrics.jsonl").exists() else {}):
+        while 4 not in (steps(out_dir) if (out_dir / "metrics.jsonl").exists() else {}):
             assert process.poll() is None
             time.sleep(0.05)
         assert process.wait(timeout=30) != 0
-    finish(out_dir, SAVE, GO_ON, ranks=2)
+    finish(out_dir, SAVE, RESUME, ranks=2)
     assert_same(out_dir, expected)
 
 
@@ -187,11 +200,11 @@ def test_trn_02_a_run_goes_on_with_another_number_of_ranks(
 ) -> None:
     out_dir = tmp_path / "run"
     settings = (EXACT, f"parallel.mode={mode}")
-    # The signal reaches one rank only, and all stop after the same step.
-    faults = [Faults()] * (first - 1) + [Faults(signal_step=9)]
+    # The signal reaches one rank only; all ranks stop after the same step.
+    faults = [Faults()] * (first - 1) + [Faults(signal_step=6)]
     finish(out_dir, *settings, ranks=first, faults=faults)
-    assert names_of(out_dir / "checkpoints") == ["step_0000000009"]
-    finish(out_dir, *settings, GO_ON, ranks=second)
+    assert names_of(out_dir / "checkpoints") == ["step_0000000006"]
+    finish(out_dir, *settings, RESUME, ranks=second)
     assert_close(out_dir, exact)
 
 
@@ -208,9 +221,9 @@ def test_trn_04_a_signal_saves_and_a_second_one_ends_at_once(tmp_path: Path, who
     assert time.monotonic() - began < 10
     done = max(steps(out_dir))
     assert names_of(out_dir / "checkpoints") == [files.step_name(done)]
-    assert 3 <= done < 20
+    assert 3 <= done < STEPS
     assert not (out_dir / "model.safetensors").exists()
-    job = start(out_dir, GO_ON, faults=[Faults(pause=5)])
+    job = start(out_dir, RESUME, faults=[Faults(pause=5)])
     wait_for_record(out_dir, "start", done)
     time.sleep(0.2)
     os.kill(job.ranks[0].pid or 0, signal.SIGUSR1)
@@ -220,7 +233,7 @@ def test_trn_04_a_signal_saves_and_a_second_one_ends_at_once(tmp_path: Path, who
     os.kill(job.ranks[0].pid or 0, signal.SIGUSR1)
     assert job.wait(3) == [-signal.SIGUSR1]
     assert time.monotonic() - began < 2
-    finish(out_dir, GO_ON)
+    finish(out_dir, RESUME)
     assert_same(out_dir, whole)
 
 
@@ -266,27 +279,27 @@ def test_trn_05_a_file_that_cannot_be_written_keeps_the_last_good_checkpoint(
     tmp_path: Path, whole: Path
 ) -> None:
     out_dir = tmp_path / "run"
-    job = start(out_dir, SAVE, faults=[Faults(limit_step=10)])
+    job = start(out_dir, SAVE, faults=[Faults(limit_step=6)])
     assert job.wait() == [1]
-    message = "error: checkpoint step_0000000010 was not saved: File too large, of 10.0 MB to write"
+    message = "error: checkpoint step_0000000006 was not saved: File too large, of 10.0 MB to write"
     assert job.stderr().startswith(message)
-    assert "MB are free; the last one is step_0000000005\n" in job.stderr()
+    assert "MB are free; the last one is step_0000000003\n" in job.stderr()
     assert job.stderr().count("\n") == 1
     assert sorted(path.name for path in (out_dir / "checkpoints").iterdir()) == [
-        "LAST", "step_0000000005",
+        "LAST", "step_0000000003",
     ]  # fmt: skip
-    finish(out_dir, SAVE, GO_ON)
+    finish(out_dir, SAVE, RESUME)
     assert_same(out_dir, whole)
 
 
 def test_trn_05_a_full_disk_on_one_of_two_ranks_stops_both(tmp_path: Path) -> None:
     out_dir = tmp_path / "run"
     settings = (SAVE, "parallel.mode=shard")
-    job = start(out_dir, *settings, ranks=2, faults=[Faults(), Faults(limit_step=8)])
+    job = start(out_dir, *settings, ranks=2, faults=[Faults(), Faults(limit_step=5)])
     assert job.wait() == [1, 1]
     for rank in range(2):
-        assert "error: checkpoint step_0000000010 was not saved" in job.stderr(rank)
-    assert names_of(out_dir / "checkpoints") == ["step_0000000005"]
+        assert "error: checkpoint step_0000000006 was not saved" in job.stderr(rank)
+    assert names_of(out_dir / "checkpoints") == ["step_0000000003"]
 
 
 def test_trn_05_a_full_disk_at_the_manifest_is_one_clear_error(
@@ -311,13 +324,13 @@ def test_trn_05_a_full_disk_at_the_manifest_is_one_clear_error(
 
 
 def test_trn_05_retention_never_removes_the_newest(tiny: Tiny) -> None:
-    for keep, left in ((1, 1), (3, 3), (0, 5)):
+    for keep, left in ((1, 1), (2, 2), (0, 3)):
         config = tiny(
-            "schedule.steps=5", "run.save_every=1", f"run.keep={keep}", "run.out_dir="
+            "schedule.steps=3", "run.save_every=1", f"run.keep={keep}", "run.out_dir="
             + str(Path(tiny().run.out_dir) / str(keep)),
         )  # fmt: skip
         run_here(config)
         found = names_of(checkpoints(config))
         assert len(found) == left
-        assert found[0] == "step_0000000005"
-        assert (checkpoints(config) / "LAST").read_text() == "step_0000000005\n"
+        assert found[0] == "step_0000000003"
+        assert (checkpoints(config) / "LAST").read_text() == "step_0000000003\n"

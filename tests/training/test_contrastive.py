@@ -1,4 +1,4 @@
-"""Both losses by their formulas, on one rank and two; resolutions by step; videos by their mean."""
+"""Contrastive and sigmoid loss by their formulas, on one and two ranks; resolutions; videos."""
 
 import math
 import socket
@@ -31,7 +31,7 @@ Outcome = tuple[float, list[Tensor]]
 
 
 def parameters() -> list[Tensor]:
-    """Image rows, text rows, scale and bias, before normalisation."""
+    """Returns image rows, text rows, scale and bias, before normalisation."""
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64).float()
     return [image, text, torch.tensor(3.0), torch.tensor(-2.0)]
@@ -45,7 +45,7 @@ def loss_of(name: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor)
 
 
 def outcome(name: str, rank: int, ranks: int) -> Outcome:
-    """Loss and gradients of this rank's rows, averaged over ranks."""
+    """Returns loss and gradients of this rank's rows, averaged over ranks."""
     values = [value.requires_grad_() for value in parameters()]
     share = 6 // ranks
     rows = [value[rank * share : (rank + 1) * share] for value in values[:2]]
@@ -102,7 +102,7 @@ def test_losses_are_float32_where_the_rest_is_not() -> None:
 
 
 def train(config: ContrastiveConfig) -> tuple[Trainer, list[float]]:
-    """All steps and the export, without the loop's record."""
+    """Runs all steps, without metrics and export."""
     with process_group("cpu") as group:
         trainer = Trainer(config, ContrastiveTask(config), group)
         losses = [trainer.step(trainer.stream.next()).loss for _ in range(config.schedule.steps)]
@@ -129,7 +129,7 @@ def test_the_sigmoid_loss_has_its_own_start_and_leaves_no_bias(tiny: Tiny, tmp_p
     file = tmp_path / "model.safetensors"
     source = open_checkpoint(file, config.model)
     assert torch.equal(source.load("logit_scale"), trainer.model.logit_scale)
-    # Weights are taken from there; the bias, which it lacks, and its scale start anew.
+    # Weights come from the checkpoint, but scale and bias start anew.
     task = ContrastiveTask(tiny("loss=sigmoid", f"init.checkpoint={file}"))
     projection = trainer.model.state_dict()["visual.proj"]
     assert torch.equal(task.initial("visual.proj", projection.shape), projection)
@@ -141,7 +141,7 @@ STEPS = ((0, 16), (3, 24), (5, 32))
 
 @pytest.fixture
 def growing(tiny: Tiny, tmp_path: Path) -> Tiny:
-    """The tiny recipe with a resolution that grows."""
+    """The tiny recipe with growing resolutions."""
 
     def build(*overrides: str, steps: Any = STEPS) -> ContrastiveConfig:
         text = tiny(*overrides).to_yaml().replace("resolutions: []\n", "")

@@ -1,4 +1,4 @@
-"""Records of the reference's schema become samples; what cannot is counted and left out."""
+"""Records of the reference's schema become samples; unusable ones are counted and skipped."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 def exchange(*texts):
-    """Turns of the schema, the human's first."""
+    """Returns turns of the schema, the human's first."""
     roles = ("human", "assistant")
     return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
 
@@ -42,12 +42,12 @@ def write_lines(path, records):
 
 
 def texts_of(count, start=0):
-    """Records without images, each with its number as its answer."""
+    """Returns records without images; each one's answer is its number."""
     return [{"conversations": exchange("?", f"{i}")} for i in range(start, start + count)]
 
 
 def source(annotations, mix=None, *, seed=0, kept=False, **settings):
-    """A source of small samples; `annotations` are paths by name, or (path, root)."""
+    """Opens a source of small samples; `annotations` are paths by name, or (path, root)."""
     found = {
         name: DatasetConfig(annotation=a) if isinstance(a, str) else DatasetConfig(
             annotation=a[0], root=str(a[1])
@@ -64,12 +64,12 @@ def source(annotations, mix=None, *, seed=0, kept=False, **settings):
 
 
 def answers(read):
-    """The learned text of each sample of a row."""
+    """Decodes the learned text of each sample of a row."""
     return [TOKENIZER.decode(s.labels[s.labels != IGNORED]).strip() for s in read.row]
 
 
 def walk(given, lane, rows):
-    """The answers of the first rows of a lane."""
+    """Reads the first rows of a lane and returns their answers."""
     found, position = [], 0
     for _ in range(rows):
         read = given.read(lane, position)
@@ -110,7 +110,7 @@ def test_several_images_go_where_their_marks_are():
         "conversations": exchange("First <image>?", "Red.", "And <image>?", "Blue."),
     }
     turns, tiles = read_record(record, Path(), SPEC)
-    assert tiles[:, 0, 0].tolist() == [[*RED], [*BLUE]]  # one tile each, as the reference
+    assert tiles[:, 0, 0].tolist() == [[*RED], [*BLUE]]  # one tile each, as in the reference
     assert turns[0].content == ("First ", Tiles(1), "?")
     assert turns[2].content == ("And ", Tiles(1), "?")
 
@@ -212,7 +212,7 @@ def test_a_damaged_image_is_named_without_its_folder(tmp_path):
 
 @pytest.fixture
 def video(tmp_path):
-    """4 seconds of 10 frames; frame i is grey of level 6 * i."""
+    """A video of 4 seconds at 10 frames per second; frame i is grey of level 6 * i."""
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -225,13 +225,13 @@ def video(tmp_path):
 
 
 def frames_of(tiles):
-    """Numbers of the frames, by their grey, without the upper left where a box may be."""
+    """Returns frame numbers, derived from the grey outside the upper left, where a box may be."""
     return np.rint(tiles[:, 4:, 4:].mean(axis=(1, 2, 3)) / 6).astype(int).tolist()
 
 
 def test_a_video(video, tmp_path):
     turns, tiles = read_record(video, tmp_path, SPEC)
-    # One frame a second makes fewer than max_frames, so 32 of all frames are taken.
+    # At one frame per second there are fewer than max_frames, so 32 of all frames are taken.
     assert turns[0].content == (Tiles(32), "What?")
     assert frames_of(tiles)[::31] == [0, 39]
 
@@ -306,7 +306,7 @@ def test_what_is_too_long_is_cut_after_an_answer(tmp_path):
 
 
 def test_bad_samples_are_counted_by_reason(tmp_path):
-    """TRN-06: nothing is lost without a count."""
+    """TRN-06: no sample is lost without being counted."""
     Image.fromarray(flat(RED)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"\xff\xd8\xff")
     records = [
@@ -329,7 +329,7 @@ def test_bad_samples_are_counted_by_reason(tmp_path):
         bad |= read.bad
     assert seen == position
     assert set(good) == {"good"}
-    # One epoch, and what came before the good line of the next.
+    # One epoch, and the samples before the good line of the next.
     assert {reason.split(" (")[0] for reason in bad} == {
         "set: a line cannot be read",
         "set: an image is missing",
@@ -343,7 +343,7 @@ def test_bad_samples_are_counted_by_reason(tmp_path):
 
 
 def test_bad_samples_are_bounded(tmp_path):
-    """TRN-06: above `bad_fraction` a run stops."""
+    """TRN-06: above `bad_fraction` the run stops."""
     path = write_lines(tmp_path / "a.jsonl", ["{", *texts_of(19)])
     given = source({"a": path}, seq_len=16, batch_size=2)
 
@@ -366,7 +366,7 @@ def test_bad_samples_are_bounded(tmp_path):
 
 
 def test_a_dataset_of_bad_samples_ends(tmp_path):
-    """TRN-06"""
+    """TRN-06."""
     path = write_lines(tmp_path / "a.jsonl", ["{", "[]"])
     with pytest.raises(PerceptionError, match="1000 samples in a row are unusable: a: a line"):
         source({"a": path}).read(0, 0)

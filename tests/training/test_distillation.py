@@ -1,4 +1,4 @@
-"""A student comes nearer to its teacher, who stays as it was and is nowhere saved."""
+"""A student approaches its teacher, which stays unchanged and is not saved."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,7 @@ Build = Callable[..., DistillationConfig]
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """The tiny recipe with a drawn teacher."""
+    """The tiny recipe with a random teacher."""
 
     def made(*overrides: str) -> DistillationConfig:
         file = tmp_path / "teacher.safetensors"
@@ -108,7 +108,7 @@ def test_a_distilled_student_is_a_checkpoint_like_any_other(build: Build, tmp_pa
     for name, weight in student.named_parameters():
         assert torch.equal(weight, names[name]), name
     assert student.encode_image(torch.zeros(1, 3, 16, 16)).shape == (1, 8)
-    # What a run resumes from has the heads and nothing of the teacher.
+    # A checkpoint contains the heads, but nothing of the teacher.
     resumed = build("run.resume=true", "schedule.steps=3", "model.vision.output_dim=8")
     with process_group("cpu") as group:
         again = Trainer(resumed, DistillationTask(resumed), group)
@@ -146,7 +146,7 @@ def test_the_loss_is_what_it_says(build: Build) -> None:
                 apart = cosine(patches[0, i], patches[0, j]) - cosine(goals[0, i], goals[0, j])
                 loss += 5 * apart**2 / 16
         losses.append(loss)
-    expected = losses[0] + (losses[1] + losses[2]) / 2  # frames of a video: their mean
+    expected = losses[0] + (losses[1] + losses[2]) / 2  # a video's loss is its frames' mean
     assert learner(batch).item() == pytest.approx(expected, rel=1e-5)
     assert cosines(torch.ones(1, 2, 3)).tolist() == [[pytest.approx([1, 1])] * 2]
 

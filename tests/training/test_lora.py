@@ -1,4 +1,4 @@
-"""Low-rank updates: what is trained, what it costs, and that merging changes nothing."""
+"""LoRA trains the updates only, adds their cost only, and merges them exactly."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ MODEL = PlmConfig(
 
 
 class Plain(Learner):
-    """A model whose loss is the sum of what the next token's logits miss."""
+    """A model whose loss is the summed cross entropy of the next token."""
 
     def __init__(self, config: LoraConfig | None) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def initial(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def build(config: LoraConfig | None, mode: str = "replicate") -> Plain:
-    """As the trainer does: on the meta device, then with storage, then with values."""
+    """Builds a model like the trainer does: on the meta device, with storage, with values."""
     with torch.device("meta"):
         learner = Plain(config)
     for name, parameter in learner.model.named_parameters():
@@ -133,7 +133,7 @@ def test_the_plain_weights_keep_their_names() -> None:
 
 
 def test_updates_are_sharded_like_weights() -> None:
-    """Mode `shard` in a group of one: steps move the updates as without it."""
+    """In mode `shard` with one rank, steps move the updates as in mode `replicate`."""
     config = LoraConfig(targets=ALL)
     whole, sharded = build(config), build(config, "shard")
     _train(whole, 3)

@@ -1,4 +1,4 @@
-"""PLM-Demo learns a question that it was never asked, from 200 samples: by name, `-m slow`."""
+"""LoRA teaches PLM-Demo a new question from 200 samples; slow, so run with `-m slow`."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ ASKED = 450
 
 
 def accuracy(package: Path) -> float:
-    """The share of held-out rows whose rightmost digit is said."""
+    """Returns the share of held-out rows whose rightmost digit is answered correctly."""
     records = [held_out_record("last", number) for number in range(ASKED)]
     with prt.load(package) as plm:
         requests = [

@@ -1,4 +1,4 @@
-"""Rates, the share of a device's peak, memory and time of a progress line."""
+"""Rates, MFU, memory and time in progress lines."""
 
 from dataclasses import dataclass, field, replace
 from typing import Self

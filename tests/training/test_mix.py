@@ -1,4 +1,4 @@
-"""Shares of a mix are exact, and every line of a dataset is there once per epoch."""
+"""Shares of a mix are exact, and every line of a dataset comes once per epoch."""
 
 from collections import Counter
 
@@ -30,7 +30,7 @@ def test_shares_are_exact_and_ranks_have_no_gap():
 
 
 def test_no_lane_has_a_dataset_for_itself():
-    # Lanes go on at different speeds, so a dataset in one lane alone would lose its share.
+    # Lanes advance at different speeds, so a dataset confined to one lane would miss its share.
     mix = Mix([0.5, 0.5], seed=0)
     for lanes in (2, 4, 8):
         for lane in range(lanes):
@@ -58,7 +58,7 @@ def test_shuffles_differ_and_are_even():
     follows = Counter(
         (shuffled(1, 10, f"{key}") - shuffled(0, 10, f"{key}")) % 10 for key in range(2000)
     )
-    assert max(follows.values()) < 300  # of 9 differences, each has 222
+    assert max(follows.values()) < 300  # about 222 for each of 9 differences
 
 
 def test_a_shuffle_of_very_many():

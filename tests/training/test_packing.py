@@ -1,4 +1,4 @@
-"""Packed samples have the losses that they have alone."""
+"""Packed samples have the same losses as alone."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def learner():
 
 
 def sample(seed, *, tiles, length):
-    """Image tokens first, random tokens after them, of which the later half is learned."""
+    """Image tokens, then random tokens; the second half of these is learned."""
     rng = np.random.default_rng(seed)
     tokens = np.concatenate([np.full(tiles * PER_TILE, IMAGE), rng.integers(1, 60, length)])
     learned = np.arange(len(tokens)) >= len(tokens) - length // 2
@@ -81,10 +81,10 @@ def losses(learner, rows, length):
 
 
 def test_packed_samples_have_their_own_losses(learner):
-    """Per token, with images, in one row and in two."""
+    """Compares losses per token, with images, in one row and in two."""
     alone = torch.cat([losses(learner, [[s]], len(s.tokens)) for s in SAMPLES])
     assert len(alone) == sum(int((s.labels != IGNORED).sum()) for s in SAMPLES)
-    assert alone.std() > 0.1  # or nothing is compared
+    assert alone.std() > 0.1  # otherwise nothing is compared
     one = losses(learner, [SAMPLES], 64)
     two = losses(learner, [SAMPLES[:2], SAMPLES[2:]], 40)
     padded = losses(learner, [[s] for s in SAMPLES], 50)
@@ -118,7 +118,7 @@ def test_a_batch_by_eye():
     batch = collate([[a, b], [b]], 6)
     none = IGNORED
     assert batch.tokens.tolist() == [[5, 6, 7, IMAGE, 9, 0], [IMAGE, 9, 0, 0, 0, 0]]
-    # A token's label is the token after it; the last of `a` does not predict the first of `b`.
+    # A token's label is the next token; the last token of `a` does not predict the first of `b`.
     assert batch.labels.tolist() == [[6, 7, none, 9, none, none], [9, *[none] * 5]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0]]
     assert batch.documents.tolist() == [[0, 0, 0, 1, 1, PADDING], [0, 0, *[PADDING] * 4]]

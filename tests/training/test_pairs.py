@@ -1,4 +1,4 @@
-"""Pairs are read from files: every sample once per epoch, from anywhere, bad ones counted."""
+"""Pairs are read from files once per epoch, from any position; unusable ones are counted."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def picture(number: int, size: tuple[int, int] = (20, 12), kind: str = "PNG") ->
 
 
 def sample(number: int) -> Members:
-    """Three endings of images, two of captions."""
+    """Returns the members of a sample; samples vary in image and caption format."""
     ending = ("png", "jpg", "webp")[number % 3]
     image = picture(number, kind={"jpg": "JPEG"}.get(ending, ending.upper()))
     caption = f"number {number}"
@@ -90,7 +90,7 @@ def source(model: PeConfig, path: str, lanes: int, **settings: object) -> PairSo
 
 
 def number_of(pair: Pair) -> int:
-    return int("".join(text_of(pair).split()[1:]))  # digits are tokens of their own
+    return int("".join(text_of(pair).split()[1:]))  # every digit is a token
 
 
 def text_of(pair: Pair) -> str:
@@ -125,12 +125,12 @@ def test_lanes_of_unequal_shards_end_their_epochs_by_themselves(
     reader = source(model, shards(tmp_path, [2, 3, 4]), 3)
     seen = Counter(number_of(reader.read(lane, p).row) for lane in range(3) for p in range(120))
     assert sorted(seen) == list(range(9))
-    # Shards change hands between epochs, so in the long run no sample comes far more often.
+    # Shards change lanes between epochs, so in the long run no sample comes much more often.
     assert max(seen.values()) < 2 * min(seen.values())
 
 
 def test_a_row_is_a_function_of_lane_and_position(model: PeConfig, tmp_path: Path) -> None:
-    """TRN-01: what a resumed run reads, in any order, is what an uninterrupted one reads."""
+    """TRN-01: a resumed run reads the same rows, in any order, as an uninterrupted one."""
     path = shards(tmp_path, [3, 5, 4, 2])
     settings = {"crop_min": 0.3, "flip": True}
     in_order = source(model, path, 2, **settings)
@@ -328,7 +328,7 @@ def test_crops_lie_within_the_image_and_keep_enough_of_it() -> None:
     boxes = [crop_box(np.random.default_rng(i), 200, 100, 0.5) for i in range(500)]
     shares = [(r - l) * (b - t) / 20_000 for l, t, r, b in boxes]
     assert all(0 <= l < r <= 200 and 0 <= t < b <= 100 for l, t, r, b in boxes)
-    # A drawn side may be longer than the image's by the root of the ratio, and is cut.
+    # A drawn side may exceed the image's by the root of the ratio; it is then clipped.
     assert 0.5 * (3 / 4) ** 0.5 <= min(shares) < 0.55
     assert max(shares) > 0.9
     assert crop_box(np.random.default_rng(0), 1, 1, 0.01) == (0, 0, 1, 1)

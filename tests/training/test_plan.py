@@ -1,4 +1,4 @@
-"""What a plan says is what torch does: parameters, memory, operations."""
+"""Planned parameters, memory and FLOPs agree with torch's own measurements."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ from training.train import main
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "projector.0", "projector.2", "in_proj", "c_proj")
-# Parameters of the released models.
+# Billions of parameters of the released models.
 BILLIONS = {"PLM-1B": 1.5335, "PLM-3B": 3.5168, "PLM-8B": 9.7943}
 
 
@@ -150,7 +150,7 @@ def whole_attention(
     causal: bool = False,
     mask: object = None,
 ) -> Tensor:
-    """Every token sees every token, by plain products that can be counted."""
+    """Attention of every token to every token, by plain products that can be counted."""
     groups = kv_heads or heads
     q, k, v = split_heads(query, heads), split_heads(key, groups), split_heads(value, groups)
     assert rope is not None
@@ -160,7 +160,7 @@ def whole_attention(
 
 
 class Counted(Learner):
-    """Two rows of text after two tiles, ten tokens of which have logits."""
+    """Two rows of text after two tiles; ten tokens have logits."""
 
     def __init__(self, config: LanguageConfig, attention: Attention) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def test_operations_are_those_that_torch_counts(
     with process_group("cpu") as group:
         parallel.prepare(learner, ParallelConfig(checkpointing=checkpointing), group)  # type: ignore[arg-type]
     parallel.fill(learner.model, lambda name, shape: torch.ones(shape))
-    # A recomputation that stops early leaves out the last product of a block.
+    # A recomputation that stops early omits the last product of a block.
     with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
         learner(tokens).backward()
     work = Work(tokens=24, pairs=2 * 12 * 12, tiles=2, labelled=10)
@@ -200,7 +200,7 @@ def test_operations_are_those_that_torch_counts(
 
 
 def test_rows_are_full() -> None:
-    work = full_rows(recipe(), 3)  # 15 tokens: three tiles of 4, and 3 of text
+    work = full_rows(recipe(), 3)  # 15 tokens: three tiles of 4, and 3 text tokens
     assert work == Work(tokens=45, pairs=3 * 15 * 16 // 2, tiles=9, labelled=9)
 
 

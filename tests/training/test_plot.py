@@ -1,4 +1,4 @@
-"""Curves of runs as a picture, from the record that a run leaves."""
+"""Metrics of runs are drawn as curves, and sent to TensorBoard."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A language model starts from the tower of any encoder, the decoder of any Llama, or a stage."""
+"""A language model starts from the tower of an encoder, the decoder of a Llama, or a checkpoint."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ ENCODER = PeConfig(
     ),
     text=TextConfig(context_length=7, width=16, heads=2, layers=1, output_dim=8),
 )  # fmt: skip
-# One block less, a finer grid, no head: what a language model keeps of it.
+# A language model's tower: one block less, a finer grid, no head.
 TOWER = replace(
     ENCODER.vision, image_size=32, layers=2, pool_type="none", use_ln_post=False, output_dim=None
 )
@@ -112,7 +112,7 @@ def test_a_decoder_comes_out_of_a_llama_of_transformers(tmp_path: Path) -> None:
 
 
 def test_a_decoder_comes_out_of_metas_folder(tmp_path: Path) -> None:
-    """What else the file has, such as frequencies and half precision, does no harm."""
+    """Extra tensors, such as frequencies, are ignored; half precision is converted."""
     state = {n: t.bfloat16() for n, t in weights(Decoder(MODEL.decoder)).items()}
     extra = {"rope.freqs": torch.ones(2)}
     torch.save({**state, **extra}, tmp_path / "consolidated.00.pth")
@@ -125,7 +125,7 @@ def test_a_decoder_comes_out_of_metas_folder(tmp_path: Path) -> None:
 
 
 def test_a_stage_goes_on_where_the_one_before_ended(tmp_path: Path) -> None:
-    """Layer scale that comes with a stage is not in the checkpoint of the one before."""
+    """Layer scale that a stage adds is missing in the previous stage's checkpoint."""
     state = weights(PerceptionLM(MODEL))
     save_checkpoint(state, tmp_path / "model.safetensors", "original")
     (tmp_path / "params.json").write_text(json.dumps({"model": MODEL.to_dict()}))

@@ -1,4 +1,4 @@
-"""The demo's questions: their answers are true of the picture, and the first is a coin."""
+"""Answers to the demo's questions are true of the image, and the first is a fair coin toss."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from training.demo.questions import LEARNED, held_out_record, is_right, record
 
 
 def exchanges(found: questions.Record) -> list[tuple[str, str]]:
-    """Pairs of question and answer."""
+    """Returns pairs of question and answer."""
     texts = [turn["value"] for turn in found["conversations"]]
     return list(zip(texts[::2], texts[1::2], strict=True))
 

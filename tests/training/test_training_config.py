@@ -1,4 +1,4 @@
-"""A wrong recipe or override is named in one line; a right one means what it says."""
+"""A wrong recipe or override gives a one-line error; a right one has the stated effect."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +112,7 @@ PLM = CONFIGS / "plm_8b_stage1.yaml"
 
 
 def test_a_released_model_is_named_and_changed() -> None:
-    """Leaves that a recipe does not name stay as they were released."""
+    """Values that a recipe does not name stay as in the released model."""
     released, config = PLM_MODELS["PLM-8B"], load_config(PLM)
     vision = replace(released.vision, ls_init_value=None, drop_path=0.0)
     assert config.model == replace(released, pooling_ratio=1, vision=vision)
@@ -122,7 +122,7 @@ def test_a_released_model_is_named_and_changed() -> None:
 
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("plm_?b_stage?.yaml")), ids=lambda p: p.stem)
 def test_stages_follow_one_another(recipe: Path) -> None:
-    """Samples of a step and steps as the reference has them; each stage starts from the last."""
+    """Batch sizes and steps are the reference's; each stage starts from the previous one."""
     config, stage = load_config(recipe), int(recipe.stem[-1])
     assert (config.data.batch_size, config.schedule.steps, config.data.seq_len) == {
         1: (512, 8000, 1280),

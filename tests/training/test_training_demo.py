@@ -1,4 +1,4 @@
-"""The shipped demo model loads strictly and is as good as its card says."""
+"""The shipped demo model loads strictly and is as accurate as its card says."""
 
 import json
 import re
@@ -37,5 +37,5 @@ def test_held_out_accuracy_is_what_the_card_says(model: PerceptionEncoder) -> No
     for name, row in (("plain", "digit, plain page"), ("scene", "digit, coloured scene")):
         stated = re.search(rf"\| {row} \| ([0-9.]+) % \|", card)
         assert stated is not None
-        # One digit of 450 is 0.22 %: another processor's rounding may flip that one.
+        # One digit of 450 is 0.22 %: rounding on another processor may flip one.
         assert accuracy[name] == pytest.approx(float(stated[1]) / 100, abs=0.003)

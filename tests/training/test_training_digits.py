@@ -1,4 +1,4 @@
-"""The held-out digits stay held out, and pictures are what their captions say."""
+"""Held-out digits are never drawn for training, and captions describe their images."""
 
 from collections.abc import Callable
 
