@@ -9,7 +9,7 @@ from perception_rt.errors import BackendError
 from perception_rt.runtime.generation.detokenizer import TextStream
 from perception_rt.runtime.generation.request_state import TRANSITIONS, RequestState, Status
 
-LEGAL = [(old, new) for old, allowed in TRANSITIONS.items() for new in allowed]
+LEGAL = [(old, new) for old in Status for new in Status if new in TRANSITIONS[old]]
 ILLEGAL = [(old, new) for old in Status for new in Status if (old, new) not in LEGAL]
 WAY = [Status.QUEUED, Status.ENCODING, Status.PREFILL, Status.DECODE, Status.DONE]
 
