@@ -1,13 +1,24 @@
 """A wrong recipe or override gives a one-line error; a right one has the stated effect."""
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from perception_rt.archs import PLM_MODELS
 from perception_rt.errors import InputError
-from training.recipe.schema import load_config
+from training.recipe.pairs import DistillationLossConfig, PairDataConfig
+from training.recipe.schema import (
+    InitConfig,
+    LanguageDataConfig,
+    LoraConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    load_config,
+)
 from training.train import main
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -24,6 +35,28 @@ def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
     again = tmp_path / "resolved.yaml"
     again.write_text(config.to_yaml())
     assert load_config(again) == config
+
+
+def test_every_setting_is_documented_with_an_example_that_exists() -> None:
+    sections = {
+        "run": RunConfig, "optim": OptimConfig, "schedule": ScheduleConfig, "init": InitConfig,
+        "parallel": ParallelConfig, "lora": LoraConfig, "loss": DistillationLossConfig,
+    }  # fmt: skip
+    text = (CONFIGS.parents[1] / "docs" / "training.md").read_text()
+    examples = dict(re.findall(r"`((?:[a-z_]+\.)*[a-z0-9_]+)=([^`]+)`", text))
+    keys = {f"{name}.{f.name}" for name, cls in sections.items() for f in fields(cls)}
+    keys |= {f"data.{f.name}" for f in fields(PairDataConfig)}
+    keys |= {f"data.{f.name}" for f in fields(LanguageDataConfig)} - {"data.datasets"}
+    assert keys - set(examples) == {"optim.lr_scales"}  # whose keys are prefixes of names
+    recipes = [CONFIGS / f"{name}.yaml" for name in ("plm_demo_lora", "pe_tiny", "pe_distill_tiny")]
+    for key, value in examples.items():
+        errors = []
+        for recipe in recipes:
+            try:
+                load_config(recipe, [f"{key}={value}"])
+            except InputError as error:
+                errors.append(str(error))
+        assert sum("unknown key" in error for error in errors) < len(recipes), (key, errors)
 
 
 def test_overrides_have_the_declared_type() -> None:
