@@ -220,7 +220,7 @@ def test_mutated_files_raise_nothing_else():
     limits = Limits(image_pixels=2**20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for i in range(20_000):
+        for i in range(8_000):
             data = bytearray(seeds[i % len(seeds)])
             for _ in range(rng.integers(1, 8)):
                 at = int(rng.integers(0, min(len(data), 700 if i % 2 else len(data))))
@@ -230,7 +230,7 @@ def test_mutated_files_raise_nothing_else():
             except InputError as error:
                 assert not ADDRESS_OR_PATH.search(str(error))
                 outcomes[False] += 1
-    assert min(outcomes.values()) > 2000
+    assert min(outcomes.values()) > 800
 
 
 def test_exif_is_read_within_its_bounds():

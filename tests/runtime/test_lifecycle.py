@@ -41,8 +41,10 @@ def test_reader_outlives_fifty_republishes(tiny_package: Path, tmp_path: Path) -
             target=lambda: [_republish(tiny_package, dest, i) for i in range(50)]
         )
         publisher.start()
-        for _ in range(1000):
+        runs = 0
+        while publisher.is_alive() or runs < 100:
             assert np.array_equal(engine.embed_images([_IMAGE]), expected)
+            runs += 1
         assert engine.features([_IMAGE]).shape == (1, 4, 4, 64)  # a graph not opened before
         publisher.join()
     with prt.load(dest) as engine:
@@ -67,26 +69,33 @@ def test_no_descriptor_is_left(tiny_package: Path) -> None:
     with prt.load(tiny_package, threads=1) as engine:
         engine.embed_images([_IMAGE])
     before = descriptors()
-    for _ in range(20):
+    for _ in range(8):
         with prt.load(tiny_package, threads=1) as engine:
             engine.embed_images([_IMAGE])
     assert descriptors() <= before
 
 
-@pytest.mark.parametrize("delay_s", [3.0, 5.0, 7.0])
-def test_killed_export_leaves_nothing_visible(delay_s: float, tmp_path: Path) -> None:
-    """EXP-01 with the whole command: absent or valid after SIGKILL, and the next run cleans up."""
+@pytest.mark.parametrize("files", [0, 1, 3])
+def test_killed_export_leaves_nothing_visible(files: int, tmp_path: Path) -> None:
+    """EXP-01 with the whole command: absent or valid after SIGKILL, and the next run cleans up.
+
+    It is killed when its stage is there and has so many files.
+    """
     dest = tmp_path / "package"
-    arguments = ["--model", "PE-Core-T16-384", "--weights", "random", "--out", str(dest)]
+    arguments = ["--model", "PE-Demo", "--out", str(dest)]
     code = "import sys; from perception_rt.cli import export_main; sys.exit(export_main())"
     child = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    time.sleep(delay_s)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    while child.poll() is None:
+        stages = [path for path in tmp_path.iterdir() if path.is_dir()]
+        if stages and len(list(stages[0].glob("*"))) >= files:
+            break
+        time.sleep(0.001)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
     if dest.exists():
         prt.load(dest).close()
     else:
@@ -103,7 +112,7 @@ def test_processes_share_one_package(tiny_package: Path) -> None:
         "print(prt.load(sys.argv[1], threads=1).embed_images([image]).tobytes().hex())\n"
     )
     command = [sys.executable, "-c", code, str(tiny_package)]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    children = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
     outputs = [child.communicate()[0] for child in children]
     assert all(child.returncode == 0 for child in children)
     assert len(set(outputs)) == 1
