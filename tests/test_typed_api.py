@@ -5,15 +5,29 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("typed_script.py")
+# Not this repository's configuration. Libraries of which nothing is public are not looked at: that
+# takes a third of the time.
+CONFIG = """
+[mypy]
+strict = true
+disallow_any_expr = true
+[mypy-torch.*,onnx.*,onnxscript.*,onnx_ir.*,huggingface_hub.*,safetensors.*,ml_dtypes.*]
+follow_imports = skip
+"""
 # NumPy's own `NDArray[np.float32]` leaves the shape open.
 OPEN_SHAPE = "ndarray[tuple[Any, ...], dtype["
 
 
 def test_a_users_script_passes_strict_mypy_and_sees_no_any(tmp_path: Path) -> None:
-    """Outside of this repository's configuration. The script asserts each type that it gets."""
-    command = [sys.executable, "-m", "mypy", "--strict", "--disallow-any-expr"]
-    command += ["--no-error-summary", "--cache-dir", str(tmp_path / "cache"), str(SCRIPT)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    """The script asserts each type that it gets."""
+    (tmp_path / "mypy.ini").write_text(CONFIG)
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--no-error-summary"]
+    result = subprocess.run(
+        [*command, "--cache-dir", "cache", str(SCRIPT)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert result.stderr == ""
     allowed = 'error: Expression type contains "Any" (has type '
     errors = [

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import perception_rt as prt
+from perception_rt.export import ExportOptions, export
+from perception_rt.package.manifest import Manifest
 
 Rows = NDArray[np.float32]
 
@@ -49,3 +51,11 @@ if isinstance(model, prt.Generator):
     assert_type(model.generate("Hello"), prt.Result)
 else:
     assert_type(model.embed_texts(["Hello"]), Rows)
+
+options = ExportOptions(model="PE-Demo", precision="int8", out="pe-demo", image_size=(64, 96))
+assert_type(options.seed, int)
+manifest = export(options)
+assert_type(manifest, Manifest)
+assert_type(manifest.id, str)
+assert_type(manifest.content.target.precision, str)
+assert_type(pe.manifest, Manifest)
