@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_plm import CONFIG, write_plm
+from gpu_bench import Bench, put
 from soak import assert_idle, onnx_package, picture
 
 import perception_rt as prt
@@ -146,6 +147,20 @@ def test_an_engine_predicts_from_as_many_positions_as_it_can(
     with prt.load(reference, cache=False) as plm:
         assert plm.score("What?", LONG).logprobs.tolist() == whole.logprobs.tolist()
     assert max(positions) == ENGINE_POSITIONS and len(positions) > len(whole.tokens) // 9
+
+
+def test_scores_of_an_engine_for_a_gpu_are_those_of_its_graphs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, bench, "plm")
+    question = {"prompt": "What?", "answer": "An answer of more than nine tokens."}
+    with (
+        prt.load(bench.plm, backend="onnxruntime") as cpu,
+        prt.load(bench.plm, device="cuda") as gpu,
+    ):
+        wanted, found = cpu.score(**question), gpu.score(**question)
+    assert found.tokens == wanted.tokens
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-3)
 
 
 def test_unusable_answers_are_refused(reference: Path) -> None:
