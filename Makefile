@@ -1,18 +1,21 @@
-# make demo   export the demo model, classify with it, draw its features (about a minute)
-# make test   lint, types and tests, as CI does
-# make lint   only the first two
-# make engines   TensorRT engines of whole encoders, as CI builds them too (20 minutes)
+# make demo      export the demo model, classify with it and draw its features (one minute)
+# make test      lint, types and tests, as CI runs them (ten minutes on two cores)
+# make lint      lint and types only
+# make engines   build TensorRT engines of whole encoders, as CI does (no GPU needed)
+# make clean     remove the environment and everything that was built
 #
-# Each installs what it needs into .venv first, and again only when pyproject.toml has changed.
-# Needs Python 3.11 or newer: `make PYTHON=python3.12 test` names another than python3.
+# Each command first installs what it needs into .venv, again only after pyproject.toml changed.
+# Python 3.11 or newer is needed: `make PYTHON=python3.12 test` uses another than python3.
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-# By name and first: an index may have the CPU build of this version only, and pip would otherwise
-# take the newest that the extras allow.
+# Installed first and by version: an index may have the CPU build of this version only, and pip would
+# otherwise choose the newest version that the extras allow.
 TORCH := torch==2.13.0
 SOURCES := perception_rt training benchmarks examples tests
+# One process per core, each with one thread. A file stays in one process, and so do its fixtures.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test lint engines clean
 .NOTPARALLEL:
@@ -24,7 +27,7 @@ demo: $(VENV)/.installed-demo
 	@$(VENV)/bin/python examples/demo.py
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL) --durations 10
 
 engines: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m slow tests/export/test_tensorrt.py -k encoders
@@ -32,15 +35,14 @@ engines: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
-	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy examples/demo.py
+	$(VENV)/bin/mypy --num-workers auto
 
 $(VENV)/.installed-demo: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -e ".[export,train,video]"
 	@touch $@
 
-# The tests need all that the demo needs.
+# The demo needs a part of what the tests need.
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -e ".[dev]"
@@ -48,11 +50,12 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "perception_rt needs Python 3.11 or newer, and $(PYTHON) is" \
+	  echo "perception_rt needs Python 3.11 or newer, but $(PYTHON) is" \
 	    "$$($(PYTHON) --version 2>/dev/null || echo missing)." \
-	    "Name another: make PYTHON=python3.12" >&2; exit 1; }
+	    "Choose another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	  echo "$(PYTHON) cannot make a virtual environment (Debian, Ubuntu: install python3-venv)" >&2; \
+	  echo "$(PYTHON) cannot create a virtual environment: on Debian and Ubuntu, install" \
+	    "python3-venv" >&2; \
 	  exit 1; }
 
 clean:

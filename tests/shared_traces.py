@@ -3,6 +3,8 @@ takes, and the same for every precision. Lowerings only read what was traced.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,9 @@ def _shared(
 def share() -> None:
     """Makes all exports share traces for the rest of the process."""
     trace.trace = _shared
+    # torch.onnx parses the functions of onnxscript's library anew for every trace.
+    library = import_module("torch.onnx._internal._lazy_import").onnxscript_apis
+    library.get_torchlib_ops = cache(library.get_torchlib_ops)
 
 
 def forget() -> None:

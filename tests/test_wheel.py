@@ -52,7 +52,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the commands of an environment with the wheel and what it requires."""
     directory = tmp_path_factory.mktemp("venv")
     run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=directory)
-    run(*PIP, "--python", directory / "bin" / "python", "install", wheel, cwd=directory)
+    run(
+        *PIP,
+        "--python",
+        directory / "bin" / "python",
+        "install",
+        "--no-compile",
+        wheel,
+        cwd=directory,
+    )
     return directory / "bin"
 
 

@@ -24,7 +24,7 @@ class Sampler:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int | np.random.Generator | None = None,
+        seed: "int | np.random.Generator | None" = None,  # importing it loads compiled modules
         allowed: Array | None = None,
     ) -> None:
         """Creates a sampler that applies temperature, top_k and top_p in this order.
