@@ -6,7 +6,7 @@ and skipped.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,7 +21,7 @@ from perception_rt.processing.tiles import TileSpec
 from training.data.datasets import Dataset
 from training.data.loader import Read
 from training.data.mixture import Mix
-from training.data.packing import IGNORED, LanguageBatch, Sample, collate
+from training.data.packing import IGNORED, Sample
 from training.data.records import SampleError, read_record
 from training.recipe.schema import LanguageDataConfig
 
@@ -141,8 +141,3 @@ class ConversationSource:
             tiles=tiles[: image // self._tokens_per_tile],
             name=name,
         )
-
-
-def collator(length: int) -> Callable[[Sequence[Sequence[Sample]]], LanguageBatch]:
-    """Returns a function that makes batches of sequences of `length` tokens."""
-    return lambda rows: collate(rows, length)

@@ -5,6 +5,7 @@ tiles, S tile side in pixels.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from perception_rt.models.plm import PerceptionLM
 from perception_rt.processing.llm_tokenizer import Tokenizer, detect_tokenizer, open_tokenizer
 from perception_rt.processing.tiles import TileSpec
-from training.data.conversations import ConversationSource, collator
+from training.data.conversations import ConversationSource
 from training.data.datasets import Dataset, LineDataset
 from training.data.loader import LaneStream
 from training.data.mixture import Mix, parse_mix
@@ -169,7 +170,7 @@ class LanguageTask(Task):
         config = self.config
         return LaneStream(
             self.source(),
-            collator(config.data.seq_len),
+            partial(collate, length=config.data.seq_len),
             lanes=config.data.batch_size,
             parts=config.optim.accumulation,
             group=group,
