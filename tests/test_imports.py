@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,27 +31,35 @@ class Import:
     lazy: bool
 
 
+@cache
 def sources() -> dict[str, Path]:
+    """Module name -> file."""
     paths = [p for top in TOPS for p in (ROOT / top).rglob("*.py")]
     names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(paths)}
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
 
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(sources()[module].read_text("utf-8"))
+
+
+@cache
 def imports() -> list[Import]:
     return [
         Import(module=module, target=target, line=line, lazy=lazy)
-        for module, path in sources().items()
-        for target, line, lazy in _imports(ast.parse(path.read_text("utf-8")), lazy=False)
+        for module in sources()
+        for target, line, lazy in _imports(tree(module), lazy=False)
     ]
 
 
 def _imports(node: ast.AST, *, lazy: bool) -> Iterator[tuple[str, int, bool]]:
-    """(full name, line, lazy) of every import below a node, `import_module("...")` included."""
+    """Yields (full name, line, lazy) of each import in a tree, also `import_module("...")`."""
     if isinstance(node, ast.Import):
         yield from ((alias.name, node.lineno, lazy) for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         assert node.level == 0, "relative import"
-        # `from package import module` may name a module, `from module import name` never does.
+        # Of `from package import name`, the name may be a module.
         yield from ((f"{node.module}.{a.name}", node.lineno, lazy) for a in node.names)
     elif is_import_call(node) and isinstance(node.args[0], ast.Constant):
         yield node.args[0].value, node.lineno, lazy
@@ -70,7 +79,7 @@ def is_import_call(node: ast.AST) -> bool:
 
 
 def part_of(module: str, names: Iterable[str]) -> str | None:
-    """The longest of `names` that is `module` or a package around it."""
+    """Returns the longest of `names` that is `module` or a package that contains it."""
     found = [name for name in names if f"{module}.".startswith(f"{name}.")]
     return max(found, key=len, default=None)
 
@@ -78,7 +87,7 @@ def part_of(module: str, names: Iterable[str]) -> str | None:
 def violation(item: Import) -> str | None:
     """Describes an import that the table forbids; None for one that it allows."""
     owner = part_of(item.module, PARTS)
-    # The entry of the whole package is for its __init__.py alone.
+    # The entry of the whole package is only for its __init__.py.
     assert owner is not None and (owner != "perception_rt" or item.module == owner), (
         f"{item.module} has no entry in PARTS"
     )
@@ -199,15 +208,15 @@ def test_names_that_are_imported_from_tables_go_down() -> None:
     assert all(part_of(item.__module__, allowed) for item in public)
     dynamic = {
         module
-        for module, path in sources().items()
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for module in sources()
+        for node in ast.walk(tree(module))
         if is_import_call(node) and not isinstance(node.args[0], ast.Constant)
     }
     assert dynamic == IMPORT_BY_TABLE
 
 
 def python(code: str, *arguments: str) -> str:
-    """Standard output of a child interpreter; its standard error is in the failure."""
+    """Runs code in a child interpreter and returns its standard output."""
     command = [sys.executable, "-c", code, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
@@ -271,7 +280,7 @@ BANNED_CALLS = ("eval", "exec", "compile", "os.system", "os.popen", "yaml.load",
 
 
 def unsafe(tree: ast.AST) -> list[str]:
-    """Constructs that can run what a file says (SEC-01), with their lines."""
+    """Describes constructs that can execute the content of a file (SEC-01), with their lines."""
     found = [
         (line, f"imports {name}")
         for name, line, _ in _imports(tree, lazy=False)
@@ -291,9 +300,8 @@ def unsafe(tree: ast.AST) -> list[str]:
     return [f"line {line} {what}" for line, what in sorted(found)]
 
 
-def test_nothing_in_the_library_can_run_what_a_file_says() -> None:
-    modules = {m: p for m, p in sources().items() if m.startswith("perception_rt")}
-    found = {m: unsafe(ast.parse(p.read_text("utf-8"))) for m, p in modules.items()}
+def test_the_library_never_executes_the_content_of_files() -> None:
+    found = {m: unsafe(tree(m)) for m in sources() if m.startswith("perception_rt")}
     assert {m: problems for m, problems in found.items() if problems} == {}
 
 

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises and can be seen from outside: no side effects, no traces, its table."""
+"""Promises of SECURITY.md that show from outside: no side effects, no traces, the table of limits."""
 
 import ast
 import getpass
@@ -17,8 +17,8 @@ from perception_rt.limits import Limits
 
 ROOT = Path(__file__).parents[1]
 
-# SEC-03: every audited event of a child that loads, verifies and runs a package. numpy sets and
-# unsets a variable for its BLAS library while it is imported.
+# SEC-03: prints all audited events of a process that verifies, loads and runs a package. NumPy sets
+# and unsets a variable for its BLAS library while it is imported.
 RUN_AUDITED = """
 import json, os, sys
 
@@ -35,7 +35,7 @@ def watch(event, arguments):
         events.append(f"{event} {arguments}")
 
 sys.addaudithook(watch)
-if len(sys.argv) > 3:  # what the hook must see
+if len(sys.argv) > 3:  # an event that the hook must report
     exec(sys.argv[3])
 
 import numpy as np
@@ -52,7 +52,7 @@ print(json.dumps(events))
 
 
 def audited(directory: Path, *arguments: str) -> list[str]:
-    """The events of a child, whose home, temporary and working directory is `directory`."""
+    """Runs the child with `directory` as its home, temporary and working folder."""
     result = subprocess.run(
         [sys.executable, "-B", "-c", RUN_AUDITED, *arguments],
         cwd=directory,
@@ -72,7 +72,7 @@ def test_running_a_package_writes_nothing_and_starts_nothing(
 ) -> None:
     before = tree(tiny_package)
     assert audited(tmp_path, str(tiny_package), backend) == []
-    # Native code is not audited: ONNX Runtime's telemetry would leave its files here.
+    # Native code raises no audit events: ONNX Runtime's telemetry would leave files here.
     assert list(tmp_path.iterdir()) == []
     assert tree(tiny_package) == before
 
@@ -98,7 +98,7 @@ def tree(directory: Path) -> list[tuple[str, int, int]]:
 
 
 def test_the_suite_cannot_reach_the_network() -> None:
-    address = ("192.0.2.1", 9)  # of a network that is reserved for documentation
+    address = ("192.0.2.1", 9)  # in a network that is reserved for documentation
     for attempt in (
         lambda: socket.create_connection(address, timeout=1),
         lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", address),
@@ -125,7 +125,7 @@ def test_a_package_tells_nothing_of_where_it_was_made(
 
 
 def limits_table() -> str:
-    """The table of SECURITY.md: names, values and meanings of `perception_rt.limits.Limits`."""
+    """Writes the table of SECURITY.md: names, values and meanings of `limits.Limits`."""
     meanings = dict(re.findall(r"^ {8}(\w+): (.+)\.$", Limits.__doc__ or "", re.MULTILINE))
     rows = [
         f"| `{item.name}` | {_value(item.name, item.default)} | {meanings[item.name]} |"
@@ -144,7 +144,7 @@ def _value(name: str, value: float) -> str:
 
 
 def test_the_limits_in_the_document_are_those_of_the_code() -> None:
-    # If this fails after a change of limits.py: replace the table by what is printed.
+    # After a change of limits.py, replace the table in the document by the printed one.
     print(limits_table())
     assert limits_table() in (ROOT / "SECURITY.md").read_text("utf-8")
 

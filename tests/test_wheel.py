@@ -1,6 +1,6 @@
-"""SEC-02: what is in the wheel, and that it runs an engine where torch and onnx are not installed.
+"""SEC-02: the wheel's content, and that it runs an engine where torch and onnx are not installed.
 
-The engine is made by the source tree. pip, in processes of its own, may use the network.
+The source tree exports the engine. pip runs in processes of its own and may use the network.
 """
 
 import json
@@ -24,7 +24,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
 def run(*command: str | Path, cwd: Path, timeout: float = 300) -> str:
-    """Standard output of a command that must succeed, away from this tree and its settings."""
+    """Runs a command away from this tree and its settings; returns its standard output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "ORT_"))}
     result = subprocess.run(
         [str(part) for part in command],
@@ -49,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the commands of an environment with the wheel and what it requires."""
+    """Installs the wheel and its requirements; returns the folder of the environment's commands."""
     directory = tmp_path_factory.mktemp("venv")
     run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=directory)
     run(
