@@ -1,4 +1,4 @@
-"""Promises of SECURITY.md that show from outside: no side effects, no traces, the table of limits."""
+"""Promises of SECURITY.md that show from outside: no side effects, no traces, its limits."""
 
 import ast
 import getpass
