@@ -1,15 +1,14 @@
 """Contrastive and sigmoid loss by their formulas, on one and two ranks; resolutions; videos."""
 
 import math
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jobs
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from perception_rt.archs import get_config
@@ -59,20 +58,16 @@ def outcome(name: str, rank: int, ranks: int) -> Outcome:
     return found[0].item(), found[1:]
 
 
-def on_rank(rank: int, port: int, folder: Path) -> None:
-    store = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    found = {name: outcome(name, rank, 2) for name in ("softmax", "sigmoid")}
-    if rank == 0:
+def on_rank(folder: Path) -> None:
+    with process_group("cpu") as group:
+        found = {name: outcome(name, group.rank, 2) for name in ("softmax", "sigmoid")}
+    if group.is_main:
         torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()
 
 
 def test_two_ranks_give_the_loss_and_gradient_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(on_rank, (port, tmp_path), nprocs=2, start_method="forkserver")
+    job = jobs.fork(on_rank, [(tmp_path,)] * 2, tmp_path / "job")
+    assert job.wait() == [0, 0], job.stderr()
     together = torch.load(tmp_path / "found.pt")
     for name, (loss, gradients) in together.items():
         expected_loss, expected = outcome(name, 0, 1)

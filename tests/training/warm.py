@@ -1,4 +1,7 @@
-"""Work that every rank would otherwise repeat; the server that ranks fork from imports this."""
+"""Work that every rank would otherwise repeat; the server that ranks fork from imports this.
+
+Everything here runs on one thread (OMP_NUM_THREADS=1): a fork would miss the threads of a pool.
+"""
 
 import tempfile
 from pathlib import Path
