@@ -133,8 +133,10 @@ _RUNTIME = {
 
 _EXPORT = {
     "perception_rt.export": Part(uses=TORCH_SIDE, libraries=EXPORTER),
-    "perception_rt.export.options": Part(uses=(*LAYER_1, "checkpoint")),
-    "perception_rt.export.plan": Part(uses=(*LAYER_2, "export.options", "export.quantization")),
+    "perception_rt.export.options": Part(uses=LAYER_1),
+    "perception_rt.export.plan": Part(
+        uses=(*LAYER_2, "checkpoint", "export.options", "export.quantization")
+    ),
     "perception_rt.export.fidelity": Part(uses=LAYER_2, libraries=("numpy",)),
     "perception_rt.export.gate": Part(uses=(*TORCH_SIDE, "export", "runtime"), libraries=EXPORTER),
     "perception_rt.export.quantization": Part(

@@ -145,8 +145,13 @@ def add_refit_arguments(parser: argparse.ArgumentParser) -> None:
 def run_export(arguments: argparse.Namespace) -> None:
     """Runs `perception-export`."""
     with _needing_torch():
-        from perception_rt.export import ExportOptions, export
-        from perception_rt.export.options import parse_image_size, parse_taps, parse_target
+        from perception_rt.export.build import export
+        from perception_rt.export.options import (
+            ExportOptions,
+            parse_image_size,
+            parse_taps,
+            parse_target,
+        )
     if arguments.fp8 and arguments.precision not in (None, "fp8"):
         raise InputError(f"--fp8 and --precision {arguments.precision} contradict each other")
     options = ExportOptions(

@@ -7,10 +7,10 @@ one component in eager, or one layer of a language model, and not several copies
 import os
 import platform
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from perception_rt._version import __version__
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
-from perception_rt.errors import BackendError, CapacityError, ExportError, InputError
+from perception_rt.errors import BackendError, CapacityError, InputError
 from perception_rt.export.backends.tensorrt_engines import (
     EngineBuilder,
     EngineMaker,
@@ -31,26 +31,28 @@ from perception_rt.export.backends.tensorrt_engines import (
 from perception_rt.export.backends.tensorrt_profiles import has_engine
 from perception_rt.export.backends.torch_tensorrt import TorchTensorRt, load_compiler
 from perception_rt.export.components.component import (
-    Component,
     ModelExport,
-    Recipe,
     Reference,
     ranges_of,
 )
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.gate import check_gpu, run_gate
-from perception_rt.export.graph.lowering import LoweredGraph, Lowering
+from perception_rt.export.graph.lowering import Lowering
 from perception_rt.export.graph.onnx_writer import Place, write_graphs
-from perception_rt.export.options import (
-    ExportOptions,
+from perception_rt.export.options import ExportOptions
+from perception_rt.export.plan import (
+    HERE,
+    BuildSettings,
+    Plan,
+    Report,
+    WeightsPlace,
+    build_settings,
     find_architecture,
     locate_weights,
     refuse_foreign,
 )
-from perception_rt.export.plan import HERE, BuildSettings, Plan, build_settings
 from perception_rt.export.quantization.calibration import calibration_files, prompts
 from perception_rt.export.quantization.formats import Format
-from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.export.refit_source import RefitSource
 from perception_rt.families import Family, family_of, import_named
 from perception_rt.memory import peak_rss_bytes
@@ -60,8 +62,6 @@ from perception_rt.package.store import Stage
 from perception_rt.package.trust import remember
 from perception_rt.targets import operator_domains
 from perception_rt.tensorrt_library import gpu_capability
-
-Report = Callable[[str], None]
 
 
 def export(options: ExportOptions, on_progress: Report | None = None) -> Manifest:
@@ -88,24 +88,12 @@ def export(options: ExportOptions, on_progress: Report | None = None) -> Manifes
     family = family_of(config)
     refuse_foreign(options, family)
     settings = build_settings(options)
-    model_class = model_export(family)
-    config = model_class.configure(options, config, settings)
     check_machine(settings)
-    if settings.calibration is not None:
-        calibration_files(settings.calibration)
-        prompts(settings.calibration)
-    with _parents(Path(options.out)):
-        # An early check: the stage itself is made when the weights are there.
-        Stage.create(options.out, force=options.force).discard()
-        place = locate_weights(options, report)
-        plan = model_class.make_plan(options, config, settings, place.path)
-        source: WeightSource
-        if place.path is None:
-            source = RandomWeights(config, options.seed)
-        else:
-            license_note = place.license_note or LICENSE_UNKNOWN
-            source = open_checkpoint(place.path, config, license_note=license_note)
-        return export_package(plan, source, options.out, force=options.force, on_progress=report)
+    with _parents(Path(options.out)), Stage.create(options.out, force=options.force) as stage:
+        locate = cache(partial(locate_weights, options, report))
+        plan = model_export(family).make_plan(options, config, settings, lambda: locate().path)
+        source = _open_source(plan, locate(), options.seed)
+        return _fill(stage, plan, source, None, report)
 
 
 def model_export(family: Family) -> type[ModelExport[Any, Any]]:
@@ -124,6 +112,7 @@ def check_machine(settings: BuildSettings, *, builds: bool = True) -> None:
     Raises:
         BackendError: a library or a GPU is missing.
         CapacityError: the GPU has no free memory.
+        InputError: the calibration folder has no usable files.
     """
     if settings.engines and builds:
         if settings.route != "onnx":
@@ -132,6 +121,9 @@ def check_machine(settings: BuildSettings, *, builds: bool = True) -> None:
         if _has_gpu_for(settings):
             check_gpu()
     ranges_of(settings)
+    if settings.calibration is not None:
+        calibration_files(settings.calibration)
+        prompts(settings.calibration)
 
 
 def export_package(
@@ -158,36 +150,49 @@ def export_package(
         CheckpointError: the weights are unusable.
         BackendError: an engine cannot be built on this machine.
     """
-    report = on_progress or _ignore
+    with Stage.create(out, force=force) as stage:
+        return _fill(stage, plan, source, refit, on_progress or _ignore)
+
+
+def _fill(
+    stage: Stage, plan: Plan, source: WeightSource, refit: RefitSource | None, report: Report
+) -> Manifest:
+    """Fills a stage with the package, compares it with eager, and publishes it."""
     started = time.monotonic()
     model = model_export(family_of(plan.config))(plan, source)
     for note in model.notes():
         report(note)
-    with Stage.create(out, force=force) as stage:
-        for path, data in model.files().items():
-            stage.write(path, [data])
-        written = _write_components(plan, model, stage, refit, report)
-        content = _content(plan, model, stage, written)
-        # The gate opens the stage as users open a package, so the manifest must be there before
-        # the gate's results are; sealing again puts them into the record, which the id leaves out.
-        # Engines are built last, since the gate may find that they would be in vain.
-        _seal(stage, content, {})
-        report("comparing the package with eager")
-        fidelity, latency = run_gate(stage.directory, written.references)
-        check_gate(fidelity, plan.gate)
-        engines: dict[str, Any] = {}
-        if plan.engines:
-            maker = refit if refit is not None and refit.refittable else _maker(plan, model)
-            content, engines = _add_engines(plan, maker, stage, content, report)
-            engines |= _gate_engines(plan, stage, content, written.references, maker, report)
-        seconds = time.monotonic() - started
-        record = _record(plan, fidelity, latency, written.excluded, seconds)
-        manifest = _seal(stage, content, record | engines)
-        stage.publish()
+    for path, data in model.files().items():
+        stage.write(path, [data])
+    written = _write_components(plan, model, stage, refit, report)
+    content = _content(plan, model, stage, written)
+    # The gate opens the stage as users open a package, so a manifest must be there before the
+    # gate's results are. Sealing again puts them into the record, which the id leaves out. Engines
+    # come last, since a package that fails the gate needs none.
+    _seal(stage, content, {})
+    report("comparing the package with eager")
+    fidelity, latency = run_gate(stage.directory, written.references)
+    check_gate(fidelity, plan.gate)
+    engines: dict[str, Any] = {}
+    if plan.engines:
+        maker = refit if refit is not None and refit.refittable else _maker(plan, model)
+        content, engines = _add_engines(plan, maker, stage, content, report)
+        engines |= _gate_engines(plan, stage, content, written.references, maker, report)
+    seconds = time.monotonic() - started
+    record = _record(plan, fidelity, latency, written.excluded, seconds)
+    manifest = _seal(stage, content, record | engines)
+    out = stage.publish()
     if plan.engines:
         _remember(manifest.id, report)
-    report(f"published {Path(out).name}, {manifest.id}")
+    report(f"published {out.name}, {manifest.id}")
     return manifest
+
+
+def _open_source(plan: Plan, place: WeightsPlace, seed: int) -> WeightSource:
+    if place.path is None:
+        return RandomWeights(plan.config, seed)
+    license_note = place.license_note or LICENSE_UNKNOWN
+    return open_checkpoint(place.path, plan.config, license_note=license_note)
 
 
 def _ignore(line: str) -> None:
@@ -237,6 +242,7 @@ def _write_components(
     report: Report,
 ) -> _Written:
     lowering: type[Lowering] = import_named(plan.target.emitter)
+    dtype = np.dtype(plan.float_dtype)
     written = _Written()
     places: dict[str, Place] = {}
     carry: Tensor | None = None
@@ -254,47 +260,19 @@ def _write_components(
         written.smoothed |= measured.smoothed & formats.keys()
         written.clipped |= measured.clipped & formats.keys()
         report(f"{component.name}: tracing and writing {plan.precision} graphs")
-        lowered = _lower(component, lowering, formats, measured)
+        made = component.traced()
+        lowered = {
+            name: lowering(
+                made.traced, made.parameters, dtype=dtype, formats=formats, measured=measured
+            ).lower(name, recipe)
+            for name, recipe in made.recipes.items()
+        }
         graphs = write_graphs(stage, f"{component.name}.data", lowered, places)
         written.graphs |= graphs
         if refit is not None:
             for name, spec in graphs.items():
                 refit.check(name, stage.path(spec.file).read_bytes())
     return written
-
-
-def _lower(
-    component: Component[Any],
-    lowering: type[Lowering],
-    formats: Mapping[str, Format],
-    measured: Measured,
-) -> dict[str, LoweredGraph]:
-    traced, parameters = component.traced()
-    dtype = np.dtype(component.plan.float_dtype)
-    graphs = {}
-    for name, recipe in component.recipes().items():
-        instance = lowering(traced, parameters, dtype=dtype, formats=formats, measured=measured)
-        graphs[name] = instance.lower(recipe.sources, recipe.outputs)
-        _check_fused(name, graphs[name], lowering, recipe)
-    return graphs
-
-
-def _check_fused(name: str, graph: LoweredGraph, lowering: type[Lowering], recipe: Recipe) -> None:
-    """ExportError unless every attention became the operators that the lowering promises."""
-    wanted: Counter[str] = Counter()
-    for times, operators in (
-        (recipe.attentions, lowering.attention_ops),
-        (recipe.cached_attentions, lowering.cached_attention_ops),
-    ):
-        if times:
-            wanted.update({operator: times * count for operator, count in operators.items()})
-    for operator, count in wanted.items():
-        fused = graph.count(operator)
-        if fused != count:
-            raise ExportError(
-                f"graph {name!r} has {fused} {operator} operators, not {count}: attention was "
-                "not fused"
-            )
 
 
 def _content(plan: Plan, model: ModelExport[Any, Any], stage: Stage, written: _Written) -> Content:

@@ -1,24 +1,15 @@
-"""Options of an export, and the model that they name: its architecture, where its weights are."""
+"""Options of an export, with checks of their types, and their text forms on a command line."""
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
-from perception_rt.checkpoint.hub import download
-from perception_rt.checkpoint.locate import CONFIG_NAME, find_config
-from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError, describe
-from perception_rt.families import FAMILIES, Config, Family, family_of, parse_config
 
-_MAX_CONFIG_BYTES = 64 * 1024
 _TEXTS = ("model", "precision", "backend", "blocks", "route", "calibrator")
 _PATHS = ("out", "checkpoint", "config", "weights", "tokenizer", "calibration")
 _FLAGS = ("center_crop", "allow_unfused", "refittable", "force")
 
-Report = Callable[[str], None]
 PathName = str | os.PathLike[str]
 
 
@@ -154,100 +145,3 @@ def parse_taps(text: str) -> tuple[int, ...] | None:
 def parse_target(text: str) -> tuple[str, ...]:
     """Parses "none" or compute capabilities such as "sm89,sm120" to `ExportOptions.target`."""
     return () if text == "none" else tuple(text.lower().split(","))
-
-
-def refuse_foreign(options: ExportOptions, family: Family) -> None:
-    """InputError for an option that is set and belongs to another family than the model's."""
-    for other in FAMILIES.values():
-        for name in other.export_options if other is not family else ():
-            value = getattr(options, name)
-            if value is not None and value is not False:
-                raise InputError(f"--{name.replace('_', '-')} is for {other.label}")
-
-
-def model_name(options: ExportOptions) -> str:
-    """Name of the model in its package."""
-    if options.model is not None:
-        name = options.model
-    else:
-        assert options.checkpoint is not None
-        path = Path(options.checkpoint).absolute()
-        # Files of these names are told apart by their folders only.
-        common = path.name.startswith(("consolidated.", "model."))
-        name = path.parent.name if common else path.stem
-    return name.removeprefix("facebook/").replace("Perception-LM-", "PLM-")
-
-
-def find_architecture(options: ExportOptions) -> Config:
-    """The architecture of the model that the options name; reads no weights.
-
-    Raises:
-        InputError: the model is unknown, or there is no usable configuration.
-        CheckpointError: the configuration beside the checkpoint is not JSON.
-    """
-    if options.checkpoint is None:
-        assert options.model is not None
-        if options.model in _DEMOS:
-            return _read_config(_DEMOS[options.model][0])
-        return get_config(options.model)
-    if options.config is not None:
-        return _read_config(Path(options.config))
-    found = find_config(Path(options.checkpoint))
-    if found is None:
-        raise InputError("--checkpoint needs --config, the architecture as JSON")
-    return found
-
-
-# Architecture and weights of each demo model.
-_DEMOS: Mapping[str, tuple[Path, Path]] = {
-    PE_DEMO: (config_path(), weights_path()),
-    PLM_DEMO: (language_model_path() / CONFIG_NAME, language_model_path()),
-}
-
-
-def _read_config(path: Path) -> Config:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read config {path}: {error.strerror}") from None
-    if len(data) > _MAX_CONFIG_BYTES:
-        raise InputError(f"config {path} has {len(data)} bytes; at most {_MAX_CONFIG_BYTES}")
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        raise InputError(f"config {path} is not JSON") from None
-    return parse_config(values)
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsPlace:
-    """Where weights are.
-
-    Attributes:
-        path: file or folder; None for random weights.
-        license_note: licence of the weights; None if it is unknown.
-    """
-
-    path: Path | None
-    license_note: str | None = None
-
-
-def locate_weights(options: ExportOptions, report: Report) -> WeightsPlace:
-    """Where the weights are; downloads those of a released model unless they are in the cache.
-
-    Raises:
-        CheckpointError: the download failed.
-    """
-    if options.checkpoint is not None:
-        return WeightsPlace(Path(options.checkpoint))
-    if options.weights == "random":
-        return WeightsPlace(None)
-    if options.weights not in (None, "hf"):
-        assert options.weights is not None
-        return WeightsPlace(Path(options.weights))
-    assert options.model is not None
-    if options.model in _DEMOS:
-        return WeightsPlace(_DEMOS[options.model][1], LICENSE_NOTE)
-    report(f"looking for {options.model} in the hub cache, or downloading it")
-    license_note = family_of(get_config(options.model)).license
-    return WeightsPlace(download(options.model), license_note)

@@ -1,16 +1,24 @@
-"""Plans: what an export makes, decided and checked before any work starts."""
+"""From options to a plan: the model that they name, the settings, and what an export makes of it.
 
+Everything is decided and checked here before any work starts.
+"""
+
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
+from perception_rt.checkpoint.hub import download
+from perception_rt.checkpoint.locate import CONFIG_NAME, find_config
 from perception_rt.config import PeConfig
+from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError
-from perception_rt.export.options import ExportOptions, model_name
+from perception_rt.export.options import ExportOptions
 from perception_rt.export.quantization.formats import Scheme
-from perception_rt.families import Config
+from perception_rt.families import FAMILIES, Config, Family, family_of, parse_config
 from perception_rt.package.contract import DECODER, EMBED, PIXELS, VISION
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
@@ -26,6 +34,93 @@ _SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
 _HEAD_MULTIPLE = 16  # channels: GroupQueryAttention and fused kernels need such heads
 _ADDRESS_MULTIPLE = 256  # bytes: TensorRT needs such addresses
 _BLOCK = 32  # channels of a quantised block of the embedding
+_MAX_CONFIG_BYTES = 64 * 1024
+
+Report = Callable[[str], None]
+
+
+def find_architecture(options: ExportOptions) -> Config:
+    """The architecture of the model that the options name; reads no weights.
+
+    Raises:
+        InputError: the model is unknown, or there is no usable configuration.
+        CheckpointError: the configuration beside the checkpoint is not JSON.
+    """
+    if options.checkpoint is None:
+        assert options.model is not None
+        if options.model in _DEMOS:
+            return _read_config(_DEMOS[options.model][0])
+        return get_config(options.model)
+    if options.config is not None:
+        return _read_config(Path(options.config))
+    found = find_config(Path(options.checkpoint))
+    if found is None:
+        raise InputError("--checkpoint needs --config, the architecture as JSON")
+    return found
+
+
+# Architecture and weights of each demo model.
+_DEMOS: Mapping[str, tuple[Path, Path]] = {
+    PE_DEMO: (config_path(), weights_path()),
+    PLM_DEMO: (language_model_path() / CONFIG_NAME, language_model_path()),
+}
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read config {path}: {error.strerror}") from None
+    if len(data) > _MAX_CONFIG_BYTES:
+        raise InputError(f"config {path} has {len(data)} bytes; at most {_MAX_CONFIG_BYTES}")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InputError(f"config {path} is not JSON") from None
+    return parse_config(values)
+
+
+def refuse_foreign(options: ExportOptions, family: Family) -> None:
+    """InputError for an option that is set and belongs to another family than the model's."""
+    for other in FAMILIES.values():
+        for name in other.export_options if other is not family else ():
+            value = getattr(options, name)
+            if value is not None and value is not False:
+                raise InputError(f"--{name.replace('_', '-')} is for {other.label}")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPlace:
+    """Where weights are.
+
+    Attributes:
+        path: file or folder; None for random weights.
+        license_note: licence of the weights; None if it is unknown.
+    """
+
+    path: Path | None
+    license_note: str | None = None
+
+
+def locate_weights(options: ExportOptions, report: Report) -> WeightsPlace:
+    """Where the weights are; downloads those of a released model unless they are in the cache.
+
+    Raises:
+        CheckpointError: the download failed.
+    """
+    if options.checkpoint is not None:
+        return WeightsPlace(Path(options.checkpoint))
+    if options.weights == "random":
+        return WeightsPlace(None)
+    if options.weights not in (None, "hf"):
+        assert options.weights is not None
+        return WeightsPlace(Path(options.weights))
+    assert options.model is not None
+    if options.model in _DEMOS:
+        return WeightsPlace(_DEMOS[options.model][1], LICENSE_NOTE)
+    report(f"looking for {options.model} in the hub cache, or downloading it")
+    license_note = family_of(get_config(options.model)).license
+    return WeightsPlace(download(options.model), license_note)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +209,11 @@ class BuildSettings:
 
 def build_settings(options: ExportOptions) -> BuildSettings:
     """The settings that the options ask for; InputError if they do not fit together."""
+    name = _model_name(options)
     target = get_target(options.backend or default_backend(options.precision))
     default_engines = (HERE,) if target.has_engines else ()
     return BuildSettings(
-        name=model_name(options),
+        name=name,
         backend=target.name,
         precision=options.precision or target.default_precision,
         engines=default_engines if options.target is None else tuple(options.target),
@@ -127,6 +223,19 @@ def build_settings(options: ExportOptions) -> BuildSettings:
         calibration=None if options.calibration is None else Path(options.calibration),
         calibrator=options.calibrator,
     )
+
+
+def _model_name(options: ExportOptions) -> str:
+    """Name of the model in its package."""
+    if options.model is not None:
+        name = options.model
+    else:
+        assert options.checkpoint is not None
+        path = Path(options.checkpoint).absolute()
+        # Files of these names are told apart by their folders only.
+        common = path.name.startswith(("consolidated.", "model."))
+        name = path.parent.name if common else path.stem
+    return name.removeprefix("facebook/").replace("Perception-LM-", "PLM-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +274,8 @@ class ExportPlan(Plan):
     def __post_init__(self) -> None:
         # A dataclass with slots is a new class, which `super()` without arguments does not find.
         Plan.__post_init__(self)
-        check_encoder(self)
+        if self.precision == "int4":
+            raise InputError("int4 is for language models; an encoder can be int8")
         _ = self.grid
         for tap in self.taps or ():
             if self.config.vision.block_index(tap) != tap:
@@ -229,12 +339,6 @@ class PlmPlan(Plan):
     def quantized(self) -> bool:
         """Whether linear weights are integers."""
         return self.precision in ("int8", "int4")
-
-
-def check_encoder(settings: BuildSettings) -> None:
-    """InputError for settings that no encoder can have."""
-    if settings.precision == "int4":
-        raise InputError("int4 is for language models; an encoder can be int8")
 
 
 def check_decoder(settings: BuildSettings, config: PlmConfig, blocks: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from perception_rt.cli import export_main
 from perception_rt.errors import ExportError, InputError
-from perception_rt.export import ExportOptions, export, options
+from perception_rt.export import ExportOptions, export, plan
 from perception_rt.export.components.plm import PlmExport
 from perception_rt.export.options import parse_image_size, parse_taps, parse_target
 from perception_rt.package.manifest import Manifest
@@ -58,8 +58,8 @@ def test_a_language_model_is_the_command_s_and_is_planned_once(
     )  # fmt: skip
     assert manifest.id == read_manifest(tmp_path / "cli").id
     assert manifest.content.text is not None
-    (plan,) = plans
-    assert (plan.tiles.mode, plan.max_length) == ("vanilla", 256)
+    (made,) = plans
+    assert (made.tiles.mode, made.max_length) == ("vanilla", 256)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_options_of_a_wrong_type_or_that_contradict_are_refused(
 def test_bad_values_are_refused_before_weights_are_looked_for(
     values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "download", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(plan, "download", lambda name: pytest.fail("the hub was asked"))
     with pytest.raises(InputError, match=message):
         export(ExportOptions(out=tmp_path / "a" / "p", **values))
     assert list(tmp_path.iterdir()) == []
@@ -129,7 +129,7 @@ def test_bad_values_are_refused_before_weights_are_looked_for(
 def test_a_destination_that_is_taken_is_refused_before_weights_are_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "download", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(plan, "download", lambda name: pytest.fail("the hub was asked"))
     (tmp_path / "p").write_text("mine")
     with pytest.raises(ExportError, match="is not a directory; it is not replaced"):
         export(ExportOptions(model="PLM-1B", out=tmp_path / "p", force=True))
@@ -150,12 +150,12 @@ def test_texts_of_the_command_line() -> None:
     assert parse_image_size("448x336") == (448, 336)
 
 
-def test_options_load_no_torch() -> None:
+def test_options_load_no_library() -> None:
     code = """
 import sys
 from perception_rt.export import ExportOptions
 ExportOptions(model="PE-Demo", out="p")
-print(*{"torch", "onnx"} & set(sys.modules))
+print(*{"numpy", "torch", "onnx"} & set(sys.modules))
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ from perception_rt.checkpoint.source import WeightSource
 from perception_rt.export.fidelity import MIN_COSINE
 from perception_rt.export.graph import trace
 from perception_rt.export.graph.lazy_weights import Weight
-from perception_rt.export.graph.lowering import Entry
+from perception_rt.export.graph.lowering import Recipe
 from perception_rt.export.graph.trace import Traced
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.plan import BuildSettings, Plan
@@ -34,7 +34,6 @@ from perception_rt.export.quantization.sensitivity import (
 )
 from perception_rt.families import Config
 from perception_rt.package import contract
-from perception_rt.package.contract import TensorSpec
 from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSpec, normalize
 
@@ -45,20 +44,18 @@ _MARGIN = 0.0008
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How one graph of a package is cut from a traced component.
+class TracedComponent:
+    """A traced component and the graphs that it becomes.
 
     Attributes:
-        sources: for each traced input, the graph's input and the function that converts it.
-        outputs: for each traced output that the graph has, the graph's output.
-        attentions: number of attentions without a cache.
-        cached_attentions: number of attentions over a key-value cache.
+        traced: the traced module.
+        parameters: a weight for each parameter of the module.
+        recipes: the graphs to lower, by name.
     """
 
-    sources: Sequence[tuple[TensorSpec, Entry]]
-    outputs: Mapping[str, TensorSpec]
-    attentions: int = 0
-    cached_attentions: int = 0
+    traced: Traced
+    parameters: Mapping[str, Weight]
+    recipes: Mapping[str, Recipe]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +103,8 @@ class Component(ABC, Generic[P]):
         """
 
     @abstractmethod
-    def traced(self) -> tuple[Traced, dict[str, Weight]]:
-        """Traces the component; returns the graph, and a weight for each of its parameters."""
-
-    @abstractmethod
-    def recipes(self) -> dict[str, Recipe]:
-        """The graphs to write, by name."""
+    def traced(self) -> TracedComponent:
+        """Traces the component, without reading weights."""
 
     def formats(self, measured: Measured) -> dict[str, Format]:
         """Quantisation formats by weight name: the plan's scheme, except for excluded layers."""
@@ -122,6 +115,7 @@ class Component(ABC, Generic[P]):
 
 
 C = TypeVar("C", bound=Config)
+Locate = Callable[[], Path | None]
 
 
 class ModelExport(ABC, Generic[C, P]):
@@ -138,27 +132,21 @@ class ModelExport(ABC, Generic[C, P]):
 
     @classmethod
     @abstractmethod
-    def configure(cls, options: ExportOptions, config: C, settings: BuildSettings) -> C:
-        """Checks options against the architecture; returns the architecture to export.
-
-        Called before weights are looked for.
-
-        Raises:
-            InputError: the architecture cannot be built so.
-        """
-
-    @classmethod
-    @abstractmethod
     def make_plan(
-        cls, options: ExportOptions, config: C, settings: BuildSettings, weights: Path | None
+        cls, options: ExportOptions, config: C, settings: BuildSettings, locate: Locate
     ) -> P:
         """The plan of an export.
 
         Args:
             options: what the user asked for.
-            config: the architecture, from `configure`.
+            config: architecture of the model.
             settings: checked settings, from the options.
-            weights: checkpoint, beside which further files may lie; None for random weights.
+            locate: returns the checkpoint, beside which further files may lie, or None for random
+                weights. It may download, so whatever can be refused is refused before.
+
+        Raises:
+            InputError: options do not fit the architecture.
+            CheckpointError: the download failed.
         """
 
     @classmethod

@@ -1,19 +1,19 @@
 """Export components of a Perception Encoder: its vision tower and its text tower."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perception_rt.checkpoint.source import WeightSource
-from perception_rt.config import PeConfig, TextConfig, VisionConfig
+from perception_rt.config import PeConfig, TextConfig
 from perception_rt.export.components.component import (
     Component,
+    Locate,
     ModelExport,
-    Recipe,
     Reference,
+    TracedComponent,
     calibration_batches,
     gate_images,
     load_module,
@@ -28,11 +28,9 @@ from perception_rt.export.components.traced_modules import (
     TextGraph,
     VisionGraph,
 )
-from perception_rt.export.graph.lazy_weights import Weight
-from perception_rt.export.graph.lowering import as_is, uint8_images
-from perception_rt.export.graph.trace import Traced
+from perception_rt.export.graph.lowering import Recipe, as_is, uint8_images
 from perception_rt.export.options import ExportOptions
-from perception_rt.export.plan import BuildSettings, ExportPlan, check_encoder
+from perception_rt.export.plan import BuildSettings, ExportPlan
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.formats import Format, Scheme
 from perception_rt.export.quantization.sensitivity import Measured
@@ -90,17 +88,22 @@ class VisionComponent(Component[ExportPlan]):
             measured=measured,
         )
 
-    def traced(self) -> tuple[Traced, dict[str, Weight]]:
-        """Traces the tower on the plan's patch grid; see `Component.traced`."""
-        grid, spec = self.plan.grid, self.plan.image
+    def traced(self) -> TracedComponent:
+        """Traces the tower on the plan's patch grid.
+
+        The graphs are `vision` on uint8 images, `pixels` on floats, and `features` for the taps.
+        """
+        grid, spec, recipes = self.plan.grid, self.plan.image, self._recipes()
         graph = VisionGraph(self.config, grid, self.plan.tapped)
         example = torch.empty(2, 3, spec.height, spec.width, device="meta")
         names = [contract.EMBEDDING, *(contract.tap_name(i) for i in self.plan.tapped)]
-        traced = trace_batch(graph, contract.PIXELS_F32, example, names)
-        return traced, vision_parameters(self.source, graph, self.config, grid)
+        return TracedComponent(
+            recipes=recipes,
+            traced=trace_batch(graph, contract.PIXELS_F32, example, names),
+            parameters=vision_parameters(self.source, graph, self.config, grid),
+        )
 
-    def recipes(self) -> dict[str, Recipe]:
-        """`vision` on uint8 images, `pixels` on floats, and `features` if blocks are tapped."""
+    def _recipes(self) -> dict[str, Recipe]:
         spec, config = self.plan.image, self.config
         images = _tensor(contract.IMAGES_U8, "uint8", spec.height, spec.width, 3)
         pixels = _tensor(contract.PIXELS_F32, "float32", 3, spec.height, spec.width)
@@ -154,55 +157,44 @@ class TextComponent(Component[ExportPlan]):
             measured=measured,
         )
 
-    def traced(self) -> tuple[Traced, dict[str, Weight]]:
-        """Traces the tower at its full context length; see `Component.traced`."""
-        graph = TextGraph(self.config)
-        shape = (2, self.config.context_length)
-        example = torch.zeros(shape, dtype=torch.int64, device="meta")
-        names = [contract.TEXT_EMBEDDING]
-        traced = trace_batch(graph, contract.TOKENS, example, names)
-        return traced, text_parameters(self.source, graph)
-
-    def recipes(self) -> dict[str, Recipe]:
-        """The graph `text`."""
-        tokens = _tensor(contract.TOKENS, "int64", self.config.context_length)
-        features = _tensor(contract.TEXT_EMBEDDING, "float32", self.config.output_dim)
+    def traced(self) -> TracedComponent:
+        """Traces the tower at its full context length; the graph is `text`."""
+        length = self.config.context_length
         recipe = Recipe(
-            sources=[(tokens, as_is)],
-            outputs={contract.TEXT_EMBEDDING: features},
+            sources=[(_tensor(contract.TOKENS, "int64", length), as_is)],
+            outputs={
+                contract.TEXT_EMBEDDING: _tensor(
+                    contract.TEXT_EMBEDDING, "float32", self.config.output_dim
+                )
+            },
             attentions=self.config.layers,
         )
-        return {contract.TEXT: recipe}
+        graph = TextGraph(self.config)
+        example = torch.zeros((2, length), dtype=torch.int64, device="meta")
+        return TracedComponent(
+            recipes={contract.TEXT: recipe},
+            traced=trace_batch(graph, contract.TOKENS, example, [contract.TEXT_EMBEDDING]),
+            parameters=text_parameters(self.source, graph),
+        )
 
 
 class PeExport(ModelExport[PeConfig, ExportPlan]):
     """Contents of a Perception Encoder package."""
 
     @classmethod
-    def configure(
-        cls, options: ExportOptions, config: PeConfig, settings: BuildSettings
-    ) -> PeConfig:
-        """Checks precision, image size and taps; returns the architecture as it is."""
-        check_encoder(settings)
-        image = _image_spec(options, config.vision)
-        config.vision.grid_of(image.height, image.width)
-        _tap_indices(options, config.vision)
-        return config
-
-    @classmethod
     def make_plan(
-        cls,
-        options: ExportOptions,
-        config: PeConfig,
-        settings: BuildSettings,
-        weights: Path | None,
+        cls, options: ExportOptions, config: PeConfig, settings: BuildSettings, locate: Locate
     ) -> ExportPlan:
-        """The plan of an export; see `ModelExport.make_plan`."""
+        """The plan of an export; nothing beside the weights is needed."""
+        size = config.vision.image_size if options.image_size is None else options.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        resize: Resize = "center_crop" if options.center_crop else "squash"
+        taps = options.taps
         return ExportPlan(
             **settings.shared(),
             config=config,
-            image=_image_spec(options, config.vision),
-            taps=_tap_indices(options, config.vision),
+            image=ImageSpec(height=height, width=width, resize=resize),
+            taps=None if taps is None else tuple(map(config.vision.block_index, taps)),
         )
 
     @classmethod
@@ -252,20 +244,6 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
         tower = _load(VisionTower, config.vision, self.source, "visual.")
         taps = self.plan.tapped if graph == contract.FEATURES else ()
         return HalfTower(tower, Pixels(self.plan.image), taps)
-
-
-def _image_spec(options: ExportOptions, vision: VisionConfig) -> ImageSpec:
-    size = vision.image_size if options.image_size is None else options.image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    resize: Resize = "center_crop" if options.center_crop else "squash"
-    return ImageSpec(height=height, width=width, resize=resize)
-
-
-def _tap_indices(options: ExportOptions, vision: VisionConfig) -> tuple[int, ...] | None:
-    """Taps counted from the front; None for all blocks."""
-    if options.taps is None:
-        return None
-    return tuple(vision.block_index(index) for index in options.taps)
 
 
 def _tensor(name: str, dtype: str, *sizes: int) -> TensorSpec:

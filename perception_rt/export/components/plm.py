@@ -20,9 +20,10 @@ from perception_rt.checkpoint.locate import find_tiles, find_tokenizer
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.components.component import (
     Component,
+    Locate,
     ModelExport,
-    Recipe,
     Reference,
+    TracedComponent,
     calibration_batches,
     gate_images,
     load_module,
@@ -36,12 +37,9 @@ from perception_rt.export.components.plm_decoder import (
     DecoderComponent,
     EmbedComponent,
     decoder_parts,
-    signature_recipe,
 )
 from perception_rt.export.components.traced_modules import TileGraph
-from perception_rt.export.graph.lazy_weights import Weight
-from perception_rt.export.graph.lowering import as_is, uint8_images
-from perception_rt.export.graph.trace import Traced
+from perception_rt.export.graph.lowering import Recipe, as_is, uint8_images
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.plan import BuildSettings, PlmPlan, check_decoder
 from perception_rt.export.quantization.formats import Format, Scheme
@@ -65,38 +63,23 @@ class PlmExport(ModelExport[PlmConfig, PlmPlan]):
     """Contents of a Perception Language Model package."""
 
     @classmethod
-    def configure(
-        cls, options: ExportOptions, config: PlmConfig, settings: BuildSettings
-    ) -> PlmConfig:
-        """Checks the decoder's shapes and formats; returns the architecture at `max_length`."""
-        if options.max_length is not None:
-            limit = config.decoder.max_seqlen
-            if not 1 <= options.max_length <= limit:
-                raise InputError(
-                    f"--max-length {options.max_length} is not in 1 to the model's {limit}"
-                )
-            config = replace(config, decoder=replace(config.decoder, max_seqlen=options.max_length))
-        check_decoder(settings, config, options.blocks or _DEFAULT_BLOCKS)
-        return config
-
-    @classmethod
     def make_plan(
-        cls,
-        options: ExportOptions,
-        config: PlmConfig,
-        settings: BuildSettings,
-        weights: Path | None,
+        cls, options: ExportOptions, config: PlmConfig, settings: BuildSettings, locate: Locate
     ) -> PlmPlan:
-        """The plan of an export, with the tile settings and the tokenizer beside the weights.
-
-        See `ModelExport.make_plan`.
-        """
-        size = config.vision.image_size
+        """The plan of an export, with the tile settings and the tokenizer beside the weights."""
+        limit = config.decoder.max_seqlen
+        length = limit if options.max_length is None else options.max_length
+        if not 1 <= length <= limit:
+            raise InputError(f"--max-length {length} is not in 1 to the model's {limit}")
+        config = replace(config, decoder=replace(config.decoder, max_seqlen=length))
+        blocks = options.blocks or _DEFAULT_BLOCKS
+        check_decoder(settings, config, blocks)
+        weights, size = locate(), config.vision.image_size
         return PlmPlan(
             **settings.shared(),
             config=config,
             tiles=TileSpec(tile_size=size) if weights is None else find_tiles(weights, size),
-            blocks=options.blocks or _DEFAULT_BLOCKS,
+            blocks=blocks,
             tokenizer=_find_tokenizer(options, config, weights),
         )
 
@@ -248,21 +231,19 @@ class TileComponent(Component[PlmPlan]):
         features = run_measured(projector, partial(projector, tokens), scheme, measured, _PROJECTOR)
         return features, measured
 
-    def traced(self) -> tuple[Traced, dict[str, Weight]]:
-        """Traces tower and projector on the tile's grid; see `Component.traced`."""
+    def traced(self) -> TracedComponent:
+        """Traces tower and projector on the tile's grid; the graphs are `vision` and `pixels`."""
         config, spec = self.plan.config, self.plan.tiles.tile
+        entries = {contract.VISION: uint8_images(spec.mean, spec.std), contract.PIXELS: as_is}
+        layers = config.vision.layers
+        recipes = {
+            name: Recipe.of_signature(signature, entries[name], attentions=layers)
+            for name, signature in tile_signatures(config).items()
+        }
         graph = TileGraph(config)
         example = torch.empty(2, 3, spec.height, spec.width, device="meta")
-        names = [contract.IMAGE_FEATURES]
-        traced = trace_batch(graph, contract.PIXELS_F32, example, names)
-        return traced, tile_parameters(self.source, graph, config)
-
-    def recipes(self) -> dict[str, Recipe]:
-        """The graphs `vision` and `pixels`."""
-        spec = self.plan.tiles.tile
-        entries = {contract.VISION: uint8_images(spec.mean, spec.std), contract.PIXELS: as_is}
-        layers = self.plan.config.vision.layers
-        return {
-            name: signature_recipe(signature, entries[name], attentions=layers)
-            for name, signature in tile_signatures(self.plan.config).items()
-        }
+        return TracedComponent(
+            recipes=recipes,
+            traced=trace_batch(graph, contract.PIXELS_F32, example, [contract.IMAGE_FEATURES]),
+            parameters=tile_parameters(self.source, graph, config),
+        )

@@ -19,8 +19,8 @@ from torch import Tensor
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.export.components.component import (
     Component,
-    Recipe,
     Reference,
+    TracedComponent,
     load_module,
     ranges_of,
     run_measured,
@@ -28,9 +28,8 @@ from perception_rt.export.components.component import (
 from perception_rt.export.components.parameters import decoder_parameters, embed_parameters
 from perception_rt.export.components.traced_modules import DecoderGraph, EmbedGraph
 from perception_rt.export.graph import trace
-from perception_rt.export.graph.lazy_weights import Array, Weight, row_ranges
-from perception_rt.export.graph.lowering import Entry, as_is
-from perception_rt.export.graph.trace import Traced
+from perception_rt.export.graph.lazy_weights import Array, row_ranges
+from perception_rt.export.graph.lowering import Recipe
 from perception_rt.export.plan import PlmPlan
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.formats import Format, Scheme
@@ -128,17 +127,18 @@ class EmbedComponent(Component[PlmPlan]):
         """The format of the embedding, which a tied head shares."""
         return table_formats(self.plan)
 
-    def traced(self) -> tuple[Traced, dict[str, Weight]]:
-        """Traces the lookup; see `Component.traced`."""
-        graph = EmbedGraph(self.plan.config.decoder)
+    def traced(self) -> TracedComponent:
+        """Traces the lookup; the graph is `embed`."""
+        config = self.plan.config.decoder
+        recipe = Recipe.of_signature(embed_signature(config))
+        graph = EmbedGraph(config)
         example = {contract.TOKENS: torch.zeros(2, 3, dtype=torch.int64, device="meta")}
         dynamic = {contract.TOKENS: {0: contract.BATCH, 1: contract.LENGTH}}
-        traced = trace.trace(graph, example, dynamic=dynamic, output_names=[contract.HIDDEN])
-        return traced, embed_parameters(self.source, graph)
-
-    def recipes(self) -> dict[str, Recipe]:
-        """The graph `embed`."""
-        return {contract.EMBED: signature_recipe(embed_signature(self.plan.config.decoder))}
+        return TracedComponent(
+            recipes={contract.EMBED: recipe},
+            traced=trace.trace(graph, example, dynamic=dynamic, output_names=[contract.HIDDEN]),
+            parameters=embed_parameters(self.source, graph),
+        )
 
 
 class DecoderComponent(Component[PlmPlan]):
@@ -228,10 +228,11 @@ class DecoderComponent(Component[PlmPlan]):
                 found[key] = "int8_blocks" if key in excluded else blocks
         return found
 
-    def traced(self) -> tuple[Traced, dict[str, Weight]]:
-        """Traces the layers over their caches; see `Component.traced`."""
-        graph = DecoderGraph(self.config, self.layers)
+    def traced(self) -> TracedComponent:
+        """Traces the layers over their caches; the graph has the component's name."""
         signature = self._signature(picks_tokens=True)
+        taken = self._signature(picks_tokens=self.plan.target.picks_tokens)
+        recipe = Recipe.of_signature(taken, cached_attentions=len(self.layers))
         examples, dynamic = {}, {}
         for spec in signature.inputs:
             # Equal names are equal sizes, and a name always stands at the same index.
@@ -240,14 +241,13 @@ class DecoderComponent(Component[PlmPlan]):
             examples[spec.name] = torch.zeros(sizes, dtype=dtype, device="meta")
             dynamic[spec.name] = {i: s for i, s in enumerate(spec.shape) if isinstance(s, str)}
         names = [spec.name for spec in signature.outputs]
-        traced = trace.trace(graph, examples, dynamic=dynamic, output_names=names)
         excluded = self.plan.config.image_token_id
-        return traced, decoder_parameters(self.source, graph, self.config, excluded)
-
-    def recipes(self) -> dict[str, Recipe]:
-        """The graph of this part."""
-        signature = self._signature(picks_tokens=self.plan.target.picks_tokens)
-        return {self.name: signature_recipe(signature, cached_attentions=len(self.layers))}
+        graph = DecoderGraph(self.config, self.layers)
+        return TracedComponent(
+            recipes={self.name: recipe},
+            traced=trace.trace(graph, examples, dynamic=dynamic, output_names=names),
+            parameters=decoder_parameters(self.source, graph, self.config, excluded),
+        )
 
     def _signature(self, *, picks_tokens: bool) -> GraphSignature:
         return decoder_signature(
@@ -257,22 +257,6 @@ class DecoderComponent(Component[PlmPlan]):
             fixed_slots=self.plan.target.fixed_slots,
             picks_tokens=picks_tokens,
         )
-
-
-def signature_recipe(
-    signature: GraphSignature,
-    entry: Entry = as_is,
-    *,
-    attentions: int = 0,
-    cached_attentions: int = 0,
-) -> Recipe:
-    """The recipe of a graph with all of a signature's inputs, each through `entry`, and outputs."""
-    return Recipe(
-        sources=[(spec, entry) for spec in signature.inputs],
-        outputs={spec.name: spec for spec in signature.outputs},
-        attentions=attentions,
-        cached_attentions=cached_attentions,
-    )
 
 
 def block_format(plan: PlmPlan) -> Format | None:

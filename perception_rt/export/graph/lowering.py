@@ -8,24 +8,62 @@ Legend: N batch, T tokens, C channels in, O channels out.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 
+from perception_rt.errors import ExportError
 from perception_rt.export.graph.lazy_weights import Array, DType, Weight, constant
 from perception_rt.export.graph.trace import DOMAIN, OPSET, Traced
 from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.package.contract import TensorSpec
+from perception_rt.package.plm_graphs import GraphSignature
 
 IR_VERSION = 10
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where optimisers can read them
 
 
 Operand = ir.Value | Weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one graph of a package is cut from a traced module.
+
+    Attributes:
+        sources: for each traced input, in order, the graph's input and the function that converts
+            it to the traced one.
+        outputs: for each traced output that the graph has, by name, the graph's output.
+        attentions: number of attentions without a cache.
+        cached_attentions: number of attentions over a key-value cache.
+    """
+
+    sources: Sequence[tuple[TensorSpec, "Entry"]]
+    outputs: Mapping[str, TensorSpec]
+    attentions: int = 0
+    cached_attentions: int = 0
+
+    @classmethod
+    def of_signature(
+        cls,
+        signature: GraphSignature,
+        entry: "Entry | None" = None,
+        *,
+        attentions: int = 0,
+        cached_attentions: int = 0,
+    ) -> Self:
+        """The recipe of a graph with these inputs and outputs; None as `entry` is `as_is`."""
+        return cls(
+            sources=[(spec, entry or as_is) for spec in signature.inputs],
+            outputs={spec.name: spec for spec in signature.outputs},
+            attentions=attentions,
+            cached_attentions=cached_attentions,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,30 +115,27 @@ class Lowering(ABC):
         self.constants: dict[str, tuple[Weight, ir.Value]] = {}
         self.opsets = {"": self.opset}
 
-    def lower(
-        self,
-        sources: Sequence[tuple[TensorSpec, "Entry"]],
-        outputs: Mapping[str, TensorSpec],
-    ) -> LoweredGraph:
-        """Builds the graph from its inputs to some of the traced graph's outputs.
+    def lower(self, name: str, recipe: Recipe) -> LoweredGraph:
+        """Builds a graph; `name` is for messages.
 
-        Args:
-            sources: for each traced input, in order, the new graph's input and what turns it into
-                the traced one.
-            outputs: for each wanted traced output, by name, the new graph's output.
+        Raises:
+            ExportError: an attention did not become the operators that the backend fuses.
         """
-        for name, initializer in self.traced.graph.initializers.items():
-            self.env[initializer] = self.parameters[name]
-        inputs = [_value(spec) for spec, _ in sources]
-        pairs = zip(self.traced.graph.inputs, inputs, sources, strict=True)
+        for parameter, initializer in self.traced.graph.initializers.items():
+            self.env[initializer] = self.parameters[parameter]
+        inputs = [_value(spec) for spec, _ in recipe.sources]
+        pairs = zip(self.traced.graph.inputs, inputs, recipe.sources, strict=True)
         for old, new, (_, entry) in pairs:
             self.env[old] = entry(self, new)
         for node in self.traced.graph:
             self.visit(node)
         results = [
-            self.finish(self.env[self.traced.outputs[old]], new) for old, new in outputs.items()
+            self.finish(self.env[self.traced.outputs[old]], new)
+            for old, new in recipe.outputs.items()
         ]
-        return self.assemble(inputs, results)
+        graph = self.assemble(inputs, results)
+        self.check_fused(name, graph, recipe)
+        return graph
 
     # What a backend overrides.
 
@@ -276,6 +311,23 @@ class Lowering(ABC):
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="perception_rt")
         return LoweredGraph(model, external)
+
+    def check_fused(self, name: str, graph: LoweredGraph, recipe: Recipe) -> None:
+        """ExportError unless every attention became the operators that the backend fuses."""
+        wanted: Counter[str] = Counter()
+        for times, operators in (
+            (recipe.attentions, self.attention_ops),
+            (recipe.cached_attentions, self.cached_attention_ops),
+        ):
+            if times:
+                wanted.update({operator: times * count for operator, count in operators.items()})
+        for operator, count in wanted.items():
+            fused = graph.count(operator)
+            if fused != count:
+                raise ExportError(
+                    f"graph {name!r} has {fused} {operator} operators, not {count}: attention was "
+                    "not fused"
+                )
 
 
 Entry = Callable[[Lowering, ir.Value], ir.Value]
