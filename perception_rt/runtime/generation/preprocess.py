@@ -30,7 +30,7 @@ from perception_rt.processing.prompt import (
 )
 from perception_rt.processing.tiles import TileSpec, load_tiles
 from perception_rt.processing.video import VideoSource, load_frames
-from perception_rt.records import check_integer
+from perception_rt.records import check_integer, check_text
 from perception_rt.runtime.cache.feature_cache import feature_key
 from perception_rt.runtime.generation.detokenizer import TextStream
 from perception_rt.runtime.generation.prompt_lookup import PromptLookup
@@ -169,8 +169,7 @@ class RequestPreprocessor:
             BackendError: as `prepare`.
         """
         called_at = self._clock()
-        if not isinstance(answer, str):
-            raise InputError(f"answer must be a string, not {describe(answer)}")
+        check_text("answer", answer, self._limits.text_bytes)
         tokenizer = self._required_tokenizer()
         targets = np.asarray(encode_answer(tokenizer, answer), np.int64)
         if len(targets) == 0:
