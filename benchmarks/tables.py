@@ -20,11 +20,11 @@ def table(
         unavailable: reasons by name of the rows without figures, which come last.
     """
     blank = ["-"] * (len(columns) - 2)
-    reasons = ([name, f"unavailable: {_cell(why)}", *blank] for name, why in unavailable.items())
+    reasons = ([name, f"unavailable: {why}", *blank] for name, why in unavailable.items())
     return [
         f"| {' | '.join(columns)} |",
         f"|---{'|---:' * (len(columns) - 1)}|",
-        *(f"| {' | '.join(row)} |" for row in (*rows, *reasons)),
+        *(f"| {' | '.join(map(_cell, row))} |" for row in (*rows, *reasons)),
     ]
 
 
@@ -36,7 +36,7 @@ def limit_lines(result: Mapping[str, Any]) -> list[str]:
     read = _rate(limits, "read", ".1f")
     return [
         f"measured limits{trial}: {rates} GFLOP/s; read {read} GB/s  ",
-        *(f"unavailable limit: {name}: {_cell(why)}  " for name, why in reasons.items()),
+        *(f"unavailable limit: {name}: {why}  " for name, why in reasons.items()),
     ]
 
 
@@ -50,4 +50,5 @@ def _rate(limits: Mapping[str, float], name: str, form: str) -> str:
 
 
 def _cell(text: str) -> str:
+    """The text with bars escaped, which would begin a cell."""
     return text.replace("|", "\\|")

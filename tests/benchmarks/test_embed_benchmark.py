@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import PE_TINY
 
 from benchmarks import embed, limits
 from benchmarks.encoder.report import summarize
@@ -19,22 +20,8 @@ from benchmarks.flops import vision_flops, vision_macs
 from benchmarks.rounds import Measured, Task
 from benchmarks.timing import least_cosine, measure
 from perception_rt import archs
-from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.errors import BackendError
 from perception_rt.memory import peak_rss_bytes
-
-TINY = PeConfig(
-    vision=VisionConfig(
-        patch_size=8,
-        width=64,
-        layers=1,
-        heads=2,
-        mlp_ratio=4.0,
-        output_dim=32,
-        image_size=32,
-        use_cls_token=True,
-    )
-)
 
 # What timm counts for these models.
 GMACS = {
@@ -94,8 +81,8 @@ def test_summary_pools_rounds() -> None:
         BASELINE.name: [sample([90.0, 100.0], 1.0, 10), sample([110.0], 1.0, 10)],
         "fast": [sample([10.0, 20.0], 0.9, 5), sample([30.0], 0.8, 7)],
     }
-    best = {"fp32": 1e9, "int8": 1e3 * vision_flops(TINY.vision)}
-    first, second = summarize(TINY.vision, [BASELINE, fast], samples, best)
+    best = {"fp32": 1e9, "int8": 1e3 * vision_flops(PE_TINY.vision)}
+    first, second = summarize(PE_TINY.vision, [BASELINE, fast], samples, best)
     assert (first["p50_ms"], first["speed_up"]) == (100.0, 1.0)
     assert second["batch"] == 2
     assert (second["p50_ms"], second["p90_ms"]) == (20.0, pytest.approx(28.0))
@@ -109,7 +96,7 @@ def test_summary_pools_rounds() -> None:
 def test_summary_leaves_out_ratios_to_what_is_unavailable() -> None:
     slow, fast = (Row(name=name, kind="plain", limit="int8") for name in ("slow", "fast"))
     samples = {"fast": [sample([10.0], 0.9, 5)]}
-    (record,) = summarize(TINY.vision, [BASELINE, slow, fast], samples, {"fp32": 1e9})
+    (record,) = summarize(PE_TINY.vision, [BASELINE, slow, fast], samples, {"fp32": 1e9})
     assert (record["row"], record["images_per_s"]) == ("fast", 200)
     assert not {"share", "speed_up"} & set(record)
 
@@ -143,7 +130,7 @@ def test_whole_run(
         except RuntimeError as error:  # no bf16 on this processor
             raise BackendError(str(error)) from None
 
-    monkeypatch.setitem(archs.PE_MODELS, "PE-Tiny", TINY)
+    monkeypatch.setitem(archs.PE_MODELS, "PE-Tiny", PE_TINY)
     monkeypatch.setattr(embed, "run_task", run)
     monkeypatch.setattr(embed, "run_limit", run_limit)
     out = tmp_path / "result.json"
@@ -154,7 +141,7 @@ def test_whole_run(
     result = json.loads(out.read_text())
     (model,) = result["models"]
     rows = {(r["row"], r["batch"]): r for r in model["rows"]}
-    assert list(rows) == [(r.name, b) for r in rows_for(TINY.vision, ["int8"]) for b in (1, 3)]
+    assert list(rows) == [(r.name, b) for r in rows_for(PE_TINY.vision, ["int8"]) for b in (1, 3)]
     assert model["unavailable"] == {}
     for (name, _), record in rows.items():
         assert [len(ms) for ms in record["ms"]] == [1, 1]
@@ -197,7 +184,7 @@ def test_what_the_machine_cannot_run_is_unavailable(
         embed, "run_limit", lambda task: measure(task) if task["limit"] == "bf16" else 1e9
     )
     monkeypatch.setattr(embed, "run_task", run)
-    monkeypatch.setitem(archs.PE_MODELS, "PE-Tiny", TINY)
+    monkeypatch.setitem(archs.PE_MODELS, "PE-Tiny", PE_TINY)
     out = tmp_path / "result.json"
     arguments = f"--model PE-Tiny --quick --rounds 2 --precision int8 --batch 1 --out {out}"
     status = embed.main(arguments.split())
@@ -248,7 +235,7 @@ def test_an_engine_that_fails_stops_the_benchmark(
 
     monkeypatch.setattr(embed, "run_limit", lambda task: 1e9)
     monkeypatch.setattr(embed, "run_task", run)
-    monkeypatch.setitem(archs.PE_MODELS, "PE-Tiny", TINY)
+    monkeypatch.setitem(archs.PE_MODELS, "PE-Tiny", PE_TINY)
     assert embed.main(["--model", "PE-Tiny", "--quick", "--precision", "int8"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -268,7 +255,7 @@ def test_failed_task_names_its_row(tmp_path: Path) -> None:
         "do": "row",
         "row": {"name": "engine int8", "kind": "pixels", "limit": "int8", "precision": "int8"},
         "work": str(tmp_path),
-        "config": TINY.to_dict(),
+        "config": PE_TINY.to_dict(),
     }
     measured = Measured(run=embed.run_task, label="PE-Tiny")
     with pytest.raises(BackendError, match=r"PE-Tiny: engine int8 failed: .*No such file"):

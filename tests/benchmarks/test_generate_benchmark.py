@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_models import PLM_TINY
 
 from benchmarks import generate
 from benchmarks.flops import decoder_bytes, decoder_weights, prefill_macs, vision_flops
@@ -28,29 +29,11 @@ from benchmarks.generation.runners import BASELINE, PEERS, engine_row
 from benchmarks.generation.worker import measure_decoder, perform
 from perception_rt import archs
 from perception_rt.archs import PLM_MODELS
-from perception_rt.config import VisionConfig
 from perception_rt.errors import BackendError
 from perception_rt.package.reader import open_package
-from perception_rt.plm_config import DecoderConfig, PlmConfig
+from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.llm_tokenizer import open_tokenizer
 from perception_rt.processing.prompt import Turn, encode_prompt
-
-TINY = PlmConfig(
-    decoder=DecoderConfig(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=2048, max_seqlen=512
-    ),
-    vision=VisionConfig(
-        patch_size=14,
-        width=64,
-        layers=1,
-        heads=2,
-        mlp_ratio=2.0,
-        image_size=28,
-        pool_type="none",
-        ls_init_value=0.1,
-    ),
-    image_token_id=2000,
-)
 
 SHORT = ("--no-peers", "--quick", "--prompt=8")
 
@@ -76,9 +59,11 @@ def test_weights_equal_published_counts(name: str) -> None:
 
 
 def test_a_prompt_attends_to_what_was_before() -> None:
-    one, three = (prefill_macs(TINY.decoder, tokens) for tokens in (1, 3))
-    assert one == decoder_weights(TINY.decoder) + 2 * 2 * 64  # two layers, each token sees itself
-    layers = decoder_weights(TINY.decoder) - 64 * 2048
+    one, three = (prefill_macs(PLM_TINY.decoder, tokens) for tokens in (1, 3))
+    assert (
+        one == decoder_weights(PLM_TINY.decoder) + 2 * 2 * 64
+    )  # two layers, each token sees itself
+    layers = decoder_weights(PLM_TINY.decoder) - 64 * 2048
     assert three == 3 * layers + 64 * 2048 + 2 * 2 * 64 * (1 + 2 + 3)
 
 
@@ -116,7 +101,7 @@ def test_photo_figures() -> None:
         return {"records": records, "load_ms": 7.0, "peak_rss_bytes": int(ttft)}
 
     samples = [sample(100.0, 40.0, [10.0, 20.0]), sample(200.0, 60.0, [30.0])]
-    record = photo_record(TINY, 4 * 2 * vision_flops(TINY.vision) * 1e3 / 50, samples)
+    record = photo_record(PLM_TINY, 4 * 2 * vision_flops(PLM_TINY.vision) * 1e3 / 50, samples)
     assert (record["ttft_ms"], record["first_ttft_ms"], record["vision_ms"]) == (150, 1500, 50)
     assert record["vision_share"] == pytest.approx(0.25)
     assert (record["token_p50_ms"], record["tokens"], record["peak_rss_bytes"]) == (20, 3, 200)
@@ -162,7 +147,7 @@ def test_batch_figures() -> None:
 
 
 def test_decoder_figures_and_ratios() -> None:
-    operations = 2 * prefill_macs(TINY.decoder, 8)
+    operations = 2 * prefill_macs(PLM_TINY.decoder, 8)
     limits = {"int8": operations * 100.0, "bf16": 1e9, "read": 1e6}
 
     def sample(prefill: list[float], tokens: list[float], peak: int) -> dict:
@@ -172,19 +157,19 @@ def test_decoder_figures_and_ratios() -> None:
     ours = [sample([10.0, 30.0], [1.0, 2.0], 5), sample([20.0], [3.0], 7)]
     theirs = [sample([10.0], [5.0], 1)]
     row = engine_row("int4")
-    (engine,) = decoder_records(TINY, row, limits, ours)
+    (engine,) = decoder_records(PLM_TINY, row, limits, ours)
     assert (engine["prefill_ms"], engine["prefill_tokens_per_s"]) == (20, 400)
     assert engine["prefill_share"] == pytest.approx(0.5)
     assert (engine["token_p50_ms"], engine["read_share"]) == (2, pytest.approx(0.25))
     assert engine["peak_rss_bytes"] == 7
-    records = [engine, *decoder_records(TINY, BASELINE, limits, theirs)]
+    records = [engine, *decoder_records(PLM_TINY, BASELINE, limits, theirs)]
     (ratio,) = ratio_records(records, row.name)
     assert (ratio["peer"], ratio["prompt_tokens"]) == (BASELINE.name, 8)
     assert ratio["token_ratio"] == pytest.approx(0.4)
     assert ratio["prefill_ratio"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("config", [TINY, PLM_MODELS["PLM-1B"]])
+@pytest.mark.parametrize("config", [PLM_TINY, PLM_MODELS["PLM-1B"]])
 def test_prompts_are_about_as_long_as_with_the_real_tokenizer(config: PlmConfig) -> None:
     spec, data = small_tokenizer(config)
     tokenizer = open_tokenizer(spec, data)
@@ -200,7 +185,7 @@ def limit(task: dict) -> float:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("work")
-    prepare(TINY, work, name="PLM-Tiny", precision="int4", blocks="int4")
+    prepare(PLM_TINY, work, name="PLM-Tiny", precision="int4", blocks="int4")
     return work / "package"
 
 
@@ -225,7 +210,7 @@ def test_whole_run(
             return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         return perform(task)
 
-    monkeypatch.setitem(archs.PLM_MODELS, "PLM-Tiny", TINY)
+    monkeypatch.setitem(archs.PLM_MODELS, "PLM-Tiny", PLM_TINY)
     monkeypatch.setattr(generate, "run_task", run)
     monkeypatch.setattr(generate, "run_limit", limit)
     out = tmp_path / "result.json"
@@ -393,7 +378,7 @@ def test_a_failed_engine_task_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     task = {
         "do": "decoder",
         "row": asdict(PEERS[0]),
-        "config": replace(TINY, image_token_id=5).to_dict() | {"dim": "x"},
+        "config": replace(PLM_TINY, image_token_id=5).to_dict() | {"dim": "x"},
     }
     with pytest.raises(BackendError, match="dim must be int"):
         generate.run_task(task)

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import PE_TINY, PLM_TINY
 
 from benchmarks import gpu_check
 from benchmarks.flops import decoder_bytes, decoder_weights
 from benchmarks.gpu import engines, timing
+from perception_rt import archs
 from perception_rt.errors import ExportError
 from perception_rt.export import ExportOptions
 from perception_rt.package.reader import open_package
-from perception_rt.plm_config import PlmConfig
 
 
 def test_a_trial_has_every_row(
@@ -40,12 +41,14 @@ def test_a_trial_has_every_row(
     assert len(table) == len(rows) + 2
 
 
-def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
+def test_engines_are_measured_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, which a backend of ours has too."""
+    monkeypatch.setitem(archs.PE_MODELS, "PE-Tiny", PE_TINY)
+    monkeypatch.setitem(archs.PLM_MODELS, "PLM-Tiny", PLM_TINY)
     bench = timing.Bench(device=torch.device("cpu"), quick=True, deadline=0)
-    rows = [
+    encoder, answers = (
         row
-        for model in gpu_check.DEMOS
+        for model in ("PE-Tiny", "PLM-Tiny")
         for row in engines.engine_rows(
             bench,
             engines.Engine(model=model, backend="onnxruntime", precision="fp16"),
@@ -53,17 +56,15 @@ def test_engines_are_measured_and_compared(tmp_path: Path) -> None:
             {"flops": 1e12, "bytes_per_s": 1e10},
             device="cpu",
         )
-    ]
-    encoder, answers = rows
+    )
     assert encoder["cosine"] > 0.999 and encoder["images_per_s"] > 0
     assert answers["same_tokens"] == answers["of_tokens"] > 0 and answers["load_to_first_s"] > 0
+    assert answers["tokens_per_s"] > 0
     assert 0 < encoder["share_of_peak"] < 1
-    # PLM-Demo's decoder in float16: its products and head.
-    with open_package(tmp_path / "PLM-Demo") as package:
-        content = package.manifest.content
-    read = decoder_bytes(content)
-    config = PlmConfig.from_dict(content.architecture).decoder
-    assert read == pytest.approx(2 * decoder_weights(config), rel=0.05)
+    # The decoder's products and head in float16, and its norms.
+    with open_package(tmp_path / "PLM-Tiny") as package:
+        read = decoder_bytes(package.manifest.content)
+    assert read == pytest.approx(2 * decoder_weights(PLM_TINY.decoder), rel=0.05)
 
 
 def test_the_clock_is_read_after_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
