@@ -113,10 +113,14 @@ def test_whole_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_task = embed.run_task
+    started: set[str] = set()
 
     def run(task: dict) -> object:
         # Processes cost seconds; one shows that they work, one that engines need no torch.
         kind = task["row"]["kind"] if task["do"] == "row" else ""
+        if kind in started:
+            return perform(task)
+        started.add(kind)
         if kind == "pixels":
             return run_task(task)
         if kind == "images":
