@@ -1,4 +1,4 @@
-"""A user's script, which `test_typed_api.py` has mypy check; it is never run."""
+"""A user's script, checked by mypy in `test_typed_api.py`; it is never run."""
 
 from typing import assert_type
 

@@ -23,7 +23,7 @@ def read_golden(name: str) -> tuple[PeConfig, dict[str, Tensor]]:
 
 
 def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under our names, renamed here independently of the tables under test."""
+    """The same tensors under our names, renamed independently of the tables under test."""
     if "logit_scale" not in weights:
         return {f"visual.{key}": tensor for key, tensor in weights.items()}
     return {

@@ -10,7 +10,7 @@ from perception_rt.errors import CheckpointError, InputError
 
 
 class FakeHub(types.ModuleType):
-    """huggingface_hub with a cache, and a network that answers with `problem` if there is one."""
+    """A fake huggingface_hub with a cache; its network raises `problem`, if given."""
 
     def __init__(self, *, cached=(), problem=None, folder=None, published=()):
         super().__init__("huggingface_hub")
@@ -31,7 +31,7 @@ class FakeHub(types.ModuleType):
         return f"{cache_dir}/{repo}/{file}"
 
     def snapshot_download(self, repo, *, allow_patterns, cache_dir, local_files_only=False):
-        """Whatever part of a snapshot is in the cache; with a network, all that is wanted of it."""
+        """Returns the cached part of a snapshot, or with a network all its files."""
         if not local_files_only:
             for name, text in dict(self.published).items():
                 if any(fnmatch(name, pattern) for pattern in allow_patterns):

@@ -1,4 +1,4 @@
-"""A language model's checkpoints: two layouts, several kinds of shards, and what lies beside."""
+"""Checkpoints of language models: two layouts, several kinds of shards, files beside them."""
 
 import json
 import math
@@ -173,7 +173,7 @@ def test_a_consolidated_file(tmp_path, wrapped):
     torch.save({"model": stored} if wrapped else stored, tmp_path / "consolidated.pth")
     weights = assert_holds(tmp_path, TINY, tiny_state())
     assert weights.provenance["file"] == "consolidated.pth"
-    # What another format holds is preferred, as in a hub snapshot with both.
+    # safetensors take precedence, as in a hub snapshot with both formats.
     save_checkpoint({n: t + 1 for n, t in tiny_state().items()}, tmp_path / "m.safetensors", "hf",
                     head_dim=TINY.decoder.head_dim)  # fmt: skip
     assert_holds(tmp_path, TINY, {n: t + 1 for n, t in tiny_state().items()})
@@ -201,7 +201,7 @@ def test_a_missing_last_part_and_parts_that_overlap(tmp_path):
     (tmp_path / "consolidated.02.pth").unlink()
     with pytest.raises(CheckpointError, match=r"consolidated\.\*\.pth: .* \d+ missing"):
         open_checkpoint(tmp_path, TINY)
-    # Model-parallel shards have every key in each file, and a part of the tensor.
+    # Model-parallel shards have each key in every file, with a part of the tensor.
     torch.save({"norm.weight": torch.zeros(4)}, tmp_path / "consolidated.01.pth")
     torch.save({"norm.weight": torch.zeros(4)}, tmp_path / "consolidated.00.pth")
     message = r"two shards hold 'norm\.weight'; a tensor must be in one shard"
@@ -364,7 +364,7 @@ for limit in (16, 4096):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_reading_a_model_does_not_keep_it_in_memory(tmp_path):
-    """What is mapped and has been read counts as memory of this process until it is unmapped."""
+    """Mapped pages that were read count as memory of this process until they are unmapped."""
     decoder = replace(TINY.decoder, dim=1024, n_layers=2, multiple_of=4096, vocab_size=4000)
     config = replace(TINY, decoder=decoder)
     state = {name: torch.zeros(shape) for name, shape in expected_tensors(config).items()}

@@ -1,4 +1,4 @@
-"""How a model was trained to see images comes from its `params.json`."""
+"""Image and video preprocessing is read from a model's `params.json`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A Perception Language Model as files, and the package that `perception-export` makes of them."""
+"""Fixtures: a language model as files, its exported package, an image and a video."""
 
 import json
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class PlmFiles:
 
     @property
     def arguments(self) -> list[str]:
-        """Of `perception-export`, for all but the tokenizer and the destination."""
+        """Arguments of `perception-export`, without tokenizer and destination."""
         return ["--checkpoint", str(self.weights), "--config", str(self.config)]
 
 
 @pytest.fixture(scope="session")
 def plm_files(tmp_path_factory: pytest.TempPathFactory) -> PlmFiles:
-    """The golden model with tied embeddings, for a context that has room for a conversation."""
+    """The golden model with tied embeddings and a context long enough for a conversation."""
     data, folder = plm_golden("plm_tied_ropescaled"), tmp_path_factory.mktemp("plm")
     files = PlmFiles(
         weights=folder / "tiny.safetensors",
@@ -45,7 +45,7 @@ def plm_files(tmp_path_factory: pytest.TempPathFactory) -> PlmFiles:
 
 
 def byte_tokenizer(image_token_id: int) -> dict:
-    """A `tokenizer.json` of one token per byte, and control tokens up to the image's."""
+    """A `tokenizer.json` with one token per byte and control tokens up to the image's."""
     names = [name for name in CONTROLS if name != IMAGE] + [IMAGE]
     first = image_token_id + 1 - len(names)
     return {
@@ -63,7 +63,7 @@ def byte_tokenizer(image_token_id: int) -> dict:
 
 @pytest.fixture(scope="session")
 def plm_package(plm_files: PlmFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In fp32, with a tokenizer; tests share it."""
+    """The package in fp32, with a tokenizer; tests share it."""
     out = tmp_path_factory.mktemp("packages") / "plm"
     tokenizer = ["--tokenizer", str(plm_files.tokenizer)]
     assert export_main([*plm_files.arguments, *tokenizer, "--out", str(out)]) == 0
@@ -72,7 +72,7 @@ def plm_package(plm_files: PlmFiles, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A PNG of 80 x 60 pixels of noise."""
+    """A PNG image of noise, 80 x 60 pixels."""
     path = tmp_path_factory.mktemp("picture") / "picture.png"
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     Image.fromarray(pixels).save(path)
@@ -81,7 +81,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An MP4 of 6 frames, one per second."""
+    """An MP4 video of 6 frames, one per second."""
     av = pytest.importorskip("av")
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     with av.open(str(path), "w") as container:

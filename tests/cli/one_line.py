@@ -1,4 +1,4 @@
-"""What a bad use of a command looks like."""
+"""Checks the output of a command that fails."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from perception_rt.cli import export_main
 def fails(
     capsys: Any, arguments: list[str], message: str, run: Callable[..., int] = export_main
 ) -> None:
-    """Status 2, nothing on standard output, and one line besides progress on standard error."""
+    """Asserts status 2, no standard output, and one line besides progress on standard error."""
     assert run(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -1,4 +1,4 @@
-"""A package that differs from another one: files, graphs or fields of the manifest."""
+"""Makes a changed copy of a package: other files, graphs or fields of the manifest."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,9 +22,9 @@ def repack(
 
     Args:
         source: a package.
-        dest: the directory to be.
+        dest: directory of the copy.
         files: new contents of some files.
-        leave_out: a file that the copy does not have.
+        leave_out: file to leave out.
         changes: fields of the manifest's `Content`.
     """
     with open_package(source) as package, Stage.create(dest) as stage:

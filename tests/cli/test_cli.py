@@ -1,4 +1,4 @@
-"""The commands: what they print, what they write, and one clear line for each bad input."""
+"""The commands: their output and files, and one clear line for each bad input."""
 
 import json
 import re
@@ -228,7 +228,7 @@ def test_python_dash_m(tiny_package: Path) -> None:
 
 
 def options_of(capsys, command, *arguments: str) -> set[str]:
-    """The options in the usage of a command."""
+    """Returns the options in the usage of a command."""
     with pytest.raises(SystemExit):
         command([*arguments, "--help"])
     usage = capsys.readouterr().out.partition("\n\n")[0]
@@ -236,7 +236,7 @@ def options_of(capsys, command, *arguments: str) -> set[str]:
 
 
 def test_the_set_of_options_is_frozen(capsys) -> None:
-    """A new option is a decision: it is made here too."""
+    """New options must be added here as well."""
     assert options_of(capsys, export_main) == {
         "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
         "--fp8", "--backend", "--target", "--allow-unfused", "--refittable", "--route",

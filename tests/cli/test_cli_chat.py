@@ -1,4 +1,4 @@
-"""`chat`: lines in, answers out; the history is kept, and a bad turn does not end it."""
+"""`chat`: reads lines, prints answers, keeps the history, and survives bad lines."""
 
 import io
 import shutil
@@ -25,7 +25,7 @@ def plm(plm_package: Path) -> Iterator[Generator]:
 
 
 class Script:
-    """Standard input whose lines are made when they are asked for."""
+    """Standard input that makes each line when it is read."""
 
     def __init__(self, lines: Iterator[str], *, terminal: bool = False) -> None:
         self._lines = lines
@@ -46,7 +46,7 @@ class Script:
 
 @pytest.fixture
 def chat(plm_package: Path, monkeypatch, capsys) -> Callable:
-    """Runs `chat` on lines; its standard output, and the lines of the other."""
+    """Runs `chat` on lines; returns standard output and the lines of standard error."""
 
     def run(
         lines: Iterator[str] | list[str], *arguments: str, status: int = 0, terminal: bool = False
@@ -65,7 +65,7 @@ def chat(plm_package: Path, monkeypatch, capsys) -> Callable:
 
 @pytest.fixture
 def spied(monkeypatch) -> tuple[list[Handle], list[int]]:
-    """Handles of all requests, and the numbers of tiles of all calls of the vision engine."""
+    """Records the handles of all requests and the numbers of tiles of all vision calls."""
     handles, tiles = [], []
     submit, encode = Generator.submit, PlmEngine.encode_tiles
 
@@ -102,7 +102,7 @@ def test_reset_and_quit(chat, plm: Generator, picture: str) -> None:
 def test_a_second_question_on_an_image_is_cheap(
     chat, spied, picture: str, clip: str, tmp_path: Path
 ) -> None:
-    """Also when the file is gone by then."""
+    """Even if the file was deleted in the meantime."""
     copy = shutil.copy(picture, tmp_path / "a b.png")
     handles, tiles = spied
 

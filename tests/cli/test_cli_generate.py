@@ -1,4 +1,4 @@
-"""`generate`: what it prints and where, in one piece and in many, whole and interrupted."""
+"""`generate`: its output, whole, streamed and interrupted."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def plm(plm_package: Path) -> Iterator[Generator]:
 
 @pytest.fixture
 def ask(plm_package: Path, capsys: pytest.CaptureFixture[str]):
-    """Runs `generate` with more arguments; its standard output, and the lines of the other."""
+    """Runs `generate`; returns standard output and the lines of standard error."""
 
     def run(*arguments: str, status: int = 0) -> tuple[str, list[str]]:
         capsys.readouterr()
@@ -126,7 +126,7 @@ def test_a_cache_folder_serves_the_next_command(ask, picture: str, tmp_path: Pat
 
 
 def test_one_question_keeps_no_copy_of_its_prompt(ask, monkeypatch) -> None:
-    """Nothing comes after it that could use one; on a large model it is hundreds of MiB."""
+    """No later question could use the copy, which takes hundreds of MiB in a large model."""
     bounds = []
     original = Generator.__init__
 
@@ -141,7 +141,7 @@ def test_one_question_keeps_no_copy_of_its_prompt(ask, monkeypatch) -> None:
 
 
 class Terminal(io.StringIO):
-    """A terminal that keeps all it was sent."""
+    """A terminal that records its input."""
 
     def isatty(self) -> bool:
         return True
@@ -183,7 +183,7 @@ def test_stopped_progress_is_silent(monkeypatch) -> None:
 
 
 def interrupt_at(monkeypatch, tokens: int) -> None:
-    """As if the user did when so many tokens are there."""
+    """Interrupts when the answer has this many tokens."""
     from perception_rt.cli import generate
 
     def line(moved: GenerationProgress) -> str:

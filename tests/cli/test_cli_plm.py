@@ -1,4 +1,4 @@
-"""Packages of language models at the command line: made, described, linted, and refused."""
+"""Commands on packages of language models: export, inspect, doctor, and refusals."""
 
 import json
 import shutil
@@ -125,7 +125,7 @@ def test_lint_finds_products_in_float(
     inside: list[int | None],
     noted: int,
 ) -> None:
-    """Also those in a graph inside of a node, which comes first here."""
+    """Also in a subgraph, which comes first here."""
 
     def products(levels: list[int | None]) -> list[onnx.NodeProto]:
         return [product() if v is None else product(accuracy_level=v) for v in levels]

@@ -1,4 +1,4 @@
-"""Architectures and parameter counts, to the digit of the published table."""
+"""Architectures, and parameter counts equal to the published table."""
 
 import pytest
 import torch

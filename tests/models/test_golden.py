@@ -1,4 +1,4 @@
-"""The torch models equal the reference, at the native grid and at another."""
+"""The torch models equal the reference, at native and other image sizes."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_both_towers_equal_reference() -> None:
 
 
 def test_two_grids_in_two_threads_do_not_meet() -> None:
-    """The reference keeps its rotary grid in the module; ours is a function of the call."""
+    """The reference keeps its rotary grid in the module; ours depends only on the input."""
     from concurrent.futures import ThreadPoolExecutor
 
     data = golden("pe_core_cls")

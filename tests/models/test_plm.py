@@ -1,4 +1,4 @@
-"""The torch language model equals the reference, and its decoder transformers' Llama."""
+"""The torch language model equals the reference, and its decoder equals transformers' Llama."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ def check(output: torch.Tensor, expected: np.ndarray) -> None:
 
 @torch.no_grad()
 def test_image_tokens_equal_the_reference(reference):
-    """PAR-01; the second layer of the projector acts after the mean here, before it there."""
+    """PAR-01; our projector takes the mean before its second layer, the reference after it."""
     data, model = reference
     tiles = torch.from_numpy(data.inputs["tiles"])
     features = model.vision_model.forward_features(tiles, norm=True, strip_class_token=True)
@@ -54,7 +54,7 @@ def test_logits_equal_the_reference(reference):
 
 @torch.no_grad()
 def test_greedy_tokens_equal_the_reference(reference):
-    """PAR-03; the image token is no answer, and the golden run masked it too."""
+    """PAR-03; the image token is masked, as in the golden run."""
     data, model = reference
     tokens, tiles = (torch.from_numpy(data.inputs[name]) for name in ("tokens", "tiles"))
     expected = data.outputs["greedy_tokens"].tolist()
@@ -144,7 +144,7 @@ LLAMAS = {
 
 
 def transformers_llama(config: DecoderConfig, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """transformers' model of the same architecture, with the same weights."""
+    """Returns transformers' model of the same architecture, with the same weights."""
     transformers = pytest.importorskip("transformers")
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scale_factor != 1:
@@ -181,7 +181,7 @@ def transformers_llama(config: DecoderConfig, state: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize("name", LLAMAS)
 @torch.no_grad()
 def test_the_decoder_equals_transformers_llama(name):
-    """PAR-04; `scaled` is longer than the old context, where the frequencies matter."""
+    """PAR-04; `scaled` exceeds the old context, where scaled frequencies make a difference."""
     config = LLAMAS[name]
     torch.manual_seed(5)
     decoder = Decoder(config).eval()

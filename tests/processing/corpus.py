@@ -1,4 +1,4 @@
-"""Hostile and odd image files, built in memory, each with the result it must have."""
+"""Hostile and odd image files, built in memory, each with its expected result."""
 
 import io
 import random
@@ -20,7 +20,7 @@ DISALLOWED = (
 
 @dataclass(frozen=True)
 class Case:
-    """One file; `size` is (width, height) of what it decodes to, or None for an InputError."""
+    """A file; `size` is the decoded (width, height), or None if it must raise InputError."""
 
     name: str
     data: bytes
@@ -28,7 +28,7 @@ class Case:
 
 
 def picture() -> Image.Image:
-    """40x30, noise, with one white corner: upper left."""
+    """Noise, 40x30, with a white upper left corner."""
     pixels = np.random.default_rng(0).integers(0, 128, (HEIGHT, WIDTH, 3), np.uint8)
     pixels[:8, :8] = 255
     return Image.fromarray(pixels)
@@ -45,7 +45,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_file(width: int, height: int, data: bytes, *, depth: int = 8, colour: int = 2) -> bytes:
-    """A PNG of already filtered rows; `colour` 0 is grey, 2 is RGB."""
+    """A PNG of filtered rows; `colour` 0 is grey, 2 is RGB."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -70,7 +70,7 @@ def webp_lossless_header(width: int, height: int) -> bytes:
 
 
 def exif_block(orientation: int) -> bytes:
-    """An EXIF block of one entry, without the prefix that JPEG wants."""
+    """An EXIF block of one entry, without the prefix that JPEG needs."""
     entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
     return b"MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
 
@@ -166,7 +166,7 @@ def _odd_png() -> Iterator[Case]:
     yield Case("png height 0", png_file(40, 0, b""), None)
     yield Case("png width 2^31", png_file(2**31, 1, b""), None)
     yield Case("png no rows", png_file(*size, b""), None)
-    # A complete stream of too few rows: Pillow leaves the rest black.
+    # A complete stream with too few rows: Pillow leaves the others black.
     yield Case("png half the rows", png_file(*size, rows[: len(rows) // 2]), size)
     yield Case("png too many rows", png_file(*size, rows * 100), size)
     yield Case("png filter 9", png_file(*size, b"\x09" + rows[1:]), None)
@@ -212,7 +212,7 @@ def _odd_jpeg() -> Iterator[Case]:
     yield Case("jpeg 200,000 comments", inserted(*[segment(0xFE, b"")] * 200_000), None)
     yield Case("jpeg 2,000 scans", progressive[:-2] + scan * 2000 + b"\xff\xd9", None)
     yield Case("jpeg no frame", jpeg[:frame] + jpeg[tables:], None)
-    # The standard tables, which motion JPEG leaves out, are taken instead.
+    # Motion JPEG omits the tables; Pillow uses the standard ones.
     yield Case("jpeg no tables", jpeg[:tables] + jpeg[jpeg.index(b"\xff\xda") :], size)
     yield Case("jpeg no data", jpeg[:2] + b"\xff\xd9", None)
     yield Case("jpeg width 0", jpeg_with_size(jpeg, 0, HEIGHT), None)

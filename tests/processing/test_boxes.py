@@ -1,4 +1,4 @@
-"""Boxes are drawn and written as the reference does, and text that is no box is no box."""
+"""Boxes are drawn and written like the reference's, and other text is not taken for a box."""
 
 import math
 import time
@@ -31,7 +31,7 @@ BAD_BOXES = [
 
 
 def pillow_rectangle(pixels, box, color, width):
-    """As the reference draws it: corners cut to integers, then Pillow."""
+    """Draws like the reference: corners truncated to integers, then Pillow."""
     image = Image.fromarray(pixels)
     ImageDraw.Draw(image).rectangle([int(v) for v in box], width=width, outline=color)
     return np.asarray(image)
@@ -205,7 +205,7 @@ def test_text_that_is_no_box_is_no_box(text):
     ["[", "[ ", " ", "[000", "[000,", "[000,000,000,000", "000,", "[000 ,", "[000,000,000,000]"],
 )
 def test_hostile_text_takes_linear_time(unit):
-    """TOK-04, for what a model may be made to say."""
+    """TOK-04, for the output of a model."""
     texts = [unit * (2**19 // len(unit)), "[" + " " * 2**19, "[000" + " " * 2**19 + ","]
     start = time.perf_counter()
     found = sum(len(parse_boxes(text)) for text in texts)

@@ -111,7 +111,7 @@ def test_user_text_has_no_control_ids(before, spelling, after):
 def test_decoding_is_stable(text):
     ids = TOKENIZER.encode(text)
     once = TOKENIZER.decode(ids)
-    # What was cleaned may look as if it needed cleaning again: `&amp;amp;lt;` ends up as `&lt;`.
+    # Cleaned text may look as if it needed cleaning again: `&amp;amp;lt;` becomes `&lt;`.
     assume(html.unescape(ftfy.fix_text(once)) == once)
     assert TOKENIZER.encode(once) == ids
     assert TOKENIZER.decode(TOKENIZER.encode(once)) == once
@@ -165,7 +165,7 @@ REFUSED = {
 
 
 def seconds_of(function, text):
-    """The least of three times of the processor, which other processes hardly change."""
+    """The least of three CPU times; other processes hardly change these."""
     best = math.inf
     for _ in range(3):
         start = time.thread_time()

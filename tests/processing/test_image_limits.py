@@ -1,4 +1,4 @@
-"""Hostile images: a documented result or an InputError, quickly, quietly and in our own words."""
+"""Hostile images give a documented result or an InputError, quickly and without warnings."""
 
 import os
 import re
@@ -53,7 +53,7 @@ def test_corpus(case):
 
 def test_pillow_settings_are_untouched():
     assert Image.MAX_IMAGE_PIXELS == 89_478_485
-    side = 12_000  # above Pillow's limit for a warning, below ours
+    side = 12_000  # above the limit for Pillow's warning, below ours
     data = png_file(side, side, (b"\0" + bytes(side // 8)) * side, depth=1, colour=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -72,7 +72,7 @@ BOMBS = {
 }
 
 
-# A process of its own, for the peak of memory never goes down again.
+# In a child process, since the peak of memory never goes down.
 PROBE = """
 import resource, sys, time
 from perception_rt.errors import InputError

@@ -1,4 +1,4 @@
-"""Images are decoded ahead in threads: order, errors, laziness, and no thread that is left."""
+"""Images are decoded ahead in threads: order, errors, laziness, and no leftover threads."""
 
 import io
 import signal
@@ -67,7 +67,7 @@ def test_images_of_every_kind_come_in_order(workers: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_an_iterator_may_reuse_what_it_yields(workers: int) -> None:
-    """A buffer, and the Pillow image of an animation."""
+    """Its buffer, or the Pillow image of an animation."""
     arrays = [picture(seed) for seed in range(12)]
     expected = [load_image(array, SPEC) for array in arrays]
 
@@ -91,7 +91,7 @@ def test_an_iterator_may_reuse_what_it_yields(workers: int) -> None:
 
 @pytest.mark.parametrize("as_list", [True, False])
 def test_pillow_images_may_share_a_file(as_list: bool, tmp_path: Path) -> None:
-    """Images of a tar file that are not decoded yet; one of them twice."""
+    """Pillow images of a tar file that are not decoded yet, each twice."""
     arrays = [picture(seed, 300, 300) for seed in range(12)]
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         for index, array in enumerate(arrays):
@@ -127,7 +127,7 @@ def test_an_iterator_is_read_only_so_far(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_errors_take_their_place(workers: int) -> None:
-    """However late a good image before them is decoded, and whatever is wrong."""
+    """Even if earlier images take longer to decode."""
     large = encoded(picture(0, 900, 900))
     thin = np.zeros((2, 1000, 3), np.uint8)
     images = [large, b"no image", thin, large, 5, Image.new("F", (8, 8)), "absent.png", large]

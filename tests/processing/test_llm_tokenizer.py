@@ -1,4 +1,4 @@
-"""Ids equal the libraries' own; no text becomes a control token; damage is found at load."""
+"""Ids equal the libraries'; no text becomes a control token; loading detects damage."""
 
 import base64
 import json
@@ -122,7 +122,7 @@ def test_a_vocabulary_of_bytes_has_a_least_size():
 
 
 def test_ids_equal_those_of_the_libraries():
-    """TOK-06, with the libraries as the reference uses them."""
+    """TOK-06, with the libraries called as in the reference."""
     llama = tiktoken.Encoding("x", pat_str=LLAMA_WORD, mergeable_ranks=ranks(), special_tokens={})
     root = hf_root()
     root["added_tokens"] = []
@@ -163,7 +163,7 @@ def test_every_spelling_is_plain_text(name):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(before=st.text(), spelling=st.sampled_from(SPELLINGS), after=st.text())
 def test_user_text_has_no_control_ids(name, before, spelling, after):
-    """TOK-01; SentencePiece writes a space as U+2581, so it cannot tell the two apart."""
+    """TOK-01; SentencePiece cannot distinguish a space from U+2581."""
     tokenizer = tokenizer_of(name)
     text = before + spelling + after
     ids = tokenizer.encode_text(text)
@@ -202,7 +202,7 @@ def test_ids_that_are_not_ids(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_limit_on_bytes_is_inclusive(name):
-    """TOK-04, SEC-06; our own text before the user's is not counted."""
+    """TOK-04, SEC-06; text of the chat format before the user's does not count."""
     tokenizer = tokenizer_of(name, Limits(text_bytes=6))
     assert tokenizer.decode(tokenizer.encode_text("ééé")) == "ééé"
     assert tokenizer.decode(tokenizer.encode_text("ééé", before="\n\n")) == "\n\nééé"
@@ -257,7 +257,7 @@ def test_hostile_text_takes_at_most_250_ms(name):
 
 @pytest.mark.parametrize("name", ["tiktoken", "hf", "unigram", "bpe"])
 def test_time_grows_almost_linearly(name):
-    """TOK-04: as the length to the power of 1.3 at most."""
+    """TOK-04: at most as the length to the power of 1.3."""
     encode = tokenizer_of(name).encode_text
     most = 8**0.3  # of a text over its eight parts
     for title in ("one letter", "no space", "spaces"):
@@ -279,7 +279,7 @@ def test_threads_may_share_a_tokenizer():
 
 
 def test_hub_tokens_cannot_be_spelled_even_as_whole_words():
-    """The vocabulary may hold a control token too, and a split may hand it over in one piece."""
+    """A vocabulary may contain a control token, and a split may produce it in one piece."""
     root = hf_root()
     root["pre_tokenizer"] = {
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
@@ -363,7 +363,7 @@ def test_other_files_are_unknown(data, tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_found_at_load(name):
-    """TOK-07: every cut, and every changed bit, of a file whose digest is in the manifest."""
+    """TOK-07: every truncation and changed bit, if the manifest has the file's digest."""
     kind, make, image = FILES[name]
     data = make()
     spec = spec_of(kind, data, image)
@@ -380,7 +380,7 @@ def test_damage_is_found_at_load(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_cut_file_is_not_exported(name, tmp_path):
-    """TOK-07, before there is a digest."""
+    """TOK-07, without a digest."""
     _, make, image = FILES[name]
     data = make()
     path = tmp_path / "file"
@@ -455,7 +455,7 @@ def test_hub_files_that_are_not_json():
 
 
 def test_mutated_hub_files_load_or_are_refused():
-    """TOK-07: nothing but our own errors comes out of a file of a stranger."""
+    """TOK-07: an untrusted file causes no errors but ours."""
     rng = random.Random(0)
     junk = [None, True, -1, 2**63, 1.5, "", "\ud800", [], {}, [["a"]], {"type": "ByteLevel"}]
     for _ in range(150):

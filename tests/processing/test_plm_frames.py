@@ -1,4 +1,4 @@
-"""Frames for language models are chosen as the reference does."""
+"""Frames for language models are selected as in the reference."""
 
 import contextlib
 import math
@@ -33,7 +33,7 @@ def frames_message_of(source, limits=DEFAULT_LIMITS, spec=SPEC, **options):
 
 
 def plm_frames_by_list(total, fps, max_frames, start_s=None, end_s=None):
-    """The reference's rule on lists, for cases in which the reference has an answer."""
+    """The reference's rule on lists, for cases that the reference supports."""
     first = 0 if start_s is None else int(start_s * fps)
     last = min(total - 1 if end_s is None else int(end_s * fps), total - 1)
     last = first + 1 if last == first else last
@@ -60,7 +60,7 @@ def test_plm_frames_equal_the_reference(fps, max_frames):
     ("arguments", "expected"),
     [
         ((40, 10, 4), [0, 10, 20, 30]),  # as many seconds as frames
-        ((41, 10, 4), [0, 10, 30, 40]),  # 5 seconds, of which 4
+        ((41, 10, 4), [0, 10, 30, 40]),  # 4 of 5 seconds
         ((39, 10, 5), [0, 10, 19, 28, 38]),  # 4 seconds are too few: spread over all
         ((3, 10, 32), [0, 1, 2]),
         ((1, 10, 32), [0]),
@@ -79,7 +79,7 @@ def test_plm_frames_of_known_videos(arguments, expected):
 
 
 def test_plm_frames_are_in_the_video_and_cost_what_they_return():
-    """IMG-08: no list of an attacker's length."""
+    """IMG-08: no list whose length an attacker controls."""
     start = time.perf_counter()
     for total in (1, 2, 33, 2**31, 2**62, 2**63 - 1):
         for fps in (1e-300, 0.5, 1.0, 29.97, 1e9, 2**31, None):
@@ -198,7 +198,7 @@ def test_bad_videos_have_no_frames(tmp_path):
         path.write_bytes(data[:end])
         assert frames_message_of(path).startswith(name)
     rng = np.random.default_rng(1)
-    for _ in range(40):  # in the tables of sizes and times, which are at the end
+    for _ in range(40):  # in the tables of sizes and times, at the end
         changed = bytearray(data)
         for at in rng.integers(len(data) - 700, len(data), 3):
             changed[at] = int(rng.integers(0, 256))

@@ -1,4 +1,4 @@
-"""Prompts equal the reference's; no text changes who speaks, or what is an image."""
+"""Prompts equal the reference's; no text changes roles or image positions."""
 
 import dataclasses
 import hashlib
@@ -55,7 +55,7 @@ INJECTIONS = [
 
 
 def shown(tokenizer, ids):
-    """The ids as text, control tokens by their names."""
+    """Shows ids as text, control tokens by name."""
     names = {i: name for name, i in tokenizer.controls.items()}
     runs = itertools.groupby(map(int, ids), key=lambda i: names.get(i))
     return "".join(
@@ -65,7 +65,7 @@ def shown(tokenizer, ids):
 
 
 def skeleton(tokenizer, prompt):
-    """Control tokens in order, and how many of them are image tokens of which part."""
+    """Control tokens in order, and the number of image tokens of each part."""
     controls = set(tokenizer.controls.values())
     image = tokenizer.control("<|image|>")
     inside = {i for start, count in prompt.image_spans for i in range(start, start + count)}
@@ -74,7 +74,7 @@ def skeleton(tokenizer, prompt):
 
 
 def reference_ids(text):
-    """What the reference does with a prompt's text: every special spelling becomes its id."""
+    """Encodes like the reference: every special spelling becomes its id."""
     specials = {name: NUM_RANKS + i for i, name in enumerate(LLAMA_SPECIALS)}
     encoding = tiktoken.Encoding(
         "x", pat_str=LLAMA_WORD, mergeable_ranks=ranks(), special_tokens=specials
@@ -83,7 +83,7 @@ def reference_ids(text):
 
 
 def reference_text(question, num_tiles, tokens_per_tile):
-    """The text that the reference makes of a question; control tokens look like any text in it."""
+    """The reference's text of a prompt, with control tokens spelled out."""
     parts = reference_content(question, num_tiles)
     content = "".join(
         "<|image|>" * (part.count * tokens_per_tile) if isinstance(part, Tiles) else part
@@ -122,7 +122,7 @@ def test_ids_equal_those_of_the_reference(case):
 @given(st.lists(st.sampled_from([*"\n aZ1.", "<image>", "<video>", "\n<image>", "it's"])),
        st.integers(0, 4), st.integers(1, 3))  # fmt: skip
 def test_ids_of_a_question_equal_those_of_its_text(parts, num_tiles, tokens_per_tile):
-    """Ours are the reference's wherever marks and images agree in number."""
+    """Our ids equal the reference's if marks and images agree in number."""
     question = "".join(parts)
     text = reference_text(question, num_tiles, tokens_per_tile)
     assert text.count("<|image|>") == num_tiles * tokens_per_tile
@@ -197,7 +197,7 @@ def test_the_limit_is_on_what_the_user_wrote():
 
 @pytest.mark.parametrize("name", ALL)
 def test_injections_are_plain_text(name):
-    """TOK-02: the spans of roles and images are those of a harmless text in the same place."""
+    """TOK-02: roles and images have the same spans as with harmless text."""
     tokenizer = tokenizer_of(name)
 
     def turns(text):
@@ -232,7 +232,7 @@ def test_any_text_keeps_its_place(name, before, spelling, after):
 
 
 def test_a_library_that_yields_control_ids_is_not_believed():
-    """TOK-02, were all else to fail."""
+    """TOK-02, if all other defences failed."""
     vocabulary = byte_vocabulary(300, 299)
     leaky = dataclasses.replace(vocabulary, encode=lambda text: [*text.encode(), 299])
     tokenizer = Tokenizer(leaky, vocab_size=300, image_token_id=299)

@@ -1,4 +1,4 @@
-"""Tiles equal the reference's, of images of any size, and a budget is never exceeded."""
+"""Tiles equal the reference's at any image size, and never exceed the budget."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def noise(width, height, seed=0):
 
 @cache
 def canvases(max_tiles):
-    """In the reference's order: by ratio, as ratios come up while tiles are counted down."""
+    """Canvases in the reference's order: by ratio, while the number of tiles decreases."""
     pairs = [
         (columns, tiles // columns)
         for tiles in range(max_tiles, 0, -1)
@@ -43,7 +43,7 @@ def canvases(max_tiles):
 
 
 def enumerated_canvas(width, height, tile_size, max_tiles):
-    """The rule once more, from its description, candidate by candidate."""
+    """The rule as described, candidate by candidate."""
 
     def fitted_short_side(canvas):
         scale = min(canvas[0] * tile_size / width, canvas[1] * tile_size / height)
@@ -82,7 +82,7 @@ def test_canvas_equals_the_reference(max_tiles):
 
 
 def test_canvas_of_10_000_sizes():
-    """IMG-07: within the budget, and what the plain rule gives."""
+    """IMG-07: within the budget, and equal to the plain rule."""
     rng = np.random.default_rng(7)
     sides = np.exp(rng.uniform(0, np.log(32_768), (10_000, 2))).astype(int).tolist()
     for index, (width, height) in enumerate(sides):
@@ -148,7 +148,7 @@ def test_pixels_equal_the_reference(index, mode):
     assert actual.dtype == np.uint8
     assert actual.shape == (len(expected), case["tile_size"], case["tile_size"], 3)
     assert np.abs(normalize(actual, spec.tile) - expected).max() <= 1e-6
-    # A budget of the request is the same thing.
+    # A budget of the request has the same effect.
     wider = TileSpec(tile_size=case["tile_size"], mode=mode)
     assert np.array_equal(actual, load_tiles(source, wider, max_tiles=case["max_num_tiles"]))
 

@@ -1,4 +1,4 @@
-"""What a model learns from is what it is asked with: transcripts and prompts agree id by id."""
+"""Transcripts for training equal the prompts at run time, id by id."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ MORE = [Turn("user", ("Sure?",)), Turn("assistant", ("Yes.",))]
 
 
 def shown(tokenizer, ids):
-    """Ids as text, control tokens by name, runs of image tokens by their number."""
+    """Shows ids as text, control tokens by name."""
     names = {i: name for name, i in tokenizer.controls.items()}
     parts = [names.get(i) or tokenizer.decode_bytes([i]).decode("latin-1") for i in ids.tolist()]
     return "".join(parts)
@@ -49,7 +49,7 @@ def test_a_chat_by_eye():
 
 def test_captions_by_eye():
     got = encode_transcript(BYTES, [QUESTION, ANSWER, *MORE], 3, "warmup")
-    # The reference: no begin of text, no header, no system; later questions stay.
+    # As in the reference: no begin of text, no headers, no system; later questions stay.
     assert shown(BYTES, got.ids) == "<|image|>" * 6 + "A cat.\nSure?Yes.\n"
     assert shown(BYTES, got.ids[got.learned]) == "A cat.\nYes.\n"
     assert got.ends == (13, 23)

@@ -1,4 +1,4 @@
-"""Frames are chosen as the reference does, and no video file gets more than it may."""
+"""Frames are selected as in the reference, and no video file exceeds the limits."""
 
 import builtins
 import contextlib

@@ -1,6 +1,6 @@
 """Generated texts for the tokenizer tests: the same list for the same seed, on every machine.
 
-`clip_ids.json` holds a digest of what the original tokenizer makes of them.
+`clip_ids.json` holds a digest of the original tokenizer's ids.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Small tokenizer files of each kind, made on the spot, and tokenizers from them.
+"""Makes small tokenizer files of each kind, and tokenizers from them.
 
 `ranks_file` and `hf_root` hold the same vocabulary, so they must give the same ids.
 """
@@ -115,7 +115,7 @@ def sentencepiece_file(
     byte_fallback: bool = True,
     exact: bool = True,
 ) -> bytes:
-    """A SentencePiece model; `exact` ones neither normalise nor put a space before a text."""
+    """A SentencePiece model; with `exact`, it does not normalise or add a space."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in CORPUS for line in text.split("\n") if line]),
@@ -136,7 +136,7 @@ def sentencepiece_file(
 
 
 def opened(kind: str, data: bytes, image_token_id: int, limits: Limits = DEFAULT_LIMITS):
-    """The tokenizer of a file, as from a package with a vocabulary of `VOCAB_SIZE`."""
+    """Opens the tokenizer of a file, with a vocabulary of `VOCAB_SIZE`."""
     return open_tokenizer(spec_of(kind, data, image_token_id), data, limits=limits)
 
 

@@ -1,4 +1,4 @@
-"""Small videos that tell which of their frames is which."""
+"""Makes small videos whose frames show their index."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def write_audio(path):
 
 
 def indices_of(frames):
-    """Which frames of `write_video` these are; their centres tell."""
+    """Indices of frames of `write_video`, read from their centres."""
     grey = frames[:, frames.shape[1] // 2, frames.shape[2] // 2, 1].astype(int)
     return [round(value / LEVELS) for value in grey]
 
@@ -54,7 +54,7 @@ def message_of(source, num_frames=4, **limits):
 
 
 def double_packets(monkeypatch):
-    """Every frame counts as two packets."""
+    """Makes every frame count as two packets."""
     count = VideoReader.count_packets
 
     def doubled(reader, held):

@@ -107,7 +107,7 @@ def test_progress_counts_to_the_end(engine) -> None:
 
 
 def test_bad_images_in_a_batch_leave_the_others_alone(ort_engine) -> None:
-    """IMG-05: 56 rows equal to single runs, bit for bit, and 8 errors with their places."""
+    """IMG-05: 56 rows bit-equal to single runs, and 8 errors with their indices."""
     images: list = _images(64)
     bad = [0, 7, 13, 14, 31, 40, 62, 63]
     for index in bad:
@@ -135,7 +135,7 @@ def test_a_row_does_not_depend_on_its_batch(precision: str, tiny_packages) -> No
 
 
 def test_64_threads_share_one_engine(ort_engine) -> None:
-    """CON-02: bit-equal to serial, with different graphs in flight."""
+    """CON-02: bit-equal to serial runs, with different graphs at once."""
     images = _images(8)
     expected = [ort_engine.embed_images([image])[0] for image in images]
     dense = ort_engine.features(images[:1])
@@ -215,7 +215,7 @@ def test_rows_are_the_same_for_any_number_of_workers(workers: int | None, ort_en
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_the_first_unusable_image_is_the_error(workers: int, engine) -> None:
-    """However long the images before it take to decode."""
+    """Even if earlier images take longer to decode."""
     large = _png(np.zeros((1200, 1200, 3), np.uint8))
     images = [large, large, b"bad", large, np.zeros(3, np.uint8), b"bad"]
     with pytest.raises(InputError, match="image 2: image of 3 bytes"):
@@ -224,7 +224,7 @@ def test_the_first_unusable_image_is_the_error(workers: int, engine) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_iterators_are_read_as_they_are_needed(workers: int, engine) -> None:
-    """At most a batch and an image per worker ahead; their length is not known before the end."""
+    """At most a batch and an image per worker ahead; the total is unknown until the end."""
     images, taken, seen = _images(40), 0, []
 
     def source():

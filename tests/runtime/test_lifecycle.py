@@ -1,4 +1,4 @@
-"""A package that is replaced while it is used, an export that is killed, many engines at once."""
+"""Replacing a package in use, killing an export, many engines at once."""
 
 import shutil
 import signal
@@ -22,7 +22,7 @@ _IMAGE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
 
 
 def _republish(source: Path, dest: Path, record: int) -> None:
-    """Publishes the files of `source` as `dest`, as an export with --force would."""
+    """Publishes the files of `source` as `dest`, like an export with --force."""
     manifest = read_manifest(source)
     with Stage.create(dest, force=True) as stage:
         for name in manifest.content.files:
@@ -32,7 +32,7 @@ def _republish(source: Path, dest: Path, record: int) -> None:
 
 
 def test_reader_outlives_fifty_republishes(tiny_package: Path, tmp_path: Path) -> None:
-    """PKG-15 with the real engine: graphs are opened, and run, while the name changes hands."""
+    """PKG-15 with the real engine: graphs open and run while the package is replaced."""
     dest = tmp_path / "package"
     shutil.copytree(tiny_package, dest)
     with prt.load(dest) as engine:
@@ -79,7 +79,7 @@ def test_no_descriptor_is_left(tiny_package: Path) -> None:
 def test_killed_export_leaves_nothing_visible(files: int, tmp_path: Path) -> None:
     """EXP-01 with the whole command: absent or valid after SIGKILL, and the next run cleans up.
 
-    It is killed when its stage is there and has so many files.
+    It is killed once its stage has this many files.
     """
     dest = tmp_path / "package"
     arguments = ["--model", "PE-Demo", "--out", str(dest)]
