@@ -52,8 +52,6 @@ def test_functions_are_at_most_80_lines() -> None:
     assert long == []
 
 
-# Documents that are still wider.
-WIDE_DOCUMENTS = {"docs/parity.md", "docs/tensorrt.md"}
 
 
 def test_documents_are_at_most_100_columns_wide() -> None:
@@ -61,7 +59,6 @@ def test_documents_are_at_most_100_columns_wide() -> None:
     wide = [
         f"{relative(path)}:{number} has {len(line)} columns"
         for path in DOCUMENTS
-        if relative(path) not in WIDE_DOCUMENTS
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
         if len(line) > MAX_COLUMNS and not line.startswith("|") and " " in line.strip()
     ]
