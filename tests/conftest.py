@@ -1,6 +1,4 @@
-"""For the whole suite: no network, tiny engine packages that are exported once per session, and
-traces that exports share.
-"""
+"""Shared by all tests: no network, tiny packages exported once per session, shared traces."""
 
 import gc
 import os
@@ -18,8 +16,9 @@ _LOOPBACK = (None, "", b"", "localhost", b"localhost", "127.0.0.1", b"127.0.0.1"
 
 
 def pytest_configure() -> None:
-    """An audit hook stays for the life of the process, and no Python code can go around it."""
-    # Native code can. The library sees to this itself, but a test may import ONNX Runtime first.
+    """Installs an audit hook, which no Python code of this process can remove or avoid."""
+    # Native code can avoid it. The library disables telemetry, but a test may import ONNX Runtime
+    # before the library does.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     sys.addaudithook(_refuse_network)
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -27,22 +26,22 @@ def pytest_configure() -> None:
 
 
 def _take_one_thread() -> None:
-    """Gives this process one core: workers that each take all cores wait for each other."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # of torch and NumPy, which are not imported yet
+    """Limits this process to one thread, because its neighbours use the other cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch and NumPy, which are imported later
     import onnxruntime
 
     options = onnxruntime.SessionOptions
 
     def one_thread() -> onnxruntime.SessionOptions:
         found = options()
-        found.intra_op_num_threads = 1  # unless the caller sets another number
+        found.intra_op_num_threads = 1  # the caller may set another number
         return found
 
     onnxruntime.SessionOptions = one_thread
 
 
 def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
-    """Fails a test that leaves this machine; `pytest.fail` is not swallowed as an Exception."""
+    """Fails a test that connects to another machine; `except Exception` does not catch it."""
     if event in _CONNECTING:
         address = arguments[1]
         host = address[0] if isinstance(address, tuple) else None  # AF_UNIX has a path
@@ -55,7 +54,7 @@ def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exports share their traces, if any of the tests to run exports."""
+    """Makes exports share their traces, if any of the selected tests exports."""
     if "perception_rt.export.graph.trace" in sys.modules:
         import shared_traces
 
@@ -64,14 +63,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _settled_heap() -> None:
-    """Keeps objects of earlier files out of the garbage collections that tests wait for."""
+    """Excludes objects of earlier files from garbage collection, which some tests run often."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_config() -> PeConfig:
-    """An architecture with all parts of PE-Core, and CLIP's vocabulary; 1.8 M weights."""
+    """An architecture with all parts of PE-Core and CLIP's vocabulary; 1.8 M weights."""
     vision = VisionConfig(
         patch_size=8,
         width=64,
@@ -92,7 +91,7 @@ def tiny_config() -> PeConfig:
 
 
 class TinyPackages(dict[str, Path]):
-    """Packages of `tiny_config` with random weights, by precision; each exported when asked for."""
+    """Packages of `tiny_config` with random weights, by precision; exported on first use."""
 
     def __init__(self, config: PeConfig, directory: Path) -> None:
         super().__init__()
@@ -100,7 +99,7 @@ class TinyPackages(dict[str, Path]):
         self._directory = directory
 
     def __missing__(self, precision: str) -> Path:
-        # torch and onnx are imported only for those tests that need a package.
+        # Only tests that need a package import torch and onnx.
         from perception_rt.checkpoint.random import RandomWeights
         from perception_rt.export.build import export_package
         from perception_rt.export.plan import ExportPlan
@@ -124,19 +123,19 @@ class TinyPackages(dict[str, Path]):
 def tiny_packages(
     tiny_config: PeConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """`tiny_packages["int8"]` and so on; tests share them, so copy one to change it."""
+    """Packages by precision, as `tiny_packages["int8"]`; shared, so copy one to change it."""
     return TinyPackages(tiny_config, tmp_path_factory.mktemp("packages"))
 
 
 @pytest.fixture(scope="session")
 def tiny_package(tiny_packages: dict[str, Path]) -> Path:
-    """The tiny package in fp32; tests share it, so copy to change it."""
+    """The tiny package in fp32; shared, so copy it to change it."""
     return tiny_packages["fp32"]
 
 
 @pytest.fixture(scope="session")
 def tuned(tiny_config: PeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of other weights for `tiny_config`, under the names of the reference."""
+    """A checkpoint with other weights for `tiny_config`, under the reference's names."""
     from safetensors.torch import save_file
 
     from perception_rt.checkpoint.random import RandomWeights

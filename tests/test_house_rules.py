@@ -52,8 +52,6 @@ def test_functions_are_at_most_80_lines() -> None:
     assert long == []
 
 
-
-
 def test_documents_are_at_most_100_columns_wide() -> None:
     """Rows of tables, and words that cannot be broken, may be longer."""
     wide = [
