@@ -462,12 +462,12 @@ def _check_agreement(
     config.vision.grid_of(image.height, image.width)
     (source,) = package.graph(contract.VISION).inputs
     if source.shape[1:] != (image.height, image.width, 3):
-        raise InputError("the vision graph takes another image size than the package states")
+        raise InputError("the vision graph and the image processing differ in image size")
     if (config.text is None) != (text is None):
-        raise InputError("the architecture and the processing differ in whether there is text")
+        raise InputError("either the architecture or the processing lacks texts")
     contexts = {part.context_length for part in (config.text, text) if part is not None}
     if len(contexts) > 1:
-        raise InputError("the architecture and the processing differ in context length")
+        raise InputError("the architecture and the text processing differ in context length")
 
 
 def _stacked(parts: Iterable[Float32], shape: tuple[int, ...]) -> Float32:

@@ -92,8 +92,8 @@ def _check_trust(package: Package, *, pinned: bool) -> None:
     package_id = package.manifest.id
     if not (pinned or is_remembered(package_id)):
         raise PackageError(
-            "its engines are code for a GPU, and it was not exported here: name the package that "
-            f"you trust by expect={package_id!r}"
+            f"package {package.name!r} has engines, which are code for a GPU, and was not exported "
+            f"on this machine: pass expect={package_id!r} if you trust it"
         )
 
 

@@ -229,7 +229,7 @@ def test_engines_are_loaded_only_if_exported_here_or_named(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with pytest.raises(PackageError, match=r"code for a GPU.*expect='sha256:") as caught:
         prt.load(bench.pe, device="cuda")
-    package_id = str(caught.value).split("'")[1]
+    package_id = str(caught.value).partition("expect='")[2].partition("'")[0]
     assert package_id == manifest["id"]
     prt.load(bench.pe, device="cuda", expect=package_id).close()
     # A file that others can write is ignored.
