@@ -199,11 +199,11 @@ def test_trn_02_a_run_goes_on_with_another_number_of_ranks(
     tmp_path: Path, exact: Path, first: int, second: int, mode: str
 ) -> None:
     out_dir = tmp_path / "run"
-    settings = (EXACT, f"parallel.mode={mode}")
+    settings = (*EXACT, f"parallel.mode={mode}")
     # The signal reaches one rank only; all ranks stop after the same step.
-    faults = [Faults()] * (first - 1) + [Faults(signal_step=6)]
+    faults = [Faults()] * (first - 1) + [Faults(signal_step=3)]
     finish(out_dir, *settings, ranks=first, faults=faults)
-    assert names_of(out_dir / "checkpoints") == ["step_0000000006"]
+    assert names_of(out_dir / "checkpoints") == ["step_0000000003"]
     finish(out_dir, *settings, RESUME, ranks=second)
     assert_close(out_dir, exact)
 
@@ -294,12 +294,12 @@ def test_trn_05_a_file_that_cannot_be_written_keeps_the_last_good_checkpoint(
 
 def test_trn_05_a_full_disk_on_one_of_two_ranks_stops_both(tmp_path: Path) -> None:
     out_dir = tmp_path / "run"
-    settings = (SAVE, "parallel.mode=shard")
-    job = start(out_dir, *settings, ranks=2, faults=[Faults(), Faults(limit_step=5)])
+    settings = ("run.save_every=1", "parallel.mode=shard")
+    job = start(out_dir, *settings, ranks=2, faults=[Faults(), Faults(limit_step=2)])
     assert job.wait() == [1, 1]
     for rank in range(2):
-        assert "error: checkpoint step_0000000006 was not saved" in job.stderr(rank)
-    assert names_of(out_dir / "checkpoints") == ["step_0000000003"]
+        assert "error: checkpoint step_0000000002 was not saved" in job.stderr(rank)
+    assert names_of(out_dir / "checkpoints") == ["step_0000000001"]
 
 
 def test_trn_05_a_full_disk_at_the_manifest_is_one_clear_error(
