@@ -1,21 +1,13 @@
-"""What the benchmark commands share: one-line errors, checked options, a report and a JSON file."""
+"""Common parts of the benchmark commands: options, one-line errors, a report, a JSON file."""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from perception_rt.errors import InputError, PerceptionError
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises InputError for a wrong command line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises InputError."""
-        raise InputError(message)
 
 
 def run_command(

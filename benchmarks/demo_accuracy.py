@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import perception_rt as prt
-from benchmarks.command import Parser, check_out, run_command
+from benchmarks.command import check_out, run_command
 from benchmarks.rounds import progress
 from benchmarks.tables import table
 from perception_rt.export import ExportOptions, export
+from training.arguments import Parser
 from training.demo.questions import LEARNED, Record, held_out_record, is_right
 
 # Of a TensorRT package, ONNX Runtime runs the graphs that engines are built from.

@@ -17,7 +17,7 @@ from typing import Any
 
 try:
     from benchmarks import subprocess_task
-    from benchmarks.command import Parser, check_number, check_out, or_default, run_command
+    from benchmarks.command import check_number, check_out, or_default, run_command
     from benchmarks.encoder.report import markdown, summarize
     from benchmarks.encoder.runners import PLAIN, Row, rows_for
     from benchmarks.flops import vision_macs
@@ -25,6 +25,7 @@ try:
     from benchmarks.rounds import Measured, Task, best_limits, limit_tasks, progress, run_rounds
     from perception_rt.archs import get_config
     from perception_rt.targets import check_precision, get_target
+    from training.arguments import Parser
 except ModuleNotFoundError as missing:
     print(f'error: no module {missing.name}; run `pip install -e ".[dev]"` first', file=sys.stderr)
     sys.exit(2)
@@ -97,7 +98,7 @@ def _row_task(row: Row, common: dict[str, Any]) -> Task:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the options, fills in defaults and checks them; InputError names what is wrong."""
+    """Parses the options, fills in defaults and checks them before any work."""
     parser = Parser(prog="embed.py", description="Compare engines with PyTorch on this machine.")
     parser.add_argument("--model", action="append", required=True, help="repeatable")
     parser.add_argument("--batch", action="append", type=int, help="repeatable; default: 1 and 8")

@@ -17,7 +17,7 @@ import numpy as np
 
 try:
     import perception_rt as prt
-    from benchmarks.command import Parser, check_number, check_out, or_default, run_command
+    from benchmarks.command import check_number, check_out, or_default, run_command
     from benchmarks.machine import environment
     from benchmarks.photographs import write_photographs
     from benchmarks.rounds import progress
@@ -25,6 +25,7 @@ try:
     from perception_rt.errors import BackendError
     from perception_rt.export import ExportOptions, export
     from perception_rt.processing.image_loader import default_workers
+    from training.arguments import Parser
 except ModuleNotFoundError as missing:
     print(f'error: no module {missing.name}; run `pip install -e ".[dev]"` first', file=sys.stderr)
     sys.exit(2)
@@ -149,7 +150,7 @@ def _exported(options: argparse.Namespace, out: Path) -> Path:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the options, fills in defaults and checks them; InputError names what is wrong."""
+    """Parses the options, fills in defaults and checks them before any work."""
     parser = Parser(prog="embed_images.py", description="Embed large photographs, timed.")
     add = parser.add_argument
     add("--model", default="PE-Demo", help="a model to export (default: PE-Demo)")

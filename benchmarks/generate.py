@@ -23,7 +23,7 @@ from typing import Any
 
 try:
     from benchmarks import subprocess_task
-    from benchmarks.command import Parser, check_number, check_out, or_default, run_command
+    from benchmarks.command import check_number, check_out, or_default, run_command
     from benchmarks.generation.prepare import PACKAGE_DIRECTORY
     from benchmarks.generation.report import (
         again_record,
@@ -45,6 +45,7 @@ try:
     from perception_rt.plm_config import PlmConfig
     from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
     from perception_rt.targets import check_precision, get_target
+    from training.arguments import Parser
 except ModuleNotFoundError as missing:
     print(f'error: no module {missing.name}; run `pip install -e ".[dev]"` first', file=sys.stderr)
     sys.exit(2)
@@ -233,7 +234,7 @@ def _peer_versions() -> dict[str, str]:
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the options, fills in defaults and checks them; InputError names what is wrong."""
+    """Parses the options, fills in defaults and checks them before any work."""
     parser = Parser(prog="generate.py", description="Measure a language model on this machine.")
     add = parser.add_argument
     add("--model", help="a model, with random weights (default: PLM-1B)")

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import Parser, run_command, write_json
+from benchmarks.command import run_command, write_json
 from benchmarks.gpu.eager import decoder_rows, tower_rows
 from benchmarks.gpu.engines import DEMOS, Engine, engine_rows
 from benchmarks.gpu.timing import Bench, Row, gpu_state, limits, sm_clock
@@ -38,6 +38,7 @@ from perception_rt.config import VisionConfig
 from perception_rt.errors import InputError
 from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import TARGETS
+from training.arguments import Parser
 
 BUDGET_S = 480
 # The most important models come first: time may run out before the last.

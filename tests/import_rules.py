@@ -179,6 +179,7 @@ _TRAINING = {
         libraries=("numpy", "torch", "yaml"),
         lazy_libraries=("matplotlib", "tensorboard"),
     ),
+    "training.arguments": Part(uses=LAYER_1),
     "training.atomic_files": Part(),
     "training.signals": Part(),
     "training.distributed": Part(uses=(*LAYER_1, *RECIPE), libraries=("torch",)),
@@ -225,7 +226,14 @@ _TRAINING = {
 }
 
 _BENCHMARKED = Part(
-    uses=(*TORCH_SIDE, *SHARED_BY_BENCHMARKS, "cli", "export", "runtime", "training.demo"),
+    uses=(
+        *TORCH_SIDE,
+        *SHARED_BY_BENCHMARKS,
+        "export",
+        "runtime",
+        "training.arguments",
+        "training.demo",
+    ),
     libraries=("numpy", "PIL", "safetensors", "torch"),
     lazy_libraries=(
         "numpy", "onnx", "onnxruntime", "onnxruntime_genai", "tokenizers", "transformers",

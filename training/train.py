@@ -4,14 +4,13 @@ Runs one process if started with `python` instead. With `--plan`, prints memory 
 does not train. Exits with 2 for a wrong recipe or option, with 1 if the run fails.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 try:
     from perception_rt.errors import InputError, PerceptionError
+    from training.arguments import Parser
     from training.distributed import process_group
     from training.planning.memory import report
     from training.recipe.schema import load_config
@@ -22,16 +21,9 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs the recipe of a command line and returns the exit status."""
-    parser = _Parser(description="Trains a PE or PLM as its recipe says.")
+    parser = Parser(description="Trains a PE or PLM as its recipe says.")
     parser.add_argument("recipe", type=Path, help="YAML file; training/configs has examples")
     parser.add_argument(
         "--set",

@@ -221,7 +221,7 @@ Times are for batch 1, except under "concurrent requests". A figure without a pe
 over the rounds.
 
 - TTFT: time from the call to the first token. preprocess (decoding and resizing the picture,
-  tokenizing), vision and prefill are parts of it. "first": the first request after loading, which
+  tokenizing), vision and prefill are parts. "first": the first request after loading, which
   opens the engines.
 - tiles: number of image tiles, the thumbnail included.
 - peak RSS: peak memory of a process that runs this row alone, including loading.
