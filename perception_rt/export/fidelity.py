@@ -1,4 +1,4 @@
-"""How close an engine's output is to eager, as a record, and the limits of the export gate."""
+"""Fidelity of an engine's outputs to eager, and the limits of the export gate."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,11 +10,10 @@ from perception_rt.errors import ExportError
 
 Array = np.ndarray[Any, Any]
 
-# Least cosine of any row against eager float32, by a plan's `gate`. Of a decoder, random weights
-# keep less than trained ones: in fp8, 0.98 of two layers of PLM-1B's shape and 0.92 of all 28 of
-# PLM-3B's, where PLM-Demo, which is trained, keeps 0.99998. Four bits in every block are a coarse
-# grid: rounding to it leaves 0.93 of PLM-1B's random weights, and as little as 0.73 of very narrow
-# ones. A wrong engine is near 0.
+# Least cosine of any row with eager float32, by a plan's `gate`. Random weights suffer more than
+# trained ones in a decoder: in fp8, two layers of PLM-1B's shape reach 0.98 and all 28 of PLM-3B's
+# 0.92, where the trained PLM-Demo reaches 0.99998. Four bits in every block are a coarse grid:
+# PLM-1B's random weights reach 0.93, very narrow ones as little as 0.73. A wrong engine is near 0.
 MIN_COSINE: Mapping[str, float] = {
     "fp32": 0.99999,
     "fp16": 0.9995,
@@ -28,12 +27,12 @@ MIN_COSINE: Mapping[str, float] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """The comparison of one output.
+    """Comparison of one output with eager.
 
     Attributes:
-        cosine: the least over rows; a row is one embedding or one token.
+        cosine: smallest cosine of any row; a row is one embedding or one token.
         max_abs: largest absolute difference.
-        scale: root mean square of eager's output, to read `max_abs` by.
+        scale: root mean square of eager's output, which puts `max_abs` into proportion.
     """
 
     cosine: float
@@ -55,7 +54,7 @@ class Fidelity:
         )
 
     def to_dict(self) -> dict[str, float]:
-        """Plain JSON values, to 8 digits."""
+        """Plain JSON values, rounded."""
         return {
             "cosine": round(self.cosine, 8),
             "max_abs": float(f"{self.max_abs:.3g}"),
@@ -64,11 +63,11 @@ class Fidelity:
 
 
 def check_gate(results: Mapping[str, Fidelity], gate: Callable[[str], str]) -> None:
-    """ExportError that names every output below its limit, NaN included.
+    """ExportError that names every output below its limit; NaN is below every limit.
 
     Args:
-        results: by "graph.output".
-        gate: the key of `MIN_COSINE` for such a name.
+        results: fidelity by "graph.output".
+        gate: returns the key in `MIN_COSINE` for such a name.
     """
     least = {name: MIN_COSINE[gate(name)] for name in results}
     failed = [

@@ -1,4 +1,4 @@
-"""The gate: the staged package through the real runtime against eager, and its latency."""
+"""The export gate: runs a staged package with the real runtime and compares it with eager."""
 
 import itertools
 import time
@@ -33,15 +33,20 @@ _LATENCY_RUNS = 9
 def run_gate(
     directory: Path, references: Sequence[Reference], *, device: str = "cpu"
 ) -> tuple[dict[str, Fidelity], dict[str, Any]]:
-    """Runs every graph of a sealed package on the CPU, or every engine on the GPU.
+    """Runs every graph of a sealed package and compares its outputs with eager's.
 
-    One is open at a time. Of an engine, each profile has kernels of its own, and is compared.
+    One graph is open at a time. A decoder's parts form a chain: each takes the output of the part
+    before it, first for most of the prompt at once, then for the last tokens one by one, with a
+    cache that is updated in place.
 
-    A decoder's parts form a chain: each is fed with what the engine before it gave, first most of
-    the prompt at once, then the last tokens one by one, over a cache that is updated in place.
+    Args:
+        directory: the sealed package.
+        references: eager results, in the order of the decoder's parts.
+        device: "cpu" runs the graphs, "cuda" the engines; each profile of an engine is compared,
+            since each has kernels of its own.
 
     Returns:
-        Fidelity by "graph.output", and latency by graph: of batch 1, or of a decoder's step.
+        Fidelity by "graph.output"; latency by graph, for batch 1 or for a step of a decoder.
     """
     fidelity: dict[str, Fidelity] = {}
     latency: dict[str, Any] = {}
@@ -70,7 +75,7 @@ def run_gate(
 def _compare(
     session: Session, inputs: Arrays, expected: Arrays, sizes: Sequence[int]
 ) -> dict[str, Fidelity]:
-    """The worst of each output over batches of these sizes, made of the reference's rows."""
+    """The worst fidelity of each output over batches of these sizes; () for the reference's own."""
     worst: dict[str, Fidelity] = {}
     for size in sizes or [len(next(iter(inputs.values())))]:
         feed = {name: _repeated(array, size) for name, array in inputs.items()}
@@ -82,12 +87,12 @@ def _compare(
 
 
 def _repeated(rows: Array, size: int) -> Array:
-    """So many rows, from the first on and again from the first."""
+    """The first `size` rows of the endlessly repeated array."""
     return rows[np.arange(size) % len(rows)]
 
 
 def check_gpu() -> None:
-    """BackendError or CapacityError unless engines can be run on the GPU that is here."""
+    """BackendError or CapacityError unless engines can run on this machine's GPU."""
     open_cuda()
 
 
@@ -108,12 +113,12 @@ def _decode(
     graph: str,
     make_block: MakeBlock,
 ) -> Arrays:
-    """A part's output over the whole prompt, or the logits of its last GATE_STEPS + 1 tokens."""
+    """Hidden states of the whole prompt, or logits of its last GATE_STEPS + 1 tokens."""
     hidden = inputs[contract.HIDDEN]
     tokens = hidden.shape[1]
     state = _caches(session.spec, tokens, make_block)
     first = max(1, tokens - GATE_STEPS)
-    # The prompt in pieces, as the scheduler has it: an engine's profiles are made for them.
+    # In pieces as the scheduler feeds them, since an engine's profiles are made for those.
     edges = [*range(0, first, contract.CHUNK_TOKENS), *range(first, tokens + 1)]
     pieces, seconds = [], []
     given = {spec.name for spec in session.spec.outputs}
@@ -144,9 +149,15 @@ def _decode(
 
 
 def check_picks(logits: Array, top: Array, ids: Array) -> None:
-    """ExportError unless an engine's likeliest tokens are those of its logits (1, L, V)."""
+    """ExportError unless an engine's likeliest tokens agree with its logits.
+
+    Args:
+        logits: (1, L, V).
+        top: largest logits, (1, L).
+        ids: their tokens, (1, L).
+    """
     theirs = np.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    # One is not looked at: the image's token.
+    # One larger logit is allowed: the image token is never picked.
     above = (logits > top[..., None]).sum(axis=-1)
     if not (np.array_equal(theirs, top) and above.max() <= 1):
         raise ExportError(
@@ -159,7 +170,7 @@ def _is_last(spec: GraphSpec) -> bool:
 
 
 def _caches(spec: GraphSpec, slots: int, make_block: MakeBlock) -> States:
-    """Empty caches of one sequence, by input name."""
+    """Empty caches for one sequence, by input name."""
     names = [source.name for source in spec.inputs if contract.is_cache(source.name)]
     first = next(source for source in spec.inputs if source.name in names)
     _, kv_heads, fixed, head_dim = first.shape
@@ -172,7 +183,7 @@ def _caches(spec: GraphSpec, slots: int, make_block: MakeBlock) -> States:
 
 
 def _latency(session: Session, inputs: Arrays, outputs: Sequence[str]) -> dict[str, float | int]:
-    """Median milliseconds of batch 1 over up to 9 runs in about a second."""
+    """Median milliseconds for batch 1, of up to 9 runs within about a second."""
     feed = {name: array[:1] for name, array in inputs.items()}
     times: list[float] = []
     while len(times) < _LATENCY_RUNS and sum(times) < _LATENCY_BUDGET_S:

@@ -213,7 +213,7 @@ def older(*lost: str) -> TensorRt:
     return replace(library, api=Api(), version="10.13")
 
 
-def test_what_an_older_tensorrt_has_no_layer_for_isspelled_out(tmp_path: Path) -> None:
+def test_what_an_older_tensorrt_has_no_layer_for_isinlined(tmp_path: Path) -> None:
     out = tmp_path / "package"
     plan = ["--model", "PE-Demo", "--backend", "tensorrt", "--target", "none", "--taps", "none"]
     assert export_main([*plan, "--out", str(out)]) == 0
@@ -236,7 +236,7 @@ def test_what_an_older_tensorrt_has_no_layer_for_isspelled_out(tmp_path: Path) -
     shutil.copytree(out, copy)
     copy.chmod(0o700)
     (copy / "simple.onnx").write_bytes(
-        tensorrt_engines.spelled_out(file, list(tensorrt_engines.DECOMPOSABLE))
+        tensorrt_engines.inlined(file, list(tensorrt_engines.DECOMPOSABLE))
     )
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     mine, theirs = (
@@ -286,7 +286,7 @@ def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyP
         check_engines(library, (HERE,))
     # A GPU that this library has no kernels for; NVIDIA's other one is for the one that is here.
     monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: "sm90")
-    with pytest.raises(BackendError, match=r"not build for the GPU that is here, sm90, out of .*"):
+    with pytest.raises(BackendError, match=r"not build for this machine's GPU, sm90, out of .*"):
         check_engines(library, (HERE,))
     monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: "sm89")
     check_engines(library, (HERE,))

@@ -1,8 +1,10 @@
-"""Lowering for ONNX Runtime: its fused operators, named outright instead of hoped for.
+"""Lowering for ONNX Runtime: emits its fused operators, and relies on no optimiser to find them.
 
-Attention is `MultiHeadAttention` on (N, T, C) with `RotaryEmbedding` before it, so that nothing is
-transposed; over a cache it is `GroupQueryAttention`, which rotates, and writes its keys and values
-where it reads them.
+Attention is `MultiHeadAttention` on (N, T, C) with `RotaryEmbedding` before it, so nothing is
+transposed. With a cache it is `GroupQueryAttention`, which rotates and updates the cache in place.
+
+Legend: N sequences, T tokens, C input channels, O output channels, B blocks of 32 channels,
+E channels per head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +18,16 @@ from perception_rt.export.graph.lowering import Lowering, Operand
 from perception_rt.export.quantization.formats import (
     BITS,
     BLOCK,
+    INT8_MAX,
     channel_scale,
+    int8_channels,
     quantize_blocks,
-    quantize_channels,
 )
 
 CONTRIB = "com.microsoft"
 _UINT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.float32)
 _ATTENTION, _CACHED_ATTENTION = "MultiHeadAttention", "GroupQueryAttention"
-_ACCURACY_INT8 = 4  # of MatMulNBits: activations become int8, per block
+_ACCURACY_INT8 = 4  # MatMulNBits computes with activations in int8, scaled per block
 
 
 class OnnxRuntimeLowering(Lowering):
@@ -35,12 +38,12 @@ class OnnxRuntimeLowering(Lowering):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # What several products, and all attentions, have in common is computed once.
+        # Values that several products, or all attentions, share are computed once.
         self.rounded_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self.cache_lengths: tuple[ir.Value, ir.Value] | None = None
 
     def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
-        """MatMul, or the product of the weight's format; then Add."""
+        """Emits MatMul, or the product in the weight's format, and Add for the bias."""
         match self.format_of(weight):
             case None:
                 transposed = weight.derive(".t", np.transpose, weight.shape[::-1])
@@ -57,7 +60,7 @@ class OnnxRuntimeLowering(Lowering):
         self.bind(node, y if bias is None else self.op("Add", [y[0], bias]))
 
     def row_product(self, x: ir.Value, weight: Weight) -> list[ir.Value]:
-        """Activations to uint8 around 128, row by row; an integer product; both scales."""
+        """Emits an integer product of activations that are rounded row by row."""
         packed, scale = _channels(weight)
         if x not in self.rounded_rows:
             self.rounded_rows[x] = self.round_rows(x)
@@ -68,7 +71,7 @@ class OnnxRuntimeLowering(Lowering):
         return self.op("Mul", [y[0], steps])
 
     def round_rows(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The step of each row (..., 1) and the row in such steps, uint8 around 128."""
+        """Emits each row's step (..., 1), and the rows in such steps, uint8 around 128."""
         axis = constant("constant.last_axis", np.asarray([-1], np.int64))
         high = self.op("ReduceMax", [x, axis], {"keepdims": 1})[0]
         low = self.op("ReduceMin", [x, axis], {"keepdims": 1})[0]
@@ -80,7 +83,7 @@ class OnnxRuntimeLowering(Lowering):
         return step, self.op("QuantizeLinear", operands)[0]
 
     def block_product(self, x: ir.Value, weight: Weight, bits: int) -> list[ir.Value]:
-        """MatMulNBits, activations in int8."""
+        """Emits MatMulNBits with activations in int8."""
         outputs, inputs = weight.shape
         packed, scale = _blocks(weight, bits)
         attributes = {
@@ -93,7 +96,7 @@ class OnnxRuntimeLowering(Lowering):
         return self.op("MatMulNBits", [x, packed, scale], attributes, domain=CONTRIB)
 
     def embedding(self, node: ir.Node, weight: Weight, ids: ir.Value) -> None:
-        """Gather, or the gather of the weight's format, on the bytes of a tied head."""
+        """Emits Gather, or GatherBlockQuantized on the bytes that a tied head uses too."""
         format_ = self.format_of(weight)
         if format_ is None:
             self.bind(node, self.op("Gather", [weight, ids]))
@@ -107,7 +110,7 @@ class OnnxRuntimeLowering(Lowering):
         self.bind(node, self.op("GatherBlockQuantized", operands, attributes, domain=CONTRIB))
 
     def attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
-        """MultiHeadAttention, its scale the default D ** -0.5."""
+        """Emits MultiHeadAttention with the default scale, E ** -0.5."""
         query, key, value, cos, sin = (*inputs, None, None)[:5]
         heads = node.attributes["heads"].as_int()
         if cos is not None:
@@ -119,7 +122,7 @@ class OnnxRuntimeLowering(Lowering):
         self.bind(node, self.op(_ATTENTION, operands, attributes, domain=CONTRIB))
 
     def cached_attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
-        """GroupQueryAttention with its rotation, on a cache that is also its output."""
+        """Emits GroupQueryAttention, which rotates, on a cache that is also its output."""
         query, key, value, keys, values, past, cos, sin = inputs
         assert isinstance(past, ir.Value) and isinstance(query, ir.Value)
         if self.cache_lengths is None:
@@ -136,7 +139,7 @@ class OnnxRuntimeLowering(Lowering):
         self.bind(node, results)
 
     def lengths(self, query: ir.Value, past: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Index of each sequence's last token, and the length of the longest, both int32."""
+        """Emits each sequence's index of its last token (N,), and the longest length, in int32."""
         shape = self.op("Shape", [query], {"start": 1, "end": 2})[0]  # (1,)
         tokens = self.cast(shape, np.dtype(np.int32))
         totals = self.op("Add", [past, tokens])[0]
@@ -145,14 +148,14 @@ class OnnxRuntimeLowering(Lowering):
         return last, self.op("ReduceMax", [totals], {"keepdims": 0})[0]
 
     def rotary(self, x: Operand | None, cos: Operand, sin: Operand | None, heads: int) -> ir.Value:
-        """Adjacent channel pairs of (N, T, C) turned by tables (T, D/2), from position 0 on."""
+        """Emits the rotation of adjacent channel pairs of (N, T, C) by tables (T, E/2)."""
         start = constant("constant.position", np.zeros(1, np.int64))
         attributes = {"interleaved": 1, "num_heads": heads}
         operands = [x, start, cos, sin]
         return self.op("RotaryEmbedding", operands, attributes, domain=CONTRIB)[0]
 
     def scalar(self, name: str, value: float) -> Weight:
-        """A float32 constant without axes."""
+        """A float32 scalar."""
         return constant(f"constant.{name}", np.asarray(value, np.float32))
 
     def middle(self) -> Weight:
@@ -165,16 +168,18 @@ def _channels(weight: Weight) -> tuple[Weight, Weight]:
     outputs, inputs = weight.shape
 
     def packed() -> Array:
-        array = weight.load()
-        return np.ascontiguousarray(quantize_channels(array, channel_scale(array)).T)
+        return np.ascontiguousarray(int8_channels(weight.load())[0].T)
+
+    def scales(rows: Array) -> Array:
+        return channel_scale(rows, INT8_MAX)
 
     int8 = Weight(f"{weight.name}.int8", np.dtype(np.int8), (inputs, outputs), packed)
-    scale = weight.derive_rows(".scale", channel_scale, (outputs,), _FLOAT32)
+    scale = weight.derive_rows(".scale", scales, (outputs,), _FLOAT32)
     return int8, scale
 
 
 def _blocks(weight: Weight, bits: int) -> tuple[Weight, Weight]:
-    """A weight (O, C) as uint8 (O, B, bytes of a block) and float32 scales (O, B)."""
+    """A weight (O, C) as uint8 (O, B, bytes per block) and float32 scales (O, B)."""
     outputs, inputs = weight.shape
     blocks = -(-inputs // BLOCK)
     shape = (outputs, blocks, BLOCK * bits // 8)

@@ -1,11 +1,11 @@
 """Lowering for TensorRT and TensorRT for RTX: standard operators of opset 24, strongly typed.
 
-Every precision is in the graph, and what TensorRT fuses has one operator each: `Attention`,
+The graph states every precision, and has one operator for whatever TensorRT fuses: `Attention`,
 `RotaryEmbedding`, `TensorScatter` for the cache, `RMSNormalization`, and Q/DQ around a product in
-fp8. ONNX Runtime's CPU runs the same graph, so it can be compared with eager without a GPU.
+fp8. ONNX Runtime runs the same graph on a CPU, so it is compared with eager without a GPU.
 
-Legend: N batch, T tokens, C channels, H heads, K key and value heads, S cache slots, E channels
-per head, O channels out.
+Legend: N batch, T tokens, C input channels, O output channels, H heads, K key and value heads,
+S cache slots, E channels per head, P positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ import onnx_ir as ir
 
 from perception_rt.export.graph.lazy_weights import Array, Weight, constant
 from perception_rt.export.graph.lowering import Lowering, Operand
-from perception_rt.export.quantization.formats import FP8, FP8_MAX, fp8_channel_scale, fp8_channels
+from perception_rt.export.quantization.formats import FP8, FP8_MAX, channel_scale, fp8_channels
 
-_LEAST_STEP = 2.0**-24  # the least positive float16
+_LEAST_STEP = 2.0**-24  # smallest positive float16
 
 
 class TensorRtLowering(Lowering):
-    """Standard ONNX, its attention on (N, H, T, E)."""
+    """Standard ONNX operators, with attention on (N, H, T, E)."""
 
     opset = 24
     attention_ops: Mapping[str, int] = {"Attention": 1}
@@ -34,13 +34,13 @@ class TensorRtLowering(Lowering):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # What all attentions of a graph have in common is computed once.
+        # Values that all attentions of a graph share are computed once.
         self.shared: dict[str, ir.Value] = {}
         self.rounded: dict[tuple[ir.Value, float], ir.Value] = {}
         self.smoothed: dict[tuple[ir.Value, str], ir.Value] = {}
 
     def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
-        """MatMul, of fp8 operands where the weight is quantised; then Add."""
+        """Emits MatMul, on fp8 operands if the weight is quantised, and Add for the bias."""
         if self.format_of(weight) == "fp8":
             x = self.smooth(x, weight)
             y = self.op("MatMul", [self.round(x, weight), self.fp8_weight(weight)])[0]
@@ -50,22 +50,23 @@ class TensorRtLowering(Lowering):
         self.bind(node, [y] if bias is None else self.op("Add", [y, bias]))
 
     def smooth(self, x: ir.Value, weight: Weight) -> ir.Value:
-        """x with large channels made smaller, if that was found to help; `fp8_weight` undoes it."""
+        """Emits x divided by its smoothing factors, if any; `fp8_weight` multiplies by them."""
         smoothing = self.measured.smoothing(weight.origin)
         if smoothing is None:
             return x
         key = x, weight.origin
         if key not in self.smoothed:
+            # The name is part of a graph's structure, which a refit compares with older packages.
             factors = constant(f"{weight.origin}.balance", (1 / smoothing).astype(self.dtype))
             self.smoothed[key] = self.op("Mul", [x, factors])[0]
         return self.smoothed[key]
 
     def round(self, x: ir.Value, weight: Weight) -> ir.Value:
-        """x as E4M3 numbers, the largest magnitude of this layer's input their largest."""
+        """Emits x rounded to E4M3, scaled by the range of this layer's input."""
         largest = self.measured.range(weight.origin)
         key = x, largest
         if key not in self.rounded:
-            # In float16, where a step could become zero, activations are not that small.
+            # A smaller step would be zero in float16; activations are not that small.
             step = np.asarray(max(largest / FP8_MAX, _LEAST_STEP), self.dtype)
             scale = constant(f"{weight.name}.step", step)
             zero = constant("constant.fp8_zero", np.zeros((), FP8))
@@ -74,13 +75,13 @@ class TensorRtLowering(Lowering):
         return self.rounded[key]
 
     def fp8_weight(self, weight: Weight) -> ir.Value:
-        """A linear weight (O, C) as (C, O), of E4M3 numbers with a scale per channel out."""
+        """Emits a linear weight (O, C) as (C, O) of E4M3 numbers, with a scale per row."""
         outputs, inputs = weight.shape
         smoothing = self.measured.smoothing(weight.origin)
 
         def scales(rows: Array) -> Array:
             rows = rows if smoothing is None else rows * smoothing
-            return np.maximum(fp8_channel_scale(rows), _LEAST_STEP).astype(self.dtype)
+            return np.maximum(channel_scale(rows, FP8_MAX), _LEAST_STEP).astype(self.dtype)
 
         def packed() -> Array:
             array = weight.load()
@@ -94,16 +95,16 @@ class TensorRtLowering(Lowering):
         return self.op("DequantizeLinear", [numbers, scale], {"axis": 1})[0]
 
     def channels_first(self, images: ir.Value) -> ir.Value:
-        """The cast first: TensorRT does nothing else with uint8."""
+        """Casts first, since TensorRT can do nothing else with uint8."""
         x = self.cast(images, np.dtype(np.float32))
         return self.op("Transpose", [x], {"perm": [0, 3, 1, 2]})[0]
 
     def embedding(self, node: ir.Node, weight: Weight, ids: ir.Value) -> None:
-        """Gather."""
+        """Emits Gather."""
         self.bind(node, self.op("Gather", [weight, ids]))
 
     def attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
-        """Attention over all tokens, or over those before."""
+        """Emits rotation and Attention, causal or not."""
         query, key, value, cos, sin = (*inputs, None, None)[:5]
         assert query is not None and key is not None and value is not None
         heads = node.attributes["heads"].as_int()
@@ -117,7 +118,7 @@ class TensorRtLowering(Lowering):
         self.bind(node, self.merge_heads(self.op("Attention", operands, attributes)[0]))
 
     def cached_attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
-        """Rotation, the cache's update in place, and attention under a mask."""
+        """Emits rotation, updates of the caches in place, and Attention with a mask."""
         query, key, value, keys, values, past, cos, sin = inputs
         assert isinstance(query, ir.Value) and isinstance(past, ir.Value)
         assert isinstance(keys, ir.Value) and isinstance(values, ir.Value)
@@ -136,7 +137,7 @@ class TensorRtLowering(Lowering):
         self.bind(node, [*self.merge_heads(y), keys, values])
 
     def share_positions(self, query: ir.Value, keys: ir.Value, past: ir.Value) -> None:
-        """Where tokens go, their positions (N, T), and which slots each may see (N, 1, T, S)."""
+        """Emits first slots (N,), positions (N, T), and the mask of visible slots (N, 1, T, S)."""
         zero, one = self.index("zero", 0), self.index("one", 1)
         length = self.op("Shape", [query], {"start": 1, "end": 2})[0]
         length = self.op("Squeeze", [length, self.index("axis_0", [0])])[0]
@@ -152,7 +153,7 @@ class TensorRtLowering(Lowering):
         self.shared = {"start": start, "positions": positions, "mask": mask}
 
     def all_positions(self, query: Operand, tokens: Any) -> ir.Value:
-        """0 to T - 1 for each sequence, (N, T)."""
+        """Emits positions 0 to T - 1 for each sequence, (N, T)."""
         if "positions" not in self.shared:
             batch = self.op("Shape", [query], {"start": 0, "end": 1})[0]
             size = self.op("Concat", [batch, self.index("tokens", [tokens])], {"axis": 0})[0]
@@ -163,20 +164,20 @@ class TensorRtLowering(Lowering):
     def rotary(
         self, x: Operand, cos: Operand, sin: Operand, positions: ir.Value, heads: int
     ) -> ir.Value:
-        """Adjacent channel pairs of (N, T, C) turned by tables (P, E/2), rows by position."""
+        """Emits the rotation of adjacent channel pairs of (N, T, C) by tables (P, E/2)."""
         attributes = {"interleaved": 1, "num_heads": heads}
         return self.op("RotaryEmbedding", [x, cos, sin, positions], attributes)[0]
 
     def split_heads(self, x: Operand, heads: int) -> ir.Value:
-        """(N, T, H * E) -> (N, H, T, E)."""
+        """Emits (N, T, H * E) -> (N, H, T, E)."""
         x = self.op("Reshape", [x, self.index(f"heads_{heads}", [0, 0, heads, -1])])[0]
         return self.op("Transpose", [x], {"perm": [0, 2, 1, 3]})[0]
 
     def merge_heads(self, x: ir.Value) -> list[ir.Value]:
-        """(N, H, T, E) -> (N, T, H * E)."""
+        """Emits (N, H, T, E) -> (N, T, H * E)."""
         x = self.op("Transpose", [x], {"perm": [0, 2, 1, 3]})[0]
         return self.op("Reshape", [x, self.index("merged", [0, 0, -1])])
 
     def index(self, name: str, value: int | list[int]) -> Weight:
-        """A constant of integers."""
+        """An int64 constant."""
         return constant(f"constant.{name}", np.asarray(value, np.int64))

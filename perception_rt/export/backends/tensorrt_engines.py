@@ -1,8 +1,8 @@
-"""Builds TensorRT engines of the graphs of a stage, and counts what was fused.
+"""Builds TensorRT engines from a stage's graphs, and checks that they are fused.
 
-Attention, rotation and the update of a cache are layers of their own in TensorRT's network. Those
-layers are not decomposable: where there is no fused kernel for one, the build fails. With
-`--allow-unfused` it does not, and what an older TensorRT has no layer for is spelled out for it.
+Attention, rotation and cache updates are single layers in TensorRT's network, and not decomposable:
+the build fails if one has no fused kernel. With `--allow-unfused` attention may be decomposed, and
+operators that an older TensorRT has no layer for are replaced by their definitions in ONNX.
 """
 
 import time
@@ -22,7 +22,7 @@ from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.tensorrt_library import TensorRt, find_tensorrt, gpu_capability
 
-# The layer that each operator must be in TensorRT's network.
+# Layer in TensorRT's network that each operator must become.
 _LAYERS = {
     "Attention": "ATTENTION_OUTPUT",
     "RotaryEmbedding": "ROTARY_EMBEDDING",
@@ -31,18 +31,18 @@ _LAYERS = {
     "QuantizeLinear": "QUANTIZE",
     "DequantizeLinear": "DEQUANTIZE",
 }
-DECOMPOSABLE = ("Attention", "RotaryEmbedding")  # ONNX defines these by others
-_MOST_WORDS = 600  # of TensorRT's own, in an error
+DECOMPOSABLE = ("Attention", "RotaryEmbedding")  # ONNX defines these by simpler operators
+_MAX_QUOTE = 600  # characters of TensorRT's messages in an error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """An engine and how it came about.
+    """An engine and how it was built.
 
     Attributes:
         data: the serialized engine.
-        seconds: that the build took.
-        layers: of the network, by type; what the fused operators became, and products.
+        seconds: duration of the build.
+        layers: number of layers in the network, by type.
     """
 
     data: Any
@@ -52,37 +52,47 @@ class BuiltEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MadeEngine:
-    """The engine of a graph, and what the manifest's record says of it."""
+    """The engine of a graph, and its entry in the manifest's record."""
 
     data: memoryview
     record: dict[str, Any]
 
 
 class EngineMaker(Protocol):
-    """Where the engines of a package come from.
+    """Source of a package's engines.
 
     Attributes:
-        label: of the TensorRT that built them.
+        label: name and version of the TensorRT that builds them.
     """
 
     label: str
 
     def engine(self, graph: str, spec: GraphSpec, file: Path, gpu: str) -> MadeEngine:
-        """The engine of a graph, in an ONNX file, for a compute capability or HERE."""
+        """The engine of a graph for a GPU.
+
+        Args:
+            graph: name of the graph.
+            spec: its inputs and outputs.
+            file: the ONNX file, its weights beside it.
+            gpu: a compute capability such as "sm89", or HERE.
+        """
 
 
 class EngineBuilder:
-    """Builds the engines of a plan."""
+    """Builds the engines of a plan with the installed TensorRT.
+
+    Raises:
+        BackendError: no installed TensorRT can build them on this machine.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        """BackendError unless the installed TensorRT can do that here."""
         self._plan = plan
         self._library = library_for(plan.engines, refittable=plan.refittable)
         self._max_length = plan.max_length
         self.label = self._library.label
 
     def engine(self, graph: str, spec: GraphSpec, file: Path, gpu: str) -> MadeEngine:
-        """Builds one; ExportError if TensorRT does not."""
+        """Builds an engine; see `EngineMaker.engine`."""
         engine = build_engine(
             self._library,
             file,
@@ -104,7 +114,7 @@ class EngineBuilder:
 
 
 def engine_name(graph: str, gpu: str) -> str:
-    """The file of an engine in its package."""
+    """File name of an engine in its package."""
     return f"{graph}.{gpu}.engine"
 
 
@@ -122,18 +132,18 @@ def build_engine(
     """Builds one engine.
 
     Args:
-        library: the TensorRT that builds it.
+        library: TensorRT to build with.
         file: the ONNX graph, its weights beside it.
-        spec: its inputs and outputs.
-        operators: how many of each type the graph has.
-        capability: a compute capability, as in "sm89", or HERE.
-        profiles: ranges of the dynamic sizes, each an optimization profile.
-        allow_unfused: attention without a fused kernel may be taken apart, and attention and
-            rotation that the library has no layer for.
-        refittable: the engine has no weights: they are put in when it is loaded.
+        spec: inputs and outputs of the graph.
+        operators: number of operators in the graph, by type.
+        capability: a compute capability such as "sm89", or HERE.
+        profiles: ranges of the dynamic sizes, one optimization profile each.
+        allow_unfused: whether attention without a fused kernel may be decomposed, and operators
+            without a layer replaced.
+        refittable: whether the engine holds no weights, which are supplied when it is loaded.
 
     Raises:
-        ExportError: TensorRT refuses the graph, something is not fused, or the build fails.
+        ExportError: TensorRT refuses the graph, an operator is not fused, or the build fails.
     """
     trt = library.api
     log = _Log(trt)
@@ -143,11 +153,11 @@ def build_engine(
     missing = library.lacks(operators)
     if missing:
         _check_missing(library, file.name, missing, allow_unfused)
-        parsed = parser.parse(spelled_out(file, missing), str(file))
+        parsed = parser.parse(inlined(file, missing), str(file))
     else:
         parsed = parser.parse_from_file(str(file))
     if not parsed:
-        raise ExportError(f"{library.label} cannot read {file.name}: {log.words()}")
+        raise ExportError(f"{library.label} cannot read {file.name}: {log.text()}")
     layers = _census(network)
     if not allow_unfused:
         _check_census(file.name, layers, operators)
@@ -156,10 +166,10 @@ def build_engine(
         config.num_compute_capabilities = 1
         name = "CURRENT" if capability == HERE else capability.upper()
         if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
-            raise ExportError(f"{library.label} refuses {capability}: {log.words()}")
+            raise ExportError(f"{library.label} refuses {capability}: {log.text()}")
     for ranges in profiles:
         if config.add_optimization_profile(_profile(builder, spec, ranges)) < 0:
-            raise ExportError(f"{library.label} refuses a profile of {file.name}: {log.words()}")
+            raise ExportError(f"{library.label} refuses a profile of {file.name}: {log.text()}")
     if refittable:
         for flag in (trt.BuilderFlag.REFIT, trt.BuilderFlag.STRIP_PLAN):
             config.set_flag(flag)
@@ -170,40 +180,40 @@ def build_engine(
     data = builder.build_serialized_network(network, config)
     if data is None:
         raise ExportError(
-            f"{library.label} cannot build {file.name} for {capability}: {log.words()}"
+            f"{library.label} cannot build {file.name} for {capability}: {log.text()}"
         )
     return BuiltEngine(data=data, seconds=time.monotonic() - started, layers=dict(layers))
 
 
 def library_for(engines: Sequence[str], *, refittable: bool = False) -> TensorRt:
-    """The TensorRT that builds for all of these here; BackendError if none does."""
+    """The installed TensorRT that builds all these engines; BackendError if there is none."""
     library = find_tensorrt(ahead=any(name != HERE for name in engines))
     check_engines(library, engines)
     if refittable and gpu_capability() is None:
-        # Tried with 1.7: it runs kernels on the weights then, even of a single product.
-        raise BackendError(f"{library.label} builds refittable engines only where a GPU is")
+        # TensorRT for RTX 1.7 runs kernels on the weights in this mode, whatever the graph is.
+        raise BackendError(f"{library.label} builds refittable engines only where a GPU is present")
     return library
 
 
 def operator_counts(file: Path) -> Counter[str]:
-    """How many operators of each type a graph has; its weights are not read."""
+    """Number of operators of each type in a graph; weights are not read."""
     model = onnx.load(str(file), load_external_data=False)
     return Counter(node.op_type for node in model.graph.node)
 
 
 def check_engines(library: TensorRt, engines: Sequence[str]) -> None:
-    """BackendError unless the library can build for all of these here."""
+    """BackendError unless the library can build for all these GPUs on this machine."""
     for name in engines:
         if name == HERE:
             gpu = gpu_capability()
             if gpu is None:
                 raise BackendError(
-                    f"there is no GPU to build for; name compute capabilities by --target, "
+                    "there is no GPU to build for; name compute capabilities by --target, "
                     f"{_known(library)}"
                 )
             if library.builds_ahead and gpu not in library.capabilities:
                 raise BackendError(
-                    f"{library.label} does not build for the GPU that is here, {gpu}, "
+                    f"{library.label} does not build for this machine's GPU, {gpu}, "
                     f"{_known(library)}; NVIDIA's tensorrt may"
                 )
         elif name not in library.capabilities:
@@ -217,7 +227,7 @@ def _known(library: TensorRt) -> str:
 
 
 class _Log:
-    """Collects what TensorRT says of errors instead of printing it."""
+    """Collects TensorRT's error messages, which would be printed otherwise."""
 
     def __init__(self, trt: Any) -> None:
         self.lines: list[str] = []
@@ -229,31 +239,31 @@ class _Log:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                # A machine without a GPU says so too, which a build ahead of time does not need.
+                # Without a GPU, TensorRT logs an error that does not matter for building ahead.
                 if severity in errors and (has_gpu or "Cuda Runtime" not in message):
                     lines.append(message)
 
         self.logger = Logger()
 
-    def words(self) -> str:
-        """The errors in one line."""
-        return " ".join(" ".join(self.lines).split())[:_MOST_WORDS] or "it gave no reason"
+    def text(self) -> str:
+        """The collected errors in one line."""
+        return " ".join(" ".join(self.lines).split())[:_MAX_QUOTE] or "no reason was given"
 
 
 def strongly_typed_flag(trt: Any) -> int:
-    """The flag of networks whose types are the graph's own; later versions know no others."""
+    """Creation flag of strongly typed networks; 0 for versions that have no others."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def _census(network: Any) -> Counter[str]:
-    """Layers by type."""
+    """Number of layers by type."""
     layers = (network.get_layer(index) for index in range(network.num_layers))
     return Counter(layer.type.name for layer in layers)
 
 
 def _check_census(name: str, layers: Mapping[str, int], operators: Mapping[str, int]) -> None:
-    """ExportError unless every operator that must be one layer is one."""
+    """ExportError unless every operator that must become one layer did."""
     wanted: Counter[str] = Counter()
     for operator, layer in _LAYERS.items():
         if operators.get(operator, 0):
@@ -265,24 +275,24 @@ def _check_census(name: str, layers: Mapping[str, int], operators: Mapping[str, 
     ]
     if wrong:
         raise ExportError(
-            f"{name} became a network of {', '.join(wrong)}; --allow-unfused builds it all the same"
+            f"{name} became a network of {', '.join(wrong)}; --allow-unfused builds it anyway"
         )
 
 
 def _check_missing(
     library: TensorRt, name: str, missing: Sequence[str], allow_unfused: bool
 ) -> None:
-    """ExportError for operators without a layer, unless they may be spelled out."""
+    """ExportError for operators without a layer, unless they may be replaced."""
     fixed = [operator for operator in missing if operator not in DECOMPOSABLE]
     if fixed or not allow_unfused:
-        advice = "it is too old for this model" if fixed else "--allow-unfused spells them out"
+        advice = "it is too old for this model" if fixed else "--allow-unfused replaces them"
         raise ExportError(
             f"{library.label} has no layers for {', '.join(fixed or missing)} of {name}; {advice}"
         )
 
 
-def spelled_out(file: Path, operators: Sequence[str]) -> bytes:
-    """A graph in which these operators are what ONNX defines them to be, in simpler ones."""
+def inlined(file: Path, operators: Sequence[str]) -> bytes:
+    """A graph with these operators replaced by ONNX's definitions of them; returns its bytes."""
     model = onnx.load(str(file), load_external_data=False)
     simple = onnx.inliner.inline_selected_functions(
         model, [("", operator) for operator in operators], inline_schema_functions=True
@@ -295,12 +305,12 @@ def _attentions(trt: Any, network: Any) -> Iterator[Any]:
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type.name == "ATTENTION_INPUT":
-            layer.__class__ = trt.IAttentionInputLayer  # the interface knows no other cast
+            layer.__class__ = trt.IAttentionInputLayer  # the only way to cast in this interface
             yield layer.attention
 
 
 def _profile(builder: Any, spec: GraphSpec, ranges: Profile) -> Any:
-    """Every input's shapes, of which a dynamic size has a least, a usual and a largest."""
+    """An optimization profile with least, usual and largest shape of every input."""
     profile = builder.create_optimization_profile()
     for source in spec.inputs:
         shapes = [

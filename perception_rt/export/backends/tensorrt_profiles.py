@@ -1,13 +1,13 @@
-"""Optimization profiles of TensorRT engines: which sizes a graph is built for."""
+"""Optimization profiles of TensorRT engines: the sizes that a graph is built for."""
 
 from collections.abc import Mapping, Sequence
 
 from perception_rt.package import contract
 
-# By the name of a dynamic size: its least, usual and largest.
+# Least, usual and largest value of each dynamic size, by its name.
 Profile = Mapping[str, tuple[int, int, int]]
 
-# Images of one call. The largest is a photograph of PLM: 36 tiles and the thumbnail.
+# Images per call. The largest is a photograph of PLM: 36 tiles and a thumbnail.
 _IMAGES = ((1, 1, 1), (2, 2, 2), (3, 4, 4), (5, 8, 8), (9, 16, 16), (17, 37, 37))
 _SIZES = {
     contract.VISION: _IMAGES,
@@ -17,27 +17,27 @@ _SIZES = {
 
 
 def has_engine(graph: str) -> bool:
-    """Whether engines are built of a graph: `pixels` is there to be compared, on the CPU."""
+    """Whether a graph gets engines: `pixels` does not, since it only serves comparisons."""
     return graph != contract.PIXELS
 
 
 def whole_range(graph: str) -> tuple[int, int, int]:
-    """The least, usual and largest batch of an encoder's graph, as one profile."""
+    """Least, usual and largest batch of an encoder's graph, for a single profile."""
     sizes = _SIZES[graph]
     return sizes[0][0], sizes[-1][1], sizes[-1][2]
 
 
 def usual_sizes(graph: str) -> Sequence[int]:
-    """The usual batch of each profile of an encoder's graph; () for another one."""
+    """Usual batch of each profile of an encoder's graph; () for other graphs."""
     return tuple(usual for _, usual, _ in _SIZES.get(graph, ()))
 
 
 def profiles(graph: str, max_length: int) -> Sequence[Profile]:
-    """Those of a graph, by its name.
+    """Profiles of a graph.
 
     Args:
-        graph: of a package.
-        max_length: tokens of a decoder's longest sequence.
+        graph: name of the graph in its package.
+        max_length: longest sequence of a decoder, in tokens.
     """
     if graph.startswith(contract.DECODER):
         tokens = min(contract.CHUNK_TOKENS, max_length)
@@ -52,7 +52,7 @@ def profiles(graph: str, max_length: int) -> Sequence[Profile]:
             contract.POSITIONS: (1, 1, min(contract.ENGINE_POSITIONS, tokens)),
         }
         return (step, prompt)
-    if graph == contract.EMBED:  # the sequences of a step are one row of it
+    if graph == contract.EMBED:  # a step embeds one token per sequence, as one row
         one, steps = (1, 1, 1), min(contract.ENGINE_SEQUENCES, max_length)
         lengths = (1, min(contract.CHUNK_TOKENS, max_length), max_length)
         return (

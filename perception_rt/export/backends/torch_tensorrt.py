@@ -1,8 +1,8 @@
-"""`--route torch-tensorrt`: engines of an encoder by Torch-TensorRT, from the exported program.
+"""`--route torch-tensorrt`: builds an encoder's engines with Torch-TensorRT from exported programs.
 
-The package is the same: ONNX graphs, to be compared with, and engines with the same inputs and
-outputs. Torch-TensorRT builds on a GPU, for that GPU, and one profile for each engine. Language
-models go by ONNX: their caches are updated in place.
+The package has the same ONNX graphs, and engines with the same inputs and outputs. Torch-TensorRT
+builds on a GPU, for that GPU, with one profile per engine. Language models need the ONNX route,
+since Torch-TensorRT does not update caches in place.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.tensorrt_library import find_tensorrt
 
 DEVICE = "cuda"
-_MOST_WORDS = 600  # of Torch-TensorRT's own, in an error
+_MAX_QUOTE = 600  # characters of Torch-TensorRT's message in an error
 
 
 class TorchTensorRt:
@@ -44,7 +44,7 @@ class TorchTensorRt:
         self._modules = modules
 
     def engine(self, graph: str, spec: GraphSpec, file: Path, gpu: str) -> MadeEngine:
-        """Builds one; ExportError with Torch-TensorRT's words if it does not."""
+        """Builds an engine; ExportError quotes Torch-TensorRT's message."""
         (source,) = spec.inputs
         sizes = whole_range(graph)
         program = export_program(self._modules(graph), source, sizes)
@@ -56,7 +56,7 @@ class TorchTensorRt:
             "arg_inputs": (
                 kinds.Input(min_shape=low, opt_shape=usual, max_shape=high, dtype=dtype),
             ),
-            # In the structure of what `forward` takes and returns.
+            # In the structure of `forward`'s arguments and results.
             "arg_input_binding_names": (source.name,),
             "output_binding_names": outputs if graph == contract.FEATURES else outputs[0],
             "require_full_compilation": True,
@@ -64,15 +64,15 @@ class TorchTensorRt:
         }
         try:
             data = self._compile(program, **options)
-        except Exception as error:  # whatever it raises, it is about this graph
-            words = " ".join(str(error).split())[:_MOST_WORDS]
+        except Exception as error:  # of any class: it is about this graph
+            words = " ".join(str(error).split())[:_MAX_QUOTE]
             raise ExportError(f"torch-tensorrt cannot build {graph!r}: {words}") from error
         record = {"bytes": len(data), "peak_rss_bytes": peak_rss_bytes()}
         return MadeEngine(data=memoryview(data), record={**record, "route": "torch-tensorrt"})
 
 
 def load_compiler() -> Callable[..., bytes]:
-    """What makes an engine of an exported program; BackendError unless it is installed."""
+    """The function that builds an engine from a program; BackendError unless it is installed."""
     try:
         dynamo: Any = import_module("torch_tensorrt.dynamo")
     except ImportError as error:
@@ -84,7 +84,7 @@ def load_compiler() -> Callable[..., bytes]:
 
 
 def export_program(module: nn.Module, source: TensorSpec, sizes: tuple[int, int, int]) -> Any:
-    """`torch.export` of a module on the GPU, its batch from the first of the sizes to the last."""
+    """Exports a module on the GPU, with a batch from the first of the sizes to the last."""
     low, usual, high = sizes
     module = module.to(DEVICE).eval().requires_grad_(False)
     dtype = getattr(torch, source.dtype)

@@ -203,15 +203,15 @@ def trace_batch(
 def gate_images(plan: Plan, spec: ImageSpec, count: int) -> Array:
     """Images that engines are compared on, uint8 (N, H, W, 3), then those for calibration."""
     if plan.calibrated:
-        return calibration.pictures(plan.calibration, spec)
+        return calibration.calibration_images(plan.calibration, spec)
     return calibration.images(count, spec.height, spec.width)
 
 
-def calibration_batches(pictures: Array, spec: ImageSpec, size: int) -> list[Tensor]:
-    """Normalised batches of at most `size` images."""
+def calibration_batches(images: Array, spec: ImageSpec, size: int) -> list[Tensor]:
+    """Normalised batches (N, 3, H, W) of at most `size` of the uint8 images (n, H, W, 3)."""
     return [
-        torch.from_numpy(normalize(pictures[start : start + size], spec))
-        for start in range(0, len(pictures), size)
+        torch.from_numpy(normalize(images[start : start + size], spec))
+        for start in range(0, len(images), size)
     ]
 
 

@@ -1,7 +1,7 @@
-"""What the traced modules' parameters are made of: checkpoint tensors, gains and tables.
+"""Weights for the parameters of the traced modules: checkpoint tensors, gains and tables.
 
-Layer scale is folded into the linear layer before it, exactly; position and rotary tables are
-computed for the grid, or the positions, by the model's own functions.
+Layer scale is folded into the linear layer before it, which is exact. Position and rotary tables
+are computed by the model's own functions.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,25 +33,25 @@ _GAINS = {"attn.out_proj": "ls_1.gamma", "mlp.c_proj": "ls_2.gamma"}
 def vision_parameters(
     source: WeightSource, graph: VisionGraph, config: VisionConfig, grid: tuple[int, int]
 ) -> dict[str, Weight]:
-    """A weight for each parameter of a vision graph; `config` still has its layer scale."""
+    """Weights of a vision graph, by parameter name; `config` has the checkpoint's layer scale."""
     return _tower_parameters(source, graph, config, grid, "visual.")
 
 
 def tile_parameters(source: WeightSource, graph: TileGraph, config: PlmConfig) -> dict[str, Weight]:
-    """A weight for each parameter of a tile graph."""
+    """Weights of a tile graph, by parameter name."""
     grid = (config.vision.grid, config.vision.grid)
     return _tower_parameters(source, graph, config.vision, grid, "vision_model.")
 
 
 def embed_parameters(source: WeightSource, graph: EmbedGraph) -> dict[str, Weight]:
-    """A weight for each parameter of an embedding graph."""
+    """Weights of an embedding graph, by parameter name."""
     return {name: _matrix(source, name, p) for name, p in graph.named_parameters()}
 
 
 def decoder_parameters(
     source: WeightSource, graph: DecoderGraph, config: DecoderConfig, excluded: int
 ) -> dict[str, Weight]:
-    """A weight for each parameter of a part of a decoder; `excluded` is never its top token."""
+    """Weights of a decoder graph, by parameter name; token `excluded` is never its top token."""
     head = "tok_embeddings.weight" if config.weight_tying else "output.weight"
     tables = _rope(lambda: rope_1d(config, config.max_seqlen))
     weights = {}
@@ -68,7 +68,7 @@ def decoder_parameters(
 
 
 def _exclusion(vocab_size: int, excluded: int) -> Array:
-    """What to add to logits, so that a token is not the largest."""
+    """Additions (V,) to logits (..., V) that keep a token from being the largest."""
     array = np.zeros(vocab_size, np.float32)
     array[excluded] = np.finfo(np.float16).min
     return array
@@ -81,7 +81,7 @@ def _tower_parameters(
     grid: tuple[int, int],
     prefix: str,
 ) -> dict[str, Weight]:
-    """A weight for each parameter; those of the tower are under `prefix` in the checkpoint."""
+    """Weights of a graph with a vision tower, whose checkpoint names start with `prefix`."""
     computed = _tables(source, config, grid, prefix)
     weights = {}
     for name, parameter in graph.named_parameters():
@@ -96,7 +96,7 @@ def _tower_parameters(
 
 
 def text_parameters(source: WeightSource, graph: TextGraph) -> dict[str, Weight]:
-    """A weight for each parameter of a text graph."""
+    """Weights of a text graph, by parameter name."""
     weights = {}
     for name, parameter in graph.named_parameters():
         key = f"text.{name.removeprefix('tower.')}"
@@ -110,7 +110,7 @@ def _loader(source: WeightSource, key: str) -> Callable[[], Array]:
 
 
 def _matrix(source: WeightSource, key: str, parameter: Tensor) -> Weight:
-    """A checkpoint tensor that can be read row by row."""
+    """A weight from a checkpoint tensor that can be read row by row."""
 
     def rows(start: int, stop: int) -> Array:
         return _float32(source.load_rows(key, start, stop))
@@ -127,7 +127,7 @@ def _float32(tensor: Tensor) -> Array:
 def _tower_load(
     source: WeightSource, config: VisionConfig, prefix: str, name: str
 ) -> Callable[[], Array]:
-    """Reads a tensor of a tower, with the layer scale that follows it folded in."""
+    """Reads a tensor of a tower; folds in the layer scale that follows it."""
     block, _, rest = name.partition(".resblocks.")
     index, _, leaf = rest.partition(".")
     gain = _GAINS.get(leaf.rpartition(".")[0])

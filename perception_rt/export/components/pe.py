@@ -57,14 +57,14 @@ class VisionComponent(Component[ExportPlan]):
     def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
         """Runs the eager tower on two calibration images."""
         spec = self.plan.image
-        pictures = gate_images(self.plan, spec, _GATE_IMAGES)
-        images = pictures[:_GATE_IMAGES]
+        inputs = gate_images(self.plan, spec, _GATE_IMAGES)
+        images = inputs[:_GATE_IMAGES]
         pixels = normalize(images, spec)
         tower = _load(VisionTower, self.config, self.source, "visual.")
         measured = Measured()
         batch = torch.from_numpy(pixels)
         if scheme is not None:
-            batches = calibration_batches(pictures, spec, _GATE_IMAGES)
+            batches = calibration_batches(inputs, spec, _GATE_IMAGES)
             found = measure_faithful(tower, tower, batches, scheme, ranges_of(self.plan))
             measured.add(found, "visual.")
         taps = self.plan.tapped
@@ -142,7 +142,7 @@ class TextComponent(Component[ExportPlan]):
 
     def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
         """Runs the eager tower on a few captions."""
-        ids = calibration.tokens(self.config)
+        ids = calibration.caption_ids(self.config)
         tower = _load(TextTower, self.config, self.source, "text.")
         batch = torch.from_numpy(ids)
         measured = Measured()

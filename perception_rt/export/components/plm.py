@@ -168,10 +168,10 @@ class TileComponent(Component[PlmPlan]):
     def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
         """Runs one tile through the eager tower; hands on its image features (1, t, C)."""
         spec = self.plan.tiles.tile
-        pictures = gate_images(self.plan, spec, 1)
-        images = pictures[:1]
+        inputs = gate_images(self.plan, spec, 1)
+        images = inputs[:1]
         pixels = normalize(images, spec)
-        batches = calibration_batches(pictures, spec, 1)
+        batches = calibration_batches(inputs, spec, 1)
         features, measured = (
             self._run_whole(batches, scheme)
             if scheme == "fp8"

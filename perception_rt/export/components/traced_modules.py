@@ -1,8 +1,11 @@
-"""The modules that are traced: the model's own parts, with their tables as named constants.
+"""Modules that are traced: the model's own parts, with their tables as parameters.
 
-No maths is written again here. A part is built on the meta device with the traced attention, and
-layer scale left out: its gains are folded into the weights (`parameters.py`). `forward` takes one
-list of inputs, as `trace` wants it.
+No arithmetic of the model is repeated here. Parts are built on the meta device, with the traced
+attention and without layer scale, whose gains are folded into the weights (`parameters.py`).
+`forward` takes one list of inputs, as `trace` passes them.
+
+Legend: N images or sequences, H W pixels, T tokens, C channels, D embedding channels;
+L logit positions, V vocabulary, K key and value heads, S cache slots, E channels per head.
 """
 
 from collections.abc import Sequence
@@ -30,10 +33,10 @@ def _meta(*shape: int) -> nn.Parameter:
 
 
 class _GridGraph(nn.Module):
-    """A vision tower on one grid, and the constants of that grid.
+    """A vision tower on one patch grid.
 
-    Its own parameters `table`, `rope_cos`, `rope_sin` are computed by `parameters.py` from the
-    tower's functions of the same meaning.
+    Its own parameters are tables for that grid, which `parameters.py` computes: `table` (T, C) of
+    positions and class token, `rope_cos` and `rope_sin` (T, head channels / 2).
     """
 
     def __init__(self, config: VisionConfig, grid: tuple[int, int]) -> None:
@@ -50,28 +53,28 @@ class _GridGraph(nn.Module):
             self.rope_sin = _meta(tokens, config.head_dim // 2)
 
     def blocks(self, pixels: Tensor, taps: Sequence[int]) -> list[Tensor]:
-        """float (N, 3, H, W) -> (N, T, C) of each tapped block."""
+        """float (N, 3, H, W) -> (N, T, C) per tapped block."""
         rope = Rope(self.rope_cos, self.rope_sin) if self.tower.config.use_rope2d else None
         x = self.tower.embed(pixels, self.table if self.has_table else None)
         return self.tower.run_blocks(x, rope, taps)
 
 
 class VisionGraph(_GridGraph):
-    """A vision tower: normalised pixels -> what `forward` returns, and block taps."""
+    """A vision tower with its head, and block taps."""
 
     def __init__(self, config: VisionConfig, grid: tuple[int, int], taps: Sequence[int]) -> None:
         super().__init__(config, grid)
         self.taps = tuple(taps)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        """float (N, 3, H, W) -> embedding, then one (N, T, C) per tap."""
+        """Normalised float (N, 3, H, W) -> embedding (N, D), then (N, T, C) per tap."""
         last = self.tower.config.layers - 1
         *taps, tokens = self.blocks(inputs[0], [*self.taps, last])
         return (self.tower.head(tokens), *taps)
 
 
 class TileGraph(_GridGraph):
-    """A language model's eye: normalised tiles -> image tokens in the decoder's width."""
+    """A language model's vision tower and projector."""
 
     def __init__(self, config: PlmConfig) -> None:
         super().__init__(config.vision, (config.vision.grid, config.vision.grid))
@@ -79,7 +82,7 @@ class TileGraph(_GridGraph):
             self.vision_projector = VisionProjector(config).requires_grad_(False)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        """float (N, 3, S, S) -> (N, tokens per tile, C)."""
+        """Normalised float tiles (N, 3, H, H) -> image features (N, T, C of the decoder)."""
         (tokens,) = self.blocks(inputs[0], [self.tower.config.layers - 1])
         tokens = self.tower.ln_post(tokens)[:, self.tower.num_prefix :]
         features: Tensor = self.vision_projector(tokens)
@@ -87,7 +90,7 @@ class TileGraph(_GridGraph):
 
 
 class TextGraph(nn.Module):
-    """A text tower: token ids -> features, not normalised."""
+    """A text tower."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -95,13 +98,13 @@ class TextGraph(nn.Module):
             self.tower = TextTower(config, attention=traced_attention).requires_grad_(False)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        """int64 (N, T) -> float (N, D)."""
+        """int64 token ids (N, T) -> float (N, D), not normalised."""
         features: Tensor = self.tower(inputs[0])
         return features
 
 
 class EmbedGraph(nn.Module):
-    """A decoder's embedding: token ids -> hidden."""
+    """A decoder's embedding."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -110,16 +113,16 @@ class EmbedGraph(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        """int64 (N, T) -> float (N, T, C)."""
+        """int64 token ids (N, T) -> hidden (N, T, C)."""
         hidden: Tensor = self.tok_embeddings(inputs[0])
         return hidden
 
 
 class DecoderGraph(nn.Module):
-    """Some consecutive layers of a decoder over their caches; the last part has norm and head.
+    """Consecutive layers of a decoder with their caches; the last part has norm and head.
 
     Args:
-        config: the architecture.
+        config: architecture of the decoder.
         layers: indices of the layers.
     """
 
@@ -128,7 +131,7 @@ class DecoderGraph(nn.Module):
         self.attention = CachedAttention()
         self.is_last = layers.stop == config.n_layers
         with torch.device("meta"):
-            # Under their own numbers: parameter names are the checkpoint's.
+            # Keyed by their own numbers, so that parameter names are the checkpoint's.
             blocks = {str(i): DecoderLayer(config, self.attention) for i in layers}
             self.layers = nn.ModuleDict(blocks).requires_grad_(False)
             if self.is_last:
@@ -140,10 +143,10 @@ class DecoderGraph(nn.Module):
             self.exclusion = _meta(config.vocab_size)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        """hidden (N, T, C), past lengths (N,), caches (N, K, S, E) -> hidden, caches.
+        """Hidden (N, T, C), past lengths (N,), caches (N, K, S, E) -> hidden, updated caches.
 
-        The last part takes logit positions (N, L) in front of the caches, and returns logits
-        (N, L, V) instead of hidden, and in the end the largest logit and its token, both (N, L).
+        The last part takes logit positions (N, L) before the caches. It returns logits (N, L, V)
+        instead of hidden and, after the caches, the largest logit and its token, both (N, L).
         """
         hidden, past_lengths, *rest = inputs
         positions = rest.pop(0) if self.is_last else None
@@ -153,7 +156,7 @@ class DecoderGraph(nn.Module):
         for layer in self.layers.values():
             hidden = layer(hidden, rope)
         if positions is not None:
-            index = positions[..., None].expand(-1, -1, hidden.shape[-1])
+            index = positions[..., None].expand(-1, -1, hidden.shape[-1])  # (N, L, C)
             logits = F.linear(self.norm(torch.gather(hidden, 1, index)), self.head)
             allowed = logits + self.exclusion
             top = allowed.amax(dim=-1), allowed.argmax(dim=-1)

@@ -1,7 +1,4 @@
-"""Constants of a graph as promises: what they are is known, their bytes exist while written.
-
-Legend: O rows of a matrix.
-"""
+"""Lazy constants of a graph: name, dtype and shape are known, values are loaded when written."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,23 +13,23 @@ Array = np.ndarray[Any, Any]
 DType = np.dtype[Any]
 Rows = Callable[[int, int], Array]
 
-# A weight that can be made row by row is made in pieces of about this many bytes of float32.
+# Weights that can be made row by row are made in pieces of about this size, counted in float32.
 PIECE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A constant of a graph whose bytes exist only while they are written.
+    """A constant of a graph, in memory only while it is written.
 
     Attributes:
-        name: unique within a package: equal names mean equal bytes.
-        dtype: numpy dtype.
+        name: unique in a package; equal names mean equal bytes.
+        dtype: NumPy dtype.
         shape: sizes.
-        load: reads or computes the array; pure, may be called again.
-        fixed: keeps its dtype in a graph of another.
-        origin: the checkpoint tensor that it is made from, if it is one.
-        rows: reads or computes the rows from one index to another, if that costs only these rows.
-        widest: elements of a row of the widest array that a row is made from, if not of this one.
+        load: reads or computes the array; may be called several times.
+        fixed: whether the dtype stays in a graph of another dtype.
+        origin: name of the checkpoint tensor that it is made from; empty if there is none.
+        rows: reads or computes a range of rows at the cost of these rows only; None if impossible.
+        widest: elements per row of the widest array on the way to this one, if wider than this.
     """
 
     name: str
@@ -50,11 +47,11 @@ class Weight:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def array(self) -> Array:
-        """The contiguous array; ExportError that names the weight if it is not finite."""
+        """The contiguous array; ExportError if a value is not finite."""
         return self._checked(self.load(), self.shape)
 
     def pieces(self) -> Iterator[Array]:
-        """The array as contiguous runs of rows, in order; one at a time is in memory."""
+        """The array in contiguous pieces of rows, in order."""
         if self.rows is None:
             yield self.array()
             return
@@ -71,7 +68,7 @@ class Weight:
     def derive(
         self, suffix: str, function: Callable[[Array], Array], shape: tuple[int, ...]
     ) -> "Weight":
-        """`function` of this weight, of the same dtype, under a name that says so."""
+        """A weight of the same dtype: this one after `function`; its name gets the suffix."""
         load = self.load
         return replace(
             self, name=self.name + suffix, shape=shape, load=lambda: function(load()), rows=None
@@ -86,7 +83,7 @@ class Weight:
         *,
         fixed: bool = True,
     ) -> "Weight":
-        """`function` of each run of rows of this weight: the first axis stays."""
+        """A weight made from this one row by row: `function` keeps the first axis."""
         load, rows = self.load, self.rows
         return replace(
             self,
@@ -100,7 +97,7 @@ class Weight:
         )
 
     def reshaped(self, shape: tuple[int, ...]) -> "Weight":
-        """The same bytes, and so the same name, in another shape with as many rows."""
+        """The same bytes under the same name, in another shape with the same number of rows."""
         rows = self.rows
         load = self.load
         return replace(
@@ -114,12 +111,12 @@ class Weight:
 
 
 def constant(name: str, array: Array) -> Weight:
-    """A small constant that is known now, and keeps its dtype."""
+    """A small constant with known values, which keeps its dtype."""
     return Weight(name, array.dtype, array.shape, lambda: array, fixed=True)
 
 
 def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Runs of rows that are at most about 64 MiB in float32."""
+    """Ranges of rows, each at most about PIECE_BYTES in float32."""
     row_bytes = 4 * int(np.prod(shape[1:], dtype=np.int64))
     step = max(1, PIECE_BYTES // max(1, row_bytes))
     for start in range(0, shape[0], step):

@@ -1,10 +1,10 @@
-"""The walk from a traced graph to a backend's graph.
+"""Lowers a traced graph to a backend's graph.
 
-A lowering is a subclass that says how our own operators look for its backend; every other operator
-is copied. Operators on constants alone are folded into lazy weights, so that no weight is in memory
-before it is written.
+A lowering is a subclass that emits our own operators in its backend's terms; all other operators
+are copied. Operators on constants are folded into lazy weights, so no weight is in memory before it
+is written.
 
-Legend: N batch, T tokens, C channels in, O channels out.
+Legend: N batch, H W pixels, T tokens, C input channels, O output channels, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,6 @@ from perception_rt.package.plm_graphs import GraphSignature
 
 IR_VERSION = 10
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where optimisers can read them
-
 
 Operand = ir.Value | Weight
 
@@ -68,29 +67,28 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class LoweredGraph:
-    """A backend's graph, and its large constants by initializer name, not yet written."""
+    """A backend's graph; its large constants, not yet written, by initializer name."""
 
     model: ir.Model
     weights: dict[str, Weight]
 
     def count(self, op_type: str) -> int:
-        """How many operators of a type the graph has."""
+        """Number of operators of a type."""
         return sum(node.op_type == op_type for node in self.model.graph)
 
 
 class Lowering(ABC):
-    """Rebuilds a traced graph for one backend. An instance is used once.
+    """Rebuilds a traced graph for one backend; an instance lowers one graph.
 
     Args:
-        traced: what `trace` returned.
-        parameters: a `Weight` for every parameter of the traced module, by name.
-        dtype: of activations and float weights: float32 or float16.
-        formats: of quantised linear and embedding weights, by the checkpoint tensor's name.
-        measured: the linear layers, for formats that need to know the range of their inputs.
+        traced: the traced module.
+        parameters: a weight for every parameter of the module, by name.
+        dtype: float32 or float16, for activations and float weights.
+        formats: quantised linear and embedding weights, by the checkpoint tensor's name.
+        measured: measured linear layers, for formats that need the range of their inputs.
     """
 
-    # How many operators of which type each traced attention becomes, without and with a cache; the
-    # export counts them.
+    # Operators that each traced attention becomes, without and with a cache, and their number.
     attention_ops: Mapping[str, int]
     cached_attention_ops: Mapping[str, int]
     opset = OPSET
@@ -137,11 +135,11 @@ class Lowering(ABC):
         self.check_fused(name, graph, recipe)
         return graph
 
-    # What a backend overrides.
+    # Methods that a backend defines.
 
     @abstractmethod
     def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
-        """Emits x @ weight.T + bias, weight (O, C), and binds the node's output."""
+        """Emits x @ weight.T + bias for a weight (O, C), and binds the node's output."""
 
     @abstractmethod
     def attention(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
@@ -156,11 +154,11 @@ class Lowering(ABC):
         """Emits the rows `ids` of a weight (V, C), and binds the node's output."""
 
     def channels_first(self, images: ir.Value) -> ir.Value:
-        """uint8 (N, H, W, 3) -> float32 (N, 3, H, W); bytes are moved, where they can be."""
+        """Emits uint8 (N, H, W, 3) -> float32 (N, 3, H, W); transposes bytes, which is faster."""
         x = self.op("Transpose", [images], {"perm": [0, 3, 1, 2]})[0]
         return self.cast(x, np.dtype(np.float32))
 
-    # What it builds with.
+    # Methods that emit.
 
     def op(
         self,
@@ -171,7 +169,7 @@ class Lowering(ABC):
         domain: str = "",
         outputs: int = 1,
     ) -> list[ir.Value]:
-        """Appends one node and returns its outputs."""
+        """Emits one operator and returns its outputs."""
         node = ir.Node(
             domain,
             op_type,
@@ -185,7 +183,7 @@ class Lowering(ABC):
         return list(node.outputs)
 
     def value(self, operand: Operand) -> ir.Value:
-        """The graph value of an operand; a weight becomes an initializer, once."""
+        """The graph value of an operand; a weight becomes an initializer."""
         if isinstance(operand, ir.Value):
             return operand
         weight = self.in_dtype(operand)
@@ -198,30 +196,30 @@ class Lowering(ABC):
         return self.constants[weight.name][1]
 
     def in_dtype(self, weight: Weight) -> Weight:
-        """A float32 weight in the graph's dtype; any other as it is."""
+        """A float32 weight in the graph's dtype; other weights unchanged."""
         if weight.fixed or weight.dtype != np.float32 or self.dtype == np.float32:
             return weight
         dtype = self.dtype
 
         def cast(array: Array) -> Array:
-            with np.errstate(over="ignore"):  # `Weight.array` names a weight that overflows
+            with np.errstate(over="ignore"):  # `Weight.array` raises for infinities
                 return array.astype(dtype)
 
         return weight.derive_rows(f".{dtype.name}", cast, weight.shape, dtype, fixed=False)
 
     def format_of(self, weight: Weight) -> Format | None:
-        """How a weight, or the tensor that it is a part of, is quantised; None for not at all."""
+        """Format of the checkpoint tensor that a weight is made from; None for float."""
         return self.formats.get(weight.origin)
 
     def bind(self, node: ir.Node, operands: Sequence[Operand]) -> None:
-        """Says what stands for the outputs of a traced node."""
+        """Lets operands stand for the outputs of a traced node."""
         self.env.update(zip(node.outputs, operands, strict=True))
 
     def cast(self, x: ir.Value, dtype: DType) -> ir.Value:
-        """x as `dtype`."""
+        """Emits a cast."""
         return self.op("Cast", [x], {"to": int(ir.DataType.from_numpy(dtype))})[0]
 
-    # The walk.
+    # Methods that walk the traced graph.
 
     def visit(self, node: ir.Node) -> None:
         """Lowers one traced node."""
@@ -256,7 +254,7 @@ class Lowering(ABC):
                 self.attention(node, inputs)
 
     def standard(self, node: ir.Node, inputs: Sequence[Operand | None]) -> None:
-        """Copies an operator; a reshape in which only the batch is dynamic gets a constant."""
+        """Copies an operator; a reshape with one dynamic size gets a constant shape."""
         if node.op_type == "Identity" and inputs[0] is not None:
             self.bind(node, [inputs[0]])
             return
@@ -269,9 +267,9 @@ class Lowering(ABC):
         self.bind(node, self.op(node.op_type, inputs, attributes, outputs=len(node.outputs)))
 
     def finish(self, result: Operand, spec: TensorSpec) -> ir.Value:
-        """A graph output in the dtype and under the name of its spec.
+        """A graph output with the dtype and name of its spec.
 
-        The value itself where that is possible: a copy could not be in place.
+        The value itself if possible, since a copy of a cache would not be updated in place.
         """
         assert isinstance(result, ir.Value)
         dtype = np.dtype(spec.dtype)
@@ -286,7 +284,7 @@ class Lowering(ABC):
         return value
 
     def assemble(self, inputs: Sequence[ir.Value], results: Sequence[ir.Value]) -> LoweredGraph:
-        """The model of what was emitted, without nodes and constants that nothing uses."""
+        """The model of the emitted operators, without unused operators and constants."""
         needed = _live(self.nodes, results)
         initializers, external = [], {}
         for name, (weight, value) in self.constants.items():
@@ -334,14 +332,14 @@ Entry = Callable[[Lowering, ir.Value], ir.Value]
 
 
 def as_is(lowering: Lowering, x: ir.Value) -> ir.Value:
-    """The input itself; floats in the graph's dtype."""
+    """The input itself, or a cast to the graph's dtype for floats."""
     if x.dtype != ir.DataType.FLOAT or lowering.dtype == np.float32:
         return x
     return lowering.cast(x, lowering.dtype)
 
 
 def uint8_images(mean: Sequence[float], std: Sequence[float]) -> Entry:
-    """uint8 (N, H, W, 3) -> normalised (N, 3, H, W): (x / 255 - mean) / std."""
+    """Entry for uint8 images (N, H, W, 3): (x / 255 - mean) / std as floats (N, 3, H, W)."""
 
     def entry(lowering: Lowering, images: ir.Value) -> ir.Value:
         x = lowering.channels_first(images)
@@ -371,7 +369,7 @@ def _constant_of(node: ir.Node) -> Array:
 
 
 def _live(nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> set[ir.Node]:
-    """The nodes that the results depend on."""
+    """Nodes that the results depend on."""
     needed: set[ir.Node] = set()
     wanted = set(results)
     for node in reversed(nodes):
@@ -389,7 +387,7 @@ def _slice(x: Array, starts: Array, ends: Array, axes: Array, steps: Array) -> A
 
 
 def _evaluate(node: ir.Node, arrays: Sequence[Array]) -> Array:
-    """One operator on arrays."""
+    """Result of an operator on arrays."""
     attributes = node.attributes
     match node.op_type:
         case "Reshape":
@@ -413,7 +411,7 @@ _FOLDED = frozenset({"Concat", "Reshape", "Transpose", "Slice", "Cast", "Linear"
 
 
 def _fold(node: ir.Node, weights: Sequence[Weight]) -> Weight:
-    """The result of an operator on constants: at once for integers, lazily for weights."""
+    """Folds an operator on constants: at once for integers, lazily for weights."""
     result = node.outputs[0]
     floats = [w for w in weights if w.dtype.kind == "f"]
     if not floats:

@@ -1,4 +1,4 @@
-"""Writes lowered graphs and their weights into a stage: one data file for all graphs of a tower."""
+"""Writes lowered graphs and their weights into a stage: one data file for each component."""
 
 from collections.abc import Mapping
 
@@ -11,22 +11,22 @@ from perception_rt.package.store import Stage
 
 _ALIGNMENT = 64
 
-Place = tuple[str, int]  # a data file and the offset in it, in bytes
+Place = tuple[str, int]  # data file, and offset in bytes
 
 
 def write_graphs(
     stage: Stage, data_file: str, graphs: Mapping[str, LoweredGraph], places: dict[str, Place]
 ) -> dict[str, GraphSpec]:
-    """Stages `data_file` and an ONNX file for each graph; returns their specs.
+    """Writes a data file, and an ONNX file for each graph; returns the graphs' specs.
 
-    A weight that several graphs use is written once; one weight is in memory at a time, or a piece
-    of one.
+    A weight that several graphs use is written once. One weight is in memory at a time, or one
+    piece of it.
 
     Args:
-        stage: what to write into.
-        data_file: name of the file for weights that no earlier file has.
-        graphs: by name.
-        places: where weights are that earlier calls wrote; this one's are added.
+        stage: stage to write into.
+        data_file: name of the file for weights that no earlier call wrote.
+        graphs: lowered graphs by name.
+        places: places of the weights that earlier calls wrote; new weights are added.
     """
     weights = {name: w for graph in graphs.values() for name, w in graph.weights.items()}
     new = {name: weight for name, weight in weights.items() if name not in places}

@@ -1,9 +1,12 @@
-"""Traces a torch module to a small ONNX dialect that every lowering starts from.
+"""Traces a torch module to a small ONNX dialect, from which every lowering starts.
 
-The module lives on the meta device: no weight is read here. Operators of our own domain stand for
-what backends differ in: `Linear`, `Embedding`, `Attention`, and `CachedAttention` for attention
-over a key-value cache. Everything else is standard ONNX. A lowering must replace them all, so no
-backend ever has to recognise attention in a pattern of small operators.
+The module is on the meta device, so no weight is read. Operators of our own domain stand for
+whatever backends do differently: `Linear`, `Embedding`, `Attention`, and `CachedAttention` for
+attention over a key-value cache. Everything else is standard ONNX. A lowering replaces our
+operators, so no backend has to recognise attention in a pattern of small operators.
+
+Legend: N sequences, T tokens, C channels, K key and value heads, S cache slots, E channels per
+head.
 """
 
 import logging
@@ -42,15 +45,7 @@ def _attention_op(
 
 
 @_attention_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    causal: bool,
-) -> Tensor:
+def _(query: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(query)
 
 
@@ -65,8 +60,8 @@ def traced_attention(
     causal: bool = False,
     mask: Any = None,
 ) -> Tensor:
-    """The `Attention` kernel to build a module with before tracing it."""
-    assert kv_heads in (None, heads), "grouped heads go with a cache"
+    """The attention kernel of modules that are traced, on (N, T, C)."""
+    assert kv_heads in (None, heads), "grouped heads need a cache"
     assert mask is None, "masks are for training"
     cos, sin = rope or (None, None)
     result: Tensor = _attention_op(query, key, value, cos, sin, heads, causal)
@@ -86,32 +81,23 @@ def _cached_attention_op(
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError("it is traced, never run")
+    raise NotImplementedError("this operator is traced only")
 
 
 @_cached_attention_op.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    past_lengths: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    kv_heads: int,
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(keys), torch.empty_like(values)
 
 
 class CachedAttention:
-    """An `Attention` kernel over key-value caches, for one tracing of one module.
+    """The attention kernel with key-value caches, for tracing one module once.
 
-    Each call takes the caches of the next layer, so layers must attend in order.
+    Each call uses the caches of the next layer, so layers must attend in order.
 
     Attributes:
-        updated: keys and values after each call so far.
+        updated: updated keys and values of the layers so far, alternately.
     """
 
     def __init__(self) -> None:
@@ -120,7 +106,7 @@ class CachedAttention:
         self.updated: list[Tensor] = []
 
     def start(self, past_lengths: Tensor, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Gives the caches (N, K, S, E) of the layers, and the tokens (N,) already in them."""
+        """Sets the layers' caches (N, K, S, E), and the number of tokens (N,) in them."""
         self._past_lengths, self._caches, self.updated = past_lengths, iter(caches), []
 
     def __call__(
@@ -135,7 +121,7 @@ class CachedAttention:
         causal: bool = False,
         mask: Any = None,
     ) -> Tensor:
-        """Attention of (N, T, C) over the cache and itself; `rope` has a row per position."""
+        """Attends from (N, T, C) to the cache and itself; `rope` has a row per position."""
         assert causal and mask is None and rope is not None and self._past_lengths is not None
         keys, values = next(self._caches)
         result = _cached_attention_op(
@@ -149,7 +135,7 @@ class CachedAttention:
 def _operator(
     name: str, inputs: tuple[str, ...], attributes: tuple[str, ...], outputs: int = 1
 ) -> values.Op:
-    """An operator of our domain; an input whose name ends in `?` is optional."""
+    """An operator of our domain; inputs whose names end in `?` are optional."""
     parameter = onnx.defs.OpSchema.FormalParameter
     option = onnx.defs.OpSchema.FormalParameterOption
     attribute = onnx.defs.OpSchema.Attribute
@@ -189,21 +175,11 @@ def _attention(
     return operator(query, key, value, cos, sin, heads=heads, causal=int(causal))
 
 
-def _cached_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    keys: Any,
-    values: Any,
-    past_lengths: Any,
-    cos: Any,
-    sin: Any,
-    heads: int,
-    kv_heads: int,
-) -> Any:
+def _cached_attention(*inputs: Any) -> Any:
+    """Takes q, k, v, keys, values, past_lengths, cos, sin, and the attributes heads, kv_heads."""
     names = ("q", "k", "v", "keys", "values", "past_lengths", "cos", "sin")
+    *operands, heads, kv_heads = inputs
     operator = _operator("CachedAttention", names, ("heads", "kv_heads"), 3)
-    operands = (query, key, value, keys, values, past_lengths, cos, sin)
     return operator(*operands, heads=heads, kv_heads=kv_heads)
 
 
@@ -216,7 +192,7 @@ def _rms_norm(x: Any, shape: Any, weight: Any, eps: float) -> Any:
 
 
 def _split(x: Any, size: int, dim: int = 0) -> Any:
-    """aten.split with equal parts, as one Split instead of a sequence and its elements."""
+    """Translates aten.split into equal parts to one Split, and not to a sequence."""
     parts = -(-x.shape[dim] // size)
     return op.Split(x, axis=dim, num_outputs=parts)
 
@@ -233,7 +209,7 @@ _TRANSLATIONS: dict[Any, Any] = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the exporter's notes on optional packages; its errors are raised, not logged."""
+    """Silences the exporter's notes on optional packages; errors are raised all the same."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -247,9 +223,10 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A traced module: its graph, and the value behind each output name.
+    """A traced module: its graph, and the graph value of each output name.
 
-    Two names may share a value: the last block's tokens are the embedding of a tower without head.
+    Two names may share a value, as the last block's tokens and the embedding of a tower without
+    head do.
     """
 
     graph: ir.Graph
@@ -263,17 +240,16 @@ def trace(
     dynamic: Mapping[str, Mapping[int, str]],
     output_names: Sequence[str],
 ) -> Traced:
-    """Traces `module`, on the meta device.
+    """Traces a module on the meta device.
 
     Args:
-        module: takes one list of the examples, in order, and returns one tensor per name in
-            `output_names`.
-        examples: a meta tensor for each input, its dynamic sizes at least 2.
-        dynamic: for each input, names of its dynamic sizes by axis; equal names, equal sizes.
-        output_names: names of the graph's outputs.
+        module: takes one list of inputs, and returns one tensor per name in `output_names`.
+        examples: meta tensor of each input, in order; dynamic sizes must be at least 2.
+        dynamic: names of dynamic sizes by input and axis; equal names mean equal sizes.
+        output_names: names of the outputs.
 
     Returns:
-        The graph; its initializers carry the parameters' names and shapes, and no data.
+        The graph, whose initializers have the parameters' names and shapes, and no data.
     """
     sizes = {name for axes in dynamic.values() for name in axes.values()}
     dims = {name: torch.export.Dim(name) for name in sorted(sizes)}

@@ -1,4 +1,4 @@
-"""Images and texts that measurements run on: seeded, made here; or a user's own, for fp8."""
+"""Calibration inputs: seeded synthetic images and texts, or a user's own for fp8."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from perception_rt.processing.image import ImageSpec, load_image
 Array = np.ndarray[Any, Any]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_MOST, _SYNTHETIC = 32, 8  # images that ranges are found on
+_MAX_IMAGES, _SYNTHETIC_IMAGES = 32, 8
 
 MAX_PROMPT_TOKENS = 512  # in all prompts together
-_PROMPTS_FILE, _MOST_PROMPT_BYTES = "prompts.txt", 64 * 1024
+_PROMPTS_FILE, _MAX_PROMPT_BYTES = "prompts.txt", 64 * 1024
 
 TEXTS = (
     "a photo of a cat sitting on a red sofa",
@@ -24,8 +24,6 @@ TEXTS = (
     "diagram of a neural network",
     "7",
 )
-
-
 PROMPTS = (
     "Describe this image in detail.",
     "How many people are in the picture, and what are they doing? Answer in one sentence.",
@@ -35,10 +33,10 @@ PROMPTS = (
 
 
 def images(count: int, height: int, width: int, *, seed: int = 0) -> Array:
-    """uint8 (count, height, width, 3): coloured shapes over gradients and noise.
+    """Synthetic images of coloured shapes over gradients and noise, uint8 (count, H, W, 3).
 
-    Smooth areas, edges and texture at several scales, so that activations spread as on photographs
-    rather than as on white noise.
+    They have smooth areas, edges and texture at several scales, so activations spread as they do on
+    photographs and not as on white noise.
     """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
@@ -53,52 +51,54 @@ def images(count: int, height: int, width: int, *, seed: int = 0) -> Array:
     return result
 
 
-def pictures(folder: Path | None, spec: ImageSpec) -> Array:
-    """uint8 (n, height, width, 3): up to 32 images of a folder, or 8 synthetic ones.
-
-    Of more, every n-th by name is taken.
+def calibration_images(folder: Path | None, spec: ImageSpec) -> Array:
+    """Up to 32 images of a folder, or 8 synthetic ones, uint8 (n, H, W, 3).
 
     Raises:
         InputError: the folder has no JPEG, PNG or WebP file, or one is damaged.
     """
     if folder is None:
-        return images(_SYNTHETIC, spec.height, spec.width)
+        return images(_SYNTHETIC_IMAGES, spec.height, spec.width)
     return np.stack([load_image(file, spec) for file in calibration_files(folder)])
 
 
 def prompts(folder: Path | None) -> tuple[str, ...]:
-    """The lines of `prompts.txt` in a folder; some questions on images where there is none.
+    """The lines of `prompts.txt` in a folder; built-in questions if there is no such file.
 
     Raises:
-        InputError: it has none, is not text, or is larger than 64 KiB.
+        InputError: the file is empty, not text, or larger than 64 KiB.
     """
     file = None if folder is None else folder / _PROMPTS_FILE
     if file is None or not file.exists():
         return PROMPTS
     try:
         with file.open("rb") as stream:
-            data = stream.read(_MOST_PROMPT_BYTES + 1)
+            data = stream.read(_MAX_PROMPT_BYTES + 1)
         lines = tuple(line.strip() for line in data.decode().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--calibration: {file} cannot be read as text") from None
-    if not lines or len(data) > _MOST_PROMPT_BYTES:
-        raise InputError(f"--calibration: {file} must have 1 to {_MOST_PROMPT_BYTES} bytes of text")
+    if not lines or len(data) > _MAX_PROMPT_BYTES:
+        raise InputError(f"--calibration: {file} must have 1 to {_MAX_PROMPT_BYTES} bytes of text")
     return lines
 
 
 def calibration_files(folder: Path) -> list[Path]:
-    """The images that `pictures` reads; InputError if there are none."""
+    """The files of `calibration_images`: every n-th by name, so that they are at most 32.
+
+    Raises:
+        InputError: the folder has no JPEG, PNG or WebP file.
+    """
     try:
         files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES)
     except OSError as error:
         raise InputError(f"--calibration {folder}: {error.strerror}") from None
     if not files:
         raise InputError(f"--calibration {folder} has no {', '.join(_SUFFIXES)} files")
-    return files[:: -(-len(files) // _MOST)]
+    return files[:: -(-len(files) // _MAX_IMAGES)]
 
 
-def tokens(config: TextConfig) -> Array:
-    """int64 (4, context): captions, or seeded ids where the vocabulary is not CLIP's."""
+def caption_ids(config: TextConfig) -> Array:
+    """Token ids of captions, int64 (4, T); random ids unless the vocabulary is CLIP's."""
     if config.vocab_size == VOCAB_SIZE and config.context_length >= 3:
         return ClipTokenizer(context_length=config.context_length)(TEXTS)
     rng = np.random.default_rng(0)

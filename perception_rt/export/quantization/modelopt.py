@@ -1,8 +1,8 @@
-"""Ranges of activations by NVIDIA ModelOpt, where it is installed: `--calibrator modelopt`.
+"""Activation ranges by NVIDIA ModelOpt, for `--calibrator modelopt`.
 
-Its histograms give the magnitude that all but one in 10,000 values are below. What is above is
-clipped, so whether a layer takes this range is measured (`measure.py`). Of its other methods, mean
-square error and entropy do not know E4M3 yet (0.47).
+The range is the 99.99th percentile of magnitudes in ModelOpt's histograms. Larger values are
+clipped, so `sensitivity.py` measures which layers profit from it. ModelOpt's other methods, mean
+square error and entropy, do not support E4M3 (as of 0.47).
 """
 
 from importlib import import_module
@@ -13,14 +13,17 @@ from torch import Tensor
 from perception_rt.errors import BackendError
 
 _PERCENTILE = 99.99
-_E4M3 = (4, 3)  # bits of exponent and mantissa, as ModelOpt has it
+_E4M3 = (4, 3)  # bits of exponent and mantissa
 
 
 class ModelOptRanges:
-    """Histograms of the inputs of layers, by name."""
+    """Finds ranges of layers' inputs by histograms.
+
+    Raises:
+        BackendError: ModelOpt is not installed.
+    """
 
     def __init__(self) -> None:
-        """BackendError unless ModelOpt is installed."""
         try:
             config: Any = import_module("modelopt.torch.quantization.config")
             modules: Any = import_module("modelopt.torch.quantization.nn")
@@ -33,7 +36,7 @@ class ModelOptRanges:
         self._layers: dict[str, Any] = {}
 
     def add(self, name: str, x: Tensor) -> None:
-        """Takes note of an input."""
+        """Records an input of a layer."""
         if name not in self._layers:
             layer = self._quantizer(self._attributes)
             layer.disable_quant()
@@ -42,7 +45,7 @@ class ModelOptRanges:
         self._layers[name](x)
 
     def ranges(self) -> dict[str, float]:
-        """The largest magnitude that is not clipped, by name."""
+        """Largest magnitude that is not clipped, by layer."""
         found = {}
         for name, layer in self._layers.items():
             layer.load_calib_amax("percentile", percentile=_PERCENTILE, strict=False)
