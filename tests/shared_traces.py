@@ -1,5 +1,6 @@
-"""Traces modules that are alike once for the whole run: tracing is most of what a small export
-takes, and the same for every precision. Lowerings only read what was traced.
+"""Traces equal modules once per test run.
+
+Tracing takes most of a small export and is the same for every precision; lowerings only read it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ _EVERY_MODULES = frozenset(vars(nn.Module()))
 
 
 def _value(value: Any) -> Any:
-    """Something equal for what is equal; other objects are told apart by their addresses."""
+    """A key that is equal for equal values; other objects are told apart by their addresses."""
     if isinstance(value, Tensor):
         data = None if value.is_meta else value.detach().contiguous().numpy().tobytes()
         return value.dtype, tuple(value.shape), data
@@ -40,7 +41,7 @@ def _structure(module: nn.Module) -> Any:
 
 
 _trace = trace.trace
-# Modules are kept, so that no other object ever has the address of one of theirs.
+# Modules are kept, so that no address in a key is used again.
 _done: dict[Any, tuple[nn.Module, trace.Traced]] = {}
 
 
@@ -67,5 +68,5 @@ def share() -> None:
 
 
 def forget() -> None:
-    """For a test of tracing itself."""
+    """Drops all traces, for a test of tracing itself."""
     _done.clear()

@@ -1,4 +1,4 @@
-"""The demo checkpoint keeps its zero-shot accuracy through every precision."""
+"""The demo encoder keeps its zero-shot accuracy in every precision."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from training.demo.digits import held_out, held_out_digits
 from training.demo.scenes import WORDS, draw_all
 
 TEMPLATES = ["a photo of the handwritten digit {}", "a handwritten {}"]
-# Of TensorRT the graphs, which its engines are built of, on the CPU.
+# TensorRT's graphs without engines, which run on the CPU.
 GRAPHS = ("--backend", "tensorrt", "--target", "none")
 PRECISIONS: dict[str, tuple[str, ...]] = {"fp32": (), "fp16": (), "int8": (), "fp8": GRAPHS}
 
@@ -38,7 +38,7 @@ def accuracies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     return result
 
 
-def test_held_out_digits_are_read(accuracies: dict[str, dict[str, float]]) -> None:
+def test_held_out_digits_are_recognised(accuracies: dict[str, dict[str, float]]) -> None:
     assert accuracies["fp32"]["plain"] >= 0.97
     assert accuracies["fp32"]["scene"] >= 0.85
 

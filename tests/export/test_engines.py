@@ -1,4 +1,4 @@
-"""Exported engines equal the reference; what an export refuses; the same id twice."""
+"""Exported encoders equal the reference, exports are reproducible, and bad plans are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_lower_precisions_stay_close(precision: str, cosine: float, tmp_path: Pa
         assert ((output * expected).sum(-1) / norms).min() >= cosine
 
 
-def test_batch_is_dynamic_and_rows_do_not_meet(tmp_path: Path) -> None:
+def test_batch_is_dynamic_and_rows_are_independent(tmp_path: Path) -> None:
     data = golden("clip_core")
     build.export_package(_plan(data.config), data, tmp_path / "p")
     pixels = np.concatenate([data.inputs["image"]] * 3)  # 9 rows
@@ -112,7 +112,7 @@ def test_batch_is_dynamic_and_rows_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_same_inputs_give_the_same_package(tmp_path: Path) -> None:
-    """PKG-11: also when the order of the checkpoint's tensors differs."""
+    """PKG-11: the same id, also if the checkpoint's tensors come in another order."""
     data = golden("clip_core")
     shuffled = replace(data, weights=dict(reversed(data.weights.items())))
     for precision in ("fp32", "int8"):
@@ -125,7 +125,7 @@ def test_same_inputs_give_the_same_package(tmp_path: Path) -> None:
 
 
 def test_gate_stops_wrong_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EXP-06: one perturbed layer in the engine, and nothing is published."""
+    """EXP-06: a perturbed layer in the engine fails the gate, and nothing is published."""
     data = golden("pe_core_cls")
     original = OnnxRuntimeLowering.linear
 
@@ -168,7 +168,7 @@ def test_unfused_attention_stops_the_build(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_not_finite_weights_are_named(value: float, tmp_path: Path) -> None:
-    """EXP-07, and a weight that float16 cannot hold."""
+    """EXP-07: NaN, infinity, and a weight that overflows in float16."""
     data = golden("pe_core_cls")
     weights = dict(data.weights)
     key = "visual.transformer.resblocks.0.ln_2.weight"
@@ -181,7 +181,7 @@ def test_not_finite_weights_are_named(value: float, tmp_path: Path) -> None:
 
 
 def test_layers_that_int8_hurts_stay_in_float(tmp_path: Path) -> None:
-    """An outlier channel in the activations makes the layer after it worthless in int8."""
+    """An outlier channel in the activations ruins the layer after it in int8."""
     data = golden("pe_core_cls")
     weights = dict(data.weights)
     for name, scale in (("c_fc.bias", 300.0), ("c_proj.weight", 1.0)):
@@ -222,7 +222,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_every_switch_of_the_reference_exports(switches: dict, tmp_path: Path) -> None:
-    """The gate compares each with eager, to five nines of cosine."""
+    """The gate compares each with eager, to a cosine of 0.99999."""
     config = PeConfig.from_dict(golden("pe_core_cls").config_dict() | switches)
     manifest = build.export_package(
         _plan(config, size=(28, 42)), RandomWeights(config, 0), tmp_path / "p"

@@ -1,4 +1,4 @@
-"""What is measured on linear layers, and what is done about large channels."""
+"""Measurement of linear layers under quantisation, and smoothing of large channels."""
 
 import json
 import sys
@@ -58,7 +58,7 @@ def test_a_layer_of_equal_channels_is_left_as_it_is(inputs: Tensor) -> None:
 
 @pytest.mark.parametrize("use", [0.0, 1e-4])
 def test_a_large_channel_is_smoothed(inputs: Tensor, use: float) -> None:
-    """Of no use, or of some: others are too small for E4M3's grid beside it."""
+    """The channel is useless or nearly so, and others vanish beside it on E4M3's grid."""
     module = layer()
     inputs[:, 5] *= 3e4
     module.weight[:, 5] *= use
@@ -72,7 +72,7 @@ def test_a_large_channel_is_smoothed(inputs: Tensor, use: float) -> None:
 
 def test_a_layer_that_smoothing_does_not_help_stays_in_float(inputs: Tensor) -> None:
     module = layer()
-    # A token, all channels of which are large, and its product is nothing.
+    # All channels of one token are large, and its exact product is zero.
     nothing = torch.linalg.svd(module.weight).Vh[-1]
     inputs[0] = 1e6 * nothing
     _, measured = measure_layers(module, lambda: module(inputs), "fp8")
@@ -80,7 +80,7 @@ def test_a_layer_that_smoothing_does_not_help_stays_in_float(inputs: Tensor) -> 
 
 
 class Percentile:
-    """A quantizer of ModelOpt's, as far as it is used."""
+    """The part of ModelOpt's TensorQuantizer that is used."""
 
     def __init__(self, attributes: SimpleNamespace) -> None:
         assert attributes.num_bits == (4, 3)
@@ -113,9 +113,9 @@ def test_a_range_that_clips_is_taken_where_it_is_better(
     inputs = inputs.repeat(20, 1)
     good, module = layer(), layer()
     _, measured = measure_layers(good, lambda: good(inputs), "fp8", ranges_of(plan))  # type: ignore[arg-type]
-    assert measured.clipped == set()  # there is nothing to be won
+    assert measured.clipped == set()  # clipping gains nothing
     module.weight[:, 5] = 0
-    inputs[0, 5] = 1e6  # one value, of no use, drowns all others
+    inputs[0, 5] = 1e6  # one useless value dwarfs all others
     _, measured = measure_layers(module, lambda: module(inputs), "fp8", ranges_of(plan))  # type: ignore[arg-type]
     assert measured.clipped == {"weight"} and measured.excluded() == []
     assert measured.range("weight") == measured.ranges["weight"] < 10
@@ -130,7 +130,7 @@ def test_other_schemes_smooth_nothing(inputs: Tensor) -> None:
     assert measured.excluded() == ["weight"] and measured.smoothed == set()
 
 
-def test_prompts_are_lines_of_a_file(tmp_path: Path) -> None:
+def test_prompts_are_read_from_lines_of_a_file(tmp_path: Path) -> None:
     assert calibration.prompts(None) == calibration.prompts(tmp_path) == calibration.PROMPTS
     (tmp_path / "prompts.txt").write_text("What?\n\n  Where?  \n")
     assert calibration.prompts(tmp_path) == ("What?", "Where?")
@@ -145,7 +145,7 @@ def test_a_head_takes_fp8_if_the_likeliest_tokens_stay() -> None:
     tokens = torch.randn(1, 200, 64, generator=generator)
     weight = torch.randn(512, 64, generator=generator)
     for scale, rejected in ((1.0, True), (20.0, False)):
-        # Or the directions of 200 words, each far from the others, are what the tokens are.
+        # With a scale, each token points to one word, and all words are far apart.
         head = weight.clone()
         if scale > 1:
             head[:200] = tokens[0] * scale
@@ -167,7 +167,7 @@ def test_excluded_layers_are_the_worst(inputs: Tensor) -> None:
     kept = [error for name, error in measured.errors.items() if name not in measured.rejected]
     assert errors and kept and min(errors) >= max(kept)
     other = measure_layers(module, lambda: module(inputs), "fp8")[1]
-    exclude_layers(module, lambda: module(inputs), exact, other, 2.0)  # which no cosine is
+    exclude_layers(module, lambda: module(inputs), exact, other, 2.0)  # no cosine reaches it
     assert other.rejected == set(other.errors)
 
 
@@ -188,7 +188,7 @@ def test_an_engine_with_smoothed_channels_is_as_faithful(tmp_path: Path) -> None
 
 
 def with_large_channel(file: Path, block: int) -> Path:
-    """PE-Demo, its channels before a product made small, but one, which is of no use, large."""
+    """PE-Demo with small channels before a product, but for one that is large and has no use."""
     tensors = load_file(weights_path())
     prefix = f"visual.transformer.resblocks.{block}"
     for name in ("ln_2.weight", "ln_2.bias"):
@@ -200,7 +200,7 @@ def with_large_channel(file: Path, block: int) -> Path:
     return file
 
 
-def test_a_decoder_is_measured_on_a_prompt_as_users_put_it() -> None:
+def test_a_decoder_is_measured_on_a_real_prompt() -> None:
     config = find_config(language_model_path())
     assert isinstance(config, PlmConfig)
     spec = TokenizerSpec(kind="bytes", vocab_size=512, image_token_id=511)
@@ -223,7 +223,7 @@ def test_a_decoder_is_measured_on_a_prompt_as_users_put_it() -> None:
     torch.testing.assert_close(reference.carry[0], wanted)
     ids = reference.inputs["embed"]["tokens"][0]
     assert (ids == prompt.ids[prompt.ids != 511]).all()
-    # Where there is no room for it, some tokens will do.
+    # Random tokens stand in if the question does not fit.
     short = replace(plan, config=replace(config, decoder=replace(config.decoder, max_seqlen=64)))
     shortened = EmbedComponent(short, source).reference("fp8", features)
     assert shortened.carry is not None and shortened.carry.shape[1] <= 64

@@ -1,4 +1,4 @@
-"""`export` called from Python: the same packages as the command's, and bad values refused early."""
+"""`export` from Python makes the same packages as the command, and refuses bad values early."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import read_manifest
 
 
-def test_an_encoder_is_the_command_s(tmp_path: Path) -> None:
+def test_an_encoder_has_the_same_id_from_python_and_the_command(tmp_path: Path) -> None:
     command = [
         "--model", "PE-Demo", "--weights", "random", "--seed", "3", "--precision", "int8",
         "--image-size", "48x32", "--center-crop", "--taps", "0,-1", "--out", str(tmp_path / "cli"),
@@ -34,7 +34,7 @@ def test_an_encoder_is_the_command_s(tmp_path: Path) -> None:
     assert lines[-1] == f"published python, {manifest.id}"
 
 
-def test_a_language_model_is_the_command_s_and_is_planned_once(
+def test_a_language_model_has_the_same_id_and_is_planned_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [
@@ -83,7 +83,7 @@ def test_a_language_model_is_the_command_s_and_is_planned_once(
         ({"model": "PE-Demo", "target": [89]}, "target must be a sequence of str, not a list"),
     ],
 )
-def test_options_of_a_wrong_type_or_that_contradict_are_refused(
+def test_wrong_types_and_contradictions_are_refused(
     values: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -126,7 +126,7 @@ def test_bad_values_are_refused_before_weights_are_looked_for(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_destination_that_is_taken_is_refused_before_weights_are_looked_for(
+def test_a_taken_destination_is_refused_before_weights_are_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "download", lambda name: pytest.fail("the hub was asked"))
@@ -136,13 +136,13 @@ def test_a_destination_that_is_taken_is_refused_before_weights_are_looked_for(
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("p", "mine")]
 
 
-def test_a_name_is_one_target_and_sequences_are_kept_as_tuples() -> None:
+def test_a_string_is_one_target_and_sequences_become_tuples() -> None:
     one = ExportOptions(model="PE-Demo", target="sm89", taps=[1, 0], out="p")
     assert (one.target, one.taps) == (("sm89",), (1, 0))
     assert ExportOptions(model="PE-Demo", out="p").target is None
 
 
-def test_texts_of_the_command_line() -> None:
+def test_texts_of_the_command_line_are_parsed() -> None:
     assert parse_taps("all") is None and parse_taps("none") == () and parse_taps("5,-1") == (5, -1)
     with pytest.raises(InputError, match="--taps must be all, none or integers, not 'first'"):
         parse_taps("first")

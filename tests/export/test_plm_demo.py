@@ -1,4 +1,4 @@
-"""The shipped language model: small, strict, and as good in few bits as in floats."""
+"""The shipped language model is small, and as accurate in few bits as in floats."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ ASKED = [(name, held_out_record(name, n)) for name in ("read3", *LEARNED) for n 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What engines of each precision answer to every question."""
+    """Answers to every question, by precision."""
     found = {}
     for precision in ("fp32", *ROUNDED):
         package = tmp_path_factory.mktemp("demo") / precision
@@ -54,7 +54,7 @@ def test_the_folder_is_small_and_half_precision() -> None:
 
 @pytest.mark.parametrize("precision", ROUNDED)
 def test_8_and_4_bits_are_as_good_as_floats(answers: dict[str, list[str]], precision: str) -> None:
-    """Within what 280 questions can tell; the card has the figures of 500 of each kind."""
+    """Within the noise of 280 questions; CARD.md has the figures for 500 of each kind."""
     names = ("read3", *LEARNED)
     assert share(answers[precision], names) >= share(answers["fp32"], names) - 0.02
 
@@ -68,7 +68,7 @@ def test_held_out_answers_are_right(answers: dict[str, list[str]]) -> None:
 def test_lookup_changes_no_answer_of_a_trained_model(
     answers: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    """Trained answers have no near ties, so that last bits do not matter; see docs/parity.md."""
+    """Trained answers have no near ties, so rounding does not matter; see docs/parity.md."""
     package = tmp_path / "int8"
     export(ExportOptions(model="PLM-Demo", precision="int8", out=package))
     chosen = [(index, record) for index, (_, record) in enumerate(ASKED) if index % 4 == 0]

@@ -1,4 +1,4 @@
-"""Language models through the whole chain: golden weights, every precision, the real runtime."""
+"""Language models from golden weights through export and runtime, in every precision."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +30,8 @@ from perception_rt.runtime.cache.kv_block import CacheBlock
 from perception_rt.runtime.generation.plm_engine import PlmEngine
 
 MAX_LOGIT_ERROR = 1e-3
-# Between two orders of the same sums. Rounding to integers makes a step of a difference in the last
-# bit, so integers cannot be as close; a wrong scale or position moves logits by about 1.
+# Between two orders of the same sums. Rounding to integers amplifies a difference in the last bit,
+# so integers are less close; a wrong scale or position moves logits by about 1.
 MAX_ORDER_ERROR = {"fp32": 1e-4, "int8": 0.05, "int4": 0.05}
 PRECISIONS = [
     ("fp32", "int8"),
@@ -59,7 +59,7 @@ Packages = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Packages:
-    """`package(name, precision, blocks)`: a golden model's package, exported when asked for."""
+    """`package(name, precision, blocks)`: the package of a golden model, exported once."""
     made: dict[tuple[str, str, str], Path] = {}
 
     def get(name: str, precision: str = "fp32", blocks: str = "int8") -> Path:
@@ -83,7 +83,7 @@ def decoder_of(path: Path) -> Iterator[PlmEngine]:
 
 
 def logits_of(decoder: PlmEngine, hidden: np.ndarray, edges: list[int]) -> np.ndarray:
-    """Logits (V,) after the last token, the sequence fed in pieces that end at `edges`."""
+    """Logits (V,) after the last token of a sequence that is fed in pieces ending at `edges`."""
     cache = CacheBlock(decoder.cache_shape, 1, hidden.shape[0] + 1)
     start = 0
     for stop in edges:
@@ -110,7 +110,7 @@ def test_golden_logits_and_greedy_tokens_through_engines(name: str, package: Pac
 
 @pytest.mark.parametrize("name", PLM_FILES)
 def test_every_position_equals_the_golden_logits(name: str, package: Packages) -> None:
-    """All positions of one call, image tokens spliced in, not the last alone."""
+    """Compares all positions of one call with image tokens, and not only the last."""
     data = plm_golden(name)
     ids = data.inputs["tokens"][0]
     with decoder_of(package(name)) as decoder:
@@ -141,7 +141,7 @@ def test_prefill_then_decode_equals_a_longer_prefill(package: Packages) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 32])
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_chunked_prefill_equals_whole(chunk: int, precision: str, package: Packages) -> None:
-    """PAR-05; integer activations are scaled per row, so that a chunk's edge changes nothing."""
+    """PAR-05: integer activations are scaled per row, so chunk edges change nothing."""
     ids = np.random.default_rng(1).integers(0, 300, 80)
     with decoder_of(package("plm_untied_noscale", precision)) as decoder:
         hidden = decoder.embed(ids)
@@ -153,7 +153,7 @@ def test_chunked_prefill_equals_whole(chunk: int, precision: str, package: Packa
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_a_sequence_does_not_depend_on_its_neighbours(precision: str, package: Packages) -> None:
-    """One step of three sequences of different lengths equals three steps."""
+    """One step of three sequences with different lengths equals three single steps."""
     rng = np.random.default_rng(2)
     lengths = [5, 17, 11]
     with decoder_of(package("plm_tied_ropescaled", precision)) as decoder:
@@ -191,8 +191,8 @@ def test_other_precisions_are_close(
     assert set(record) >= {"vision.image_features", "embed.hidden", "decoder_0.logits"}
 
 
-def test_int4_of_a_tied_model_has_its_table_once(package: Packages) -> None:
-    """Embedding and head refer to the same bytes, in the formats of their two operators."""
+def test_a_tied_int4_model_stores_its_table_once(package: Packages) -> None:
+    """Embedding and head use the same bytes, each through its own operator."""
     with open_package(package("plm_tied_ropescaled", "int4")) as opened:
         graphs = {name: scan_graph(opened.read_graph(name)) for name in ("embed", "decoder_0")}
         assert opened.graph("decoder_0").data == ("decoder_0.data", "embed.data")
@@ -227,7 +227,7 @@ def test_parts_chain_to_the_same_logits(
 
 
 def test_parts_of_the_released_models() -> None:
-    """Layers are whole, in order, all there; int4 of PLM-1B is one part."""
+    """Parts have all layers, in order; PLM-1B in int4 is one part."""
     for name, config in PLM_MODELS.items():
         for precision, blocks in PRECISIONS:
             plan = PlmPlan(
@@ -245,8 +245,8 @@ def test_parts_of_the_released_models() -> None:
                 assert len(parts) == {"fp32": 4, "fp16": 2, "int8": 1, "int4": 1}[precision]
 
 
-def test_a_layer_that_rows_would_hurt_takes_blocks(tmp_path: Path) -> None:
-    """A channel thirty times the others leaves few steps for them in W8A8 by rows."""
+def test_a_layer_that_w8a8_would_hurt_takes_blocks(tmp_path: Path) -> None:
+    """A channel 30 times as large as the others leaves few steps for them in W8A8 by rows."""
     data = plm_golden("plm_untied_noscale")
     tensors = dict(data.weights)
     norm = tensors["layers.1.ffn_norm.weight"].clone()
@@ -264,7 +264,7 @@ def test_a_layer_that_rows_would_hurt_takes_blocks(tmp_path: Path) -> None:
 
 
 def test_a_wrong_engine_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EXP-06: halves of a byte swapped."""
+    """EXP-06: an engine with swapped 4-bit values fails the gate."""
 
     def swapped(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
         packed, scale = quantize_blocks(weight, bits)
@@ -356,7 +356,7 @@ def test_plan_refuses(options: dict[str, object], message: str) -> None:
         replace(plan, **options)
 
 
-def test_float32_is_not_for_a_gpu_that_has_no_kernel_for_it(
+def test_float32_is_refused_on_a_gpu_without_a_kernel_for_it(
     package: Packages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("perception_rt.runtime.backends.onnxruntime.check_device", lambda d: None)

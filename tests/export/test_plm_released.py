@@ -1,4 +1,4 @@
-"""Language models at the released sizes, with random weights: minutes each, run by name."""
+"""Language models of the released sizes with random weights; minutes each, run by name."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ _GIB = 2**30
 
 
 def write_shards(directory: Path, name: str) -> None:
-    """A bfloat16 checkpoint in the reference's names, an index of shards; one shard in memory."""
+    """Writes a sharded bfloat16 checkpoint in the reference's names, one shard in memory."""
     source = RandomWeights(PLM_MODELS[name], 0)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -47,7 +47,7 @@ def write_shards(directory: Path, name: str) -> None:
 
 
 def export(*arguments: str, out: Path) -> int:
-    """Runs `perception-export` in a child; returns the peak resident bytes that it records."""
+    """Runs `perception-export` in a child process; returns its recorded peak memory in bytes."""
     code = "import sys; from perception_rt.cli import export_main; sys.exit(export_main())"
     subprocess.run([sys.executable, "-c", code, *arguments, "--out", str(out)], check=True)
     record = read_manifest(out).record["export"]

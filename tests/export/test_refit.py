@@ -1,4 +1,4 @@
-"""A package with the weights of another checkpoint: all else is equal, or it is refused."""
+"""A refit changes the weights of a package and nothing else, or is refused."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def exported(config: PeConfig, weights: Path, precision: str, out: Path) -> Path
     return out
 
 
-def test_the_result_is_that_of_an_export_of_the_new_weights(
+def test_a_refit_equals_an_export_of_the_new_weights(
     tiny_config: PeConfig, tiny_packages: dict[str, Path], tuned: Path, tmp_path: Path
 ) -> None:
     manifest = refit_package(tiny_packages["fp16"], tuned, tmp_path / "refitted")
@@ -49,7 +49,7 @@ def test_the_same_layers_stay_in_float(tiny_config: PeConfig, tuned: Path, tmp_p
     file = tmp_path / "old.safetensors"
     tensors = load_file(tuned)
     excluded = "visual.transformer.resblocks.0.mlp.c_fc.weight"
-    # A channel that is no use drowns the others.
+    # A useless channel dwarfs the others.
     tensors["visual.transformer.resblocks.0.ln_2.weight"][0] *= 8e3
     tensors[excluded][:, 0] = 0
     save_file(tensors, file)
@@ -94,14 +94,16 @@ def test_other_architectures_and_structures_are_refused(
         refit_package(tiny_package, weights_path(), out)
     with pytest.raises(PackageError, match="sha256:"):
         refit_package(tiny_package, tuned, out, expect=f"sha256:{'0' * 64}")
-    # As if this version traced graphs otherwise than the one that made the package.
+    # As if this version made other graphs than the one that made the package.
     monkeypatch.setattr("perception_rt.export.graph.lowering.IR_VERSION", 9)
     with pytest.raises(ExportError, match=r"graph 'vision'.*structure [0-9a-f]{12}.*export anew"):
         refit_package(tiny_package, tuned, out)
     assert not out.exists()
 
 
-def test_structure_is_all_but_the_values_of_weights(tiny_package: Path, tmp_path: Path) -> None:
+def test_structure_ignores_the_values_of_float_weights_only(
+    tiny_package: Path, tmp_path: Path
+) -> None:
     data = (tiny_package / "vision.onnx").read_bytes()
     model = onnx.load_model_from_string(data)
     for tensor in model.graph.initializer:
@@ -116,7 +118,9 @@ def test_structure_is_all_but_the_values_of_weights(tiny_package: Path, tmp_path
     assert structure(model.SerializeToString()) != structure(data)
 
 
-def test_the_plan_is_the_one_of_the_export(tiny_config: PeConfig, tiny_package: Path) -> None:
+def test_the_plan_of_a_package_is_that_of_its_export(
+    tiny_config: PeConfig, tiny_package: Path
+) -> None:
     with open_package(tiny_package) as package:
         plan = plan_of(package)
     size = ImageSpec(height=32, width=32)

@@ -76,7 +76,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
 
 
 def one_image(folder: Path, size: int) -> Path:
-    """A folder with one picture to calibrate on."""
+    """A folder with one calibration image."""
     pictures = folder / "pictures"
     pictures.mkdir()
     Image.fromarray(images(1, size, size)[0]).save(pictures / "picture.png")
@@ -84,18 +84,18 @@ def one_image(folder: Path, size: int) -> Path:
 
 
 def shallow(name: str, layers: int = 2) -> PeConfig | PlmConfig:
-    """A released model, less deep; an encoder without its text tower."""
+    """A released model with fewer layers; an encoder without its text tower."""
     config = get_config(name)
     vision = replace(config.vision, layers=layers)
     if isinstance(config, PlmConfig):
-        # A shorter context, whose keys and values ONNX Runtime must hold for the gate.
+        # A short context, since ONNX Runtime holds its keys and values for the gate.
         decoder = replace(config.decoder, n_layers=layers, max_seqlen=2048, vocab_size=4096)
         return replace(config, vision=vision, decoder=decoder, image_token_id=4000)
     return replace(config, vision=vision, text=None)
 
 
 def check_fusion(manifest: Manifest, graph: str, layers: Counter[str]) -> None:
-    """What an engine's record says of a graph's layers, on each GPU, and of its cost."""
+    """Checks layers and costs in the records of a graph's engines."""
     for gpu in manifest.content.target.options["engines"]:
         record = manifest.record["engines"][f"{graph}.{gpu}.engine"]
         found = {name: record["layers"].get(name, 0) for name in layers}
@@ -115,7 +115,7 @@ def check_fusion(manifest: Manifest, graph: str, layers: Counter[str]) -> None:
 def test_encoders_of_released_shapes_build(
     export: Export, name: str, precision: str, gpus: tuple[str, ...]
 ) -> None:
-    """The latter has heads of 96 channels."""
+    """The second has heads of 96 channels."""
     config = shallow(name)
     manifest = export(config, precision, *gpus)
     pooled = int(config.vision.pool_type == "attn")
@@ -173,7 +173,7 @@ def test_a_whole_language_model_builds(export: Export, precision: str) -> None:
 
 
 def attention_graph(folder: Path, dtype: int) -> tuple[Path, GraphSpec]:
-    """One attention, of which TensorRT has a fused kernel in float16 and none in float32."""
+    """One attention; TensorRT has a fused kernel for it in float16 and none in float32."""
     shape = ["batch", 4, 64, 64]
     values = [helper.make_tensor_value_info(n, dtype, shape) for n in ("q", "k", "v", "y")]
     node = helper.make_node("Attention", ["q", "k", "v"], ["y"])
@@ -198,7 +198,7 @@ def test_attention_without_a_fused_kernel_is_refused(tmp_path: Path) -> None:
 
 
 def older(*lost: str) -> TensorRt:
-    """A TensorRT whose networks have no such layers."""
+    """A TensorRT whose networks lack some layers."""
     library = find_tensorrt()
     api = library.api
 
@@ -213,7 +213,7 @@ def older(*lost: str) -> TensorRt:
     return replace(library, api=Api(), version="10.13")
 
 
-def test_what_an_older_tensorrt_has_no_layer_for_isinlined(tmp_path: Path) -> None:
+def test_operators_without_a_layer_in_an_older_tensorrt_are_inlined(tmp_path: Path) -> None:
     out = tmp_path / "package"
     plan = ["--model", "PE-Demo", "--backend", "tensorrt", "--target", "none", "--taps", "none"]
     assert export_main([*plan, "--out", str(out)]) == 0
@@ -231,7 +231,7 @@ def test_what_an_older_tensorrt_has_no_layer_for_isinlined(tmp_path: Path) -> No
     built = build_engine(library, file, spec, operators, **arguments, allow_unfused=True)
     assert built.layers["SOFTMAX"] == operators["Attention"]
     assert "ATTENTION_OUTPUT" not in built.layers and "ROTARY_EMBEDDING" not in built.layers
-    # And it computes what the graph does.
+    # The inlined graph computes the same.
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     copy.chmod(0o700)
@@ -266,7 +266,7 @@ def test_a_layer_that_is_missing_is_named(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_what_tensorrt_cannot_read_is_said_in_its_words(tmp_path: Path) -> None:
+def test_tensorrt_s_message_is_quoted(tmp_path: Path) -> None:
     file, spec = attention_graph(tmp_path, TensorProto.FLOAT16)
     file.write_bytes(b"not a graph")
     message = r"tensorrt_rtx [0-9.]+ cannot read attention\.onnx: .*DESERIAL"
@@ -276,7 +276,7 @@ def test_what_tensorrt_cannot_read_is_said_in_its_words(tmp_path: Path) -> None:
         )
 
 
-def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     library = find_tensorrt()
     check_engines(library, BOTH)
     with pytest.raises(BackendError, match=r"does not build for sm90, out of sm75, .*sm121"):
@@ -284,7 +284,7 @@ def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: None)
     with pytest.raises(BackendError, match=r"no GPU to build for; name .* --target, out of sm75"):
         check_engines(library, (HERE,))
-    # A GPU that this library has no kernels for; NVIDIA's other one is for the one that is here.
+    # This library has no kernels for the machine's GPU; NVIDIA's tensorrt may have.
     monkeypatch.setattr(tensorrt_engines, "gpu_capability", lambda: "sm90")
     with pytest.raises(BackendError, match=r"not build for this machine's GPU, sm90, out of .*"):
         check_engines(library, (HERE,))
@@ -304,7 +304,7 @@ def test_targets_are_checked_before_anything_is_done(monkeypatch: pytest.MonkeyP
             )  # fmt: skip
 
 
-def test_without_tensorrt_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorrt_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     tensorrt_library.installed.cache_clear()
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -333,9 +333,9 @@ def test_a_tensorrt_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) ->
         tensorrt_library.installed.cache_clear()
 
 
-def test_the_interface_of_tensorrt_is_found_out() -> None:
+def test_tensorrt_s_interface_is_inspected() -> None:
     class Old:
-        """What TensorRT 10 and 11 have."""
+        """The interface of TensorRT 10 and 11."""
 
         class IBuilderConfig:
             pass

@@ -1,4 +1,4 @@
-"""`--route torch-tensorrt`: what is given to the library, and what is said where it is not."""
+"""`--route torch-tensorrt`: the programs that the library gets, and errors without it."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ class Range:
 
 
 class Library:
-    """A Torch-TensorRT whose engines are the names of their outputs, and a GPU that is the CPU."""
+    """A Torch-TensorRT whose engines are the names of their outputs, with the CPU as its GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: dict[str, tuple[Any, dict[str, Any]]] = {}
@@ -77,7 +77,7 @@ class Library:
         return name.encode()
 
 
-def test_programs_are_the_towers_from_bytes_to_float32(
+def test_programs_map_bytes_to_the_towers_float32_outputs(
     tiny_config: PeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -111,7 +111,7 @@ def test_programs_are_the_towers_from_bytes_to_float32(
     assert [tuple(block.shape) for block in blocks] == [(3, 17, 64)] * 2
 
 
-def test_its_words_are_passed_on(
+def test_torch_tensorrt_s_message_is_quoted(
     tiny_config: PeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = Library(monkeypatch)
@@ -123,7 +123,7 @@ def test_its_words_are_passed_on(
     assert not (tmp_path / "package").exists()
 
 
-def test_what_is_missing_is_named(
+def test_a_missing_library_or_gpu_is_named(
     tiny_config: PeConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -140,7 +140,7 @@ def test_what_is_missing_is_named(
         torch_tensorrt.TorchTensorRt(pe.plan.engines, pe.torch_module)
 
 
-def test_plans_that_it_is_not_for(tiny_config: PeConfig) -> None:
+def test_other_plans_are_refused(tiny_config: PeConfig) -> None:
     for changes, words in (
         ({"engines": ("sm89",)}, "--target here"),
         ({"precision": "fp8"}, "is for fp16"),

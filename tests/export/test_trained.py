@@ -1,4 +1,4 @@
-"""TRN-09: what was trained is what the engine computes, from the recipe to the runtime."""
+"""TRN-09: an engine exported from a training run computes what the trained model does."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageTask, Path]:
 def test_trained_weights_give_the_same_answers_in_an_engine(
     run: tuple[LanguageTask, Path], tmp_path: Path
 ) -> None:
-    """PAR-01 for trained weights: logits within 1e-3, greedy tokens equal, the same tiles."""
+    """PAR-01 for trained weights: logits within 1e-3, equal greedy tokens and tiles."""
     task, out_dir = run
     package = tmp_path / "package"
     assert export_main(["--checkpoint", str(out_dir), "--out", str(package)]) == 0

@@ -10,8 +10,8 @@ Array = np.ndarray[Any, Any]
 FLOAT32 = np.dtype(np.float32)
 
 
-def test_a_narrow_weight_made_of_a_wide_one_is_made_of_few_rows_at_a_time() -> None:
-    """Scales of a vocabulary are 1/32 of its width; all its rows at once would be gigabytes."""
+def test_a_narrow_weight_reads_few_rows_of_a_wide_one_at_a_time() -> None:
+    """Scales of a vocabulary are 1/32 of its width; reading all rows at once would take GB."""
     shape, read = (40_000, 1024), []
 
     def rows(start: int, stop: int) -> Array:
