@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a part of the tree may import besides itself and the standard library.
+    """Modules and libraries that a part of the tree may import, besides itself and the standard ones.
 
     Names are below `perception_rt`, or begin with `training` or `benchmarks`. `lazy` and
     `lazy_libraries` are for function bodies and for `if TYPE_CHECKING` only. `public` allows

@@ -164,7 +164,7 @@ def cycles(edges: Mapping[str, set[str]]) -> list[set[str]]:
 
 
 def import_graph(folder_of: Callable[[str], str]) -> dict[str, set[str]]:
-    """Which folders, or modules, import which when they are imported."""
+    """Importer -> imported, of imports that run when a module is imported."""
     known = sources()
     edges: dict[str, set[str]] = {folder_of(module): set() for module in known}
     for item in imports():

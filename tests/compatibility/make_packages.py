@@ -1,7 +1,7 @@
 """Made the packages in `packages/` and the numbers that they returned, in `packages/expected.json`.
 
 It ran once, with perception_rt at commit 41f3a48: `python make_packages.py FOLDER`. The packages
-are not made again, since the test is that later code reads what earlier code wrote.
+are not made again, because the test checks that later code reads packages of earlier code.
 """
 
 import json

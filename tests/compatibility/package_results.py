@@ -1,4 +1,4 @@
-"""What the packages in `packages/` are asked, for the script that made them and for the test."""
+"""Calls on the packages in `packages/`, shared by the script that made them and the test."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ NEW_TOKENS = 12
 
 
 def picture() -> np.ndarray:
-    """uint8 (40, 30, 3) of stripes."""
+    """Stripes, uint8 (40, 30, 3)."""
     y, x, channel = np.mgrid[:40, :30, :3]
     return ((7 * x + 13 * y + 101 * channel) % 256).astype(np.uint8)
 
 
 def prompt() -> tuple[list[int], np.ndarray]:
-    """Token ids with one image token, and the tile that it stands for: float32 (1, 3, 28, 28)."""
+    """Token ids with one image token, and the pixels of its tile: float32 (1, 3, 28, 28)."""
     pixels = np.linspace(-1, 1, 3 * 28 * 28, dtype=np.float32).reshape(1, 3, 28, 28)
     return [72, 105, IMAGE_TOKEN, 63, 10], pixels
 
 
 def results(folder: Path) -> dict[str, object]:
-    """What the packages of a folder return."""
+    """Runs the packages in a folder; returns their ids, numbers, tokens and text."""
     found: dict[str, object] = {}
     with prt.load(folder / "pe") as embedder:
         found["pe_id"] = embedder.manifest.id

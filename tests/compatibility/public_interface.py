@@ -72,7 +72,7 @@ def _arguments(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def names() -> dict[str, Any]:
-    """Public name -> what a program can rely on: fields, signatures, methods, base classes."""
+    """Public name -> fields, signatures, methods and base classes that programs rely on."""
     return {name: _described(getattr(perception_rt, name)) for name in perception_rt.__all__}
 
 
@@ -86,7 +86,7 @@ def _described(value: Any) -> dict[str, Any]:
         "members": {name: _member(value, name) for name in dir(value) if name[0] != "_"},
     }
     if is_dataclass(value):
-        # Other classes are made by functions of the library, so their constructors are free.
+        # Users call only constructors of dataclasses; the library makes the other objects.
         found["fields"] = [field.name for field in fields(value)]
         found["parameters"] = _parameters(value)
     special = ("__enter__", "__exit__", "__iter__")
@@ -116,7 +116,7 @@ def _parameters(function: Any) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; other objects by their type."""
+    """Returns a JSON value; other objects are described by their type."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):

@@ -18,7 +18,7 @@ def frozen(name: str) -> Any:
 
 
 def broken_commands(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Yields each way in which a command line that worked before may fail or mean another thing."""
+    """Yields each change by which a former command line may fail or get another meaning."""
     for command, arguments in before.items():
         if command not in now:
             yield f"{command} is gone"
@@ -44,7 +44,7 @@ def _without_additions(
 
 
 def broken_names(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Yields each way in which a program that worked before may fail."""
+    """Yields each change by which a former program may fail."""
     for name, old in before.items():
         if name not in now:
             yield f"{name} is gone"
@@ -71,7 +71,7 @@ def _lost(key: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def broken_parameters(name: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """Yields what no longer can be passed as before; new parameters must be optional and last."""
+    """Yields parameters that changed, and new ones that are not both optional and last."""
     if "parameters" not in old:
         return
     before, now = ({p["name"]: p for p in d.get("parameters", [])} for d in (old, new))
