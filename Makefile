@@ -29,8 +29,11 @@ demo: $(VENV)/.installed-demo
 test: lint
 	$(VENV)/bin/python -m pytest $(PARALLEL) --durations 10
 
+# fp8 of the two larger encoders is left out: finding its ranges takes most of 15 minutes, and the
+# build itself is the same as B16's and G14's. `-k encoders` runs these two as well.
 engines: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m slow tests/export/test_tensorrt.py -k encoders
+	$(VENV)/bin/python -m pytest -m slow tests/export/test_tensorrt.py \
+	  -k "encoders and not L14-336-fp8 and not L14-448-fp8"
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check $(SOURCES)
