@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Modules and libraries that a part of the tree may import, besides itself and the standard ones.
+    """Modules and libraries that a part of the tree may import besides itself.
 
-    Names are below `perception_rt`, or begin with `training` or `benchmarks`. `lazy` and
-    `lazy_libraries` are for function bodies and for `if TYPE_CHECKING` only. `public` allows
-    `import perception_rt`, as users write it.
+    The standard library is always allowed. Names are below `perception_rt`, or begin with
+    `training` or `benchmarks`. `lazy` and `lazy_libraries` are for function bodies and for
+    `if TYPE_CHECKING` only. `public` allows `import perception_rt`, as users write it.
     """
 
     uses: tuple[str, ...] = ()
