@@ -1,8 +1,8 @@
 """TensorRT engines, built ahead of time on a machine without a GPU, of graphs equal to eager.
 
-The depth is cut, and all widths, grids and head sizes are the released models' own. `make engines`
-runs the slow tests, of whole encoders and of the widest. A build takes one precision to one GPU,
-so that each precision is built for each GPU, and each model in each precision for one GPU.
+The depth is cut, and all widths, grids and head sizes are the released models' own. The slow tests
+build whole encoders and the widest one; `make engines` runs most of them. Between them, the tests
+build both precisions for both GPUs, but few models for both.
 """
 
 import shutil
