@@ -248,7 +248,7 @@ def _write_components(
     carry: Tensor | None = None
     for component in model.components():
         report(f"{component.name}: running eager")
-        reference = component.reference(plan.scheme, carry)
+        reference = component.reference(carry)
         carry = reference.carry
         written.references.append(reference)
         measured = reference.measured

@@ -212,7 +212,7 @@ def test_a_decoder_is_measured_on_a_real_prompt() -> None:
     source = RandomWeights(config, 0)
     count = config.tokens_per_tile
     features = torch.full((1, count, config.decoder.dim), 7.0)
-    reference = EmbedComponent(plan, source).reference("fp8", features)
+    reference = EmbedComponent(plan, source).reference(features)
     assert reference.carry is not None
     turn = Turn("user", (Tiles(1), " ".join(calibration.PROMPTS)))
     prompt = encode_prompt(open_tokenizer(spec), [turn], count)
@@ -225,5 +225,5 @@ def test_a_decoder_is_measured_on_a_real_prompt() -> None:
     assert (ids == prompt.ids[prompt.ids != 511]).all()
     # Random tokens stand in if the question does not fit.
     short = replace(plan, config=replace(config, decoder=replace(config.decoder, max_seqlen=64)))
-    shortened = EmbedComponent(short, source).reference("fp8", features)
+    shortened = EmbedComponent(short, source).reference(features)
     assert shortened.carry is not None and shortened.carry.shape[1] <= 64

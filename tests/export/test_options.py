@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perception_rt.cli import export_main
+from perception_rt.cli.export import export_parser
 from perception_rt.errors import ExportError, InputError
 from perception_rt.export import ExportOptions, export, plan
 from perception_rt.export.components.plm import PlmExport
@@ -148,6 +150,12 @@ def test_texts_of_the_command_line_are_parsed() -> None:
         parse_taps("first")
     assert parse_target("none") == () and parse_target("SM89,here") == ("sm89", "here")
     assert parse_image_size("448x336") == (448, 336)
+
+
+def test_every_option_of_the_command_has_a_field() -> None:
+    arguments = vars(export_parser().parse_args(["--model", "PE-Demo", "--out", "p"]))
+    only_the_command = {"command", "fp8", "json"}  # fp8 is a precision
+    assert arguments.keys() - only_the_command == {field.name for field in fields(ExportOptions)}
 
 
 def test_options_load_no_library() -> None:

@@ -94,11 +94,10 @@ class Component(ABC, Generic[P]):
         self.source = source
 
     @abstractmethod
-    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
-        """Runs the component in eager on calibration inputs.
+    def reference(self, carry: Tensor | None = None) -> Reference:
+        """Runs the component in eager on calibration inputs, and measures layers for the scheme.
 
         Args:
-            scheme: quantisation that linear layers are measured under; None measures none.
             carry: `Reference.carry` of the component before this one.
         """
 

@@ -32,7 +32,7 @@ from perception_rt.export.graph.lowering import Recipe, as_is, uint8_images
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.plan import BuildSettings, ExportPlan
 from perception_rt.export.quantization import calibration
-from perception_rt.export.quantization.formats import Format, Scheme
+from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
@@ -54,9 +54,9 @@ class VisionComponent(Component[ExportPlan]):
         super().__init__(plan, source)
         self.config = plan.config.vision
 
-    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
-        """Runs the eager tower on two calibration images."""
-        spec = self.plan.image
+    def reference(self, carry: Tensor | None = None) -> Reference:
+        """Runs the eager tower on two calibration images; see `Component.reference`."""
+        spec, scheme = self.plan.image, self.plan.scheme
         inputs = gate_images(self.plan, spec, _GATE_IMAGES)
         images = inputs[:_GATE_IMAGES]
         pixels = normalize(images, spec)
@@ -140,9 +140,9 @@ class TextComponent(Component[ExportPlan]):
         super().__init__(plan, source)
         self.config = config
 
-    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
-        """Runs the eager tower on a few captions."""
-        ids = calibration.caption_ids(self.config)
+    def reference(self, carry: Tensor | None = None) -> Reference:
+        """Runs the eager tower on a few captions; see `Component.reference`."""
+        ids, scheme = calibration.caption_ids(self.config), self.plan.scheme
         tower = _load(TextTower, self.config, self.source, "text.")
         batch = torch.from_numpy(ids)
         measured = Measured()

@@ -165,9 +165,9 @@ class TileComponent(Component[PlmPlan]):
 
     name = "vision"
 
-    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
+    def reference(self, carry: Tensor | None = None) -> Reference:
         """Runs one tile through the eager tower; hands on its image features (1, t, C)."""
-        spec = self.plan.tiles.tile
+        spec, scheme = self.plan.tiles.tile, self.plan.scheme
         inputs = gate_images(self.plan, spec, 1)
         images = inputs[:1]
         pixels = normalize(images, spec)

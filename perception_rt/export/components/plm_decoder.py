@@ -32,7 +32,7 @@ from perception_rt.export.graph.lazy_weights import Array, row_ranges
 from perception_rt.export.graph.lowering import Recipe
 from perception_rt.export.plan import PlmPlan
 from perception_rt.export.quantization import calibration
-from perception_rt.export.quantization.formats import Format, Scheme
+from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured, MeasuredHead
 from perception_rt.models.decoder import DecoderLayer, RmsNorm, rope_1d
 from perception_rt.package import contract
@@ -65,11 +65,10 @@ class EmbedComponent(Component[PlmPlan]):
 
     name = "embed"
 
-    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
+    def reference(self, carry: Tensor | None = None) -> Reference:
         """Embeds a prompt; a real one if activation ranges are calibrated on it.
 
         Args:
-            scheme: unused; an embedding is not measured.
             carry: image features (n, t, C); those of the first tile go into the prompt.
         """
         assert carry is not None
@@ -158,17 +157,17 @@ class DecoderComponent(Component[PlmPlan]):
         self.layers = layers
         self.is_last = layers.stop == self.config.n_layers
 
-    def reference(self, scheme: Scheme | None, carry: Tensor | None = None) -> Reference:
+    def reference(self, carry: Tensor | None = None) -> Reference:
         """Runs the layers in eager, one in memory at a time.
 
         Args:
-            scheme: quantisation that the layers are measured under; None measures none.
             carry: hidden state (1, T, C) that enters the first layer.
         """
         assert carry is not None
         hidden = carry
         rope = rope_1d(self.config, hidden.shape[1])
         measured = Measured()
+        scheme = self.plan.scheme
         if scheme == "int8":
             scheme = "int8_rows" if block_format(self.plan) == "int8_rows" else None
         for index in self.layers:
