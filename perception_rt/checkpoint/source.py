@@ -178,7 +178,7 @@ def _pieces(shape: Sequence[int]) -> Iterator[slice]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """How to read a checkpoint.
+    """Instructions for reading a checkpoint.
 
     Attributes:
         layout: layout of the keys.

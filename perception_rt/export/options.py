@@ -15,7 +15,7 @@ PathName = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What to export and how; `perception-export` has an option for each field.
+    """Options of one export; `perception-export` has an option for each field.
 
     Exactly one of `model` and `checkpoint` must be given. Messages spell options as the command
     does: `--image-size` for `image_size`.

@@ -91,7 +91,7 @@ def refuse_foreign(options: ExportOptions, family: Family) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WeightsPlace:
-    """Where weights are.
+    """Location of weights.
 
     Attributes:
         path: file or folder; None for random weights.
@@ -103,7 +103,7 @@ class WeightsPlace:
 
 
 def locate_weights(options: ExportOptions, report: Report) -> WeightsPlace:
-    """Where the weights are; downloads those of a released model unless they are in the cache.
+    """Locates the weights; downloads those of a released model unless they are in the cache.
 
     Raises:
         CheckpointError: the download failed.
@@ -240,7 +240,7 @@ def _model_name(options: ExportOptions) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(BuildSettings):
-    """What an export makes of one model; each family adds its own fields.
+    """Plan of one export; each family adds its own fields.
 
     Attributes:
         config: the architecture.

@@ -39,7 +39,7 @@ class CrossAttention(PackedAttention):
 
 
 class AttentionPooling(nn.Module):
-    """Pools tokens: one learned query attends to all of them, then a residual MLP."""
+    """Pools tokens: one learned query attends to every token, then a residual MLP."""
 
     def __init__(self, width: int, heads: int, mlp_dim: int, attention: Attention) -> None:
         super().__init__()

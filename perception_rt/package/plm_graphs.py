@@ -42,7 +42,7 @@ class CacheShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayout:
-    """How an export lays out a decoder.
+    """Layout of a decoder in a package.
 
     Attributes:
         parts: layers of each decoder graph; together all layers, in order.

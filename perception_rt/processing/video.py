@@ -214,7 +214,7 @@ def load_frames(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """Which frames to take, and how to finish each one.
+    """Selection of frames, and the processing of each one.
 
     Attributes:
         select: maps the number of frames and the rate (None if unknown) to indices.

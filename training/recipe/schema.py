@@ -96,7 +96,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How the model is distributed over ranks and computed.
+    """Distribution over ranks, and precision and kernels of the computation.
 
     Attributes:
         mode: `replicate` keeps the whole model on every rank, `shard` splits it over all ranks

@@ -1,4 +1,4 @@
-"""What all export components share: their interface, calibration inputs and measurement.
+"""Shared by all export components: their interface, calibration inputs and measurement.
 
 A component is a part of a model that is run in eager, traced and written as one unit: a vision
 tower, a text tower, an embedding, a run of decoder layers.
@@ -118,7 +118,7 @@ Locate = Callable[[], Path | None]
 
 
 class ModelExport(ABC, Generic[C, P]):
-    """How one model family is planned and what its packages contain; its record names the subclass.
+    """Plans one model family and says what its packages contain; its record names the subclass.
 
     Attributes:
         plan: plan of the export.
@@ -183,7 +183,7 @@ class ModelExport(ABC, Generic[C, P]):
         """
 
     def notes(self) -> list[str]:
-        """What a user should know about the package before it is made."""
+        """Notes for the user, shown before the package is made."""
         return []
 
     def torch_module(self, graph: str) -> nn.Module:

@@ -32,7 +32,7 @@ Operand = ir.Value | Weight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one graph of a package is cut from a traced module.
+    """Cuts one graph of a package from a traced module.
 
     Attributes:
         sources: for each traced input, in order, the graph's input and the function that converts
