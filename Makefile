@@ -29,8 +29,8 @@ demo: $(VENV)/.installed-demo
 test: lint
 	$(VENV)/bin/python -m pytest $(PARALLEL) --durations 10
 
-# fp8 of the two larger encoders is left out for time: about 15 minutes, mostly calibration. Whole, they
-# are then built in fp16 only. `-k encoders` builds them in fp8 too.
+# fp8 of the two larger encoders is left out for time: about 15 minutes, mostly calibration. They
+# are built in fp16 only; `-k encoders` builds them in fp8 too.
 engines: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m slow tests/export/test_tensorrt.py \
 	  -k "encoders and not L14-336-fp8 and not L14-448-fp8"
