@@ -69,7 +69,7 @@ _FOUNDATION = {
     "perception_rt.processing": Part(
         uses=LAYER_1,
         libraries=("numpy", "PIL", "regex", "ftfy"),
-        lazy_libraries=("av", "sentencepiece", "tiktoken", "tokenizers"),
+        lazy_libraries=("av", "pi_heif", "pillow_heif", "sentencepiece", "tiktoken", "tokenizers"),
     ),
     "perception_rt.package": Part(uses=LAYER_1),
     "perception_rt.models": Part(uses=LAYER_1, libraries=("torch",)),
@@ -185,7 +185,9 @@ _TRAINING = {
     "training.distributed": Part(uses=(*LAYER_1, *RECIPE), libraries=("torch",)),
     "training.recipe": Part(uses=(*LAYER_1, "processing"), libraries=("yaml",)),
     "training.data": Part(
-        uses=(*LAYER_2, *RECIPE, "training.distributed"), libraries=("numpy", "torch", "PIL")
+        uses=(*LAYER_2, *RECIPE, "training.distributed"),
+        libraries=("numpy", "torch", "PIL"),
+        lazy_libraries=("torchcodec",),
     ),
     "training.model": Part(
         uses=(*TORCH_SIDE, *RECIPE, "training.atomic_files"),

@@ -153,6 +153,14 @@ def _package_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, help="threads per engine call (default: one per physical core)"
     )
     parser.add_argument("--expect", metavar="ID", help="refuse any other package id")
+    parser.add_argument(
+        "--formats", metavar="NAMES", default="", help="further image formats to accept: any of "
+        "gif,bmp,tiff,avif,heic"
+    )  # fmt: skip
+    parser.add_argument(
+        "--background", metavar="COLOUR", help="colour behind transparent pixels, such as white or "
+        "#ffffff (default: alpha is dropped)"
+    )  # fmt: skip
 
 
 def _question_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +202,8 @@ def _load(options: argparse.Namespace, progress: Progress, family: Family = PE, 
         device=options.device,
         threads=options.threads,
         expect=options.expect,
+        formats=options.formats,
+        background=options.background,
         **more,
     )
     found = get_family(engine.manifest.content.family)
@@ -270,13 +280,19 @@ def _classify(options: argparse.Namespace) -> None:
 
 def _features(options: argparse.Namespace) -> None:
     from perception_rt.processing.image import decode_image
+    from perception_rt.processing.image_options import image_options
     from perception_rt.processing.pca import side_by_side
 
     out = _output(options.out, ".png")
     with Progress() as progress, _load(options, progress) as engine:
         count = progress.counter("images")
         (dense,) = engine.features([options.image], options.layer, on_progress=count)
-    side_by_side(decode_image(options.image), dense).save(out)
+        picture = decode_image(
+            options.image,
+            options=image_options(options.formats, options.background),
+            upright=engine.image_spec.exif_orientation,
+        )
+    side_by_side(picture, dense).save(out)
     shape = "x".join(map(str, dense.shape))
     if options.json:
         _print_json({"image": options.image, "shape": list(dense.shape), "picture": options.out})

@@ -74,6 +74,11 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--center-crop", action="store_true", help="crop an encoder's images; default: squash them"
     )
     parser.add_argument(
+        "--ignore-exif",
+        action="store_true",
+        help="leave images as stored; default: upright",
+    )
+    parser.add_argument(
         "--taps",
         metavar="LAYERS",
         help="blocks that `features` can return: all (default), none, or a list such as 5,11,-1",
@@ -166,6 +171,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         target=None if arguments.target is None else parse_target(arguments.target),
         image_size=parse_image_size(arguments.image_size) if arguments.image_size else None,
         center_crop=arguments.center_crop,
+        ignore_exif=arguments.ignore_exif,
         taps=None if arguments.taps is None else parse_taps(arguments.taps),
         tokenizer=arguments.tokenizer,
         blocks=arguments.blocks,

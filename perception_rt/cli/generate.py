@@ -118,7 +118,7 @@ class _Conversation:
     """
 
     def __init__(self, engine: "Generator", options: Namespace) -> None:
-        from perception_rt.processing.image import decode_image
+        from perception_rt.processing.image_options import image_options
         from perception_rt.processing.video import load_frames
         from perception_rt.runtime.request import check_request
 
@@ -133,8 +133,9 @@ class _Conversation:
             max_frames=spec.max_frames,
             limits=DEFAULT_LIMITS,
         )
+        self._image_options = image_options(options.formats, options.background)
         self._history: list[Exchange] = []
-        self._images: list[ImageSource] = [decode_image(file) for file in options.image]
+        self._images: list[ImageSource] = [self._opened(file) for file in options.image]
         # Frames already have the size of a tile, so resizing them again changes nothing.
         self._videos: list[VideoSource] = [
             load_frames(file, spec, num_frames=options.num_frames) for file in options.video
@@ -142,17 +143,21 @@ class _Conversation:
 
     def take(self, line: str, *, interruptible: bool) -> None:
         """Runs a line: a command, a question, or an empty line."""
-        from perception_rt.processing.image import decode_image
-
         command, _, argument = line.partition(" ")
         if command == "/image" and argument:
-            self._images.append(decode_image(argument.strip()))
+            self._images.append(self._opened(argument.strip()))
         elif line == "/reset":
             self._history, self._images, self._videos = [], [], []
         elif line.startswith("/"):
             raise InputError(f"unknown command {line!r:.60}; known are {_COMMANDS}")
         elif line:
             self._answer(line, interruptible)
+
+    def _opened(self, file: str) -> "ImageSource":
+        from perception_rt.processing.image import decode_image
+
+        upright = self._engine.tile_spec.exif_orientation
+        return decode_image(file, options=self._image_options, upright=upright)
 
     def _answer(self, question: str, interruptible: bool) -> None:
         from perception_rt.runtime.request import Exchange

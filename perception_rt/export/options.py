@@ -8,7 +8,7 @@ from perception_rt.errors import InputError, describe
 
 _TEXTS = ("model", "precision", "backend", "blocks", "route", "calibrator")
 _PATHS = ("out", "checkpoint", "config", "weights", "tokenizer", "calibration")
-_FLAGS = ("center_crop", "allow_unfused", "refittable", "force")
+_FLAGS = ("center_crop", "ignore_exif", "allow_unfused", "refittable", "force")
 
 PathName = str | os.PathLike[str]
 
@@ -36,6 +36,8 @@ class ExportOptions:
             backend has engines.
         image_size: an encoder's (height, width) or side in pixels; None for the model's own.
         center_crop: crop an encoder's images to its aspect ratio instead of squashing them.
+        ignore_exif: leave images as they are stored, as the reference does, instead of turning them
+            upright by their EXIF orientation.
         taps: blocks that an encoder's `features` returns, negative from the end; None for all.
         tokenizer: a language model's tokenizer file; None takes the one beside the weights.
         blocks: format of an int4 language model's decoder blocks: "int8" is faster at prompts,
@@ -64,6 +66,7 @@ class ExportOptions:
     target: Sequence[str] | None = None
     image_size: int | tuple[int, int] | None = None
     center_crop: bool = False
+    ignore_exif: bool = False
     taps: Sequence[int] | None = None
     tokenizer: PathName | None = None
     blocks: str | None = None

@@ -12,6 +12,7 @@ from perception_rt.errors import InputError
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+_PNG_ALPHA = b"tRNS"
 
 _SOI, _EOI, _SOS, _APP1, _COM = 0xD8, 0xD9, 0xDA, 0xE1, 0xFE
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -45,12 +46,17 @@ class EncodedImage:
     data: bytes
 
 
-def read_container(data: bytes) -> EncodedImage:
-    """Reads the header of a JPEG, PNG or WebP file; InputError for anything else."""
+def read_container(data: bytes, *, transparency: bool = False) -> EncodedImage:
+    """Reads the header of a JPEG, PNG or WebP file; InputError for anything else.
+
+    Args:
+        data: the file.
+        transparency: whether the decoder needs the transparent colours of a PNG without alpha.
+    """
     if data.startswith(b"\xff\xd8\xff"):
         return _read_jpeg(data)
     if data.startswith(_PNG_SIGNATURE):
-        return _read_png(data)
+        return _read_png(data, (*_PNG_KEPT, _PNG_ALPHA) if transparency else _PNG_KEPT)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return _read_webp(data)
     raise InputError("is not a JPEG, PNG or WebP image")
@@ -124,7 +130,7 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
     raise InputError(f"is a JPEG image of more than {_MAX_PARTS} segments")
 
 
-def _read_png(data: bytes) -> EncodedImage:
+def _read_png(data: bytes, kinds: tuple[bytes, ...]) -> EncodedImage:
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise InputError("is a PNG image without a header")
     width, height = struct.unpack_from(">II", data, 16)
@@ -136,7 +142,7 @@ def _read_png(data: bytes) -> EncodedImage:
             break  # truncated; the decoder reports it
         length, kind = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
-        if kind in _PNG_KEPT:
+        if kind in kinds:
             kept.append(data[at:end])
         elif kind == b"eXIf":
             orientation = exif_orientation(data[at + 8 : at + 8 + length])

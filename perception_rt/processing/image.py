@@ -19,15 +19,24 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, PerceptionError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.containers import exif_orientation, read_container
 from perception_rt.processing.files import open_regular_file, path_name
+from perception_rt.processing.formats import open_requested, requested_format
+from perception_rt.processing.image_modes import (
+    check_mode,
+    over_background,
+    resize_in_mode,
+    to_rgb,
+)
+from perception_rt.processing.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
 from perception_rt.records import Record, check_choice, check_integer, check_value
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 Resize: TypeAlias = Literal["squash", "center_crop"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+RgbConversion: TypeAlias = Literal["before_resize", "after_resize"]
 
 _MAX_TARGET_SIDE = 8192
 # A centre crop resizes the whole image first, so the cost grows with the aspect ratio.
@@ -39,7 +48,6 @@ _DECODERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
 }
-_CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB")
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -67,6 +75,10 @@ class ImageSpec(Record):
         interpolation: name of Pillow's antialiased filter.
         mean: per channel, subtracted from pixels in [0, 1].
         std: per channel, divides the difference.
+        exif_orientation: whether images are turned upright by their EXIF orientation, which the
+            reference ignores.
+        rgb_conversion: "after_resize" resizes an image in its own mode first, as the reference
+            does; "before_resize" is what packages without this field were exported with.
     """
 
     height: int
@@ -75,6 +87,8 @@ class ImageSpec(Record):
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    exif_orientation: bool = True
+    rgb_conversion: RgbConversion = "before_resize"
 
     record_name: ClassVar[str] = "image"
 
@@ -83,6 +97,8 @@ class ImageSpec(Record):
         check_integer("image.width", self.width, 1, _MAX_TARGET_SIDE)
         check_choice("image.resize", self.resize, get_args(Resize))
         check_choice("image.interpolation", self.interpolation, get_args(Interpolation))
+        check_choice("image.rgb_conversion", self.rgb_conversion, get_args(RgbConversion))
+        check_choice("image.exif_orientation", self.exif_orientation, (True, False))
         for name in ("mean", "std"):
             field = f"image.{name}"
             values = check_value(field, getattr(self, name), tuple[float, float, float])
@@ -92,59 +108,99 @@ class ImageSpec(Record):
 
 
 def load_image(
-    source: ImageSource, spec: ImageSpec, *, limits: Limits = DEFAULT_LIMITS
+    source: ImageSource,
+    spec: ImageSpec,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    options: ImageOptions = DEFAULT_IMAGE_OPTIONS,
 ) -> NDArray[np.uint8]:
-    """Decodes and resizes one image to uint8 (height, width, 3); errors as `decode_image`."""
-    return resize_image(decode_image(source, limits=limits), spec)
+    """Decodes and resizes one image to uint8 (height, width, 3); errors as `open_image`."""
+    image = open_image(source, limits=limits, options=options, upright=spec.exif_orientation)
+    return resize_image(image, spec)
 
 
-def decode_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-    """Decodes one image to RGB and applies its EXIF orientation.
+def decode_image(
+    source: ImageSource,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    options: ImageOptions = DEFAULT_IMAGE_OPTIONS,
+    upright: bool = True,
+) -> Image.Image:
+    """Decodes one image to RGB; arguments and errors as `open_image`.
 
-    Alpha is dropped, not composited, as in the reference. 16-bit samples lose their low byte. An
-    animation gives its first frame, a Pillow image its current one.
+    Alpha is dropped, not composited, as in the reference. 16-bit samples lose their low byte.
+    """
+    return to_rgb(open_image(source, limits=limits, options=options, upright=upright))
+
+
+def open_image(
+    source: ImageSource,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    options: ImageOptions = DEFAULT_IMAGE_OPTIONS,
+    upright: bool = True,
+) -> Image.Image:
+    """Decodes one image in its own mode, which `to_rgb` and `resize_image` can convert.
+
+    An animation gives its first frame, a Pillow image its current one.
 
     Args:
-        source: path of a JPEG, PNG or WebP file, the bytes of one, a Pillow image, or a uint8
-            (H, W, 3) RGB array with any strides.
+        source: path of a file, its bytes, a Pillow image, or a uint8 (H, W, 3) RGB array with any
+            strides. A file is JPEG, PNG, WebP, or of a format in `options`.
         limits: bounds on encoded bytes, sides and pixels.
+        options: further formats, and the colour behind transparent pixels.
+        upright: whether the EXIF orientation is applied.
 
     Returns:
-        An upright Pillow image of mode RGB.
+        A Pillow image that shares nothing with the source.
 
     Raises:
         InputError: the source is missing, too large, damaged, or of another kind.
+        BackendError: the library that decodes a HEIC file is not installed.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
     if isinstance(source, Image.Image):
-        return _from_pillow(source, limits)
-    if isinstance(source, bytes):
-        return _from_bytes(source, f"image of {len(source)} bytes", limits)
-    if isinstance(source, str | os.PathLike):
+        name = "Pillow image"
+        image, orientation = _from_pillow(source, name, limits)
+    elif isinstance(source, bytes):
+        name = f"image of {len(source)} bytes"
+        image, orientation = _from_bytes(source, name, limits, options)
+    elif isinstance(source, str | os.PathLike):
         name, data = _read_file(source, limits)
-        return _from_bytes(data, name, limits)
-    raise InputError(
-        f"an image must be a path, bytes, a Pillow image or an array, not {type(source).__name__}"
-    )
+        image, orientation = _from_bytes(data, name, limits, options)
+    else:
+        raise InputError(
+            "an image must be a path, bytes, a Pillow image or an array, "
+            f"not {type(source).__name__}"
+        )
+    check_mode(image, name)
+    if options.background is not None:
+        image = over_background(image, options.background)
+    if upright and orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+        image.info.pop("exif", None)  # so that opening the result does not turn it again
+    return image
 
 
 def resize_image(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Resizes an RGB image to uint8 (height, width, 3).
+    """Resizes an image to uint8 RGB (height, width, 3).
 
     Raises:
-        InputError: the image is not RGB, or its aspect ratio is too large for a centre crop.
+        InputError: the image's mode cannot be converted to RGB, or its aspect ratio is too large
+            for a centre crop.
     """
-    if image.mode != "RGB":
-        raise InputError(f"image must have mode RGB, not {image.mode}")
+    check_mode(image, "image")
+    if spec.rgb_conversion == "before_resize":
+        image = to_rgb(image)
     resample = _FILTERS[spec.interpolation]
     if spec.resize == "squash":
-        return np.array(image.resize((spec.width, spec.height), resample))
+        return np.array(to_rgb(resize_in_mode(image, (spec.width, spec.height), resample)))
     width, height = _cover(image.width, image.height, spec)
     left = round((width - spec.width) / 2)
     top = round((height - spec.height) / 2)
-    scaled = image.resize((width, height), resample)
-    return np.array(scaled.crop((left, top, left + spec.width, top + spec.height)))
+    scaled = resize_in_mode(image, (width, height), resample)
+    return np.array(to_rgb(scaled.crop((left, top, left + spec.width, top + spec.height))))
 
 
 def _cover(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
@@ -193,23 +249,32 @@ def _from_array(array: NDArray[Any], limits: Limits) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _from_pillow(image: Image.Image, limits: Limits) -> Image.Image:
-    name = "Pillow image"
+def _from_pillow(image: Image.Image, name: str, limits: Limits) -> tuple[Image.Image, int]:
+    """A decoded copy, and its EXIF orientation."""
     _check_size(image.width, image.height, name, limits)
     try:
         copy = image.copy()  # decodes an image that is only opened
     except Exception:
         raise InputError(f"{name} cannot be decoded") from None
-    exif = copy.info.get("exif")
-    orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
-    return _upright(_to_rgb(copy, name), orientation)
+    return copy, _orientation(copy)
 
 
-def _from_bytes(data: bytes, name: str, limits: Limits) -> Image.Image:
+def _from_bytes(
+    data: bytes, name: str, limits: Limits, options: ImageOptions
+) -> tuple[Image.Image, int]:
+    """A decoded image, and its EXIF orientation."""
     if len(data) > limits.image_bytes:
         raise InputError(f"{name} has {len(data)} bytes; the limit is {limits.image_bytes} bytes")
+    requested = requested_format(data)
+    if requested is not None:
+        if requested not in options.formats:
+            raise InputError(
+                f"{name} is a {requested.upper()} image, which is accepted on request only: "
+                f"formats=[{requested!r}], or --formats {requested} on the command line"
+            )
+        return _from_requested(data, name, requested, limits)
     try:
-        encoded = read_container(data)
+        encoded = read_container(data, transparency=options.background is not None)
     except InputError as error:
         raise InputError(f"{name} {error}") from None
     _check_size(encoded.width, encoded.height, name, limits)
@@ -222,24 +287,28 @@ def _from_bytes(data: bytes, name: str, limits: Limits) -> Image.Image:
         raise InputError(f"{name} is a damaged {encoded.format} image") from None
     if image.size != (encoded.width, encoded.height):
         raise InputError(f"{name} declares two different sizes")
-    return _upright(_to_rgb(image, name), encoded.orientation)
+    return image, encoded.orientation
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Converts to 8-bit RGB. May change `image.info`, so `image` must be our own copy."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):
-        # Pillow would clip at 255. Of 16-bit colour it keeps the high byte too.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode not in _CONVERTIBLE:
-        raise InputError(f"{name} has mode {image.mode}; convert it to RGB first")
-    image.info.pop("transparency", None)  # Pillow would warn about a palette's transparency
-    return image.convert("RGB")
+def _from_requested(
+    data: bytes, name: str, requested: str, limits: Limits
+) -> tuple[Image.Image, int]:
+    """A decoded image of a format on request, and its EXIF orientation."""
+    try:
+        image = open_requested(data, requested)
+        _check_size(image.width, image.height, name, limits)
+        image.load()
+        _check_size(image.width, image.height, name, limits)  # TIFF turns images by itself
+    except PerceptionError:
+        raise
+    except Exception:
+        raise InputError(f"{name} is a damaged {requested.upper()} image") from None
+    return image, _orientation(image)
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+def _orientation(image: Image.Image) -> int:
+    exif = image.info.get("exif")
+    return exif_orientation(exif) if isinstance(exif, bytes) else 1
 
 
 def _read_file(source: str | os.PathLike[str], limits: Limits) -> tuple[str, bytes]:

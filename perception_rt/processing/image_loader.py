@@ -18,7 +18,8 @@ from PIL import Image
 
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
-from perception_rt.processing.image import ImageSource, ImageSpec, decode_image, resize_image
+from perception_rt.processing.image import ImageSource, ImageSpec, open_image, resize_image
+from perception_rt.processing.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
 
 _MAX_DEFAULT_WORKERS = 8  # each holds a decoded image
 THREAD_NAME = "perception-rt-decode"
@@ -42,6 +43,7 @@ def load_images(
     workers: int,
     ahead: int,
     limits: Limits = DEFAULT_LIMITS,
+    options: ImageOptions = DEFAULT_IMAGE_OPTIONS,
 ) -> Generator[Loaded, None, None]:
     """Yields the pixels of each image, or the error that makes it unusable, in order.
 
@@ -49,12 +51,13 @@ def load_images(
     raised after the images before it. Closing the iterator ends its threads.
 
     Args:
-        images: as `decode_image` takes them.
-        spec: size and filter of the results.
+        images: as `open_image` takes them.
+        spec: size and preprocessing of the results.
         workers: threads that decode; with 1, the calling thread decodes each image when the
             iterator comes to it.
         ahead: how many images the threads take in advance, at most.
         limits: bounds on each image.
+        options: further formats, and the colour behind transparent pixels.
 
     Yields:
         uint8 (height, width, 3), or an InputError.
@@ -63,7 +66,7 @@ def load_images(
     if owned:
         images = list(images)  # callbacks between two images may change the list
         workers = min(workers, len(images))
-    loader = _Loader(spec, limits)
+    loader = _Loader(spec, limits, options)
     if workers > 1:
         yield from _load_ahead(loader, images, workers=workers, ahead=ahead, owned=owned)
     else:
@@ -99,9 +102,10 @@ def next_batch(
 class _Loader:
     """Loads single images, in any thread; errors are results."""
 
-    def __init__(self, spec: ImageSpec, limits: Limits) -> None:
+    def __init__(self, spec: ImageSpec, limits: Limits, options: ImageOptions) -> None:
         self._spec = spec
         self._limits = limits
+        self._options = options
         self._pillow = threading.Lock()  # Pillow images may share a file, or be the same object
 
     def load(self, image: ImageSource) -> Loaded:
@@ -110,7 +114,12 @@ class _Loader:
     def decode(self, image: ImageSource) -> Image.Image | InputError:
         with self._pillow if isinstance(image, Image.Image) else nullcontext():
             try:
-                return decode_image(image, limits=self._limits)
+                return open_image(
+                    image,
+                    limits=self._limits,
+                    options=self._options,
+                    upright=self._spec.exif_orientation,
+                )
             except InputError as error:
                 return error.with_traceback(None)  # its frames would keep the source in memory
 

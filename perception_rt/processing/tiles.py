@@ -23,6 +23,7 @@ from perception_rt.processing.image import (
     decode_image,
     resize_image,
 )
+from perception_rt.processing.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
 from perception_rt.records import Record, check_choice, check_integer
 
 TileMode: TypeAlias = Literal["vanilla", "thumb+tile"]
@@ -45,6 +46,8 @@ class TileSpec(Record):
         interpolation: name of Pillow's antialiased filter.
         mean: per channel, subtracted from pixels in [0, 1].
         std: per channel, divides the difference.
+        exif_orientation: whether images are turned upright by their EXIF orientation, which the
+            reference ignores.
     """
 
     tile_size: int
@@ -54,6 +57,7 @@ class TileSpec(Record):
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    exif_orientation: bool = True
 
     record_name: ClassVar[str] = "image"
 
@@ -80,6 +84,7 @@ class TileSpec(Record):
             interpolation=self.interpolation,
             mean=self.mean,
             std=self.std,
+            exif_orientation=self.exif_orientation,
         )
 
 
@@ -89,6 +94,7 @@ def load_tiles(
     *,
     max_tiles: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    options: ImageOptions = DEFAULT_IMAGE_OPTIONS,
 ) -> NDArray[np.uint8]:
     """Decodes one image and cuts it into tiles.
 
@@ -102,6 +108,7 @@ def load_tiles(
             tiles of the canvas, so up to `max_tiles + 1` tiles return. 1 gives the thumbnail twice,
             as in the reference; 0 gives it once, as mode "vanilla" does.
         limits: bounds on encoded bytes, sides and pixels.
+        options: further formats, and the colour behind transparent pixels.
 
     Returns:
         uint8 (n, S, S, 3), thumbnail first; `normalize` takes it with `spec.tile`.
@@ -112,7 +119,7 @@ def load_tiles(
     if max_tiles is None:
         max_tiles = spec.max_tiles
     check_integer("max_tiles", max_tiles, 0, spec.max_tiles)
-    image = decode_image(source, limits=limits)
+    image = decode_image(source, limits=limits, options=options, upright=spec.exif_orientation)
     thumbnail = resize_image(image, spec.tile)
     if spec.mode == "vanilla" or max_tiles == 0:
         return thumbnail[None]

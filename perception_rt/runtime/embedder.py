@@ -24,7 +24,8 @@ from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec
 from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
-from perception_rt.processing.video import VideoSource, load_video
+from perception_rt.processing.image_options import Background
+from perception_rt.processing.video import VideoSource, decode_frames
 from perception_rt.records import check_integer
 from perception_rt.runtime.load_options import LoadOptions, open_model
 from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
@@ -70,6 +71,7 @@ class Embedder(LoadedModel):
             cache_dir=options.cache_dir,
         )
         self._limits = options.limits
+        self._image_options = options.images
         self._tokenizer: ClipTokenizer | None = None
         if self._text is not None and self._text.tokenizer is not None:
             context = self._text.context_length
@@ -86,6 +88,8 @@ class Embedder(LoadedModel):
         expect: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         cache_dir: str | os.PathLike[str] | None = None,
+        formats: Iterable[str] = (),
+        background: Background | None = None,
     ) -> Self:
         """Loads an encoder package; arguments and errors as `perception_rt.load`.
 
@@ -99,6 +103,8 @@ class Embedder(LoadedModel):
             expect=expect,
             limits=limits,
             cache_dir=cache_dir,
+            formats=formats,
+            background=background,
         )
         with open_model(path, options, PE) as package:
             return cls(package, options)
@@ -119,9 +125,10 @@ class Embedder(LoadedModel):
         errors and callbacks are the same for every number of workers.
 
         Args:
-            images: paths, encoded JPEG, PNG or WebP bytes, Pillow images, or uint8 (H, W, 3) RGB
-                arrays. Arrays and Pillow images of an iterator are copied when they are taken from
-                it; a file must stay as it is until its image is embedded.
+            images: paths or bytes of JPEG, PNG or WebP files (or of the `formats` that were given
+                to `load`), Pillow images, or uint8 (H, W, 3) RGB arrays. Arrays and Pillow images
+                of an iterator are copied when they are taken from it; a file must stay as it is
+                until its image is embedded.
             batch_size: images per engine call, 1 to 256; None for `self.batch_size`.
             workers: threads that decode, 1 to 64; 1 decodes in the calling thread, one image at a
                 time. None for one per CPU core, at most 8.
@@ -203,7 +210,7 @@ class Embedder(LoadedModel):
         rows = []
         for index, video in enumerate(videos):
             try:
-                frames = load_video(video, num_frames=num_frames, limits=self._limits)
+                frames = decode_frames(video, num_frames=num_frames, limits=self._limits)
             except InputError as error:
                 raise InputError(f"video {index}: {error}") from None
             # All frames are decoded already, and no engine call waits for their resizing.
@@ -364,7 +371,12 @@ class Embedder(LoadedModel):
             workers = default_workers()
         check_integer("workers", workers, 1, MAX_WORKERS)
         loading = load_images(
-            images, self.image_spec, workers=workers, ahead=size + workers, limits=self._limits
+            images,
+            self.image_spec,
+            workers=workers,
+            ahead=size + workers,
+            limits=self._limits,
+            options=self._image_options,
         )
         spec = self.manifest.content.graphs[graph].output(output)
         shape = tuple(length for length in spec.shape if isinstance(length, int))

@@ -4,7 +4,7 @@ Legend: T tokens, n tiles, S tile side in pixels, V vocabulary.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import ParamSpec, Self, TypeVar, Unpack
@@ -17,6 +17,7 @@ from perception_rt.families import PLM
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSource
+from perception_rt.processing.image_options import Background
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.processing.video import VideoSource
 from perception_rt.records import check_integer
@@ -94,6 +95,8 @@ class Generator(LoadedModel):
         feature_cache_bytes: int = FEATURE_CACHE_BYTES,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         cache_dir: str | os.PathLike[str] | None = None,
+        formats: Iterable[str] = (),
+        background: Background | None = None,
     ) -> Self:
         """Loads a language model package; arguments and errors as `perception_rt.load`.
 
@@ -112,6 +115,8 @@ class Generator(LoadedModel):
             feature_cache_bytes=feature_cache_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
             cache_dir=cache_dir,
+            formats=formats,
+            background=background,
         )
         with open_model(path, options, PLM) as package:
             return cls(package, options)

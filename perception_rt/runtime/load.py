@@ -1,9 +1,11 @@
 """`load`: opens a package of any family and returns the object that runs it."""
 
 import os
+from collections.abc import Iterable
 
 from perception_rt.families import get_family, import_named
 from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.processing.image_options import Background
 from perception_rt.runtime.embedder import Embedder
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.load_options import (
@@ -29,6 +31,8 @@ def load(
     feature_cache_bytes: int = FEATURE_CACHE_BYTES,
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     cache_dir: str | os.PathLike[str] | None = None,
+    formats: Iterable[str] = (),
+    background: Background | None = None,
 ) -> Embedder | Generator:
     """Loads a package and verifies all its bytes. Each engine opens on first use.
 
@@ -54,6 +58,10 @@ def load(
         prefix_cache_bytes: bytes of the prompt prefix cache; 0 disables it.
         cache_dir: private directory where both caches are kept as well, each up to the same size,
             and where TensorRT for RTX keeps what it compiles for this GPU.
+        formats: image formats to accept beside JPEG, PNG and WebP: "gif", "bmp", "tiff", "avif",
+            and "heic" with the extra of that name. Of an animation, the first frame counts.
+        background: colour behind transparent pixels, such as "white", "#ffffff" or (255, 255, 255);
+            None drops the alpha channel, as the reference does.
 
     Returns:
         An `Embedder` for a Perception Encoder, a `Generator` for a Perception Language Model.
@@ -75,6 +83,8 @@ def load(
         feature_cache_bytes=feature_cache_bytes,
         prefix_cache_bytes=prefix_cache_bytes,
         cache_dir=cache_dir,
+        formats=formats,
+        background=background,
     )
     with open_model(path, options) as package:
         runtime = import_named(get_family(package.manifest.content.family).runtime)

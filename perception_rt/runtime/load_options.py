@@ -1,9 +1,9 @@
 """Loading options, and the opening of a package that all model families share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from perception_rt.errors import InputError, PackageError, describe
 from perception_rt.families import Family, get_family
@@ -11,6 +11,7 @@ from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.contract import ENGINE_SEQUENCES
 from perception_rt.package.reader import Package, open_package
 from perception_rt.package.trust import is_remembered
+from perception_rt.processing.image_options import Background, ImageOptions, image_options
 from perception_rt.records import check_integer
 from perception_rt.runtime.session import AUTO, check_backends
 
@@ -35,8 +36,12 @@ class LoadOptions:
     feature_cache_bytes: int = FEATURE_CACHE_BYTES
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
     cache_dir: str | os.PathLike[str] | None = None
+    formats: Iterable[str] = ()
+    background: Background | None = None
+    images: ImageOptions = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "images", image_options(self.formats, self.background))
         if self.threads is not None:
             check_integer("threads", self.threads, 1, MAX_THREADS)
         if self.cache_dir is not None:

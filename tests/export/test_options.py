@@ -21,18 +21,21 @@ from perception_rt.package.reader import read_manifest
 def test_an_encoder_has_the_same_id_from_python_and_the_command(tmp_path: Path) -> None:
     command = [
         "--model", "PE-Demo", "--weights", "random", "--seed", "3", "--precision", "int8",
-        "--image-size", "48x32", "--center-crop", "--taps", "0,-1", "--out", str(tmp_path / "cli"),
+        "--image-size", "48x32", "--center-crop", "--taps", "0,-1", "--ignore-exif",
+        "--out", str(tmp_path / "cli"),
     ]  # fmt: skip
     assert export_main(command) == 0
     lines: list[str] = []
     chosen = ExportOptions(
         model="PE-Demo", weights="random", seed=3, precision="int8", image_size=(48, 32),
-        center_crop=True, taps=[0, -1], out=tmp_path / "new" / "python",
+        center_crop=True, ignore_exif=True, taps=[0, -1], out=tmp_path / "new" / "python",
     )  # fmt: skip
     manifest = export(chosen, lines.append)
     assert isinstance(manifest, Manifest)
     assert manifest == read_manifest(tmp_path / "new" / "python")
     assert manifest.id == read_manifest(tmp_path / "cli").id
+    image = manifest.content.image
+    assert (image["rgb_conversion"], image["exif_orientation"]) == ("after_resize", False)
     assert lines[-1] == f"published python, {manifest.id}"
 
 

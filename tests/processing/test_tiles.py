@@ -243,6 +243,7 @@ def test_spec_survives_json():
         "interpolation": "bicubic",
         "mean": [0.1, 0.2, 0.3],
         "std": [0.5, 0.5, 0.5],
+        "exif_orientation": True,
     }
 
 

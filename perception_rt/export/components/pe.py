@@ -193,7 +193,13 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
         return ExportPlan(
             **settings.shared(),
             config=config,
-            image=ImageSpec(height=height, width=width, resize=resize),
+            image=ImageSpec(
+                height=height,
+                width=width,
+                resize=resize,
+                exif_orientation=not options.ignore_exif,
+                rgb_conversion="after_resize",
+            ),
             taps=None if taps is None else tuple(map(config.vision.block_index, taps)),
         )
 

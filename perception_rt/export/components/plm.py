@@ -75,10 +75,11 @@ class PlmExport(ModelExport[PlmConfig, PlmPlan]):
         blocks = options.blocks or _DEFAULT_BLOCKS
         check_decoder(settings, config, blocks)
         weights, size = locate(), config.vision.image_size
+        tiles = TileSpec(tile_size=size) if weights is None else find_tiles(weights, size)
         return PlmPlan(
             **settings.shared(),
             config=config,
-            tiles=TileSpec(tile_size=size) if weights is None else find_tiles(weights, size),
+            tiles=replace(tiles, exif_orientation=not options.ignore_exif),
             blocks=blocks,
             tokenizer=_find_tokenizer(options, config, weights),
         )

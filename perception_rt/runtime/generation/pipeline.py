@@ -71,6 +71,7 @@ def open_pipeline(package: Package, options: LoadOptions) -> Pipeline:
         package,
         engine.config,
         limits=options.limits,
+        images=options.images,
         cached=feature_bytes + prefix_bytes > 0,
         clock=clock,
     )

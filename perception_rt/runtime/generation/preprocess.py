@@ -18,6 +18,7 @@ from perception_rt.package import contract
 from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSource
+from perception_rt.processing.image_options import ImageOptions
 from perception_rt.processing.llm_tokenizer import Tokenizer, TokenizerSpec, open_tokenizer
 from perception_rt.processing.prompt import (
     IMAGE_MARK,
@@ -62,6 +63,7 @@ class RequestPreprocessor:
         config: PlmConfig,
         *,
         limits: Limits,
+        images: ImageOptions,
         cached: bool,
         clock: Callable[[], float],
     ) -> None:
@@ -71,6 +73,7 @@ class RequestPreprocessor:
             package: has the tokenizer's files.
             config: the architecture.
             limits: bounds on requests and their images, videos and texts.
+            images: further formats, and the colour behind transparent pixels.
             cached: whether tiles get cache keys.
             clock: returns seconds; the scheduler's clock.
 
@@ -92,6 +95,7 @@ class RequestPreprocessor:
         self._package_id = package.manifest.id
         self._config = config
         self._limits = limits
+        self._images = images
         self._cached = cached
         self._clock = clock
         self._allowed = np.ones(config.decoder.vocab_size, np.bool_)
@@ -264,7 +268,13 @@ class RequestPreprocessor:
             return load_frames(
                 frames, self.tiles, num_frames=request.num_frames, limits=self._limits
             )
-        return load_tiles(source, self.tiles, max_tiles=request.max_tiles, limits=self._limits)
+        return load_tiles(
+            source,
+            self.tiles,
+            max_tiles=request.max_tiles,
+            limits=self._limits,
+            options=self._images,
+        )
 
     def _tile_keys(self, tiles: Array | None, graph: str) -> list[str]:
         if tiles is None or not self._cached:
