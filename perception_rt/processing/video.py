@@ -1,6 +1,6 @@
-"""Selects frames of a video by index, over the whole video or a clip, as uint8 RGB arrays.
+"""Decodes selected frames of a video, over the whole video or a clip, as uint8 RGB arrays.
 
-PyAV decodes files; it is imported when the first file is opened. The length, rate and number of
+PyAV reads files; it is imported when the first file is opened. The length, rate and number of
 frames that a container declares are not trusted: packets and frames are counted, and the rate is
 computed from the packets' times.
 
@@ -10,10 +10,11 @@ Legend: T frames, H height, W width, n selected frames, S tile side in pixels.
 import io
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,129 +23,91 @@ from PIL import Image
 from perception_rt.errors import BackendError, InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.boxes import PixelBox, draw_box
+from perception_rt.processing.display_matrix import IDENTITY, Turn, read_matrix, turn
 from perception_rt.processing.files import open_regular_file, path_name
+from perception_rt.processing.frame_selection import (
+    check_times,
+    frame_rate,
+    select_frames,
+    select_plm_frames,
+)
 from perception_rt.processing.image import resize_image
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.records import check_integer
 
-VideoSource: TypeAlias = str | os.PathLike[str] | NDArray[np.uint8]
+Frame: TypeAlias = NDArray[np.uint8]
+VideoSource: TypeAlias = str | os.PathLike[str] | Frame
+
+
+class FrameDecoder(Protocol):
+    """Decodes frames of a file that was checked: another decoder than PyAV."""
+
+    def __call__(
+        self, file: io.FileIO, *, stream: int, total: int, indices: Sequence[int]
+    ) -> Sequence[Frame]:
+        """Returns frames as they are stored, uint8 (H, W, 3).
+
+        Any exception makes PyAV decode the file.
+
+        Args:
+            file: the open file.
+            stream: index of the video stream among all streams.
+            total: frames of the stream; to raise if the decoder finds another number.
+            indices: frames to decode, in ascending order.
+        """
+
 
 # No playlists: they would make the decoder open the files that they name.
 _CONTAINERS = "mov,matroska,avi,mpegts"
+_LOSSY = "mpegts"  # a broadcast: a lost packet is part of it, and no sign of a truncated file
 _MAX_FPS = 240  # bounds the number of packets, together with `Limits.video_seconds`
 MAX_RESULT_PIXELS = 2**30  # of all selected frames together, 3 bytes each
 _EDGES = 2**16  # pixels of a small coded frame beyond the visible ones
 _READ_BYTES = 256 * 1024
-_MAX_SECONDS = 2**31  # of a time argument; also bounds frames per second
-
-
-def select_frames(total: int, num_frames: int) -> list[int]:
-    """Returns evenly spaced frame indices, including the first and the last frame.
-
-    Args:
-        total: frames of the video.
-        num_frames: number of indices. A single one is the middle frame; frames repeat if there are
-            too few.
-
-    Raises:
-        InputError: a number is not an integer of at least 1.
-    """
-    check_integer("total", total, 1)
-    check_integer("num_frames", num_frames, 1)
-    if num_frames == 1:
-        return [total // 2]
-    return [i * (total - 1) // (num_frames - 1) for i in range(num_frames)]
-
-
-def select_plm_frames(
-    total: int,
-    fps: float | None,
-    max_frames: int,
-    start_s: float | None = None,
-    end_s: float | None = None,
-) -> list[int]:
-    """Returns the frame indices that the reference's language models use.
-
-    Takes one frame per second, starting with the clip's first. If these are more than `max_frames`,
-    takes `max_frames` of them, evenly spaced. If they are fewer, spaces `max_frames` over all
-    frames of the clip, or takes all frames if there are fewer. Time and memory depend only on the
-    number of indices.
-
-    Deviates from the reference in three cases in which the reference fails: a rate below 0.5 takes
-    every frame, indices stay below `total`, and `end_s` before `start_s` is an error.
-
-    Args:
-        total: frames of the video.
-        fps: frames per second; None if unknown, which spaces indices over all frames.
-        max_frames: most indices to return.
-        start_s: start of the clip in seconds; None for the first frame.
-        end_s: end of the clip in seconds; None, or a time past the end, for the last frame.
-
-    Returns:
-        At least one index, in ascending order.
-
-    Raises:
-        InputError: a number is out of range, or the clip starts after the last frame.
-    """
-    check_integer("total", total, 1)
-    check_integer("max_frames", max_frames, 1)
-    _check_times(start_s, end_s)
-    if fps is not None and not (type(fps) in (int, float) and 0 < fps <= _MAX_SECONDS):
-        raise InputError(f"fps must be a number above 0 and at most {_MAX_SECONDS}")
-    first, last = _clip(total, fps, start_s, end_s)
-    stride = 1 if fps is None else max(1, round(fps))
-    count = (last - first) // stride + 1
-    if count < max_frames:
-        stride, count = 1, last - first + 1
-    number = min(max_frames, count)
-    step = (count - 1) / (number - 1) if number > 1 else 0.0
-    return [first + stride * min(round(i * step), count - 1) for i in range(number)]
-
-
-def _clip(
-    total: int, fps: float | None, start_s: float | None, end_s: float | None
-) -> tuple[int, int]:
-    """First and last frame of a clip; the shortest clip has two frames, as in the reference."""
-    if fps is None:
-        if start_s is not None or end_s is not None:
-            raise InputError("start_s and end_s need a video whose frames have times")
-        return 0, total - 1
-    first = 0 if start_s is None else int(start_s * fps)
-    if first >= total:
-        raise InputError(
-            f"start_s {start_s:g} is after the end of the video, at {total / fps:g} seconds"
-        )
-    last = total - 1 if end_s is None else min(int(end_s * fps), total - 1)
-    return first, max(last, min(first + 1, total - 1))
-
-
-def _check_times(start_s: float | None, end_s: float | None) -> None:
-    for name, value in (("start_s", start_s), ("end_s", end_s)):
-        if value is None:
-            continue
-        if type(value) not in (int, float) or not 0 <= value <= _MAX_SECONDS:
-            raise InputError(f"{name} must be a number of seconds from 0 to {_MAX_SECONDS}")
-    if start_s is not None and end_s is not None and end_s < start_s:
-        raise InputError(f"end_s {end_s:g} is before start_s {start_s:g}")
 
 
 def load_video(
-    source: VideoSource, *, num_frames: int, limits: Limits = DEFAULT_LIMITS
-) -> NDArray[np.uint8]:
-    """Decodes the frames that `select_frames` selects.
+    source: VideoSource,
+    *,
+    num_frames: int,
+    limits: Limits = DEFAULT_LIMITS,
+    decoder: FrameDecoder | None = None,
+) -> Frame:
+    """Decodes the frames that `select_frames` selects; as `decode_frames`, but of one size.
 
-    Applies the file's rotation if it is a multiple of 90 degrees. A truncated MP4 file is an error;
-    a truncated file of another container may pass for a shorter video. Reads a file twice and
-    decodes it once, or reads it three times and decodes it twice if its packets are not its frames.
+    Frames of another size than the first are resized to it.
+
+    Returns:
+        uint8 (num_frames, H, W, 3).
+    """
+    frames = decode_frames(source, num_frames=num_frames, limits=limits, decoder=decoder)
+    height, width, _ = frames[0].shape
+    return np.stack([_resized(frame, width, height) for frame in frames])
+
+
+def decode_frames(
+    source: VideoSource,
+    *,
+    num_frames: int,
+    limits: Limits = DEFAULT_LIMITS,
+    decoder: FrameDecoder | None = None,
+) -> list[Frame]:
+    """Decodes the frames that `select_frames` selects, each at its own size.
+
+    Turns and mirrors frames as the file says, in quarter turns. A truncated MP4 file is an error; a
+    truncated file of another container may pass for a shorter video, and a lost packet of an
+    MPEG-TS file costs the frames that need it. Reads a file twice and decodes it once, or reads it
+    three times and decodes it twice if its packets are not its frames.
 
     Args:
         source: path of an MP4/MOV, Matroska/WebM, AVI or MPEG-TS file, or uint8 (T, H, W, 3) RGB
             frames.
         num_frames: number of frames to return.
         limits: bounds on file size, duration, frame size and `num_frames`.
+        decoder: decodes the selected frames instead of PyAV where it can.
 
     Returns:
-        uint8 (num_frames, H, W, 3).
+        `num_frames` arrays, uint8 (H, W, 3).
 
     Raises:
         InputError: the source is missing, too large, damaged, or has no video.
@@ -152,9 +115,10 @@ def load_video(
     """
     check_integer("num_frames", num_frames, 1, limits.video_frames)
     plan = _Plan(
-        select=lambda total, _: select_frames(total, num_frames),
+        select=lambda total, *_: select_frames(total, num_frames),
         finish=lambda _, pixels: pixels,
         held=num_frames,
+        decoder=decoder,
     )
     return _load(source, plan, limits)
 
@@ -168,7 +132,8 @@ def load_frames(
     end_s: float | None = None,
     boxes: Mapping[int, PixelBox] | None = None,
     limits: Limits = DEFAULT_LIMITS,
-) -> NDArray[np.uint8]:
+    decoder: FrameDecoder | None = None,
+) -> Frame:
     """Decodes the frames that `select_plm_frames` selects, each squashed to one tile.
 
     Pillow resizes frames like still images. The reference resizes video frames as tensors, with
@@ -176,7 +141,7 @@ def load_frames(
     1 of 255, and a few next to the sharpest edges differ by more.
 
     Args:
-        source: as for `load_video`. Frames of an array have no times and count alike; an array
+        source: as for `decode_frames`. Frames of an array have no times and count alike; an array
             with few enough frames is taken whole.
         spec: tile size and preprocessing of the model.
         num_frames: most frames to take; None for `spec.max_frames`.
@@ -185,31 +150,35 @@ def load_frames(
         boxes: frame number, from 0 at the start of the file, to a box that `draw_box` draws into
             that frame before it is resized.
         limits: bounds on file size, duration, frame size and `num_frames`.
+        decoder: decodes the selected frames instead of PyAV where it can.
 
     Returns:
         uint8 (n, S, S, 3), 1 <= n <= num_frames; `normalize` takes it with `spec.tile`.
 
     Raises:
-        InputError: an argument is out of range, or as `load_video`.
+        InputError: an argument is out of range, or as `decode_frames`.
         BackendError: PyAV is not installed.
     """
     most = min(spec.max_frames, limits.video_frames)
     number = most if num_frames is None else num_frames
     check_integer("num_frames", number, 1, most)
-    _check_times(start_s, end_s)
+    check_times(start_s, end_s)
     tile = spec.tile
 
-    def finish(index: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def finish(index: int, pixels: Frame) -> Frame:
         if boxes and index in boxes:
             pixels = draw_box(pixels, boxes[index])
         return resize_image(Image.fromarray(np.ascontiguousarray(pixels)), tile)
 
     plan = _Plan(
-        select=lambda total, fps: select_plm_frames(total, fps, number, start_s, end_s),
+        select=lambda total, fps, times: select_plm_frames(
+            total, fps, number, start_s, end_s, times
+        ),
         finish=finish,
         held=1,
+        decoder=decoder,
     )
-    return _load(source, plan, limits)
+    return np.stack(_load(source, plan, limits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,17 +186,20 @@ class _Plan:
     """Selection of frames, and the processing of each one.
 
     Attributes:
-        select: maps the number of frames and the rate (None if unknown) to indices.
+        select: maps the number of frames, the rate and the frames' times (None if unknown) to
+            indices.
         finish: maps a frame's index and its upright pixels, uint8 (H, W, 3), to the result.
         held: number of full-size frames in memory at once.
+        decoder: another decoder than PyAV; None for PyAV.
     """
 
-    select: Callable[[int, float | None], list[int]]
-    finish: Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
+    select: Callable[[int, float | None, Sequence[float] | None], list[int]]
+    finish: Callable[[int, Frame], Frame]
     held: int
+    decoder: FrameDecoder | None = None
 
 
-def _load(source: VideoSource, plan: _Plan, limits: Limits) -> NDArray[np.uint8]:
+def _load(source: VideoSource, plan: _Plan, limits: Limits) -> list[Frame]:
     if isinstance(source, np.ndarray):
         return _from_array(source, plan, limits)
     if not isinstance(source, str | os.PathLike):
@@ -257,14 +229,21 @@ def _import_av() -> ModuleType:
     return av
 
 
-def _from_array(array: NDArray[Any], plan: _Plan, limits: Limits) -> NDArray[np.uint8]:
+def _from_array(array: NDArray[Any], plan: _Plan, limits: Limits) -> list[Frame]:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
         raise InputError(
             f"a video array must be uint8 (T, H, W, 3), not {array.dtype} {array.shape}"
         )
     frames, height, width, _ = array.shape
     _check_size(width, height, plan.held, "video array", limits)
-    return np.stack([plan.finish(i, array[i]) for i in plan.select(frames, None)])
+    return [plan.finish(i, array[i]) for i in plan.select(frames, None, None)]
+
+
+def _resized(frame: Frame, width: int, height: int) -> Frame:
+    if frame.shape[:2] == (height, width):
+        return frame
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _check_size(width: int, height: int, num_frames: int, name: str, limits: Limits) -> None:
@@ -282,13 +261,6 @@ def _check_size(width: int, height: int, num_frames: int, name: str, limits: Lim
         )
 
 
-def frame_rate(frames: int, seconds: float) -> float | None:
-    """Frames per second; None if the duration is unknown (0 seconds)."""
-    fps = frames / seconds if seconds > 0 else 0.0
-    fps = round(fps, 6)  # 9.999999999999998 would put second 1 at frame 9
-    return fps if 0 < fps <= _MAX_SECONDS else None
-
-
 class VideoReader:
     """An open video file. Each pass reads it from the start."""
 
@@ -297,18 +269,26 @@ class VideoReader:
         self._file = file
         self._name = name
         self._limits = limits
+        self._start = 0.0  # seconds of the first frame
+        self._times: list[float] = []  # of the packets, from the first one; empty if unknown
+        self._lossy = False
+        self._stream = 0  # index among all streams
 
-    def read(self, plan: _Plan) -> NDArray[np.uint8]:
-        """Returns the selected frames, uint8 (n, ...)."""
+    def read(self, plan: _Plan) -> list[Frame]:
+        """Returns the selected frames, each uint8 (H, W, 3)."""
         total, seconds = self.count_packets(plan.held)
-        indices = plan.select(total, frame_rate(total, seconds))
-        frames, decoded = self._decode(set(indices), plan)
-        if decoded != total:  # a packet may hold half a frame, or one that is not shown
-            if decoded == 0:
-                raise InputError(f"{self._name} has no frame that can be decoded")
-            indices = plan.select(decoded, frame_rate(decoded, seconds))
-            frames, _ = self._decode(set(indices), plan)
-        return np.stack([frames[i] for i in indices])
+        times = self._times if len(self._times) == total else None
+        indices = plan.select(total, frame_rate(total, seconds), times)
+        frames = self._decode_by(plan, total, indices)
+        if frames is None:
+            frames, found = self._decode(set(indices), plan)
+            if len(found) != total:  # a packet may be lost, hold half a frame, or be hidden
+                if not found:
+                    raise InputError(f"{self._name} has no frame that can be decoded")
+                times = _ascending(found, self._start)
+                indices = plan.select(len(found), frame_rate(len(found), seconds), times)
+                frames, _ = self._decode(set(indices), plan)
+        return [frames[i] for i in indices]
 
     def _open(self) -> Any:
         self._file.seek(0)
@@ -322,9 +302,12 @@ class VideoReader:
         )
 
     def _video_stream(self, container: Any) -> Any:
-        if not container.streams.video:
-            raise InputError(f"{self._name} has no video stream")
-        return container.streams.video[0]
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
+        if not streams:
+            only = ", only a cover picture" if container.streams.video else ""
+            raise InputError(f"{self._name} has no video stream{only}")
+        return streams[0]
 
     def count_packets(self, held: int) -> tuple[int, float]:
         """Counts the packets that are shown, and checks sizes and duration.
@@ -337,12 +320,15 @@ class VideoReader:
         """
         limit = int(self._limits.video_seconds * _MAX_FPS)
         total = 0
+        times: list[float] = []
         first, last, end = math.inf, -math.inf, -math.inf  # `end` is that of the last packet
         with self._open() as container:
             stream = self._video_stream(container)
             _check_size(stream.width, stream.height, held, self._name, self._limits)
+            self._lossy = container.format.name == _LOSSY
+            self._stream = stream.index
             for packet in container.demux(stream):
-                if packet.is_corrupt:
+                if packet.is_corrupt and not self._lossy:
                     raise InputError(f"{self._name} is cut off or damaged")
                 if packet.size == 0 or packet.is_discard:
                     continue
@@ -353,6 +339,7 @@ class VideoReader:
                 if time is None or not packet.time_base:
                     continue
                 seconds = float(time * packet.time_base)
+                times.append(seconds)
                 first, last = min(first, seconds), max(last, seconds)
                 end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
                 if last - first > self._limits.video_seconds:
@@ -361,17 +348,46 @@ class VideoReader:
                     )
         if total == 0:
             raise InputError(f"{self._name} has no frames")
+        self._start, self._times = first, sorted(time - first for time in times)
         if end > last:
             return total, end - first
         if last > first:  # packets have times, but no durations
             return total, (last - first) * total / (total - 1)
         return total, 0.0
 
-    def _decode(self, wanted: set[int], plan: _Plan) -> tuple[dict[int, NDArray[np.uint8]], int]:
-        """The finished frames by index, and the number of frames in the file."""
-        kept: dict[int, NDArray[np.uint8]] = {}
-        size: tuple[int, int] | None = None
-        count = 0
+    def _decode(self, wanted: set[int], plan: _Plan) -> tuple[dict[int, Frame], list[float | None]]:
+        """The finished frames by index, and the time in seconds of each frame in the file."""
+        kept: dict[int, Frame] = {}
+        times: list[float | None] = []
+        for frame in self._frames(plan.held):
+            index = len(times)
+            if index in wanted:
+                pixels = turn(frame.to_ndarray(format="rgb24"), _turn_of(frame))
+                kept[index] = plan.finish(index, pixels)
+            times.append(frame.time)
+        return kept, times
+
+    def _decode_by(self, plan: _Plan, total: int, indices: list[int]) -> dict[int, Frame] | None:
+        """The finished frames by index from the plan's other decoder; None if it cannot."""
+        if plan.decoder is None or self._lossy:
+            return None
+        with closing(self._frames(plan.held)) as decoded:
+            first = next(decoded, None)
+        if first is None or _turn_of(first) != IDENTITY:
+            return None
+        wanted = sorted(set(indices))
+        self._file.seek(0)
+        try:
+            frames = plan.decoder(self._file, stream=self._stream, total=total, indices=wanted)
+        except Exception:
+            return None
+        shape = first.height, first.width, 3
+        if len(frames) != len(wanted) or any(frame.shape != shape for frame in frames):
+            return None
+        return {i: plan.finish(i, frame) for i, frame in zip(wanted, frames, strict=True)}
+
+    def _frames(self, held: int) -> Generator[Any, None, None]:
+        """Decodes the video's frames in order, and checks their sizes."""
         with self._open() as container:
             stream = self._video_stream(container)
             stream.codec_context.thread_type = "AUTO"
@@ -379,22 +395,31 @@ class VideoReader:
             # it allocates memory. It counts hidden edges too; exact sizes are checked below.
             most = 2 * self._limits.video_pixels + _EDGES
             stream.codec_context.options = {"max_pixels": str(most)}
-            for frame in container.decode(stream):
-                if size is None:
-                    size = frame.width, frame.height
-                    _check_size(*size, plan.held, self._name, self._limits)
-                elif (frame.width, frame.height) != size:
-                    raise InputError(f"{self._name} changes the size of its frames")
-                if count in wanted:
-                    pixels = _upright(frame.to_ndarray(format="rgb24"), frame.rotation)
-                    kept[count] = plan.finish(count, pixels)
-                count += 1
-        return kept, count
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except self._av.error.InvalidDataError:
+                    if not self._lossy:
+                        raise
+                    continue
+                for frame in frames:
+                    _check_size(frame.width, frame.height, held, self._name, self._limits)
+                    yield frame
 
 
-def _upright(pixels: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
-    """Turns a frame counterclockwise by `rotation` degrees, if that is a multiple of 90."""
-    return np.rot90(pixels, rotation // 90) if rotation % 90 == 0 else pixels
+def _turn_of(frame: Any) -> Turn:
+    """How a decoded frame is to be turned."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know the type of other data beside it
+        matrix = None
+    return IDENTITY if matrix is None else read_matrix(bytes(matrix))
+
+
+def _ascending(times: Sequence[float | None], start: float) -> list[float] | None:
+    """Seconds since `start`; None if one is unknown, or they do not ascend."""
+    known = [time - start for time in times if time is not None]
+    return known if len(known) == len(times) and known == sorted(known) else None
 
 
 def _refuse(*_: object) -> None:

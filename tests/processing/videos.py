@@ -13,7 +13,7 @@ LEVELS = 12  # grey of frame i is 12 * i, so that a decoded frame tells its inde
 
 
 def write_video(
-    path, *, frames=20, size=(64, 48), codec="mpeg4", rotation=None, rate=10, **options
+    path, *, frames=20, size=(64, 48), codec="mpeg4", rotation=None, matrix=None, rate=10, **options
 ):
     width, height = size
     with av.open(str(path), "w", options=options) as container:
@@ -21,6 +21,8 @@ def write_video(
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
         for i in range(frames):
             pixels = np.full((height, width, 3), i * LEVELS % 256, np.uint8)
             pixels[:12, :12] = (255, 0, 0)

@@ -28,6 +28,7 @@ from training.data.loader import Read
 from training.data.pair_batch import Captions, Pair, Sizes, square
 from training.data.records import SampleError
 from training.data.shards import Format, Index, Jsonl, Raw, Tar, expand
+from training.data.video_decoder import frame_decoder
 from training.recipe.pairs import PairDataConfig
 
 _MAX_TRIES = 100  # consecutive unusable samples of a lane before the run stops
@@ -211,7 +212,10 @@ def _frames(raw: Raw, number: int) -> list[Image.Image]:
     """Decodes an image, or `number` frames of a video, to upright RGB."""
     if raw.video is not None:
         try:
-            return [Image.fromarray(pixels) for pixels in load_video(raw.video, num_frames=number)]
+            return [
+                Image.fromarray(pixels)
+                for pixels in load_video(raw.video, num_frames=number, decoder=frame_decoder())
+            ]
         except InputError:
             raise SampleError("unreadable video") from None
     if raw.image is None:

@@ -38,6 +38,7 @@ from perception_rt.processing.boxes import format_box
 from perception_rt.processing.prompt import IMAGE_MARK, VIDEO_MARK, Part, Turn, place_media
 from perception_rt.processing.tiles import TileSpec, load_tiles
 from perception_rt.processing.video import load_frames
+from training.data.video_decoder import frame_decoder
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
@@ -187,7 +188,9 @@ def _load_video(video: Any, record: Mapping[str, Any], root: Path, spec: TileSpe
     start, end = record.get("start_time"), record.get("end_time")
     try:
         boxes = _frame_boxes(record.get("bbox_map"))
-        return load_frames(source, spec, start_s=start, end_s=end, boxes=boxes)
+        return load_frames(
+            source, spec, start_s=start, end_s=end, boxes=boxes, decoder=frame_decoder()
+        )
     except InputError as error:
         raise SampleError("a video is unusable", _without_root(error, source, video)) from None
 
