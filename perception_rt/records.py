@@ -60,6 +60,18 @@ def check_value(name: str, value: Any, declared: Any, most: float = INTEGER_BOUN
     if origin is Literal:
         check_choice(name, value, arguments)
         return value
+    if origin in (Union, UnionType) and isinstance(value, list | tuple):
+        # A list is meant for the tuple among the options.
+        tuples = [option for option in arguments if get_origin(option) is tuple]
+        if tuples:
+            return check_value(name, value, tuples[0], most)
+    if origin is tuple and arguments[1:] == (Ellipsis,):
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{name} must be a list, not {describe(value)}")
+        return tuple(
+            check_value(f"{name}[{index}]", item, arguments[0], most)
+            for index, item in enumerate(value)
+        )
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise InputError(

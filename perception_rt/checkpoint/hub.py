@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from perception_rt.archs import get_config
+from perception_rt.checkpoint.json_files import ORIGINAL_FOLDER
 from perception_rt.checkpoint.locate import (
     CONFIG_NAME,
     INDEX_NAME,
-    ORIGINAL_FOLDER,
     TOKENIZER_NAME,
     find_tokenizer,
     weight_files,

@@ -1,25 +1,43 @@
 """Finds a model's weight files, configuration and tokenizer at a path.
 
-A hub snapshot has an index or one safetensors file, and Meta's `params.json` and `tokenizer.model`
-in `original/`. A checkpoint of Meta's own code has all files in one folder, with the weights in
-`consolidated.pth` or in `consolidated.00.pth`, `consolidated.01.pth`, ...
+A hub snapshot has an index or one safetensors file, a `config.json`, and Meta's `params.json` and
+`tokenizer.model` in `original/`. A checkpoint of Meta's own code has all files in one folder, with
+the weights in `consolidated.pth` or in `consolidated.00.pth`, `consolidated.01.pth`, ... Older
+releases of transformers write `pytorch_model.bin`, with or without an index. Training in this
+project writes `model.json` beside an encoder.
 """
 
-import json
 import re
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perception_rt.checkpoint.hf_config import HubConfig, Kind, find_hub_config
+from perception_rt.checkpoint.hf_plm import PlmFacts, check_agreement
+from perception_rt.checkpoint.hf_processor import (
+    ProcessorFacts,
+    check_processor,
+    read_end_ids,
+    required,
+)
+from perception_rt.checkpoint.json_files import find_beside, read_json
 from perception_rt.errors import CheckpointError, InputError
+from perception_rt.families import Config, parse_config
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.tiles import TileSpec
 
 INDEX_NAME = "model.safetensors.index.json"
+TORCH_NAME = "pytorch_model.bin"
+TORCH_INDEX_NAME = f"{TORCH_NAME}.index.json"
 CONFIG_NAME = "params.json"
 TOKENIZER_NAME = "tokenizer.model"
 HF_TOKENIZER_NAME = "tokenizer.json"
-ORIGINAL_FOLDER = "original"
+RUN_CONFIG = "model.json"  # the architecture beside the weights of a finished run
+RUN_CHECKPOINTS = "checkpoints"  # folder of an unfinished one
+RUN_LAST = "LAST"  # file in it that names the newest checkpoint
+RUN_MANIFEST = "checkpoint.json"  # file in each checkpoint
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 # Fields of `params.json` under `data`, and our names.
@@ -28,10 +46,15 @@ _TILE_FIELDS = {
     "max_num_tiles": "max_tiles",
     "max_video_frames": "max_frames",
 }
+_TEMPLATES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
 _CONSOLIDATED = "consolidated.pth"
 _CONSOLIDATED_PART = re.compile(r"consolidated\.(\d\d)\.pth")
 _INDEX_BYTES = 64 * 1024 * 1024
-_CONFIG_BYTES = 1024 * 1024
 _SHARDS = 1024
 
 
@@ -51,13 +74,15 @@ class WeightFiles:
 def weight_files(path: Path) -> WeightFiles:
     """Returns the weight files at a path: a file, an index of shards, or a directory with either.
 
-    In a directory, an index takes precedence over a single safetensors file, and that over Meta's
-    `consolidated` files.
+    In a directory, an index takes precedence over a single safetensors file, that over Meta's
+    `consolidated` files, and those over `pytorch_model.bin`.
 
     Raises:
         CheckpointError: there are no weights, or some files are missing.
+        InputError: the directory is an unfinished training run, or a checkpoint of one.
     """
     try:
+        check_run(path)
         found = (
             _in_directory(path) if path.is_dir() else WeightFiles(label=path.name, paths=(path,))
         )
@@ -76,10 +101,27 @@ def weight_files(path: Path) -> WeightFiles:
     return found
 
 
+def check_run(path: Path) -> None:
+    """InputError for a training run that has not written its weights yet, with the command for it.
+
+    The same for one of its checkpoints, which is for resuming only.
+    """
+    folders = (path, path / RUN_CHECKPOINTS)
+    has_checkpoints = any((folder / RUN_LAST).is_file() for folder in folders)
+    is_run = has_checkpoints and not any(path.glob("*.safetensors"))
+    if is_run or (path / RUN_MANIFEST).is_file():
+        kind = "an unfinished training run" if is_run else "a checkpoint of a training run"
+        raise InputError(
+            f"{path} is {kind}: python training/consolidate.py "
+            f"{shlex.quote(str(path))} OUT makes a folder OUT from it, which can be exported"
+        )
+
+
 def _in_directory(directory: Path) -> WeightFiles:
-    index = directory / INDEX_NAME
-    if index.is_file():
-        return WeightFiles(label=index.name, paths=(index,))
+    for name in (INDEX_NAME, TORCH_INDEX_NAME):
+        index = directory / name
+        if index.is_file() and (name == INDEX_NAME or not any(directory.glob("*.safetensors"))):
+            return WeightFiles(label=index.name, paths=(index,))
     found = sorted(directory.glob("*.safetensors"))
     if len(found) == 1:
         return WeightFiles(label=found[0].name, paths=(found[0],))
@@ -89,9 +131,11 @@ def _in_directory(directory: Path) -> WeightFiles:
         parts = _consolidated_parts(directory)
         if parts:
             return WeightFiles(label="consolidated.*.pth", paths=parts)
+        if (directory / TORCH_NAME).is_file():
+            return WeightFiles(label=TORCH_NAME, paths=(directory / TORCH_NAME,))
     raise CheckpointError(
-        f"directory {directory} must hold {INDEX_NAME}, {_CONSOLIDATED} or exactly one "
-        f".safetensors file; it has {len(found)} .safetensors files"
+        f"directory {directory} must hold {INDEX_NAME}, {_CONSOLIDATED}, {TORCH_NAME} or exactly "
+        f"one .safetensors file; it has {len(found)} .safetensors files"
     )
 
 
@@ -105,16 +149,17 @@ def _consolidated_parts(directory: Path) -> tuple[Path, ...]:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    """The shard files of an index; names with a folder are refused."""
-    content = _read_json(index, _INDEX_BYTES)
+    """The shard files of an index, in the index's format; names with a folder are refused."""
+    content = read_json(index, _INDEX_BYTES)
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index.name} has no object 'weight_map'")
+    suffix = ".bin" if index.name.endswith(".bin.index.json") else ".safetensors"
     names = set(table.values()) if all(isinstance(v, str) for v in table.values()) else {""}
     for name in sorted(names):
-        if not name.endswith(".safetensors") or any(c in name for c in "/\\\0"):
+        if not name.endswith(suffix) or any(c in name for c in "/\\\0"):
             raise CheckpointError(
-                f"{index.name} names a shard {name!a:.80}: it must be a .safetensors file name "
+                f"{index.name} names a shard {name!a:.80}: it must be a {suffix} file name "
                 "without a folder"
             )
     if len(names) > _SHARDS:
@@ -122,55 +167,118 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in sorted(names))
 
 
-def _read_json(path: Path, limit: int) -> Any:
-    try:
-        if path.stat().st_size > limit:
-            raise CheckpointError(f"{path.name} is larger than the limit of {limit} bytes")
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not a readable JSON file") from error
+def find_config(path: Path | str) -> Config | None:
+    """Reads the architecture beside the weights: of `params.json`, `config.json` or `model.json`.
 
-
-def find_config(path: Path | str) -> PlmConfig | None:
-    """Reads the language model's `params.json`, beside the weights or in `original/`.
+    `params.json` may be in `original/`. `model.json` is what this project's training writes.
 
     Args:
         path: as for `open_checkpoint`.
 
     Returns:
-        The architecture; None without such a file.
+        The architecture; None without such a file, or for a `config.json` of another model.
 
     Raises:
-        CheckpointError: the file is not JSON.
-        InputError: the file does not describe a Perception Language Model.
+        CheckpointError: a file is not JSON.
+        InputError: a file lacks a field or disagrees with another, or the path is an unfinished
+            training run.
     """
-    file = _beside(Path(path), CONFIG_NAME)
-    if file is None:
+    path = Path(path)
+    check_run(path)
+    file = find_beside(path, CONFIG_NAME)
+    if file is not None:
+        config = _named(file, PlmConfig.from_dict)
+        check_config(config, file.name, path)
+        return config
+    hub = find_hub_config(path)
+    if hub is not None and hub.kind is not None:
+        return _ARCHITECTURES[hub.kind](hub, path)
+    file = _of_run(path)
+    return None if file is None else _named(file, parse_config)
+
+
+def check_config(
+    config: Config, source: str, path: Path | str, *, except_length: bool = False
+) -> None:
+    """InputError if the `config.json` beside weights disagrees with an architecture.
+
+    Args:
+        config: the architecture.
+        source: its source, for messages.
+        path: as for `open_checkpoint`.
+        except_length: whether the longest sequence may differ.
+    """
+    facts = _plm_facts(find_hub_config(path), Path(path))
+    if facts is not None and isinstance(config, PlmConfig):
+        check_agreement(config, source, facts, except_length=except_length)
+
+
+def _plm_facts(hub: HubConfig | None, path: Path) -> PlmFacts | None:
+    """Content of a PerceptionLM's `config.json`, compared with its processor."""
+    if hub is None or hub.kind != "perception_lm":
         return None
+    facts = PlmFacts(hub)
+    check_processor(path, facts)
+    return facts
+
+
+def _hf_plm(hub: HubConfig, path: Path) -> Config:
+    facts = _plm_facts(hub, path)
+    assert facts is not None
+    return facts.config()
+
+
+# What reads each kind of `config.json`, given it and the path of the weights.
+_ARCHITECTURES: Mapping[Kind, Callable[[HubConfig, Path], Config]] = {"perception_lm": _hf_plm}
+
+
+def _of_run(path: Path) -> Path | None:
+    """The architecture that training writes beside the weights, under their name."""
+    file = path / RUN_CONFIG if path.is_dir() else path.with_suffix(".json")
+    return file if file != path and file.is_file() else None
+
+
+def _named(file: Path, read: Callable[[Any], Config]) -> Config:
+    """The architecture in a file, which errors name."""
     try:
-        return PlmConfig.from_dict(_read_json(file, _CONFIG_BYTES))
+        return read(read_json(file))
     except InputError as error:
         raise InputError(f"{file.name}: {error}") from None
 
 
 def find_tiles(path: Path | str, tile_size: int) -> TileSpec:
-    """Reads a language model's image and video preprocessing from its `params.json`.
+    """Reads a language model's image and video preprocessing: `params.json`, processor's files.
 
-    Missing settings, or a missing file, give the settings of the released models.
+    Without a `config.json`, missing settings or a missing file give the settings of the released
+    models.
 
     Args:
         path: as for `open_checkpoint`.
         tile_size: image size of the model's vision tower in pixels.
 
     Raises:
-        CheckpointError: the file is not JSON.
-        InputError: a setting is unusable; the message names it.
+        CheckpointError: a file is not JSON.
+        InputError: a setting is unusable or missing, or two files disagree; the message names it.
     """
-    file = _beside(Path(path), CONFIG_NAME)
-    content = {} if file is None else _read_json(file, _CONFIG_BYTES)
+    path = Path(path)
+    file = find_beside(path, CONFIG_NAME)
+    content = {} if file is None else read_json(file)
     data = content.get("data") if isinstance(content, dict) else None
     given = data if isinstance(data, dict) else {}
     fields = {ours: given[theirs] for theirs, ours in _TILE_FIELDS.items() if theirs in given}
+    hub = find_hub_config(path)
+    if hub is not None and hub.kind == "perception_lm":
+        facts = ProcessorFacts(path, tile_size)
+        for theirs, ours in _TILE_FIELDS.items():
+            fact = facts.found.get(ours)
+            if fact is not None and fields.get(ours, fact.value) != fact.value:
+                raise InputError(
+                    f"data.{theirs} is {fields[ours]} in {CONFIG_NAME}, and {fact.name} is "
+                    f"{fact.value} in {facts.file}; they must agree"
+                )
+            if fact is None and ours not in fields and ours != "max_frames":
+                raise required(facts.name(theirs))
+        fields |= {ours: fact.value for ours, fact in facts.found.items()}
     return TileSpec.from_dict({"tile_size": tile_size, **fields})
 
 
@@ -183,10 +291,45 @@ def find_tokenizer(path: Path | str) -> Path | None:
     Returns:
         Path of `tokenizer.model`, else of the `tokenizer.json` of transformers, else None.
     """
-    return _beside(Path(path), TOKENIZER_NAME) or _beside(Path(path), HF_TOKENIZER_NAME)
+    path = Path(path)
+    return find_beside(path, TOKENIZER_NAME) or find_beside(path, HF_TOKENIZER_NAME)
 
 
-def _beside(path: Path, name: str) -> Path | None:
-    directory = path if path.is_dir() else path.parent
-    candidates = (directory / name, directory / ORIGINAL_FOLDER / name)
-    return next((file for file in candidates if file.is_file()), None)
+def find_end_ids(path: Path | str) -> tuple[int, ...] | None:
+    """Reads the tokens that end an answer from transformers' files beside the weights.
+
+    Args:
+        path: as for `open_checkpoint`.
+
+    Returns:
+        Token ids; None if the tokenizer's own end tokens are meant.
+
+    Raises:
+        CheckpointError: a file is not JSON.
+        InputError: the ids are unusable, or `config.json` is the only description and has none.
+    """
+    path = Path(path)
+    hub = find_hub_config(path)
+    if hub is None or hub.kind != "perception_lm":
+        return None
+    ids = read_end_ids(path, hub.root)
+    if ids is None and find_beside(path, CONFIG_NAME) is None:
+        raise hub.root.error("eos_token_id is missing, also in generation_config.json")
+    return ids
+
+
+def find_chat_template(path: Path | str) -> str | None:
+    """Name of transformers' file with a chat template beside the weights; None without one.
+
+    Args:
+        path: as for `open_checkpoint`.
+
+    Raises:
+        CheckpointError: a file is not JSON.
+    """
+    path = Path(path)
+    for name in _TEMPLATES:
+        file = find_beside(path, name)
+        if file is not None and (file.suffix != ".json" or "chat_template" in read_json(file)):
+            return name
+    return None

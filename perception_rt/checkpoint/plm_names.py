@@ -41,7 +41,45 @@ _TURNED = ("attention.wq.", "attention.wk.")
 _TIED_COPY = {"original": "output.tied_module.weight", "hf": "lm_head.weight"}
 
 ORIGINAL_STEMS = ("tok_embeddings.", _LAYERS, "norm.", "output.", _TOWER, "vision_projector.")
-HF_STEMS = (_LANGUAGE, "model.multi_modal_projector.", "model.vision_tower.", "lm_head.")
+HF_STEMS = (
+    _LANGUAGE,
+    "model.multi_modal_projector.",
+    "model.vision_tower.",
+    "lm_head.",
+    "language_model.",
+    "multi_modal_projector.",
+    "vision_tower.",
+)
+# Starts of keys in older releases and in saves of the base model, with those of today. The first
+# one that fits counts.
+_RENAMED = (
+    ("language_model.model.", _LANGUAGE),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.", _LANGUAGE),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("vision_tower.", "model.vision_tower."),
+)
+# A pooled tower has these, and a language model does not use them.
+HF_UNUSED = (f"{_HF_TOWER}attn_pool.", f"{_HF_TOWER}fc_norm.")
+
+
+def current_hf_keys(keys: Mapping[str, str]) -> dict[str, str]:
+    """Renames the keys of a mapping as transformers names them today.
+
+    Raises:
+        CheckpointError: two keys become one.
+    """
+    renamed = {_current(key): value for key, value in keys.items()}
+    if len(renamed) != len(keys):
+        raise CheckpointError("some tensors occur under an old and a new name of transformers")
+    return renamed
+
+
+def _current(key: str) -> str:
+    for old, new in _RENAMED:
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
 
 
 def original_entry(name: str, shape: Shape) -> Stored:

@@ -22,7 +22,7 @@ from perception_rt.checkpoint.names import (
     without_module_prefix,
     zero_tensors,
 )
-from perception_rt.checkpoint.plm_names import tied_copy
+from perception_rt.checkpoint.plm_names import HF_UNUSED, current_hf_keys, tied_copy
 from perception_rt.checkpoint.readers import Header, Reader, open_reader
 from perception_rt.checkpoint.stored import Shape, Stored
 from perception_rt.config import PeConfig
@@ -32,6 +32,12 @@ from perception_rt.plm_config import PlmConfig
 
 LICENSE_UNKNOWN = "not stated"
 _LISTED = 5
+_HF_HEAD = "lm_head.weight"  # missing in a save of the base model
+_HEAD_HINT = (
+    ", which has a head of its own, since neither tie_word_embeddings in config.json nor "
+    "weight_tying in params.json is true"
+)
+_DROPPED = {"reference": "non-visual tensors", "hf": "tensors of the tower's pooling"}
 PIECE_ELEMENTS = 1 << 20  # checked or compared at once
 # Tensors whose width identifies an architecture, and the axis of the width.
 _WIDTHS = {
@@ -123,7 +129,7 @@ class FileWeights:
             "license": self._license_note,
         }
         if self._dropped:
-            facts["note"] = f"dropped {self._dropped} non-visual tensors"
+            facts["note"] = f"dropped {self._dropped} {_DROPPED[self._layout]}"
         return facts
 
     def load(self, name: str) -> Tensor:
@@ -202,6 +208,9 @@ def _plan(headers: Mapping[str, Header], config: PeConfig | PlmConfig) -> _Plan:
     file_keys = without_module_prefix(headers)
     layout = detect_layout(file_keys, config)
     total = len(file_keys)
+    if layout == "hf":
+        current = current_hf_keys(file_keys)
+        file_keys = {key: f for key, f in current.items() if not key.startswith(HF_UNUSED)}
     head_dim = None
     if isinstance(config, PlmConfig):
         head_dim = config.decoder.head_dim
@@ -248,8 +257,11 @@ def _check(
     }
     sentences = [_listing(kind, entries) for kind, entries in problems.items() if entries]
     if sentences:
+        which = _HEAD_HINT if _HF_HEAD in problems["missing"] else ""
         hint = _width_hint(found, stored)
-        raise CheckpointError("does not fit the architecture: " + "; ".join(sentences) + hint)
+        raise CheckpointError(
+            f"does not fit the architecture{which}: " + "; ".join(sentences) + hint
+        )
 
 
 def _same_shape(found: Shape, wanted: Shape) -> bool:

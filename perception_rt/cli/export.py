@@ -41,7 +41,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="architecture of --checkpoint, as JSON; default: params.json beside it",
+        help="architecture of --checkpoint, as JSON; default: params.json, config.json or "
+        "model.json beside it",
     )
     parser.add_argument(
         "--weights",

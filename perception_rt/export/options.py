@@ -24,8 +24,8 @@ class ExportOptions:
         out: package directory to make; missing parents are made too.
         model: released model such as "PE-Core-L14-336" or "PLM-1B", or "PE-Demo" or "PLM-Demo".
         checkpoint: file or folder with weights of any Perception Encoder or Language Model.
-        config: JSON file with the architecture of `checkpoint`; None reads the language model's
-            `params.json` beside it.
+        config: JSON file with the architecture of `checkpoint`; None reads
+            `params.json`, `config.json` or `model.json` beside it.
         weights: weights of `model`: "hf" (the Hugging Face hub), "random", or a path. None takes a
             released model from the hub, and a demo from this library.
         seed: RNG seed of random weights.

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
+from perception_rt.checkpoint.hf_config import find_hub_config
 from perception_rt.checkpoint.hub import download
-from perception_rt.checkpoint.locate import CONFIG_NAME, find_config
+from perception_rt.checkpoint.locate import CONFIG_NAME, check_config, find_config
 from perception_rt.config import PeConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError
@@ -42,20 +43,34 @@ Report = Callable[[str], None]
 def find_architecture(options: ExportOptions) -> Config:
     """The architecture of the model that the options name; reads no weights.
 
+    A `config.json` beside the weights must agree with an architecture from elsewhere.
+
     Raises:
-        InputError: the model is unknown, or there is no usable configuration.
+        InputError: the model is unknown, there is no usable configuration, or two disagree.
         CheckpointError: the configuration beside the checkpoint is not JSON.
     """
     if options.checkpoint is None:
         assert options.model is not None
         if options.model in _DEMOS:
-            return _read_config(_DEMOS[options.model][0])
-        return get_config(options.model)
+            config = _read_config(_DEMOS[options.model][0])
+        else:
+            config = get_config(options.model)
+        if options.weights not in (None, "hf", "random"):
+            assert options.weights is not None
+            check_config(config, f"--model {options.model}", Path(options.weights))
+        return config
     if options.config is not None:
-        return _read_config(Path(options.config))
+        given = Path(options.config)
+        config = _read_config(given)
+        check_config(config, given.name, Path(options.checkpoint))
+        return config
     found = find_config(Path(options.checkpoint))
     if found is None:
-        raise InputError("--checkpoint needs --config, the architecture as JSON")
+        hub = find_hub_config(Path(options.checkpoint))
+        beside = "no params.json, config.json or model.json is beside it"
+        if hub is not None:
+            beside = f"{hub.file.name} beside it describes {hub.label}, which is no PE or PLM"
+        raise InputError(f"--checkpoint needs --config, the architecture as JSON: {beside}")
     return found
 
 
@@ -233,7 +248,7 @@ def _model_name(options: ExportOptions) -> str:
         assert options.checkpoint is not None
         path = Path(options.checkpoint).absolute()
         # Files of these names are told apart by their folders only.
-        common = path.name.startswith(("consolidated.", "model."))
+        common = path.name.startswith(("consolidated.", "model.", "pytorch_model."))
         name = path.parent.name if common else path.stem
     return name.removeprefix("facebook/").replace("Perception-LM-", "PLM-")
 
@@ -303,12 +318,14 @@ class PlmPlan(Plan):
             halves the memory. Embedding, head and vision tower are the same in both.
         tokenizer: the tokenizer and the bytes of its file; None for a package that takes token
             ids only.
+        remarks: lines to report before the export.
     """
 
     config: PlmConfig
     tiles: TileSpec
     blocks: str = "int8"
     tokenizer: tuple[TokenizerSpec, bytes | None] | None = None
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         Plan.__post_init__(self)

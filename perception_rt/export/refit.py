@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from perception_rt.checkpoint.locate import check_config
 from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.build import check_machine, export_package, model_export
@@ -44,6 +45,8 @@ def refit_package(
     Raises:
         PackageError: the package is damaged, or no export makes such a package.
         CheckpointError: the weights are unusable, or of another architecture.
+        InputError: the `config.json` beside the weights describes another architecture, or they
+            are an unfinished training run.
         BackendError: an engine cannot be built on this machine.
         ExportError: a graph has another structure than in the package, `out` is taken, or the
             result is not faithful to eager; nothing is published.
@@ -55,6 +58,7 @@ def refit_package(
             plan = replace(plan, calibration=Path(calibration))
         kept = RefitSource(old)
         check_machine(plan, builds=not kept.refittable)
+        check_config(plan.config, f"package {old.name!r}", Path(weights), except_length=True)
         source = open_checkpoint(Path(weights), plan.config)
         return export_package(plan, source, out, force=force, refit=kept, on_progress=on_progress)
 

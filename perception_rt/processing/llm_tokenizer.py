@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,7 @@ _READERS = {"tiktoken": read_tiktoken, "hf": read_hf, "sentencepiece": read_sent
 # File names inside a package.
 _FILES = {"tiktoken": "tokenizer.model", "hf": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 _MAX_FILE_BYTES = 64 * 1024 * 1024  # Llama 3's files have 2 MiB and 17 MiB
+_MAX_END_IDS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class TokenizerSpec(Record):
         sha256: SHA-256 of the file in lower-case hex; None for "bytes".
         vocab_size: rows of the model's embedding; the tokenizer may have fewer ids.
         image_token_id: id of `<|image|>`.
+        end_ids: tokens that end an answer; None for `<|end_of_text|>` and `<|eot_id|>`.
     """
 
     kind: Kind
@@ -58,6 +60,7 @@ class TokenizerSpec(Record):
     sha256: str | None = None
     vocab_size: int
     image_token_id: int
+    end_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         without = self.kind == "bytes"
@@ -67,6 +70,19 @@ class TokenizerSpec(Record):
             raise InputError(
                 f"image_token_id {self.image_token_id} is not in 0 to {self.vocab_size - 1}"
             )
+        ids = self.end_ids
+        if ids is not None and not 1 <= len(ids) <= _MAX_END_IDS:
+            raise InputError(f"end_ids must have 1 to {_MAX_END_IDS} token ids, not {len(ids)}")
+        for token in ids or ():
+            if not 0 <= token < self.vocab_size:
+                raise InputError(f"end_ids has {token}, which is not in 0 to {self.vocab_size - 1}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; without `end_ids` if it is None, as in earlier packages."""
+        values = Record.to_dict(self)
+        if self.end_ids is None:
+            del values["end_ids"]
+        return values
 
 
 class Tokenizer:
@@ -87,6 +103,7 @@ class Tokenizer:
         *,
         vocab_size: int,
         image_token_id: int,
+        end_ids: Iterable[int] | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Checks a vocabulary against an architecture.
@@ -95,6 +112,7 @@ class Tokenizer:
             vocabulary: contents of the tokenizer's file.
             vocab_size: rows of the model's embedding.
             image_token_id: id of `<|image|>` in the model.
+            end_ids: ids that end a generated text; None for `<|end_of_text|>` and `<|eot_id|>`.
             limits: bounds the UTF-8 size of each text.
 
         Raises:
@@ -117,7 +135,8 @@ class Tokenizer:
             )
         self.vocab_size = vocab_size
         self.controls = MappingProxyType(dict(vocabulary.controls))
-        self.end_ids = frozenset((self.controls[END_OF_TEXT], self.controls[EOT]))
+        own = (self.controls[END_OF_TEXT], self.controls[EOT])
+        self.end_ids = frozenset(own if end_ids is None else end_ids)
         self.prefix = vocabulary.prefix
         self._encode = vocabulary.encode
         self._spelling = vocabulary.spelling
@@ -192,13 +211,18 @@ def open_tokenizer(
     if data is not None and hashlib.sha256(data).hexdigest() != spec.sha256:
         raise PackageError(f"tokenizer {spec.file!r:.80} is damaged: its SHA-256 does not match")
     try:
-        return _open(spec.kind, data, spec.vocab_size, spec.image_token_id, limits)
+        size, image = spec.vocab_size, spec.image_token_id
+        return _open(spec.kind, data, size, image, spec.end_ids, limits)
     except InputError as error:
         raise PackageError(str(error)) from None
 
 
 def detect_tokenizer(
-    path: str | os.PathLike[str], *, vocab_size: int, image_token_id: int
+    path: str | os.PathLike[str],
+    *,
+    vocab_size: int,
+    image_token_id: int,
+    end_ids: tuple[int, ...] | None = None,
 ) -> tuple[TokenizerSpec, bytes]:
     """Detects the kind of a tokenizer file by its content, and checks it against an architecture.
 
@@ -206,6 +230,7 @@ def detect_tokenizer(
         path: Llama 3's `tokenizer.model`, a `tokenizer.json`, or a SentencePiece model.
         vocab_size: rows of the model's embedding.
         image_token_id: id of `<|image|>` in the model.
+        end_ids: tokens that end an answer; None for `<|end_of_text|>` and `<|eot_id|>`.
 
     Returns:
         The record for a manifest, and the bytes to write to its `file`.
@@ -221,7 +246,7 @@ def detect_tokenizer(
         raise InputError(f"{name} has more than {_MAX_FILE_BYTES} bytes")
     kind = _kind(data, name)
     try:
-        _open(kind, data, vocab_size, image_token_id, DEFAULT_LIMITS)
+        opened = _open(kind, data, vocab_size, image_token_id, None, DEFAULT_LIMITS)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     spec = TokenizerSpec(
@@ -230,19 +255,29 @@ def detect_tokenizer(
         sha256=hashlib.sha256(data).hexdigest(),
         vocab_size=vocab_size,
         image_token_id=image_token_id,
+        end_ids=None if end_ids is None or opened.end_ids == set(end_ids) else end_ids,
     )
     return spec, data
 
 
 def _open(
-    kind: Kind, data: bytes | None, vocab_size: int, image_token_id: int, limits: Limits
+    kind: Kind,
+    data: bytes | None,
+    vocab_size: int,
+    image_token_id: int,
+    end_ids: tuple[int, ...] | None,
+    limits: Limits,
 ) -> Tokenizer:
     if data is None:
         vocabulary = byte_vocabulary(vocab_size, image_token_id)
     else:
         vocabulary = _READERS[kind](data)
     return Tokenizer(
-        vocabulary, vocab_size=vocab_size, image_token_id=image_token_id, limits=limits
+        vocabulary,
+        vocab_size=vocab_size,
+        image_token_id=image_token_id,
+        end_ids=end_ids,
+        limits=limits,
     )
 
 

@@ -7,14 +7,17 @@ import pytest
 import torch
 
 import perception_rt as prt
-from perception_rt.checkpoint.source import open_checkpoint, state_dict
-from perception_rt.cli import export_main
+from perception_rt.checkpoint.source import expected_tensors, open_checkpoint, state_dict
+from perception_rt.cli import export_main, main
+from perception_rt.config import PeConfig
 from perception_rt.models.plm import PerceptionLM
+from perception_rt.package.reader import read_manifest
 from perception_rt.processing.image import normalize
 from perception_rt.processing.prompt import Tiles, Turn, encode_prompt
 from perception_rt.processing.tiles import TileSpec, load_tiles
 from training.demo.questions import record
 from training.distributed import process_group
+from training.model.export import export_encoder
 from training.recipe.schema import load_config
 from training.tasks.language import LanguageTask
 from training.trainer import Trainer
@@ -73,3 +76,18 @@ def test_trained_weights_give_the_same_answers_in_an_engine(
         assert plm.generate_tokens(ids, pixels, max_new_tokens=NEW) == expected
         result = plm.generate("Read the digits.", images=[image], max_new_tokens=NEW)
         assert list(result.tokens) == expected
+
+
+def test_an_encoder_s_run_is_exported_by_its_folder(
+    tiny_config: PeConfig, tuned: Path, tmp_path: Path
+) -> None:
+    run, package = tmp_path / "run", tmp_path / "package"
+    run.mkdir()
+    source = open_checkpoint(tuned, tiny_config)
+    weights = {name: source.load(name) for name in expected_tensors(tiny_config)}
+    export_encoder(weights, tiny_config, run)
+    assert export_main(["--checkpoint", str(run), "--out", str(package)]) == 0
+    content = read_manifest(package).content
+    assert content.name == "run" and content.architecture == tiny_config.to_dict()
+    again = ["refit", str(package), "--weights", str(run), "--out", str(tmp_path / "again")]
+    assert main(again) == 0

@@ -1,6 +1,7 @@
 """Damaged or foreign checkpoints are never loaded; intact ones can be consolidated."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from jobs import RESUME, checkpoints, finish, run_here
 from safetensors.torch import load_file
 
+from perception_rt.checkpoint.locate import find_config
+from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.errors import CheckpointError, InputError
 from training.checkpoint import files
 from training.checkpoint.files import names_of
@@ -161,6 +164,17 @@ def test_consolidated_weights_are_the_trained_ones(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not load_weights(tmp_path / "weights" / "model.safetensors").training
+    config = find_config(out_dir)
+    assert config is not None and config == find_config(tmp_path / "weights")
+    (out_dir / "model.safetensors").unlink()  # as if the run had been interrupted
+    command = re.escape(f"unfinished training run: python training/consolidate.py {out_dir} OUT")
+    for path in (out_dir, out_dir / "checkpoints"):
+        with pytest.raises(InputError, match="unfinished training run: python training/cons"):
+            find_config(path)
+    with pytest.raises(InputError, match=command):
+        open_checkpoint(out_dir, config)
+    with pytest.raises(InputError, match="is a checkpoint of a training run: python training/"):
+        open_checkpoint(shards[0].parent, config)
 
 
 def test_what_cannot_be_consolidated_is_named(

@@ -20,6 +20,7 @@ from perception_rt.checkpoint.write import save_checkpoint
 from perception_rt.demo import language_model_path, weights_path
 from perception_rt.errors import PerceptionError
 from perception_rt.models.pe import PerceptionEncoder
+from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.clip_bpe import ClipTokenizer
 from training.demo.digits import held_out, held_out_digits
 from training.demo.scenes import digit_prompts
@@ -49,7 +50,7 @@ def report(model: PerceptionEncoder) -> dict[str, Any]:
 def publish_language_model(run_dir: Path, folder: Path) -> None:
     """Copies an exported folder, with its weights in float16."""
     config = find_config(run_dir)
-    assert config is not None
+    assert isinstance(config, PlmConfig)
     source = open_checkpoint(run_dir, config)
     weights = {name: source.load(name).to(torch.float16) for name in expected_tensors(config)}
     folder.mkdir(exist_ok=True)

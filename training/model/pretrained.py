@@ -72,7 +72,7 @@ def _whole(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str
     The released models gain layer scale between stage 1 and stage 2.
     """
     stored = find_config(path)
-    if stored is not None and stored.vision.ls_init_value is None:
+    if isinstance(stored, PlmConfig) and stored.vision.ls_init_value is None:
         model = replace(model, vision=replace(model.vision, ls_init_value=None))
         shapes = {name: shape for name, shape in shapes.items() if not name.endswith(_GAIN)}
     return dict.fromkeys(shapes, open_checkpoint(path, model).load)

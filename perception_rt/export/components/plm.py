@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perception_rt.checkpoint.locate import find_tiles, find_tokenizer
+from perception_rt.checkpoint.locate import (
+    find_chat_template,
+    find_end_ids,
+    find_tiles,
+    find_tokenizer,
+)
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.components.component import (
     Component,
@@ -76,12 +81,14 @@ class PlmExport(ModelExport[PlmConfig, PlmPlan]):
         check_decoder(settings, config, blocks)
         weights, size = locate(), config.vision.image_size
         tiles = TileSpec(tile_size=size) if weights is None else find_tiles(weights, size)
+        tokenizer = _find_tokenizer(options, config, weights)
         return PlmPlan(
             **settings.shared(),
             config=config,
             tiles=replace(tiles, exif_orientation=not options.ignore_exif),
             blocks=blocks,
-            tokenizer=_find_tokenizer(options, config, weights),
+            tokenizer=tokenizer,
+            remarks=_remarks(tokenizer is not None, weights),
         )
 
     @classmethod
@@ -137,10 +144,18 @@ class PlmExport(ModelExport[PlmConfig, PlmPlan]):
         }
 
     def notes(self) -> list[str]:
-        """Says if the package has no tokenizer."""
-        if self.plan.tokenizer is not None:
-            return []
-        return ["no tokenizer was found: the package takes token ids only (--tokenizer FILE)"]
+        """Lines to report before the export: the plan's remarks."""
+        return list(self.plan.remarks)
+
+
+def _remarks(has_tokenizer: bool, weights: Path | None) -> tuple[str, ...]:
+    """Says if the package has no tokenizer, or if a chat template is left out."""
+    if not has_tokenizer:
+        return ("no tokenizer was found: the package takes token ids only (--tokenizer FILE)",)
+    template = None if weights is None else find_chat_template(weights)
+    if template is None:
+        return ()
+    return (f"the chat template of {template} is not used: prompts have PLM's own format",)
 
 
 def _find_tokenizer(
@@ -150,7 +165,8 @@ def _find_tokenizer(
     vocab_size, image = config.decoder.vocab_size, config.image_token_id
     found = options.tokenizer or (None if weights is None else find_tokenizer(weights))
     if found is not None:
-        return detect_tokenizer(found, vocab_size=vocab_size, image_token_id=image)
+        end_ids = None if weights is None else find_end_ids(weights)
+        return detect_tokenizer(found, vocab_size=vocab_size, image_token_id=image, end_ids=end_ids)
     if weights is not None or vocab_size < _MIN_BYTES_VOCABULARY:
         return None
     spec = TokenizerSpec(kind="bytes", vocab_size=vocab_size, image_token_id=image)
