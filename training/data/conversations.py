@@ -5,27 +5,27 @@ Lane l reads the samples p * lanes + l at its positions p = 0, 1, ... An unusabl
 and skipped.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 
-from perception_rt.errors import InputError, PerceptionError
+from perception_rt.errors import InputError
 from perception_rt.processing.llm_tokenizer import Tokenizer
 from perception_rt.processing.llm_vocabulary import IMAGE
 from perception_rt.processing.prompt import encode_transcript
 from perception_rt.processing.tiles import TileSpec
 from training.data.datasets import Dataset
 from training.data.loader import Read
+from training.data.media import MediaFolders
 from training.data.mixture import Mix
 from training.data.packing import IGNORED, Sample
-from training.data.records import SampleError, read_record
+from training.data.records import read_record
+from training.data.unusable import SampleError, Unusable, all_unusable
 from training.recipe.schema import LanguageDataConfig
 
-_MAX_BAD = 1000  # consecutive unusable samples before the run stops
+_MAX_BAD = 1000  # consecutive reads of unusable samples before the run stops
 _MAX_HELD = 64  # encoded samples kept for the rows that begin with them
 
 
@@ -63,7 +63,6 @@ class ConversationSource:
         self._lanes = lanes
         self._held: dict[int, Sample] = {}  # by sample number
         self._lock = Lock()
-        self._examples: dict[str, str] = {}  # reason -> where it was met first
 
     def read(self, lane: int, position: int) -> Read[Sequence[Sample]]:
         """Reads as many samples of a lane as fit into a row.
@@ -72,19 +71,17 @@ class ConversationSource:
             PerceptionError: too many consecutive samples are unusable.
         """
         row: list[Sample] = []
-        bad: Counter[str] = Counter()
+        bad: list[Unusable] = []
         room, first, failures = self._config.seq_len, position, 0
         while not row or self._config.packing:
             number = position * self._lanes + lane
             try:
                 sample = self._take(number)
             except SampleError as error:
-                bad[str(error)] += 1
+                bad.append(Unusable(self._name(number), str(error), error.detail))
                 failures += 1
                 if failures == _MAX_BAD:
-                    raise PerceptionError(
-                        f"{failures} samples in a row are unusable: {error}"
-                    ) from None
+                    raise all_unusable(bad[-failures:]) from None
             else:
                 if len(sample.tokens) > room:
                     self._hold(number, sample)
@@ -93,7 +90,7 @@ class ConversationSource:
                 room -= len(sample.tokens)
                 failures = 0
             position += 1
-        return Read(row=row, position=position, seen=position - first, bad=bad)
+        return Read(row=row, position=position, seen=position - first, bad=tuple(bad))
 
     def _take(self, number: int) -> Sample:
         with self._lock:
@@ -107,20 +104,19 @@ class ConversationSource:
                 del self._held[next(iter(self._held))]
             self._held[number] = sample
 
+    def _name(self, number: int) -> str:
+        """Place of a sample for reports."""
+        chosen, rank = self._mix.pick(number)
+        return self._datasets[chosen].where(rank)
+
     def _make(self, number: int) -> Sample:
-        """Encodes a sample; a SampleError names its dataset and the first example."""
+        """Reads and encodes a sample; SampleError if it is unusable."""
         chosen, rank = self._mix.pick(number)
         dataset = self._datasets[chosen]
-        try:
-            return self._encode(dataset.load(rank), dataset.root, dataset.where(rank))
-        except SampleError as error:
-            reason = f"{dataset.name}: {error}"
-            detail = f": {error.detail}" if error.detail else ""
-            example = self._examples.setdefault(reason, f"{dataset.where(rank)}{detail}")
-            raise SampleError(f"{reason} (first {example})") from None
+        return self._encode(dataset.load(rank), dataset.folders, dataset.where(rank))
 
-    def _encode(self, record: Any, root: Path, name: str) -> Sample:
-        turns, tiles = read_record(record, root, self._tiles)
+    def _encode(self, record: Any, folders: MediaFolders, name: str) -> Sample:
+        turns, tiles = read_record(record, folders, self._tiles)
         try:
             coded = encode_transcript(
                 self._tokenizer, turns, self._tokens_per_tile, self._config.conversation

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 from perception_rt.errors import InputError
 from training.data.jsonl import JsonLines
+from training.data.media import MediaFolders
 from training.data.mixture import shuffled
-from training.data.records import SampleError
+from training.data.unusable import SampleError
 from training.recipe.schema import DatasetConfig
 
 
@@ -15,11 +16,11 @@ class Dataset(Protocol):
 
     Attributes:
         name: name in the recipe.
-        root: folder that image and video paths are relative to.
+        folders: folders that image and video paths are relative to.
     """
 
     name: str
-    root: Path
+    folders: MediaFolders
 
     def load(self, rank: int) -> Any:
         """Reads a record; SampleError if it is unreadable."""
@@ -46,15 +47,16 @@ class LineDataset:
         self, name: str, config: DatasetConfig, seed: int, kept: int, *, validation: bool
     ) -> None:
         self.name = name
-        self.root = Path(config.root)
-        self._lines = JsonLines(Path(config.annotation), name)
+        annotation = Path(config.annotation)
+        self.folders = MediaFolders.of(config.root, annotation)
+        self._lines = JsonLines(annotation, name)
         self._first = len(self._lines) - kept if validation else 0
         self._size = kept if validation else len(self._lines) - kept
         self._seed = seed
         if len(self._lines) <= kept:
             raise InputError(
                 f"dataset {name!r:.60} has {len(self._lines)} lines; data.validation keeps "
-                f"{kept} of them from training"
+                f"{kept} of them from training; lower it"
             )
 
     def load(self, rank: int) -> Any:

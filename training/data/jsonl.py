@@ -72,6 +72,15 @@ class JsonLines:
         return file, number - int(self._totals[file])
 
 
+def refuse_array(text: bytes, file: Path) -> None:
+    """Raises an InputError if the start of a file shows a JSON array instead of lines."""
+    if text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        raise InputError(
+            f"{str(file)!r:.200} is a JSON array; write one object per line, for example with "
+            "`jq -c '.[]' data.json > data.jsonl`"
+        )
+
+
 def _line_starts(file: Path, name: str) -> Ints:
     """Byte offsets of all lines, and of the end of the last one."""
     try:
@@ -89,6 +98,8 @@ def _scanned(file: Path, name: str, size: int, changed: int) -> Ints:
     at, end = 0, 0  # `end` is where the last line that is not blank ends
     with open_regular_file(str(file), f"dataset {name!r:.60}: {str(file)!r:.200}") as opened:
         while data := opened.read(SCAN_BYTES):
+            if at == 0:
+                refuse_array(data[:1000], file)
             found.append(np.flatnonzero(np.frombuffer(data, np.uint8) == _NEWLINE) + at + 1)
             if text := data.rstrip():
                 end = at + len(text)

@@ -6,16 +6,17 @@ resume with another number of ranks. Threads read rows ahead; a position advance
 is handed out.
 """
 
-from collections import Counter
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from perception_rt.errors import InputError, PerceptionError
+from training.data.unusable import Unusable, summary
 from training.distributed import Group, total
 
 R = TypeVar("R")
@@ -23,6 +24,8 @@ M = TypeVar("M")
 R_co = TypeVar("R_co", covariant=True)
 
 _MIN_SEEN = 100  # samples before the share of unusable ones is checked
+_MAX_KEPT = 100_000  # most unusable samples that are told apart
+_MAX_WARNINGS = 5  # most unusable samples that a rank reports as it meets them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +36,13 @@ class Read(Generic[R_co]):
         row: a row, which the task collates to a batch.
         position: next position of the lane.
         seen: number of samples that were examined.
-        bad: number of unusable samples by reason.
+        bad: unusable samples.
     """
 
     row: R_co
     position: int
     seen: int = 1
-    bad: Counter[str] = field(default_factory=Counter)
+    bad: tuple[Unusable, ...] = ()
 
 
 class Source(Protocol[R_co]):
@@ -89,9 +92,10 @@ class LaneStream(Generic[R, M]):
         self._own = range(group.rank * share, (group.rank + 1) * share)
         self._bad_fraction = bad_fraction
         self._positions = torch.zeros(lanes, dtype=torch.int64)
-        self._counts = torch.zeros(2, dtype=torch.int64)  # seen and unusable samples of this rank
-        # Unusable samples of this rank since the process started, by reason.
-        self.reasons: Counter[str] = Counter()
+        # Samples read by this rank, and unusable ones among them; an epoch counts each again.
+        self._counts = torch.zeros(2, dtype=torch.int64)
+        # Unusable samples that this rank has met since the process started, by name.
+        self._unusable: dict[str, Unusable] = {}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
         self._ahead: list[Future[Read[R]]] | None = None
 
@@ -104,8 +108,8 @@ class LaneStream(Generic[R, M]):
         reads = [future.result() for future in self._ahead or self._submit()]
         for lane, read in zip(self._own, reads, strict=True):
             self._positions[lane] = read.position
-            self._counts += torch.tensor([read.seen, read.bad.total()])
-            self.reasons.update(read.bad)
+            self._counts += torch.tensor([read.seen, len(read.bad)])
+            self._report(read.bad)
         self._check_bad()
         self._ahead = self._submit()
         size = len(reads) // self._parts
@@ -114,8 +118,8 @@ class LaneStream(Generic[R, M]):
 
     @property
     def bad_samples(self) -> int:
-        """Number of unusable samples met by this rank."""
-        return int(self._counts[1])
+        """Number of different unusable samples that this rank has met since it started."""
+        return len(self._unusable)
 
     def state(self) -> dict[str, Tensor]:
         """Returns positions, int64 (lanes,), and counts, int64 (2,), equal on all ranks.
@@ -142,11 +146,21 @@ class LaneStream(Generic[R, M]):
         read, positions = self._source.read, self._positions
         return [self._pool.submit(read, lane, int(positions[lane])) for lane in self._own]
 
+    def _report(self, samples: Sequence[Unusable]) -> None:
+        """Notes unusable samples and warns of the first ones."""
+        for sample in samples:
+            if sample.name in self._unusable or len(self._unusable) == _MAX_KEPT:
+                continue
+            self._unusable[sample.name] = sample
+            if len(self._unusable) <= _MAX_WARNINGS:
+                text = f"WARNING: {sample.name} is unusable and skipped: {sample.problem}"
+                print(text, file=sys.stderr, flush=True)
+
     def _check_bad(self) -> None:
         seen, bad = (int(count) for count in self._counts)
         if seen >= _MIN_SEEN and bad > self._bad_fraction * seen:
-            common = "; ".join(f"{why} ({n} times)" for why, n in self.reasons.most_common(3))
+            reasons = summary(self._unusable.values())
             raise PerceptionError(
-                f"{bad} of {seen} samples are unusable; data.bad_fraction is "
-                f"{self._bad_fraction}: {common}"
+                f"unusable samples: {self.bad_samples} different, in {bad} of {seen} samples "
+                f"read; data.bad_fraction is {self._bad_fraction}: {reasons}"
             )

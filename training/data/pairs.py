@@ -11,8 +11,9 @@ one.
 Legend: F frames of a row, H W height and width in pixels.
 """
 
-from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from weakref import WeakValueDictionary
@@ -21,13 +22,13 @@ import numpy as np
 from PIL import Image
 
 from perception_rt.config import PeConfig
-from perception_rt.errors import InputError, PerceptionError
+from perception_rt.errors import InputError
 from perception_rt.processing.image import decode_image, resize_image
 from perception_rt.processing.video import load_video
 from training.data.loader import Read
 from training.data.pair_batch import Captions, Pair, Sizes, square
-from training.data.records import SampleError
-from training.data.shards import Format, Index, Jsonl, Raw, Tar, expand
+from training.data.shards import Format, Index, Raw, divide, expand, open_format
+from training.data.unusable import SampleError, Unusable, all_unusable
 from training.data.video_decoder import frame_decoder
 from training.recipe.pairs import PairDataConfig
 
@@ -77,7 +78,7 @@ class PairSource:
         self.sizes = sizes
         self.captions = Captions(model)
         self.shards = expand(config.path)
-        self.format: Format = Jsonl(Path(config.root)) if config.dataset == "jsonl" else Tar()
+        self.format: Format = open_format(config)
         self._samples: dict[int, int] = {}  # shard -> number of samples
         self._visits: dict[int, _Visit] = {}  # lane -> latest visit
         # Weak, so that only shards being read are in memory: all indices together may not fit.
@@ -92,7 +93,7 @@ class PairSource:
             InputError: a shard is damaged, or has fewer samples than lanes that share it.
             PerceptionError: too many consecutive samples are unusable.
         """
-        bad: Counter[str] = Counter()
+        failed: list[Unusable] = []
         start = self._find(lane, position, self._visits.get(lane))
         self._visits[lane] = start
         for attempt in range(_MAX_TRIES):
@@ -100,14 +101,12 @@ class PairSource:
             shard, entry, name = self._entry(lane, position + attempt, visit)
             try:
                 row = self._pair(self.format.load(shard, entry), lane, position, name)
-                return Read(row=row, position=position + 1, bad=bad)
             except SampleError as error:
-                if attempt == 0:  # later ones are counted at their own positions
-                    bad[str(error)] += 1
-                reason = str(error)
-        raise PerceptionError(
-            f"{_MAX_TRIES} samples in a row are unusable; the last is {name}: {reason}"
-        )
+                failed.append(Unusable(name, str(error), error.detail))
+            else:
+                # Later ones are counted at their own positions.
+                return Read(row=row, position=position + 1, bad=tuple(failed[:1]))
+        raise all_unusable(failed)
 
     def _find(self, lane: int, position: int, visit: _Visit | None) -> _Visit:
         """Finds the visit of a lane that holds a position, searching on from `visit`."""
@@ -146,7 +145,10 @@ class PairSource:
         with self._lock:
             index = self._indices.get(shard)
             if index is None:
-                index = self._indices[shard] = self.format.index(self.shards[shard])
+                path = self.shards[shard]
+                whole = self.format.index(path)
+                index, _ = divide(whole, path, self.config.validation_fraction)
+                self._indices[shard] = index
                 self._samples[shard] = len(index)
             order = self._orders.get((epoch, shard))
             if order is None:
@@ -160,24 +162,15 @@ class PairSource:
         assert visit.order is not None
         sharers, own = self._shared(lane)
         number = int(visit.order[own + (position - visit.first) * sharers])
-        path = self.shards[visit.shard]
-        return path, visit.index[number], f"{path.name}#{number}"
+        path, entry = self.shards[visit.shard], visit.index[number]
+        return path, entry, self.format.name(path, entry)
 
     def _pair(self, raw: Raw, lane: int, position: int, name: str) -> Pair:
-        if self.captions.used and not (raw.caption and raw.caption.strip()):
-            raise SampleError("no caption")
-        try:
-            tokens = self.captions(raw.caption or "")
-        except InputError:
-            raise SampleError("caption too long") from None
         number = position * self.config.batch_size + lane
         rng = np.random.default_rng((self.seed, number))
-        frames = self._augmented(rng, _frames(raw, self.config.frames))
-        views = tuple(
-            np.stack([resize_image(frame, square(size)) for frame in frames])  # (F, H, W, 3)
-            for size in self.sizes(position)
-        )
-        return Pair(views=views, tokens=tokens, name=name)
+        augment = partial(self._augmented, rng)
+        sizes = self.sizes(position)
+        return make_pair(raw, self.captions, self.config.frames, sizes, name, augment)
 
     def _augmented(self, rng: np.random.Generator, frames: list[Image.Image]) -> list[Image.Image]:
         """Crops and mirrors all frames alike."""
@@ -187,6 +180,41 @@ class PairSource:
         if self.config.flip and rng.random() < 0.5:
             frames = [frame.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for frame in frames]
         return frames
+
+
+def make_pair(
+    raw: Raw,
+    captions: Captions,
+    frames: int,
+    sizes: Sequence[int],
+    name: str,
+    augment: Callable[[list[Image.Image]], list[Image.Image]] = lambda images: images,
+) -> Pair:
+    """Decodes a sample.
+
+    Args:
+        raw: the sample.
+        captions: tokenizer of the captions.
+        frames: frames to take from a video.
+        sizes: sides in pixels of the row's views.
+        name: sample name for error reports.
+        augment: changes the image or frames before they are resized.
+
+    Raises:
+        SampleError: the sample is unusable.
+    """
+    if captions.used and not (raw.caption and raw.caption.strip()):
+        raise SampleError("no caption")
+    try:
+        tokens = captions(raw.caption or "")
+    except InputError as error:
+        raise SampleError("caption too long", str(error)) from None
+    images = augment(_frames(raw, frames))
+    views = tuple(
+        np.stack([resize_image(image, square(size)) for image in images])  # (F, H, W, 3)
+        for size in sizes
+    )
+    return Pair(views=views, tokens=tokens, name=name)
 
 
 def crop_box(
@@ -216,11 +244,11 @@ def _frames(raw: Raw, number: int) -> list[Image.Image]:
                 Image.fromarray(pixels)
                 for pixels in load_video(raw.video, num_frames=number, decoder=frame_decoder())
             ]
-        except InputError:
-            raise SampleError("unreadable video") from None
+        except InputError as error:
+            raise SampleError("unreadable video", str(error)) from None
     if raw.image is None:
         raise SampleError("no image")
     try:
         return [decode_image(raw.image)]
-    except InputError:
-        raise SampleError("unreadable image") from None
+    except InputError as error:
+        raise SampleError("unreadable image", str(error)) from None

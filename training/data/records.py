@@ -1,22 +1,18 @@
-"""Parses one line of the reference's jsonl schema into conversation turns and tiles.
+"""Parses one line of a jsonl file into conversation turns and tiles; `layouts.py` has the layouts.
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},
                                          {"from": "assistant", "value": "A cat."}]}
 
 | key | meaning |
 |---|---|
-| `conversations` | one or several exchanges |
-| `text` | a caption, in place of `conversations` |
 | `image`, `images` | a path or a list of paths |
 | `video` | a path |
 | `start_time`, `end_time` | clip of the video in seconds |
 | `bbox_map` | boxes x1, y1, x2, y2 in pixels by frame number, drawn into the frames |
 | `bbox`, `width`, `height` | boxes x, y, width, height in pixels, and the image's size |
 
-`<|bboxN|>` in a text stands for box N of `bbox`, counted from 0. Other keys are ignored.
-
-As in the reference, an assistant's turn at the start is dropped, and so is a question at the end
-without an answer. A single image may become many tiles; of several images, each is one tile.
+`<|bboxN|>` in a text stands for box N of `bbox`, counted from 0. Other keys are ignored. A single
+image may become many tiles; of several images, each is one tile.
 
 Rules where the reference fails or is silent:
 
@@ -27,7 +23,6 @@ Rules where the reference fails or is silent:
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,6 +33,9 @@ from perception_rt.processing.boxes import format_box
 from perception_rt.processing.prompt import IMAGE_MARK, VIDEO_MARK, Part, Turn, place_media
 from perception_rt.processing.tiles import TileSpec, load_tiles
 from perception_rt.processing.video import load_frames
+from training.data.layouts import Conversation, read_layout
+from training.data.media import MediaFolders
+from training.data.unusable import SampleError
 from training.data.video_decoder import frame_decoder
 
 Pixels: TypeAlias = NDArray[np.uint8]
@@ -45,77 +43,34 @@ Pixels: TypeAlias = NDArray[np.uint8]
 _BOX = re.compile(r"<\|bbox([0-9]{1,9})\|>")
 
 
-class SampleError(InputError):
-    """A sample is unusable. The message is the same for all samples with this defect.
-
-    Attributes:
-        detail: particulars of this sample; may be empty.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.detail = detail
-
-
-def read_record(record: Any, root: Path, spec: TileSpec) -> tuple[list[Turn], Pixels]:
+def read_record(record: Any, folders: MediaFolders, spec: TileSpec) -> tuple[list[Turn], Pixels]:
     """Parses a record into a conversation whose turns alternate and end with the assistant's.
 
     Args:
         record: the parsed line. An array, uint8 (H, W, 3) or (T, H, W, 3), may replace a path.
-        root: folder that paths are relative to.
+        folders: folders that paths are relative to.
         spec: how images and frames become tiles.
 
     Returns:
-        The turns, and all tiles in the order of their places, uint8 (n, S, S, 3).
+        The turns, after a system turn if the record has one, and all tiles in the order of their
+        places, uint8 (n, S, S, 3).
 
     Raises:
         SampleError: the record is malformed, or its image or video cannot be read.
     """
     if not isinstance(record, Mapping):
         raise SampleError("a line is not an object")
-    texts = _texts(record)
-    items = _load_media(record, root, spec)
-    turns: list[Turn] = []
+    found = read_layout(record)
+    boxes = _boxes(record)
+    texts = [_BOX.sub(lambda box: _box(boxes, int(box[1])), text) for text in found.texts]
+    items = _load_media(found, record, folders, spec)
+    turns = [] if found.system is None else [Turn("system", (found.system,))]
     for question, answer in zip(_place(texts[::2], items), texts[1::2], strict=True):
         if not any(not isinstance(part, str) or part.strip() for part in question):
             raise SampleError("a question is empty")
         turns += [Turn("user", question), Turn("assistant", (answer,))]
     side = spec.tile_size
     return turns, np.concatenate([np.empty((0, side, side, 3), np.uint8), *items])
-
-
-def _texts(record: Mapping[str, Any]) -> list[str]:
-    """Texts of the turns: question, answer, question, ..., answer."""
-    if "conversations" not in record:
-        turns: Any = [
-            {"from": "human", "value": ""},
-            {"from": "assistant", "value": record.get("text")},
-        ]
-    else:
-        turns = record["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise SampleError("conversations are not a list of turns")
-    if turns and turns[0].get("from") == "assistant":
-        turns = turns[1:]
-    if len(turns) % 2:
-        turns = turns[:-1]
-    if not turns:
-        raise SampleError("no question has an answer")
-    boxes = _boxes(record)
-    texts = []
-    for index, turn in enumerate(turns):
-        role = "assistant" if index % 2 else "human"
-        if turn.get("from") != role:
-            raise SampleError("human and assistant do not alternate", f"turn {index}")
-        value = turn.get("value")
-        if type(value) in (int, float) and role == "assistant":
-            value = str(value)
-        if not isinstance(value, str):
-            raise SampleError("a turn is not text", f"turn {index}")
-        if role == "assistant" and not value.strip():
-            raise SampleError("an answer is empty", f"turn {index}")
-        texts.append(_BOX.sub(lambda found: _box(boxes, int(found[1])), value))
-    return texts
 
 
 def _boxes(record: Mapping[str, Any]) -> list[str]:
@@ -160,31 +115,28 @@ def _place(questions: Sequence[str], items: Sequence[Pixels]) -> list[tuple[Part
         raise SampleError("numbers of marks and images differ", str(error)) from None
 
 
-def _load_media(record: Mapping[str, Any], root: Path, spec: TileSpec) -> list[Pixels]:
+def _load_media(
+    found: Conversation, record: Mapping[str, Any], folders: MediaFolders, spec: TileSpec
+) -> list[Pixels]:
     """Tiles of each image or video."""
-    images = record.get("image", record.get("images"))
-    video = record.get("video")
-    if images is not None and video is not None:
-        raise SampleError("a record has both an image and a video")
-    if images is not None:
-        several = images if isinstance(images, list) else [images]
-        if not several:
-            raise SampleError("the list of images is empty")
-        most = spec.max_tiles if len(several) == 1 else 0
-        return [_load_image(image, root, spec, most) for image in several]
-    return [] if video is None else [_load_video(video, record, root, spec)]
+    if found.video is not None:
+        return [_load_video(found.video, record, folders, spec)]
+    most = spec.max_tiles if len(found.images) == 1 else 0
+    return [_load_image(image, folders, spec, most) for image in found.images]
 
 
-def _load_image(image: Any, root: Path, spec: TileSpec, max_tiles: int) -> Pixels:
-    source = _source(image, root, "an image")
+def _load_image(image: Any, folders: MediaFolders, spec: TileSpec, max_tiles: int) -> Pixels:
+    source = folders.find(image, "an image")
     try:
         return load_tiles(source, spec, max_tiles=max_tiles)
     except InputError as error:
-        raise SampleError("an image is unusable", _without_root(error, source, image)) from None
+        raise SampleError("an image is unusable", str(error)) from None
 
 
-def _load_video(video: Any, record: Mapping[str, Any], root: Path, spec: TileSpec) -> Pixels:
-    source = _source(video, root, "a video")
+def _load_video(
+    video: Any, record: Mapping[str, Any], folders: MediaFolders, spec: TileSpec
+) -> Pixels:
+    source = folders.find(video, "a video")
     start, end = record.get("start_time"), record.get("end_time")
     try:
         boxes = _frame_boxes(record.get("bbox_map"))
@@ -192,7 +144,7 @@ def _load_video(video: Any, record: Mapping[str, Any], root: Path, spec: TileSpe
             source, spec, start_s=start, end_s=end, boxes=boxes, decoder=frame_decoder()
         )
     except InputError as error:
-        raise SampleError("a video is unusable", _without_root(error, source, video)) from None
+        raise SampleError("a video is unusable", str(error)) from None
 
 
 def _frame_boxes(boxes: Any) -> dict[int, Any]:
@@ -204,23 +156,3 @@ def _frame_boxes(boxes: Any) -> dict[int, Any]:
     ):
         raise InputError("bbox_map must be an object whose keys are frame numbers")
     return {int(frame): box for frame, box in boxes.items() if box is not None}
-
-
-def _source(item: Any, root: Path, kind: str) -> Any:
-    if isinstance(item, np.ndarray):
-        return item
-    if not isinstance(item, str):
-        raise SampleError(f"the path of {kind} is not text")
-    path = root / item
-    try:
-        found = path.is_file()
-    except ValueError:  # the path contains a zero byte
-        found = False
-    if not found:
-        raise SampleError(f"{kind} is missing", f"{item!r:.80}")
-    return path
-
-
-def _without_root(error: InputError, source: Any, item: Any) -> str:
-    """Replaces a file's full path in a message by the record's own."""
-    return str(error).replace(f"{str(source)!r:.200}", f"{item!r:.80}")

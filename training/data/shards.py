@@ -1,15 +1,18 @@
 """Reads image-caption and video-caption samples from jsonl files and webdataset tar shards.
 
-A jsonl line is `{"image": path, "caption": text}`; `video` may replace `image`, and `text` may
-replace `caption`. In a tar shard, the members of a sample share their name up to its first dot:
-`.jpg`, `.jpeg`, `.png` or `.webp` for the image, `.txt` or a `.json` with `caption` for the text.
-Shards must be uncompressed; samples are read from them in place.
+A jsonl line is `{"image": path, "caption": text}`; `video` may replace `image`, `text` may replace
+`caption`, and `layouts.py` has other names of `image`.
+
+In a tar shard, the members of a sample share their name up to its first dot: `.jpg`, `.jpeg`,
+`.png` or `.webp` for the image, `.txt` or a `.json` with `caption` for the text. Shards must be
+uncompressed; samples are read from them in place.
 """
 
 import glob
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,11 @@ from numpy.typing import NDArray
 
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS
-from training.data.records import SampleError
+from training.data.jsonl import refuse_array
+from training.data.layouts import IMAGE_KEYS, first_of
+from training.data.media import MediaFolders
+from training.data.unusable import SampleError
+from training.recipe.pairs import PairDataConfig
 
 Index = NDArray[np.int64]
 
@@ -47,47 +54,61 @@ class Format(Protocol):
     def load(self, shard: Path, entry: Index) -> Raw:
         """Reads the sample of one index row; SampleError if it is unusable."""
 
+    def name(self, shard: Path, entry: Index) -> str:
+        """Returns the place of an index row for reports."""
+
 
 class Jsonl:
-    """Reads jsonl files. Index columns: offset and size in bytes of each line that is not blank.
+    """Reads jsonl files.
+
+    Index columns: offset and size in bytes, and number from 1, of each line that is not blank.
 
     Args:
-        root: folder that image and video paths are relative to.
+        root: folder that image and video paths are relative to; empty for the jsonl file's.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: str) -> None:
         self._root = root
 
     def index(self, shard: Path) -> Index:
         """See `Format.index`."""
-        rows, offset = [], 0
+        rows: list[tuple[int, int, int]] = []
+        offset = 0
         try:
             with shard.open("rb") as file:
-                for line in file:
+                for number, line in enumerate(file, 1):
                     if line.strip():
-                        rows.append((offset, len(line)))
+                        if not rows:
+                            refuse_array(line, shard)
+                        rows.append((offset, len(line), number))
                     offset += len(line)
         except OSError as error:
             raise _unreadable(shard, error) from None
-        return np.array(rows, dtype=np.int64).reshape(-1, 2)
+        return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
     def load(self, shard: Path, entry: Index) -> Raw:
         """See `Format.load`."""
-        fields = _json_object(_read_bytes(shard, *entry))
-        image, video = (fields.get(key) for key in ("image", "video"))
-        path = image if video is None else video
-        if not isinstance(path, str) or not path:
+        fields = _json_object(_read_bytes(shard, *entry[:2]))
+        image, video = first_of(fields, IMAGE_KEYS), fields.get("video")
+        if image is None and video is None:
             raise SampleError("no image or video")
-        caption = _caption(fields)
-        found = self._root / path
-        return Raw(caption=caption, **({"image": found} if video is None else {"video": found}))
+        folders, caption = MediaFolders.of(self._root, shard), _caption(fields)
+        if video is not None:
+            return Raw(caption=caption, video=folders.find(video, "a video"))
+        if isinstance(image, list) and len(image) == 1:
+            (image,) = image
+        return Raw(caption=caption, image=folders.find(image, "an image"))
+
+    def name(self, shard: Path, entry: Index) -> str:
+        """See `Format.name`."""
+        return f"{shard.name} line {entry[-1]}"
 
 
 class Tar:
     """Reads tar shards.
 
-    Index columns: offset and size in bytes of the image, offset and size of the text, and 1 if the
-    text is JSON. A missing image or text has offset -1.
+    Index columns: offset and size in bytes of the image, offset and size of the text, 1 if the text
+    is JSON, and the sample's number from 0. A missing image or text has offset -1.
     """
 
     def index(self, shard: Path) -> Index:
@@ -101,11 +122,12 @@ class Tar:
             raise _unreadable(shard, error) from None
         except tarfile.TarError:
             raise InputError(f"{shard.name} is damaged, or not an uncompressed tar file") from None
-        return np.array(list(samples.values()), dtype=np.int64).reshape(-1, 5)
+        rows = [[*sample, number] for number, sample in enumerate(samples.values())]
+        return np.array(rows, dtype=np.int64).reshape(-1, 6)
 
     def load(self, shard: Path, entry: Index) -> Raw:
         """See `Format.load`."""
-        image, image_size, text, text_size, is_json = (int(value) for value in entry)
+        image, image_size, text, text_size, is_json = (int(value) for value in entry[:-1])
         if image_size > DEFAULT_LIMITS.image_bytes or text_size > DEFAULT_LIMITS.text_bytes:
             raise SampleError("too many bytes")
         caption = None
@@ -115,6 +137,28 @@ class Tar:
         if image < 0:
             raise SampleError("no image")
         return Raw(image=_read_bytes(shard, image, image_size), caption=caption)
+
+    def name(self, shard: Path, entry: Index) -> str:
+        """See `Format.name`."""
+        return f"{shard.name}#{entry[-1]}"
+
+
+def open_format(config: PairDataConfig) -> Format:
+    """Returns the reader of a recipe's files."""
+    return Jsonl(config.root) if config.dataset == "jsonl" else Tar()
+
+
+def divide(index: Index, shard: Path, fraction: float) -> tuple[Index, Index]:
+    """Divides a shard's index into rows for training and rows kept for validation.
+
+    The division depends on the shard's name and number of samples and on the fraction, not on the
+    run's seed, so that runs with other seeds keep the same samples. At least one sample is kept,
+    and at least one is trained on.
+    """
+    count = len(index)
+    kept = min(count - 1, max(1, round(count * fraction))) if fraction and count else 0
+    order = np.random.default_rng(zlib.crc32(shard.name.encode())).permutation(count)
+    return index[np.sort(order[kept:])], index[np.sort(order[:kept])]
 
 
 def _add_member(samples: dict[str, list[int]], member: tarfile.TarInfo) -> None:
@@ -133,7 +177,7 @@ def _add_member(samples: dict[str, list[int]], member: tarfile.TarInfo) -> None:
 
 
 def _caption(fields: dict[str, Any]) -> str | None:
-    value = fields.get("caption", fields.get("text"))
+    value = first_of(fields, ("caption", "text"))
     return value if isinstance(value, str) else None
 
 
@@ -160,18 +204,22 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path.name} cannot be read: {error.strerror}")
 
 
-def expand(pattern: str) -> tuple[Path, ...]:
+def expand(pattern: str, setting: str = "data.path") -> tuple[Path, ...]:
     """Expands a pattern to files: `{000..007}` and `{a,b}` first, then `*`, `?` and `[...]`.
+
+    Args:
+        pattern: the pattern.
+        setting: name of its setting, for messages.
 
     Raises:
         InputError: no file matches, or a name without wildcards is not a file.
     """
     names = [name for expanded in _expand_braces(pattern) for name in _matches(expanded)]
     if not names:
-        raise InputError(f"data.path {pattern!r:.200} matches no file")
+        raise InputError(f"{setting} {pattern!r:.200} matches no file")
     for name in names:
         if not Path(name).is_file():
-            raise InputError(f"data.path: {name!r:.200} is not a file")
+            raise InputError(f"{setting}: {name!r:.200} is not a file")
     return tuple(Path(name) for name in names)
 
 

@@ -1,7 +1,6 @@
 """A dataset of questions about synthetic scenes, named `scenes:SET` in a recipe."""
 
-from pathlib import Path
-
+from training.data.media import MediaFolders
 from training.demo.questions import Record, record
 
 SCENES_PREFIX = "scenes:"
@@ -20,7 +19,7 @@ class SceneDataset:
         InputError: the set is unknown.
     """
 
-    root = Path()
+    folders = MediaFolders(())  # its images are arrays
 
     def __init__(self, name: str, scenes: str, seed: int, *, validation: bool) -> None:
         self.name = name

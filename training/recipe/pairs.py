@@ -16,7 +16,7 @@ class PairDataConfig:
             read files (`training/data/shards.py`).
         path: files to read, as a path or a pattern such as `shards-{000..007}.tar` or
             `part-*.jsonl`.
-        root: folder that paths in jsonl files are relative to.
+        root: folder that paths in jsonl files are relative to; empty for each file's own.
         batch_size: samples per step over all ranks; each rank takes an equal share.
         frames: frames per video, evenly spaced.
         crop_min: least share of an image's area that a random crop keeps; 1 disables cropping.
@@ -24,6 +24,8 @@ class PairDataConfig:
         bad_fraction: share of samples that may be unusable before the run stops, from 0 to 1.
         plain_fraction: share of `digits` drawn as dark ink on a white page, from 0 to 1.
         validation: digits at the end of the training split that are kept for evaluation.
+        validation_path: files to evaluate on, named like `path`.
+        validation_fraction: share of the pairs in `path` that are kept for evaluation, below 1.
     """
 
     dataset: Literal["digits", "jsonl", "webdataset"] = "digits"
@@ -36,6 +38,8 @@ class PairDataConfig:
     bad_fraction: float = 0.01
     plain_fraction: float = 0.2
     validation: int = 200
+    validation_path: str = ""
+    validation_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 2, f"data.batch_size must be at least 2, not {self.batch_size}")
@@ -54,6 +58,26 @@ class PairDataConfig:
             0 <= self.validation <= 1000,
             f"data.validation must be from 0 to 1000, not {self.validation}",
         )
+        require(
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction must be from 0 to below 1, not {self.validation_fraction}",
+        )
+        require(
+            not (self.validation_path and self.validation_fraction),
+            "data.validation_path and data.validation_fraction exclude each other; remove one",
+        )
+        require(
+            self.dataset != "digits" or not (self.validation_path or self.validation_fraction),
+            "data.validation_path and data.validation_fraction are for jsonl and webdataset; "
+            "data.dataset digits has data.validation",
+        )
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether samples are kept for evaluation."""
+        if self.dataset == "digits":
+            return self.validation > 0
+        return self.validation_path != "" or self.validation_fraction > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
