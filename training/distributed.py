@@ -5,16 +5,17 @@ sharding and checkpoints use the same code everywhere.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from perception_rt.errors import InputError
 from training.recipe.schema import ParallelConfig
@@ -47,13 +48,72 @@ class Group:
     is_main: bool = True
 
 
-@contextmanager
-def process_group(device: str = "auto", tensor: int = 1) -> Iterator[Group]:
-    """Joins the group that torchrun set up, or makes a group of one process.
+def is_first_process() -> bool:
+    """Whether this process is the only one or torchrun's rank 0."""
+    return int(os.environ.get("RANK", "0")) == 0
 
-    Args:
-        device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
-        tensor: number of processes that share each layer.
+
+class Launch:
+    """The processes that torchrun started, before they form a group.
+
+    They share a key-value store, through which they agree whether to form the group.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.processes = int(os.environ.get("WORLD_SIZE", "1"))
+        # None for a single process.
+        self.store: Store | None = None
+        if self.processes > 1:
+            self.store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+
+    def all_ready(self, report: Callable[[], object] | None) -> bool:
+        """Returns whether every process is ready; otherwise one that is not calls its `report`.
+
+        All processes must call it. Returns after the report, so that a launcher which stops all
+        processes when one ends does not cut it off.
+
+        Args:
+            report: prints why this process is not ready; None if it is.
+        """
+        if self.store is None:
+            if report is not None:
+                report()
+            return report is None
+        first = report is not None and self._claims("reporter")
+        self._meet("checked")
+        if not self.store.check(["reporter"]):
+            return True
+        if first and report is not None:
+            report()
+        self._meet("reported")
+        self._leave()
+        return False
+
+    def _claims(self, name: str) -> bool:
+        """Whether this is the first process to claim a name."""
+        assert self.store is not None
+        own = str(self.rank)
+        return self.store.compare_set(name, "", own).decode() == own
+
+    def _meet(self, name: str) -> None:
+        """Waits until all processes are here."""
+        assert self.store is not None
+        if self.store.add(name, 1) == self.processes:
+            self.store.set(f"all {name}", "1")
+        self.store.wait([f"all {name}"], _TIMEOUT)
+
+    def _leave(self) -> None:
+        """Waits in rank 0, which may hold the store, until all others need it no more."""
+        assert self.store is not None
+        if self.rank == 0:
+            self.store.wait(["all left"], _TIMEOUT)
+        elif self.store.add("left", 1) == self.processes - 1:
+            self.store.set("all left", "1")
+
+
+def expected_group(device: str = "auto", tensor: int = 1) -> Group:
+    """Returns this process's place in the group that `process_group` forms.
 
     Raises:
         InputError: there is no GPU, or `tensor` does not divide the number of processes.
@@ -61,28 +121,55 @@ def process_group(device: str = "auto", tensor: int = 1) -> Iterator[Group]:
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise InputError("run.device is cuda, but torch finds no GPU; use run.device=cpu")
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else None
-    if here is not None:
-        torch.cuda.set_device(here)
+    rank, processes = (int(os.environ.get(k, v)) for k, v in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if processes % tensor:
+        raise InputError(f"parallel.tensor {tensor} does not divide the {processes} processes")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return Group(
+        rank=rank // tensor,
+        ranks=processes // tensor,
+        tensor_rank=rank % tensor,
+        processes=processes,
+        device=torch.device("cuda", local) if cuda else torch.device("cpu"),
+        fair_threads=max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+        is_main=rank == 0,
+    )
+
+
+@contextmanager
+def process_group(
+    device: str = "auto", tensor: int = 1, store: Store | None = None
+) -> Iterator[Group]:
+    """Joins the group that torchrun set up, or makes a group of one process.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+        tensor: number of processes that share each layer.
+        store: the processes' `Launch.store`; None to connect to it here.
+
+    Raises:
+        InputError: there is no GPU, or `tensor` does not divide the number of processes.
+    """
+    group = expected_group(device, tensor)
+    cuda = group.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(group.device)
     backend = "nccl" if cuda else "gloo"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if group.processes == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    elif store is None:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    try:
-        rank, processes = dist.get_rank(), dist.get_world_size()
-        if processes % tensor:
-            raise InputError(f"parallel.tensor {tensor} does not divide the {processes} processes")
-        yield Group(
-            rank=rank // tensor,
-            ranks=processes // tensor,
-            tensor_rank=rank % tensor,
-            processes=processes,
-            device=here or torch.device("cpu"),
-            fair_threads=max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-            control=dist.new_group(backend="gloo", timeout=_TIMEOUT) if cuda else None,
-            is_main=rank == 0,
+        dist.init_process_group(
+            backend,
+            timeout=_TIMEOUT,
+            store=PrefixStore("group", store),
+            rank=group.rank * tensor + group.tensor_rank,
+            world_size=group.processes,
         )
+    try:
+        control = dist.new_group(backend="gloo", timeout=_TIMEOUT) if cuda else None
+        yield replace(group, control=control)
     finally:
         dist.destroy_process_group()
 
@@ -103,15 +190,21 @@ def build_mesh(config: ParallelConfig, group: Group) -> DeviceMesh:
     Raises:
         InputError: the number of processes does not fit the recipe.
     """
+    shard = shard_size(config, group)
+    sizes = {"replicate": group.ranks // shard, "shard": shard, "tensor": config.tensor}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(group.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def shard_size(config: ParallelConfig, group: Group) -> int:
+    """Returns the number of ranks that share the weights; InputError if it does not fit."""
     shard = {"replicate": 1, "shard": group.ranks, "hybrid": config.shard_ranks}[config.mode]
     if group.ranks % shard:
         raise InputError(
             f"parallel.shard_ranks {shard} does not divide the {group.ranks} ranks that data is "
             "spread over"
         )
-    sizes = {"replicate": group.ranks // shard, "shard": shard, "tensor": config.tensor}
-    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    return init_device_mesh(group.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return shard
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:

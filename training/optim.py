@@ -23,12 +23,8 @@ def build_optimizer(
     Raises:
         InputError: a prefix in `lr_scales` matches no trained parameter.
     """
-    trained = [(name, p) for name, p in parameters if p.requires_grad]
-    for prefix in config.lr_scales:
-        if not any(name.startswith(prefix) for name, _ in trained):
-            raise InputError(f"optim.lr_scales: no trained parameter's name starts with {prefix!r}")
     groups: dict[tuple[float, float, Any], list[nn.Parameter]] = {}
-    for name, parameter in trained:
+    for name, parameter in trained_parameters(parameters, config):
         decay = config.weight_decay if decays(parameter) else 0.0
         # A fused update needs parameters on one device mesh.
         mesh = getattr(parameter, "device_mesh", None)
@@ -43,6 +39,21 @@ def build_optimizer(
         eps=config.eps,
         fused=True,
     )
+
+
+def trained_parameters(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> list[tuple[str, nn.Parameter]]:
+    """Returns the parameters that are not frozen.
+
+    Raises:
+        InputError: a prefix in `lr_scales` matches none of them.
+    """
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    for prefix in config.lr_scales:
+        if not any(name.startswith(prefix) for name, _ in trained):
+            raise InputError(f"optim.lr_scales: no trained parameter's name starts with {prefix!r}")
+    return trained
 
 
 def lr_scale(name: str, scales: Mapping[str, float]) -> float:

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import (
 from perception_rt.errors import InputError
 from perception_rt.models.decoder import Decoder, DecoderLayer
 from perception_rt.models.layers import Block
-from training.distributed import Group, average_gradients, build_mesh
+from training.distributed import Group, average_gradients, build_mesh, shard_size
 from training.recipe.schema import ParallelConfig, TrainConfig
 from training.tasks.task import Learner
 
@@ -74,9 +74,14 @@ def prepare(learner: Learner, config: ParallelConfig, group: Group) -> None:
     learner.to_empty(device=group.device)
 
 
-def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Gives each rank some heads and some hidden channels of every decoder layer."""
-    ranks = mesh.size()
+def require_fit(model: nn.Module, config: ParallelConfig, group: Group) -> None:
+    """Raises an InputError if the number of ranks, or of the model's heads, does not fit."""
+    shard_size(config, group)
+    if config.tensor > 1:
+        _require_divisible(model, config.tensor)
+
+
+def _require_divisible(model: nn.Module, ranks: int) -> None:
     assert isinstance(model, Decoder)  # other recipes require parallel.tensor 1
     config = model.decoder_config
     for name in ("kv_heads", "ffn_dim"):
@@ -85,6 +90,13 @@ def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
                 f"parallel.tensor {ranks} does not divide the decoder's {name} "
                 f"{getattr(config, name)}"
             )
+
+
+def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Gives each rank some heads and some hidden channels of every decoder layer."""
+    ranks = mesh.size()
+    _require_divisible(model, ranks)
+    assert isinstance(model, Decoder)
     whole = PrepareModuleInput(
         input_layouts=(Replicate(), None, None), desired_input_layouts=(Replicate(), None, None)
     )

@@ -22,10 +22,15 @@ from torch import nn
 from perception_rt.errors import PerceptionError
 from training import parallel
 from training.atomic_files import METRICS_FILE, RECIPE_FILE, write_text
-from training.checkpoint.store import Checkpoints, full_weights
-from training.distributed import Group, total
+from training.checkpoint.store import Checkpoints, full_weights, require_new
+from training.distributed import Group, expected_group, total
 from training.metrics import Meter, MetricsLog
-from training.optim import build_optimizer, learning_rate, set_learning_rate
+from training.optim import (
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+    trained_parameters,
+)
 from training.recipe.schema import TrainConfig
 from training.signals import StopRequest, stop_requests
 from training.tasks.task import MicroBatch, Task
@@ -38,6 +43,28 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+
+
+def check(config: TrainConfig, task: Task) -> None:
+    """Finds the mistakes of a recipe that its run would meet after the process group has started.
+
+    Raises:
+        InputError: `run.out_dir` is in use, a file is missing, or ranks or model do not fit.
+    """
+    require_new(config.run)
+    group = expected_group(config.run.device, config.parallel.tensor)
+    task.check(group)
+    with torch.device("meta"):
+        model = task.learner().model
+    freeze(model, task)
+    trained_parameters(model.named_parameters(), config.optim)
+    parallel.require_fit(model, config.parallel, group)
+
+
+def freeze(model: nn.Module, task: Task) -> None:
+    """Excludes parameters from training that the task does not train."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(task.trainable(name))
 
 
 class Trainer:
@@ -58,8 +85,7 @@ class Trainer:
         self.stream = task.stream(group)
         with torch.device("meta"):
             self.learner = task.learner()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(task.trainable(name))
+        freeze(self.model, task)
         parallel.prepare(self.learner, config.parallel, group)
         parallel.fill(self.model, task.initial)
         self.learner.train()
@@ -81,6 +107,8 @@ class Trainer:
             PerceptionError: a step failed, or a checkpoint could not be saved.
         """
         log = self._open_log()
+        if self.done == self.config.schedule.steps and self.group.is_main:
+            print(f"all {self.done} steps are done; raise schedule.steps to train on", flush=True)
         with stop_requests() as request:
             try:
                 self._train(log, request)

@@ -42,12 +42,13 @@ from training.checkpoint.files import (
 )
 from training.data.loader import LaneStream
 from training.distributed import Group
-from training.recipe.schema import TrainConfig
+from training.recipe.schema import RunConfig, TrainConfig
 from training.recipe.tree import leaves
 from training.tasks.task import Learner
 
 # Prefixes of settings that change nothing but rounding.
 _FREE = ("run.", "parallel.", "optim.accumulation", "optim.stop_above")
+_STEPS = "schedule.steps"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHOWN = 3  # most names in a message
 
@@ -130,10 +131,7 @@ class Checkpoints:
         names = self._names()
         if not self._config.run.resume:
             if names:
-                raise InputError(
-                    f"run.out_dir {self._config.run.out_dir} holds a run; "
-                    "continue it with --set run.resume=true, or choose another"
-                )
+                raise _used(self._config.run.out_dir)
             return 0
         if not names and (self._folder / LAST).exists():
             raise CheckpointError(
@@ -237,9 +235,15 @@ class Checkpoints:
         self._step = read_manifest(folder).step
 
     def _require_same_settings(self, folder: Path) -> None:
-        """CheckpointError unless the saved recipe computes the same as this one."""
+        """CheckpointError unless the saved recipe computes the same, apart from more steps."""
         saved, wanted = _decisive(read_recipe_of(folder)), _decisive(self._config)
         for key in [*wanted, *saved]:
+            if key == _STEPS and int(wanted[key]) > int(saved[key]):
+                self._tell(
+                    f"schedule.steps rises from {saved[key]} to {wanted[key]}; from here on, the "
+                    "learning rate follows the new schedule"
+                )
+                continue
             if saved.get(key) != wanted.get(key):
                 raise CheckpointError(
                     f"checkpoint {folder.name} was saved with {key} = {saved.get(key)}, "
@@ -249,6 +253,19 @@ class Checkpoints:
     def _tell(self, text: str) -> None:
         if self._main:
             print(text, file=sys.stderr, flush=True)
+
+
+def require_new(config: RunConfig) -> None:
+    """Raises an InputError if `out_dir` holds a run that is not to be resumed."""
+    if not config.resume and names_of(Path(config.out_dir) / FOLDER):
+        raise _used(config.out_dir)
+
+
+def _used(out_dir: str) -> InputError:
+    return InputError(
+        f"run.out_dir {out_dir} holds a run; "
+        "continue it with --set run.resume=true, or choose another"
+    )
 
 
 def full_weights(learner: Learner, *, keep: bool) -> dict[str, Tensor]:

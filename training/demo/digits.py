@@ -7,6 +7,7 @@ who are not in the training split. Rendering is a pure function of its arguments
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -50,9 +51,14 @@ def held_out() -> Digits:
 
 
 def _load(rows: slice) -> Digits:
+    return _all_digits().part(rows)
+
+
+@cache
+def _all_digits() -> Digits:
     data = load_digits()
-    ink = (data.images[rows] / 16.0).astype(np.float32)
-    return Digits(ink=ink, labels=data.target[rows].astype(np.int64))
+    ink = (data.images / 16.0).astype(np.float32)
+    return Digits(ink=ink, labels=data.target.astype(np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

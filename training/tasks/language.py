@@ -178,6 +178,12 @@ class LanguageTask(Task):
             bad_fraction=config.data.bad_fraction,
         )
 
+    def check(self, group: Group) -> None:
+        """See `Task.check`."""
+        super().check(group)
+        if self.config.run.eval_every:
+            self.source(validation=True)
+
     def evaluate(self, learner: Learner) -> dict[str, float]:
         """Returns the mean loss of assistant tokens in the validation samples."""
         assert isinstance(learner, LanguageLearner)

@@ -60,6 +60,14 @@ class Task(ABC):
     def stream(self, group: Group) -> LaneStream[Any, Any]:
         """Opens this rank's data from the beginning."""
 
+    def check(self, group: Group) -> None:
+        """Opens all data once, so that a missing file is found before a run starts.
+
+        Raises:
+            InputError: a file is missing, or does not fit the recipe.
+        """
+        self.stream(group).close()
+
     @abstractmethod
     def evaluate(self, learner: Learner) -> dict[str, float]:
         """Returns evaluation figures by name. All ranks call it."""
