@@ -5,16 +5,19 @@ with updates is the plain model's checkpoint plus extra tensors.
 """
 
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception_rt.errors import InputError
-from perception_rt.models.layers import Rope, SelfAttention
+from perception_rt.models.layers import PackedAttention, Rope, SelfAttention
+from perception_rt.models.vision import CrossAttention
 from training.recipe.schema import LoraConfig
 
 _A, _B = "lora_a", "lora_b"
-_PACKED = "in_proj"  # target name of a `SelfAttention`'s packed input projection
+_PACKED = "in_proj"  # target name of an attention's packed input projection
 
 
 class LoraLinear(nn.Linear):
@@ -43,24 +46,48 @@ class LoraLinear(nn.Linear):
 class LoraSelfAttention(SelfAttention):
     """An attention whose packed input projection is frozen and has an update like `LoraLinear`."""
 
-    lora_a: Tensor
-    lora_b: Tensor
-
     def __init__(self, attention: SelfAttention, rank: int, scale: float) -> None:
         nn.Module.__init__(self)
-        self.heads, self.attention = attention.heads, attention.attention
-        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
-        self.out_proj = attention.out_proj
-        self.scale = scale
-        _add_update(self, attention.in_proj_weight, rank)
+        _adopt(self, attention, rank, scale)
 
     def forward(self, x: Tensor, *, rope: Rope | None = None, causal: bool = False) -> Tensor:
         """Maps (N, T, C) to (N, T, C)."""
-        update = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        # (N, T, 3 * C)
-        packed = F.linear(x, self.in_proj_weight, self.in_proj_bias) + self.scale * update
-        q, k, v = packed.chunk(3, dim=-1)  # (N, T, C) each
+        # (N, T, 3 * C) -> three of (N, T, C)
+        q, k, v = _project(self, x, slice(None)).chunk(3, dim=-1)
         return self.out_proj(self.attention(q, k, v, heads=self.heads, rope=rope, causal=causal))
+
+
+class LoraCrossAttention(CrossAttention):
+    """A pooling attention whose packed input projection has an update like `LoraLinear`."""
+
+    def __init__(self, attention: CrossAttention, rank: int, scale: float) -> None:
+        nn.Module.__init__(self)
+        _adopt(self, attention, rank, scale)
+
+    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """Queries (1, Q, C) over tokens (N, T, C) -> (N, Q, C)."""
+        width = query.shape[-1]
+        # (1, Q, C) -> (N, Q, C)
+        q = _project(self, query, slice(width)).expand(tokens.shape[0], -1, -1)
+        # (N, T, 2 * C) -> two of (N, T, C)
+        k, v = _project(self, tokens, slice(width, None)).chunk(2, dim=-1)
+        return self.out_proj(self.attention(q, k, v, heads=self.heads))
+
+
+def _adopt(module: Any, attention: PackedAttention, rank: int, scale: float) -> None:
+    """Moves an attention's parameters into its counterpart with an update."""
+    module.heads, module.attention = attention.heads, attention.attention
+    module.in_proj_weight, module.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+    module.out_proj = attention.out_proj
+    module.scale = scale
+    _add_update(module, attention.in_proj_weight, rank)
+
+
+def _project(module: Any, x: Tensor, rows: slice) -> Tensor:
+    """Some rows of the packed projection with their update: (N, T, C) -> (N, T, rows)."""
+    update: Tensor = F.linear(F.linear(x, module.lora_a), module.lora_b[rows])
+    frozen = F.linear(x, module.in_proj_weight[rows], module.in_proj_bias[rows])
+    return frozen + module.scale * update
 
 
 def _add_update(module: nn.Module, weight: Tensor, rank: int) -> None:
@@ -78,13 +105,15 @@ def add_updates(model: nn.Module, config: LoraConfig) -> None:
     scale = config.alpha / config.rank
     used: set[str] = set()
     for name, module in list(model.named_modules()):
-        layer = f"{name}.{_PACKED}" if isinstance(module, SelfAttention) else name
-        fitting = {target for target in config.targets if f".{layer}".endswith(f".{target}")}
+        layer = f"{name}.{_PACKED}" if isinstance(module, PackedAttention) else name
+        fitting = {target for target in config.targets if fnmatchcase(f".{layer}", f"*.{target}")}
         if not fitting:
             continue
         updated: nn.Module
         if isinstance(module, SelfAttention):
             updated = LoraSelfAttention(module, config.rank, scale)
+        elif isinstance(module, CrossAttention):
+            updated = LoraCrossAttention(module, config.rank, scale)
         elif isinstance(module, nn.Linear):
             updated = LoraLinear(module, config.rank, scale)
         else:

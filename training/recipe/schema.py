@@ -206,8 +206,8 @@ class LoraConfig:
     Attributes:
         rank: rank of the updates.
         alpha: updates are scaled by alpha / rank.
-        targets: suffixes of layer names, such as `wq` or `projector.0`, and for the vision tower
-            `in_proj`, `out_proj`, `c_fc` or `c_proj`.
+        targets: ends of layer names, such as `wq` or `projector.0`, and in the vision tower
+            `in_proj`, `out_proj`, `c_fc` or `c_proj`; `*` stands for any characters.
     """
 
     rank: int = 8
@@ -221,13 +221,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderLoraConfig(LoraConfig):
+    """Low-rank updates of a Perception Encoder, by default of every matrix in both towers."""
+
+    targets: tuple[str, ...] = ("in_proj", "out_proj", "c_fc", "c_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig:
     """One dataset of conversations.
 
     Attributes:
         annotation: a jsonl file, a directory with `*.jsonl`, or `scenes:SET` for questions about
             synthetic scenes (`training/demo/questions.py`).
-        root: folder that image and video paths are relative to.
+        root: folder that image and video paths are relative to; empty for the jsonl file's.
     """
 
     annotation: str
@@ -311,6 +318,7 @@ class ContrastiveConfig(TrainConfig):
         loss: `softmax` over the batch (CLIP), or `sigmoid` of each pair by itself (SigLIP).
         resolutions: image sizes by step, ascending; empty for `model.vision.image_size` throughout.
         init: initial weights.
+        lora: train low-rank updates instead.
     """
 
     task: Literal["contrastive"] = "contrastive"
@@ -319,6 +327,7 @@ class ContrastiveConfig(TrainConfig):
     loss: Literal["softmax", "sigmoid"] = "softmax"
     resolutions: tuple[ResolutionConfig, ...] = ()
     init: InitConfig = InitConfig()
+    lora: EncoderLoraConfig | None = None
 
     def __post_init__(self) -> None:
         require(self.model.text is not None, "contrastive training needs model.text")
@@ -336,9 +345,9 @@ class ContrastiveConfig(TrainConfig):
                 f"resolutions: size {entry.size} is not a multiple of the patch size {patch}",
             )
         require(
-            self.run.eval_every == 0
-            or (self.data.dataset == "digits" and self.data.validation > 0),
-            "run.eval_every needs data.dataset digits and a validation split (data.validation)",
+            self.run.eval_every == 0 or self.data.has_validation,
+            "run.eval_every needs a validation split: data.validation of data.dataset digits, else "
+            "data.validation_path or data.validation_fraction",
         )
         require(
             self.optim.accumulation == 1,
@@ -378,6 +387,11 @@ class DistillationConfig(TrainConfig):
         require(self.parallel.tensor == 1, "parallel.tensor is for language models; it must be 1")
         require(
             self.run.eval_every == 0, "run.eval_every must be 0: distillation evaluates nothing"
+        )
+        require(
+            not (self.data.validation_path or self.data.validation_fraction),
+            "distillation evaluates nothing; remove data.validation_path and "
+            "data.validation_fraction",
         )
         student, teacher = self.model.vision, self.teacher.model.vision
         if self.loss.embedding:

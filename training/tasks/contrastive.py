@@ -16,14 +16,17 @@ from perception_rt.config import PeConfig
 from perception_rt.models.pe import PerceptionEncoder
 from training.data.loader import LaneStream
 from training.data.pair_batch import Pair, PairBatch, pool_frames
+from training.data.validation import ValidationPairs
 from training.demo.digit_source import validation_digits
 from training.demo.zero_shot import evaluate
 from training.distributed import Group
+from training.model import lora
 from training.model.export import export_encoder
 from training.model.init import initial_value
 from training.recipe.schema import ContrastiveConfig
 from training.tasks.losses import contrastive_loss, sigmoid_loss
 from training.tasks.pair_stream import pair_stream
+from training.tasks.retrieval import retrieval
 from training.tasks.task import Learner, Task
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -76,13 +79,17 @@ class ContrastiveTask(Task):
     def __init__(self, config: ContrastiveConfig) -> None:
         self.config = config
         self.source: WeightSource | None = None
+        self._validation: ValidationPairs | None = None
         if config.init.checkpoint is not None:
             self.source = open_checkpoint(config.init.checkpoint, config.model)
 
     def learner(self) -> ContrastiveLearner:
         """See `Task.learner`."""
         make = SigmoidEncoder if self.config.loss == "sigmoid" else PerceptionEncoder
-        return ContrastiveLearner(make(self.config.model))
+        model = make(self.config.model)
+        if self.config.lora is not None:
+            lora.add_updates(model, self.config.lora)
+        return ContrastiveLearner(model)
 
     def initial(self, name: str, shape: torch.Size) -> Tensor:
         """Loads a weight from `init.checkpoint`, or draws it.
@@ -92,7 +99,7 @@ class ContrastiveTask(Task):
         """
         if self.config.loss == "sigmoid" and name in _FIRST_SIGMOID:
             return torch.tensor(_FIRST_SIGMOID[name])
-        if self.source is not None:
+        if self.source is not None and not lora.is_update(name):
             return self.source.load(name).float()
         if name == "logit_scale":
             return torch.tensor(_FIRST_LOGIT_SCALE)
@@ -105,6 +112,12 @@ class ContrastiveTask(Task):
             layers=tower.layers,
             gain=getattr(tower, "ls_init_value", None),
         )
+
+    def trainable(self, name: str) -> bool:
+        """Selects LoRA's updates if there are any, and what the sigmoid loss starts anew."""
+        if self.config.lora is None:
+            return True
+        return lora.is_update(name) or (self.config.loss == "sigmoid" and name in _FIRST_SIGMOID)
 
     def stream(self, group: Group) -> LaneStream[Pair, PairBatch]:
         """See `Task.stream`; image sizes follow the recipe's `resolutions`."""
@@ -119,12 +132,35 @@ class ContrastiveTask(Task):
         )
 
     def evaluate(self, learner: Learner) -> dict[str, float]:
-        """Returns zero-shot accuracies on the validation digits at `model.vision.image_size`."""
+        """Returns accuracies on the validation split at `model.vision.image_size`.
+
+        They are of zero-shot classification for digits, and of retrieval for pairs from files.
+        """
         assert isinstance(learner, ContrastiveLearner)
-        return evaluate(learner.model, validation_digits(self.config.data))
+        data = self.config.data
+        if data.dataset == "digits":
+            return evaluate(learner.model, validation_digits(data))
+        if self._validation is None:
+            self._validation = self._open_validation()
+        return retrieval(learner.model, self._validation.chunks())
+
+    def _open_validation(self) -> ValidationPairs:
+        config = self.config
+        return ValidationPairs(config.data, config.model, workers=config.run.workers)
+
+    def check(self, group: Group) -> None:
+        """See `Task.check`."""
+        super().check(group)
+        if self.config.run.eval_every and self.config.data.dataset != "digits":
+            self._validation = self._open_validation()
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes safetensors in the reference's names, without `logit_bias`, and architecture."""
+        """Writes safetensors in the reference's names, without `logit_bias`, and architecture.
+
+        LoRA's updates are merged.
+        """
+        if self.config.lora is not None:
+            weights = lora.merged(weights, self.config.lora)
         kept = {name: tensor for name, tensor in weights.items() if name != "logit_bias"}
         export_encoder(kept, self.config.model, folder)
 
