@@ -11,6 +11,7 @@ import torch
 from perception_rt.errors import InputError
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.processing.video import load_frames, load_video
+from training.data.media import MediaFolders
 from training.data.records import read_record
 from training.data.video_decoder import TorchcodecDecoder, frame_decoder
 
@@ -111,7 +112,7 @@ def test_training_works_without_torchcodec(tmp_path, monkeypatch):
     frame_decoder.cache_clear()
     assert frame_decoder() is None
     record = {"video": "v.mp4", "text": "It gets brighter."}
-    _, tiles = read_record(record, tmp_path, SPEC)
+    _, tiles = read_record(record, MediaFolders((tmp_path,)), SPEC)
     frame_decoder.cache_clear()
     assert np.array_equal(tiles, load_frames(tmp_path / "v.mp4", SPEC))
 
@@ -122,7 +123,7 @@ def test_training_uses_torchcodec(tmp_path, fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(VideoDecoder=fake))
     frame_decoder.cache_clear()
     record = {"video": "v.mp4", "text": "It gets brighter."}
-    _, tiles = read_record(record, tmp_path, SPEC)
+    _, tiles = read_record(record, MediaFolders((tmp_path,)), SPEC)
     frame_decoder.cache_clear()
     assert np.array_equal(tiles, load_frames(tmp_path / "v.mp4", SPEC))
     assert fake.decoded == list(range(6))
