@@ -37,6 +37,12 @@ def read_matrix(data: bytes) -> Turn:
     return IDENTITY
 
 
+def is_mirrored(how: Turn) -> bool:
+    """Whether more than a rotation is needed."""
+    swap, reverse_rows, reverse_columns = how
+    return swap ^ reverse_rows ^ reverse_columns
+
+
 def turn(pixels: NDArray[np.uint8], how: Turn) -> NDArray[np.uint8]:
     """Turns a frame, (H, W, 3) or (W, H, 3), into a view of its pixels."""
     swap, reverse_rows, reverse_columns = how

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, Protocol, TypeAlias
 
@@ -23,7 +24,13 @@ from PIL import Image
 from perception_rt.errors import BackendError, InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.boxes import PixelBox, draw_box
-from perception_rt.processing.display_matrix import IDENTITY, Turn, read_matrix, turn
+from perception_rt.processing.display_matrix import (
+    IDENTITY,
+    Turn,
+    is_mirrored,
+    read_matrix,
+    turn,
+)
 from perception_rt.processing.files import open_regular_file, path_name
 from perception_rt.processing.frame_selection import (
     check_times,
@@ -45,9 +52,9 @@ class FrameDecoder(Protocol):
     def __call__(
         self, file: io.FileIO, *, stream: int, total: int, indices: Sequence[int]
     ) -> Sequence[Frame]:
-        """Returns frames as they are stored, uint8 (H, W, 3).
+        """Returns frames turned by the file's rotation, uint8 (H, W, 3).
 
-        Any exception makes PyAV decode the file.
+        Any exception makes PyAV decode the file, as do frames of another size than PyAV's.
 
         Args:
             file: the open file.
@@ -60,6 +67,7 @@ class FrameDecoder(Protocol):
 # No playlists: they would make the decoder open the files that they name.
 _CONTAINERS = "mov,matroska,avi,mpegts"
 _LOSSY = "mpegts"  # a broadcast: a lost packet is part of it, and no sign of a truncated file
+_TIMED = ("mov", "matroska")  # packets say when they are shown; AVI has them in decoding order
 _MAX_FPS = 240  # bounds the number of packets, together with `Limits.video_seconds`
 MAX_RESULT_PIXELS = 2**30  # of all selected frames together, 3 bytes each
 _EDGES = 2**16  # pixels of a small coded frame beyond the visible ones
@@ -272,6 +280,7 @@ class VideoReader:
         self._start = 0.0  # seconds of the first frame
         self._times: list[float] = []  # of the packets, from the first one; empty if unknown
         self._lossy = False
+        self._indexable = False  # by the order of the packets' times
         self._stream = 0  # index among all streams
 
     def read(self, plan: _Plan) -> list[Frame]:
@@ -326,6 +335,7 @@ class VideoReader:
             stream = self._video_stream(container)
             _check_size(stream.width, stream.height, held, self._name, self._limits)
             self._lossy = container.format.name == _LOSSY
+            self._indexable = container.format.name.startswith(_TIMED)
             self._stream = stream.index
             for packet in container.demux(stream):
                 if packet.is_corrupt and not self._lossy:
@@ -349,6 +359,7 @@ class VideoReader:
         if total == 0:
             raise InputError(f"{self._name} has no frames")
         self._start, self._times = first, sorted(time - first for time in times)
+        self._indexable &= all(a < b for a, b in pairwise(self._times))
         if end > last:
             return total, end - first
         if last > first:  # packets have times, but no durations
@@ -369,11 +380,14 @@ class VideoReader:
 
     def _decode_by(self, plan: _Plan, total: int, indices: list[int]) -> dict[int, Frame] | None:
         """The finished frames by index from the plan's other decoder; None if it cannot."""
-        if plan.decoder is None or self._lossy:
+        if plan.decoder is None or not self._indexable:
             return None
         with closing(self._frames(plan.held)) as decoded:
             first = next(decoded, None)
-        if first is None or _turn_of(first) != IDENTITY:
+        if first is None or first.format.components[0].bits > 8:  # decoders round differently
+            return None
+        how = _turn_of(first)
+        if is_mirrored(how):
             return None
         wanted = sorted(set(indices))
         self._file.seek(0)
@@ -381,7 +395,7 @@ class VideoReader:
             frames = plan.decoder(self._file, stream=self._stream, total=total, indices=wanted)
         except Exception:
             return None
-        shape = first.height, first.width, 3
+        shape = (first.width, first.height, 3) if how[0] else (first.height, first.width, 3)
         if len(frames) != len(wanted) or any(frame.shape != shape for frame in frames):
             return None
         return {i: plan.finish(i, frame) for i, frame in zip(wanted, frames, strict=True)}

@@ -278,3 +278,18 @@ def test_heic_needs_its_library(monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(BackendError, match=r'pip install "perception_rt\[heic\]"'):
         decode_image(header, options=image_options("heic"))
+
+
+def test_heic():
+    pytest.importorskip("pi_heif")
+    data = (Path(__file__).parent / "files" / "turned.heic").read_bytes()
+    options = image_options("heic")
+    image = decode_image(data, options=options)
+    assert image.size == (48, 64)  # stored as 64x48
+    assert np.abs(np.subtract(image.getpixel((42, 5)), 255)).max() < 12  # the white corner
+    assert np.abs(np.subtract(image.getpixel((10, 40)), (30, 60, 90))).max() < 12
+    with pytest.raises(InputError, match="48x64 = 3072 pixels; the limit is 3071"):
+        decode_image(data, limits=Limits(image_pixels=3071), options=options)
+    for end in (40, len(data) // 2):
+        with pytest.raises(InputError, match="is a damaged HEIC image"):
+            decode_image(data[:end], options=options)

@@ -50,14 +50,15 @@ def fake(monkeypatch):
     return FakeVideoDecoder
 
 
-def write(path, frames=20, rotation=None):
+def write(path, frames=20, rotation=None, codec="mpeg4", depth="yuv420p"):
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, depth
         if rotation is not None:
             stream.set_display_rotation(rotation)
         for i in range(frames):
             pixels = np.full((48, 64, 3), 12 * i, np.uint8)
+            pixels[:12, :20] = (200, 30, 9 * i)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return path
@@ -129,10 +130,22 @@ def test_training_uses_torchcodec(tmp_path, fake, monkeypatch):
     assert fake.decoded == list(range(6))
 
 
-@pytest.mark.parametrize("name", ["v.mp4", "vfr2.mp4", "m_hflip.mp4", "webrtc.webm", "lost.ts"])
+MADE = {
+    "v.mp4": {},
+    "quarter.mp4": {"rotation": 90},
+    "half.mp4": {"rotation": 180},
+    "three.mp4": {"rotation": -90},
+    "reordered.mkv": {"codec": "libx264"},
+    "reordered.avi": {"codec": "libx264"},  # without times of presentation
+    "deep.mkv": {"codec": "libx264", "depth": "yuv420p10le"},
+}
+FOUND = ("vfr2.mp4", "m_hflip.mp4", "m_rot90flip.mp4", "webrtc.webm", "lost.ts")
+
+
+@pytest.mark.parametrize("name", [*MADE, *FOUND])
 def test_torchcodec_equals_pyav(tmp_path, name):
     decoders = pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, RuntimeError))
-    path = write(tmp_path / name) if name == "v.mp4" else FILES / name
+    path = write(tmp_path / name, **MADE[name]) if name in MADE else FILES / name
     frames = load_video(path, num_frames=16, decoder=TorchcodecDecoder(decoders.VideoDecoder))
     expected = load_video(path, num_frames=16)
     assert np.abs(frames.astype(int) - expected.astype(int)).max() <= 2
