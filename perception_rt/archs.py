@@ -5,7 +5,9 @@ Source: the reference's `core/vision_encoder/config.py` and `apps/plm/configs/` 
 PLM-8B from the G encoder.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
 from perception_rt.config import PeConfig, TextConfig, VisionConfig
 from perception_rt.errors import InputError
@@ -120,19 +122,22 @@ PLM_MODELS: dict[str, PlmConfig] = {
 PE_DEMO, PLM_DEMO = "PE-Demo", "PLM-Demo"
 
 
-def get_config(name: str) -> PeConfig | PlmConfig:
+def get_config(name: str, *, others: Sequence[str] = ()) -> PeConfig | PlmConfig:
     """Returns the architecture of a released checkpoint.
 
     Args:
         name: such as "PE-Core-L14-336" or "PLM-1B", with or without the prefix `facebook/`. The
             hub's names of language models, such as "Perception-LM-1B", work too.
+        others: further names that the caller knows, for the message.
 
     Raises:
-        InputError: no model has this name.
+        InputError: no model has this name; the message suggests the nearest ones.
     """
     short = name.removeprefix("facebook/").replace("Perception-LM-", "PLM-")
     known: dict[str, PeConfig | PlmConfig] = {**PE_MODELS, **PLM_MODELS}
-    try:
+    if short in known:
         return known[short]
-    except KeyError:
-        raise InputError(f"unknown model {name!r:.80}; known are {', '.join(known)}") from None
+    names = {other.lower(): other for other in (*known, *others)}
+    near = [names[close] for close in get_close_matches(short[:80].lower(), names)]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise InputError(f"unknown model {name!r:.80}; {hint}known are {', '.join(names.values())}")

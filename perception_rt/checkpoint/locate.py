@@ -38,7 +38,10 @@ RUN_CONFIG = "model.json"  # the architecture beside the weights of a finished r
 RUN_CHECKPOINTS = "checkpoints"  # folder of an unfinished one
 RUN_LAST = "LAST"  # file in it that names the newest checkpoint
 RUN_MANIFEST = "checkpoint.json"  # file in each checkpoint
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_NAME = "adapter_model"  # without its suffix
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
+SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
 
 # Fields of `params.json` under `data`, and our names.
 _TILE_FIELDS = {
@@ -56,6 +59,11 @@ _CONSOLIDATED = "consolidated.pth"
 _CONSOLIDATED_PART = re.compile(r"consolidated\.(\d\d)\.pth")
 _INDEX_BYTES = 64 * 1024 * 1024
 _SHARDS = 1024
+_LISTED = 5
+# What training code saves beside weights.
+_STATES = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state\w*)\.(pt|pth|bin)")
+_DISTRIBUTED = ".metadata"  # of torch.distributed.checkpoint
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,20 +83,25 @@ def weight_files(path: Path) -> WeightFiles:
     """Returns the weight files at a path: a file, an index of shards, or a directory with either.
 
     In a directory, an index takes precedence over a single safetensors file, that over Meta's
-    `consolidated` files, and those over `pytorch_model.bin`.
+    `consolidated` files, and those over `pytorch_model.bin` and over a
+    single file of torch.
 
     Raises:
-        CheckpointError: there are no weights, or some files are missing.
+        CheckpointError: there are no weights, some files are missing or are pointers of Git LFS, or
+            the path is that of an adapter.
         InputError: the directory is an unfinished training run, or a checkpoint of one.
     """
     try:
         check_run(path)
+        refuse_adapter(path)
         found = (
             _in_directory(path) if path.is_dir() else WeightFiles(label=path.name, paths=(path,))
         )
         if found.paths[0].name.endswith(".index.json") and found.paths[0].is_file():
             found = WeightFiles(label=found.label, paths=_shards(found.paths[0]))
         absent = [file for file in found.paths if not file.is_file()]
+        for file in found.paths if not absent else ():
+            refuse_pointer(file)
     except OSError as error:
         raise CheckpointError(f"cannot open {path.name:.80}: {error.strerror}") from None
     if absent and len(found.paths) == 1:
@@ -118,14 +131,19 @@ def check_run(path: Path) -> None:
 
 
 def _in_directory(directory: Path) -> WeightFiles:
+    if (directory / _DISTRIBUTED).is_file():
+        raise CheckpointError(
+            f"directory {directory} is a distributed checkpoint: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {directory} model.pt makes a "
+            "file of it"
+        )
     for name in (INDEX_NAME, TORCH_INDEX_NAME):
         index = directory / name
         if index.is_file() and (name == INDEX_NAME or not any(directory.glob("*.safetensors"))):
             return WeightFiles(label=index.name, paths=(index,))
-    found = sorted(directory.glob("*.safetensors"))
-    if len(found) == 1:
-        return WeightFiles(label=found[0].name, paths=(found[0],))
-    if not found:
+    found = _candidates(directory)
+    safetensors = [file for file in found if not is_torch_file(file)]
+    if not safetensors:
         if (directory / _CONSOLIDATED).is_file():
             return WeightFiles(label=_CONSOLIDATED, paths=(directory / _CONSOLIDATED,))
         parts = _consolidated_parts(directory)
@@ -133,10 +151,58 @@ def _in_directory(directory: Path) -> WeightFiles:
             return WeightFiles(label="consolidated.*.pth", paths=parts)
         if (directory / TORCH_NAME).is_file():
             return WeightFiles(label=TORCH_NAME, paths=(directory / TORCH_NAME,))
+    single = safetensors or found
+    if len(single) == 1:
+        return WeightFiles(label=single[0].name, paths=(single[0],))
+    if not found:
+        raise CheckpointError(
+            f"directory {directory} has no weights: neither {INDEX_NAME} nor a file that ends in "
+            f"{', '.join(SUFFIXES)}"
+        )
+    names = ", ".join(file.name for file in found[:_LISTED])
+    more = ", ..." if len(found) > _LISTED else ""
     raise CheckpointError(
-        f"directory {directory} must hold {INDEX_NAME}, {_CONSOLIDATED}, {TORCH_NAME} or exactly "
-        f"one .safetensors file; it has {len(found)} .safetensors files"
+        f"directory {directory} has {len(found)} weight files and no {INDEX_NAME}: pass one of "
+        f"{names}{more}"
     )
+
+
+def _candidates(directory: Path) -> list[Path]:
+    """The weight files in a directory by name, without adapters and states of optimizers."""
+    return sorted(
+        file
+        for file in directory.iterdir()
+        if file.name.endswith(SUFFIXES)
+        and not file.is_dir()
+        and not file.name.startswith((".", ADAPTER_NAME))
+        and not _STATES.fullmatch(file.name)
+    )
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file's name is that of a file of `torch.save`."""
+    return path.name.endswith(_TORCH_SUFFIXES)
+
+
+def refuse_adapter(path: Path) -> None:
+    """CheckpointError if a path leads to a LoRA adapter instead of a whole model."""
+    folder = path if path.is_dir() else path.parent
+    alone = path.name.startswith(ADAPTER_NAME) if path != folder else not _candidates(folder)
+    if alone and (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{path} is a LoRA adapter, not a whole model: pass its base model, and --adapter "
+            f"{folder}"
+        )
+
+
+def refuse_pointer(path: Path) -> None:
+    """CheckpointError for the text that Git LFS leaves in place of a file."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{path.name} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its "
+                "folder"
+            )
 
 
 def _consolidated_parts(directory: Path) -> tuple[Path, ...]:
@@ -292,7 +358,10 @@ def find_tokenizer(path: Path | str) -> Path | None:
         Path of `tokenizer.model`, else of the `tokenizer.json` of transformers, else None.
     """
     path = Path(path)
-    return find_beside(path, TOKENIZER_NAME) or find_beside(path, HF_TOKENIZER_NAME)
+    found = find_beside(path, TOKENIZER_NAME) or find_beside(path, HF_TOKENIZER_NAME)
+    if found is not None:
+        refuse_pointer(found)
+    return found
 
 
 def find_end_ids(path: Path | str) -> tuple[int, ...] | None:

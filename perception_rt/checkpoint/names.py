@@ -37,20 +37,18 @@ _PREFIXES: Mapping[str, Mapping[Layout, tuple[str, ...]]] = {
 IGNORED_KEYS: Mapping[Layout, frozenset[str]] = {"open_clip": frozenset({"text.attn_mask"})}
 
 
-def without_module_prefix(keys: Collection[str]) -> dict[str, str]:
-    """Maps each key, without the `module` that data-parallel wrappers add, to the key itself.
+def layout_starts(config: PeConfig | PlmConfig) -> tuple[str, ...]:
+    """Returns how keys of the layouts of an architecture's family start."""
+    return tuple(start for starts in _PREFIXES[family_of(config).name].values() for start in starts)
 
-    Raises:
-        CheckpointError: two keys differ only by that prefix.
-    """
-    mapping = {".".join(p for p in key.split(".") if p != "module"): key for key in keys}
-    if len(mapping) != len(keys):
-        raise CheckpointError("two tensors differ only by 'module.' in their names")
-    return mapping
+
+def layouts_of(config: PeConfig | PlmConfig) -> tuple[Layout, ...]:
+    """Returns the layouts of an architecture's family."""
+    return tuple(_PREFIXES[family_of(config).name])
 
 
 def detect_layout(names: Collection[str], config: PeConfig | PlmConfig) -> Layout:
-    """Detects the layout of a set of keys, without `module.`.
+    """Detects the layout of a set of keys, without prefixes of wrappers.
 
     Args:
         names: the keys.

@@ -1,4 +1,4 @@
-"""Reads untrusted weight files tensor by tensor: safetensors, sharded or not, and torch's `.pt`.
+"""Reads untrusted weight files tensor by tensor: safetensors, sharded or not, and torch's files.
 
 A reader lists all tensors from the headers and reads each on demand from a memory mapping. It runs
 no code from a file: `.pt` goes through torch's weights-only loading, and only plain dense tensors
@@ -7,9 +7,12 @@ memory. The files must not change while a reader is in use.
 """
 
 import hashlib
+import re
+import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +20,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from perception_rt.checkpoint.locate import TORCH_SUFFIXES, weight_files
+from perception_rt.checkpoint.locate import SUFFIXES, is_torch_file, weight_files
+from perception_rt.checkpoint.wrappers import find_tensors
 from perception_rt.errors import CheckpointError
 
 # Bytes read before files are mapped anew: pages of a mapping count as this process's memory.
 MAPPED_BYTES = 512 * 1024 * 1024
-_WRAPPERS = ("state_dict", "weights", "model")
-_MAX_WRAPPERS = 2  # nested
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFETENSORS_FLOATS = ("F32", "F16", "BF16", "F64")
 _HASH_BLOCK = 1 << 20
+_PICKLE_START = b"\x80"
+# Keeps tensors and dictionaries of them, and turns modules into such; has no quotes, for any shell.
+_CONVERSION = (
+    "import sys, torch; f = lambda v: v if torch.is_tensor(v) else f(v.state_dict()) if "
+    "isinstance(v, torch.nn.Module) else {k: f(w) for k, w in v.items() if isinstance(k, str) and "
+    "isinstance(w, (dict, torch.Tensor, torch.nn.Module))}; torch.save(f(torch.load(sys.argv[1], "
+    "map_location=lambda s, _: s, weights_only=False)), sys.argv[2])"
+)
+# A class or function that weights-only loading does not know; others it blocks as dangerous.
+_REFUSED = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +112,15 @@ def _file_sha256(path: Path) -> str:
 
 
 class OpenFile(Protocol):
-    """A mapped weight file of one format."""
+    """A mapped weight file of one format.
+
+    Attributes:
+        averaged: whether the tensors are an averaged copy (EMA) that was asked for or is alone.
+        left_out: names of averaged copies in the file that were not taken.
+    """
+
+    averaged: bool
+    left_out: tuple[str, ...]
 
     @property
     def headers(self) -> Mapping[str, Header]:
@@ -118,20 +138,27 @@ class Reader:
         format: `safetensors` or `pt`.
         files: the files with the tensors.
         headers: headers of all tensors, by key in the file.
+        averaged: whether the tensors are an averaged copy (EMA) that was asked for or is alone.
+        left_out: names of averaged copies in the files that were not taken.
     """
 
-    def __init__(self, label: str, paths: Sequence[Path]) -> None:
-        torch_files = paths[0].suffix in TORCH_SUFFIXES
+    def __init__(self, label: str, paths: Sequence[Path], *, ema: bool = False) -> None:
+        torch_files = is_torch_file(paths[0])
         self.label = label
         self.format = "pt" if torch_files else "safetensors"
         self.files = FileSet(paths)
         self.headers: dict[str, Header] = {}
-        self._kind = TorchFile if torch_files else SafetensorsFile
+        self.averaged = False
+        self.left_out: tuple[str, ...] = ()
+        self._kind = partial(TorchFile, ema=ema) if torch_files else SafetensorsFile
         self._paths: dict[str, Path] = {}
         self._open: dict[Path, OpenFile] = {}
         self._mapped_bytes = 0
         for path in paths:
-            headers = self._mapped(path).headers
+            opened = self._mapped(path)
+            headers = opened.headers
+            self.averaged |= opened.averaged
+            self.left_out += opened.left_out
             twice = sorted(self.headers.keys() & headers.keys())
             if twice:
                 raise CheckpointError(
@@ -163,23 +190,30 @@ class Reader:
         return self._open[path]
 
 
-def open_reader(path: Path) -> Reader:
+def open_reader(path: Path, *, ema: bool = False) -> Reader:
     """Opens a weight file by its suffix, an index of shards, or a directory with either.
+
+    Args:
+        path: as for `open_checkpoint`.
+        ema: take an averaged copy of the weights if a file of torch has one beside them.
 
     Raises:
         CheckpointError: there is no readable weight file.
     """
     found = weight_files(path)
-    if found.paths[0].suffix not in (".safetensors", *TORCH_SUFFIXES):
+    if not found.paths[0].name.endswith(SUFFIXES):
         raise CheckpointError(
-            f"{found.label} is not a weights file: its name must end in .safetensors, .pt, .pth, "
-            ".bin or .index.json"
+            f"{found.label} is not a weights file: its name must end in "
+            f"{', '.join(SUFFIXES)} or .index.json"
         )
-    return Reader(found.label, found.paths)
+    return Reader(found.label, found.paths, ema=ema)
 
 
 class SafetensorsFile:
     """A safetensors file."""
+
+    averaged = False
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         self._name = path.name
@@ -209,10 +243,17 @@ def _safetensors_header(view: Any) -> Header:
 
 
 class TorchFile:
-    """A file of `torch.save` with a dictionary of tensors, possibly in a common wrapper."""
+    """A file of `torch.save` with a dictionary of tensors, possibly within others.
 
-    def __init__(self, path: Path) -> None:
-        self._tensors = _tensors(_load_weights_only(path), path.name)
+    Args:
+        path: the file.
+        ema: take an averaged copy of the weights if there is one.
+    """
+
+    def __init__(self, path: Path, *, ema: bool = False) -> None:
+        found = find_tensors(_load_weights_only(path), path.name, ema=ema)
+        self._tensors = found.tensors
+        self.averaged, self.left_out = found.averaged, found.left_out
         self.headers = {key: _torch_header(tensor) for key, tensor in self._tensors.items()}
 
     def read(self, key: str) -> Tensor:
@@ -223,46 +264,58 @@ class TorchFile:
 def _load_weights_only(path: Path) -> object:
     """Loads with torch's weights-only unpickler; any failure becomes one CheckpointError."""
     try:
-        _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch before 1.6 cannot be mapped, and are read as a whole.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_check_archive(path))
     except CheckpointError:
         raise
     # Arbitrary bytes can make the unpickler raise any exception class.
     except Exception as error:
+        refused = _REFUSED.search(str(error))
+        if refused is not None:
+            raise CheckpointError(_conversion(path, refused[1])) from error
         raise CheckpointError(
             f"{path.name} is damaged or holds more than tensors: torch's weights-only loading "
             "refused it"
         ) from error
 
 
-def _check_archive(path: Path) -> None:
-    """Refuses old formats, which cannot be mapped, and compression, which torch never uses."""
+def _conversion(path: Path, refused: str) -> str:
+    """Names the refused class or function, and the command that leaves it out."""
+    target = path.with_name(f"{path.name.partition('.')[0]}-tensors.pt")
+    files = f"{shlex.quote(str(path))} {shlex.quote(str(target))}"
+    return (
+        f"{path.name} holds {refused:.80} besides tensors: weights-only loading refused it, as it "
+        "can run code. If you trust the file, keep its tensors alone and export those: "
+        f'python -c "{_CONVERSION}" {files}'
+    )
+
+
+def _check_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch writes it since 1.6.
+
+    Raises:
+        CheckpointError: the file is nothing that `torch.save` writes.
+    """
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(1) == _PICKLE_START:
+                return False
         raise CheckpointError(
-            f"{path.name} is truncated, or not written by torch.save since 1.6: weights-only "
-            "loading refused it"
+            f"{path.name} is truncated, or not written by torch.save: weights-only loading refused "
+            "it"
         )
     with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise CheckpointError(
-                f"{path.name} has compressed records, which torch.save does not write: "
-                "weights-only loading refused it"
-            )
-
-
-def _tensors(content: object, label: str) -> dict[str, Tensor]:
-    for _ in range(_MAX_WRAPPERS):
-        if isinstance(content, dict):
-            inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)]
-            content = inner[0] if inner else content
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{label} must hold a dictionary of tensors")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{label} must hold a dictionary of tensors; {key!a:.80} is not a tensor"
-            )
-    return content
+        entries = archive.infolist()
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise CheckpointError(
+            f"{path.name} is a TorchScript program, not weights: save the module's state_dict()"
+        )
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"{path.name} has compressed records, which torch.save does not write: "
+            "weights-only loading refused it"
+        )
+    return True
 
 
 def _torch_header(tensor: Tensor) -> Header:

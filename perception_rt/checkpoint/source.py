@@ -18,13 +18,14 @@ from perception_rt.checkpoint.names import (
     IGNORED_KEYS,
     Layout,
     detect_layout,
+    layout_starts,
     stored_tensors,
-    without_module_prefix,
     zero_tensors,
 )
 from perception_rt.checkpoint.plm_names import HF_UNUSED, current_hf_keys, tied_copy
 from perception_rt.checkpoint.readers import Header, Reader, open_reader
 from perception_rt.checkpoint.stored import Shape, Stored
+from perception_rt.checkpoint.wrappers import PlainNames, plain_names
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.families import family_of, import_named
@@ -74,38 +75,50 @@ def expected_tensors(config: PeConfig | PlmConfig) -> dict[str, torch.Size]:
 
 
 def open_checkpoint(
-    path: Path | str, config: PeConfig | PlmConfig, *, license_note: str = LICENSE_UNKNOWN
+    path: Path | str,
+    config: PeConfig | PlmConfig,
+    *,
+    license_note: str = LICENSE_UNKNOWN,
+    ema: bool = False,
 ) -> "FileWeights":
     """Opens weights in any known format and layout, and checks all names and shapes.
 
     Args:
-        path: a `.safetensors`, `.pt`, `.pth` or `.bin` file, an index of shards, or a directory
-            with an index, a single safetensors file, `consolidated.pth`, or all of
-            `consolidated.00.pth`, `consolidated.01.pth`, ...
+        path: a file of safetensors or torch, an index of shards, or a directory with an index, a
+            single file, `consolidated.pth`, or all of `consolidated.00.pth`, .... The weights may
+            be an entry of a training checkpoint, and their keys have prefixes of wrappers.
         config: the architecture, which the weights must fit exactly. For an architecture without a
             text tower, the text tower of a whole CLIP in the reference layout is dropped. A
             language model with a tied head may hold the embedding twice.
         license_note: licence of the weights, if the caller knows it.
+        ema: take the averaged copy (EMA) that the checkpoint must hold.
 
     Raises:
-        CheckpointError: the file is unreadable or unsafe, a tensor is missing, unexpected,
-            misshapen or not a dense float, or the two embeddings of a tied head differ.
+        CheckpointError: the file is unreadable or unsafe, holds several models, a tensor is
+            missing, unexpected, misshapen or not a dense float, or the two embeddings of a tied
+            head differ.
     """
-    return FileWeights(open_reader(Path(path)), config, license_note)
+    return FileWeights(open_reader(Path(path), ema=ema), config, license_note, ema=ema)
 
 
 class FileWeights:
     """A `WeightSource` that reads weight files."""
 
-    def __init__(self, reader: Reader, config: PeConfig | PlmConfig, license_note: str) -> None:
+    def __init__(
+        self, reader: Reader, config: PeConfig | PlmConfig, license_note: str, *, ema: bool = False
+    ) -> None:
         self._reader = reader
         self._license_note = license_note
         try:
-            plan = _plan(reader.headers, config)
+            _refuse_updates(reader.headers)
+            names = plain_names(
+                reader.headers, layout_starts(config), ema=ema and not reader.averaged
+            )
+            plan = _plan(reader.headers, names, config)
         except CheckpointError as error:
             raise CheckpointError(f"{reader.label}: {error}") from None
         self._layout = plan.layout
-        self._dropped = plan.dropped
+        self._notes = _notes(reader, names, plan)
         self._file_keys = plan.file_keys
         self._stored = {entry.name: entry for entry in plan.stored}
         for key in plan.zeros:
@@ -128,9 +141,14 @@ class FileWeights:
             "bytes": self._reader.files.size_bytes,
             "license": self._license_note,
         }
-        if self._dropped:
-            facts["note"] = f"dropped {self._dropped} {_DROPPED[self._layout]}"
+        if self._notes:
+            facts["note"] = "; ".join(self._notes)
         return facts
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences for the user: which of the file's weights were taken and which left out."""
+        return self._notes
 
     def load(self, name: str) -> Tensor:
         """Returns a parameter in our shape, contiguous and in its stored dtype.
@@ -203,9 +221,9 @@ class _Plan:
     dropped: int
 
 
-def _plan(headers: Mapping[str, Header], config: PeConfig | PlmConfig) -> _Plan:
+def _plan(headers: Mapping[str, Header], names: PlainNames, config: PeConfig | PlmConfig) -> _Plan:
     """Detects the layout and checks names and shapes; CheckpointError lists the differences."""
-    file_keys = without_module_prefix(headers)
+    file_keys = names.keys
     layout = detect_layout(file_keys, config)
     total = len(file_keys)
     if layout == "hf":
@@ -230,6 +248,27 @@ def _plan(headers: Mapping[str, Header], config: PeConfig | PlmConfig) -> _Plan:
         file_keys=file_keys,
         dropped=total - len(file_keys),
     )
+
+
+def _refuse_updates(keys: Collection[str]) -> None:
+    """CheckpointError for an adapter, or a model whose LoRA updates are not merged."""
+    if any(".lora_A." in key for key in keys):
+        raise CheckpointError(
+            "it holds LoRA matrices: pass the base model, and the adapter's folder with --adapter; "
+            "or merge them with peft's merge_and_unload()"
+        )
+
+
+def _notes(reader: Reader, names: PlainNames, plan: _Plan) -> list[str]:
+    notes = []
+    left_out = reader.left_out + names.left_out
+    if left_out:
+        notes.append(f"left out EMA weights, which --ema selects: {', '.join(left_out)}")
+    if reader.averaged or names.averaged:
+        notes.append("averaged weights (EMA)")
+    if plan.dropped:
+        notes.append(f"dropped {plan.dropped} {_DROPPED[plan.layout]}")
+    return notes
 
 
 def _visual_only(file_keys: Mapping[str, str]) -> dict[str, str]:

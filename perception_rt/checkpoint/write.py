@@ -34,12 +34,15 @@ def save_checkpoint(
         CheckpointError: a name has no place in the layout, `head_dim` does not fit `hf`, or the
             file cannot be written.
     """
-    path = Path(path)
+    on_cpu = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
+    save_tensors(to_layout(on_cpu, layout, head_dim), Path(path))
+
+
+def save_tensors(state_dict: Mapping[str, Tensor], path: Path) -> None:
+    """Writes tensors on the CPU under their keys; see `save_checkpoint`."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"cannot write {path}: it exists and is not a regular file")
-    on_cpu = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
-    stored = to_layout(on_cpu, layout, head_dim)
-    tensors = {key: tensor.contiguous() for key, tensor in stored.items()}
+    tensors = {key: tensor.contiguous() for key, tensor in state_dict.items()}
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from perception_rt._version import __version__
+from perception_rt.cli.models import ListModels
 from perception_rt.errors import InputError
 from perception_rt.progress import Progress
 
@@ -27,6 +29,10 @@ def export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="DIR", help="package to make")
     parser.add_argument("--force", action="store_true", help="replace an existing package")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--list", action=ListModels, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS,
+        help="print the models and exit",
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(command=run_export)
     return parser
@@ -49,6 +55,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="weights of --model: hf (default), random, or a path",
     )
+    _weight_arguments(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="RNG seed of --weights random; default: 0"
     )
@@ -56,6 +63,15 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="FILE",
         help="tokenizer of a PLM; default: tokenizer.model beside its weights",
+    )
+
+
+def _weight_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ema", action="store_true", help="take the averaged copy (EMA) that a checkpoint holds"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="LoRA adapter of PEFT to merge into the weights"
     )
 
 
@@ -140,6 +156,7 @@ def add_refit_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `perception-rt refit`."""
     parser.add_argument("package", metavar="DIR", help="an engine package")
     parser.add_argument("--weights", required=True, metavar="PATH", help="a checkpoint")
+    _weight_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="package to make")
     parser.add_argument("--force", action="store_true", help="replace an existing package")
     parser.add_argument("--expect", metavar="ID", help="id that the package must have")
@@ -166,6 +183,8 @@ def run_export(arguments: argparse.Namespace) -> None:
         checkpoint=arguments.checkpoint,
         config=arguments.config,
         weights=arguments.weights,
+        ema=arguments.ema,
+        adapter=arguments.adapter,
         seed=arguments.seed,
         precision="fp8" if arguments.fp8 else arguments.precision,
         backend=arguments.backend,
@@ -199,6 +218,8 @@ def run_refit(arguments: argparse.Namespace) -> None:
             arguments.weights,
             arguments.out,
             expect=arguments.expect,
+            ema=arguments.ema,
+            adapter=arguments.adapter,
             calibration=arguments.calibration,
             force=arguments.force,
             on_progress=progress.step,
@@ -220,6 +241,9 @@ def _needing_torch() -> Iterator[None]:
 
 
 def _print_made(arguments: argparse.Namespace, manifest: "Manifest") -> None:
+    note = manifest.content.weights.get("note")
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
     if arguments.json:
         made = {"package": arguments.out, "id": manifest.id, "record": dict(manifest.record)}
         print(json.dumps(made, indent=2))

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from perception_rt._version import __version__
+from perception_rt.checkpoint.adapter import AdaptedWeights
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
 from perception_rt.errors import BackendError, CapacityError, InputError
@@ -92,7 +93,7 @@ def export(options: ExportOptions, on_progress: Report | None = None) -> Manifes
     with _parents(Path(options.out)), Stage.create(options.out, force=options.force) as stage:
         locate = cache(partial(locate_weights, options, report))
         plan = model_export(family).make_plan(options, config, settings, lambda: locate().path)
-        source = _open_source(plan, locate(), options.seed)
+        source = _open_source(plan, locate(), options, report)
         return _fill(stage, plan, source, None, report)
 
 
@@ -188,11 +189,27 @@ def _fill(
     return manifest
 
 
-def _open_source(plan: Plan, place: WeightsPlace, seed: int) -> WeightSource:
+def _open_source(
+    plan: Plan, place: WeightsPlace, options: ExportOptions, report: Report
+) -> WeightSource:
     if place.path is None:
-        return RandomWeights(plan.config, seed)
-    license_note = place.license_note or LICENSE_UNKNOWN
-    return open_checkpoint(place.path, plan.config, license_note=license_note)
+        return with_adapter(RandomWeights(plan.config, options.seed), options.adapter, plan)
+    source = open_checkpoint(
+        place.path,
+        plan.config,
+        license_note=place.license_note or LICENSE_UNKNOWN,
+        ema=options.ema,
+    )
+    for note in source.notes:
+        report(note)
+    return with_adapter(source, options.adapter, plan)
+
+
+def with_adapter(
+    source: WeightSource, adapter: str | os.PathLike[str] | None, plan: Plan
+) -> WeightSource:
+    """The weights with a LoRA adapter merged; the weights themselves without one."""
+    return source if adapter is None else AdaptedWeights(source, Path(adapter), plan.config)
 
 
 def _ignore(line: str) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from perception_rt.errors import InputError, describe
 
 _TEXTS = ("model", "precision", "backend", "blocks", "route", "calibrator")
-_PATHS = ("out", "checkpoint", "config", "weights", "tokenizer", "calibration")
-_FLAGS = ("center_crop", "ignore_exif", "allow_unfused", "refittable", "force")
+_PATHS = ("out", "checkpoint", "config", "weights", "adapter", "tokenizer", "calibration")
+_FLAGS = ("ema", "center_crop", "ignore_exif", "allow_unfused", "refittable", "force")
 
 PathName = str | os.PathLike[str]
 
@@ -28,6 +28,8 @@ class ExportOptions:
             `params.json`, `config.json` or `model.json` beside it.
         weights: weights of `model`: "hf" (the Hugging Face hub), "random", or a path. None takes a
             released model from the hub, and a demo from this library.
+        ema: take the averaged copy (EMA) of the weights that the checkpoint must hold.
+        adapter: folder of a LoRA adapter of PEFT to merge into the weights; None for none.
         seed: RNG seed of random weights.
         precision: "fp32", "fp16", "int8", "int4" or "fp8"; None for the backend's default.
         backend: "onnxruntime" or "tensorrt"; None for the first that has the precision.
@@ -60,6 +62,8 @@ class ExportOptions:
     checkpoint: PathName | None = None
     config: PathName | None = None
     weights: PathName | None = None
+    ema: bool = False
+    adapter: PathName | None = None
     seed: int = 0
     precision: str | None = None
     backend: str | None = None
@@ -88,6 +92,8 @@ class ExportOptions:
             raise InputError("give either a model or a checkpoint")
         if self.checkpoint is not None and self.weights is not None:
             raise InputError("--weights is for --model; --checkpoint itself has the weights")
+        if self.ema and self.weights == "random":
+            raise InputError("--ema is for a checkpoint; random weights have no averaged copy")
         if self.model is not None and self.config is not None:
             raise InputError("--config is for --checkpoint; --model has its own architecture")
 

@@ -13,7 +13,7 @@ from typing import Any
 from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
 from perception_rt.checkpoint.hf_config import find_hub_config
 from perception_rt.checkpoint.hub import download
-from perception_rt.checkpoint.locate import CONFIG_NAME, check_config, find_config
+from perception_rt.checkpoint.locate import CONFIG_NAME, check_config, find_config, refuse_adapter
 from perception_rt.config import PeConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError
@@ -54,7 +54,7 @@ def find_architecture(options: ExportOptions) -> Config:
         if options.model in _DEMOS:
             config = _read_config(_DEMOS[options.model][0])
         else:
-            config = get_config(options.model)
+            config = get_config(options.model, others=tuple(_DEMOS))
         if options.weights not in (None, "hf", "random"):
             assert options.weights is not None
             check_config(config, f"--model {options.model}", Path(options.weights))
@@ -64,6 +64,7 @@ def find_architecture(options: ExportOptions) -> Config:
         config = _read_config(given)
         check_config(config, given.name, Path(options.checkpoint))
         return config
+    refuse_adapter(Path(options.checkpoint))
     found = find_config(Path(options.checkpoint))
     if found is None:
         hub = find_hub_config(Path(options.checkpoint))
@@ -72,6 +73,11 @@ def find_architecture(options: ExportOptions) -> Config:
             beside = f"{hub.file.name} beside it describes {hub.label}, which is no PE or PLM"
         raise InputError(f"--checkpoint needs --config, the architecture as JSON: {beside}")
     return found
+
+
+def demo_configs() -> dict[str, Config]:
+    """Architectures of the demo models by name."""
+    return {name: _read_config(config) for name, (config, _) in _DEMOS.items()}
 
 
 # Architecture and weights of each demo model.

@@ -11,7 +11,7 @@ from pathlib import Path
 from perception_rt.checkpoint.locate import check_config
 from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.errors import InputError, PackageError
-from perception_rt.export.build import check_machine, export_package, model_export
+from perception_rt.export.build import check_machine, export_package, model_export, with_adapter
 from perception_rt.export.plan import BuildSettings, Plan, Report
 from perception_rt.export.refit_source import RefitSource
 from perception_rt.families import get_family
@@ -27,6 +27,8 @@ def refit_package(
     *,
     expect: str | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    ema: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
     force: bool = False,
     on_progress: Report | None = None,
 ) -> Manifest:
@@ -39,6 +41,8 @@ def refit_package(
             replace, which can be `package` itself.
         expect: id that `package` must have.
         calibration: folder of images for fp8's activation ranges; None for synthetic images.
+        ema: take the averaged copy (EMA) of the weights.
+        adapter: folder of a LoRA adapter of PEFT to merge into the weights; None for none.
         force: replace an existing package.
         on_progress: called with one line of text per step.
 
@@ -59,8 +63,9 @@ def refit_package(
         kept = RefitSource(old)
         check_machine(plan, builds=not kept.refittable)
         check_config(plan.config, f"package {old.name!r}", Path(weights), except_length=True)
-        source = open_checkpoint(Path(weights), plan.config)
-        return export_package(plan, source, out, force=force, refit=kept, on_progress=on_progress)
+        source = open_checkpoint(Path(weights), plan.config, ema=ema)
+        adapted = with_adapter(source, adapter, plan)
+        return export_package(plan, adapted, out, force=force, refit=kept, on_progress=on_progress)
 
 
 def plan_of(package: Package) -> Plan:

@@ -7,7 +7,6 @@ from perception_rt.checkpoint.names import (
     detect_layout,
     stored_tensors,
     to_layout,
-    without_module_prefix,
     zero_tensors,
 )
 from perception_rt.checkpoint.source import expected_tensors
@@ -116,11 +115,3 @@ def test_foreign_keys_and_impossible_layouts_are_refused():
         to_layout({"visual.surprise": one}, "timm")
     with pytest.raises(CheckpointError, match="no place for 'surprise'"):
         to_layout({"surprise": one}, "reference")
-
-
-def test_module_prefixes():
-    keys = ["module.a", "b", "visual.module.c", "modules.d"]
-    mapping = {"a": keys[0], "b": "b", "visual.c": keys[2], "modules.d": keys[3]}
-    assert without_module_prefix(keys) == mapping
-    with pytest.raises(CheckpointError, match=r"differ only by 'module\.'"):
-        without_module_prefix(["module.a", "a"])

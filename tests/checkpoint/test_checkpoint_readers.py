@@ -71,10 +71,22 @@ def test_a_storage_that_claims_more_than_the_file_has(tmp_path):
     assert "weights-only loading refused it" in refusal(path)
 
 
-def test_old_format_and_compressed_pt(tmp_path):
+def test_old_format_that_is_truncated_or_claims_more_than_it_has(tmp_path):
     path = tmp_path / "a.pt"
-    torch.save({"a": torch.zeros(4)}, path, _use_new_zipfile_serialization=False)
-    assert "since 1.6" in refusal(path)
+    torch.save({"a": torch.zeros(1000)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    assert torch.equal(open_reader(path).read("a"), torch.zeros(1000))
+    for size in (1, 10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        assert "weights-only loading refused it" in refusal(path)
+    thousand = b"M\xe8\x03"  # the pickled integer 1000, of the storage and of the tensor
+    assert content.count(thousand) == 2
+    path.write_bytes(content.replace(thousand, b"J\x00\x00\x00\x40"))
+    assert "weights-only loading refused it" in refusal(path)
+
+
+def test_compressed_pt(tmp_path):
+    path = tmp_path / "a.pt"
     torch.save({"a": torch.zeros(4)}, path)
     with zipfile.ZipFile(path) as archive:
         records = {entry: archive.read(entry) for entry in archive.namelist()}
@@ -130,6 +142,6 @@ def test_safetensors_of_integers(tmp_path):
 
 def test_what_is_not_a_weights_file(tmp_path):
     assert "no weights file at" in refusal(tmp_path / "none.pt")
-    other = tmp_path / "a.ckpt"
+    other = tmp_path / "a.onnx"
     other.write_text("x")
     assert "is not a weights file" in refusal(other)

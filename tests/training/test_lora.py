@@ -1,16 +1,22 @@
 """LoRA trains the updates only, adds their cost only, and merges them exactly."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from perception_rt.checkpoint.adapter import AdaptedWeights
 from perception_rt.checkpoint.source import expected_tensors
-from perception_rt.config import VisionConfig
+from perception_rt.config import PeConfig, TextConfig, VisionConfig
 from perception_rt.errors import InputError
 from perception_rt.models.plm import PerceptionLM
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 from training import parallel
 from training.distributed import process_group
+from training.model.adapter import export_adapter
 from training.model.init import initial_value
 from training.model.lora import add_updates, is_update, merged
 from training.recipe.schema import LoraConfig, ParallelConfig
@@ -158,3 +164,52 @@ def test_a_target_that_no_layer_has_is_named() -> None:
     with pytest.raises(InputError, match="no layer's name ends with 'qkv'"):
         with torch.device("meta"):
             add_updates(PerceptionLM(MODEL), LoraConfig(targets=("wq", "qkv")))
+
+
+class Frozen:
+    """A `WeightSource` of the weights before training."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+        self.provenance: dict[str, str | int] = {}
+
+    def load(self, name: str) -> torch.Tensor:
+        return self.weights[name]
+
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.weights[name][start:stop]
+
+
+def test_the_adapter_of_a_run_merges_into_the_base_weights(tmp_path: Path) -> None:
+    config = LoraConfig(rank=4, alpha=6.0, targets=ALL)
+    learner = build(config)
+    _train(learner, 2)
+    weights = dict(learner.model.state_dict())
+    export_adapter(weights, MODEL, config, tmp_path / "adapter", base="plm")
+    base = Frozen({name: tensor for name, tensor in weights.items() if not is_update(name)})
+    adapted = AdaptedWeights(base, tmp_path / "adapter", MODEL)
+    changed = set()
+    for name, tensor in merged(weights, config).items():
+        torch.testing.assert_close(adapted.load(name), tensor, rtol=0, atol=1e-6)
+        if not torch.equal(tensor, base.load(name)):
+            changed.add(name)
+    assert len(changed) == 2 * 7 + 2 * 4 + 2
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4, 6.0)
+    assert "model.language_model.layers.1.mlp.gate_proj" in settings["target_modules"]
+    assert "model.vision_tower.timm_model.blocks.0.attn.qkv" in settings["target_modules"]
+
+
+def test_an_adapter_of_the_text_tower_is_not_taken_for_one_of_the_other(tmp_path: Path) -> None:
+    text = TextConfig(context_length=4, width=32, heads=2, layers=2, output_dim=32, vocab_size=9)
+    vision = replace(MODEL.vision, pool_type="attn", attn_pooler_heads=2, output_dim=32)
+    model = PeConfig(vision=vision, text=text)
+    weights = {name: torch.randn(shape) for name, shape in expected_tensors(model).items()}
+    base = Frozen(dict(weights))
+    layer = "text.transformer.resblocks.1.attn"
+    weights |= {f"{layer}.lora_a": torch.randn(2, 32), f"{layer}.lora_b": torch.randn(96, 2)}
+    config = LoraConfig(rank=2)
+    export_adapter(weights, model, config, tmp_path)
+    adapted = AdaptedWeights(base, tmp_path, model)
+    for name, tensor in merged(weights, config).items():
+        torch.testing.assert_close(adapted.load(name), tensor, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ from jobs import run_here
 from PIL import Image
 from safetensors.torch import load_file
 
+from perception_rt.checkpoint.adapter import AdaptedWeights
 from perception_rt.checkpoint.source import open_checkpoint, state_dict
 from perception_rt.errors import InputError, PerceptionError
 from perception_rt.models.pe import PerceptionEncoder
@@ -193,6 +194,10 @@ def test_updates_of_both_towers_are_trained_and_merged(
         assert torch.allclose(plain.encode_image(pixels), model.encode_image(pixels), atol=1e-4)
         assert torch.allclose(plain.encode_text(tokens), model.encode_text(tokens), atol=1e-4)
         assert not torch.allclose(plain.visual.proj, torch.zeros(()))
+    adapter = Path(config.run.out_dir) / "adapter"
+    adapted_base = AdaptedWeights(open_checkpoint(file, config.model), adapter, config.model)
+    for name in plain.state_dict().keys() - free:
+        assert torch.allclose(adapted_base.load(name), source.load(name), atol=1e-6), name
     moved = [n for n, t in load_file(source_file(config)).items() if not torch.equal(t, base[n])]
     assert len(moved) >= len(layers)
     assert consolidate([config.run.out_dir, str(tmp_path / "weights")]) == 0

@@ -4,7 +4,7 @@ A matrix keeps its name and its update is stored beside it as `lora_a` and `lora
 with updates is the plain model's checkpoint plus extra tensors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -133,14 +133,21 @@ def is_update(name: str) -> bool:
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Merges updates into the plain model's weights, computed in float64."""
     plain = {name: tensor for name, tensor in weights.items() if not is_update(name)}
-    for layer in _updated(weights):
-        name = f"{layer}.weight" if f"{layer}.weight" in plain else f"{layer}.in_proj_weight"
-        update = weights[f"{layer}.{_B}"].double() @ weights[f"{layer}.{_A}"].double()
-        total = plain[name].double() + config.alpha / config.rank * update
+    for name, (a, b) in split_updates(weights).items():
+        total = plain[name].double() + config.alpha / config.rank * (b.double() @ a.double())
         plain[name] = total.to(plain[name].dtype)
     return plain
 
 
-def _updated(weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """Names of the layers with an update."""
-    return (name.removesuffix(f".{_A}") for name in weights if name.endswith(f".{_A}"))
+def split_updates(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns A and B of each updated matrix, by the name of the matrix."""
+    layers = [name.removesuffix(f".{_A}") for name in weights if name.endswith(f".{_A}")]
+    return {
+        _matrix(layer, weights): (weights[f"{layer}.{_A}"], weights[f"{layer}.{_B}"])
+        for layer in layers
+    }
+
+
+def _matrix(layer: str, weights: Mapping[str, Tensor]) -> str:
+    name = f"{layer}.weight"
+    return name if name in weights else f"{layer}.{_PACKED}_weight"

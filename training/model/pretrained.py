@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from perception_rt.checkpoint.locate import find_config
-from perception_rt.checkpoint.names import detect_layout, stored_tensors, without_module_prefix
+from perception_rt.checkpoint.names import detect_layout, layout_starts, stored_tensors
 from perception_rt.checkpoint.plm_names import hf_entry, original_entry
 from perception_rt.checkpoint.readers import Reader, open_reader
 from perception_rt.checkpoint.source import expected_tensors, open_checkpoint
 from perception_rt.checkpoint.stored import Shape, Stored
+from perception_rt.checkpoint.wrappers import plain_names, without_wrappers
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.models.vision import resize_positions
@@ -81,10 +82,11 @@ def _whole(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str
 def _vision(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str, Load]:
     """The tower of a Perception Encoder in any layout, with its position table resized."""
     reader = open_reader(Path(path))
-    keys = without_module_prefix(reader.headers)
     config = model.vision
+    encoder = PeConfig(vision=config)
     try:
-        layout = detect_layout(keys, PeConfig(vision=config))
+        keys = plain_names(reader.headers, layout_starts(encoder), ema=False).keys
+        layout = detect_layout(keys, encoder)
     except CheckpointError as error:
         raise CheckpointError(f"{reader.label}: {error}") from None
     if layout == "reference" and any(key.startswith(_VISUAL) for key in keys):
@@ -111,7 +113,7 @@ def _vision(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[st
 def _decoder(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str, Load]:
     """The decoder of a Llama or Perception Language Model, in Meta's or transformers' layout."""
     reader = open_reader(Path(path))
-    keys = without_module_prefix(reader.headers)
+    keys = without_wrappers(reader.headers)
     head_dim = model.decoder.head_dim
     if any(key.startswith(_HF_LLAMA) for key in keys):
         entries = [hf_entry(name, shape, head_dim) for name, shape in shapes.items()]

@@ -21,6 +21,7 @@ from training.demo.digit_source import validation_digits
 from training.demo.zero_shot import evaluate
 from training.distributed import Group
 from training.model import lora
+from training.model.adapter import ADAPTER_FOLDER, export_adapter
 from training.model.export import export_encoder
 from training.model.init import initial_value
 from training.recipe.schema import ContrastiveConfig
@@ -157,9 +158,17 @@ class ContrastiveTask(Task):
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Writes safetensors in the reference's names, without `logit_bias`, and architecture.
 
-        LoRA's updates are merged.
+        LoRA's updates are merged, and written as an adapter of PEFT too.
         """
-        if self.config.lora is not None:
+        config = self.config
+        if config.lora is not None:
+            export_adapter(
+                weights,
+                config.model,
+                config.lora,
+                folder / ADAPTER_FOLDER,
+                base=config.init.checkpoint,
+            )
             weights = lora.merged(weights, self.config.lora)
         kept = {name: tensor for name, tensor in weights.items() if name != "logit_bias"}
         export_encoder(kept, self.config.model, folder)

@@ -24,6 +24,7 @@ from training.data.packing import IGNORED, LanguageBatch, collate
 from training.demo.scene_dataset import SCENES_PREFIX, SceneDataset
 from training.distributed import Group
 from training.model import lora
+from training.model.adapter import ADAPTER_FOLDER, export_adapter
 from training.model.attention import get_kernel
 from training.model.export import export_language_model
 from training.model.init import initial_value
@@ -190,8 +191,18 @@ class LanguageTask(Task):
         return assistant_loss(learner, self.source(validation=True), self.config.data)
 
     def export(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes weights, `params.json` and tokenizer, with LoRA's updates merged."""
+        """Writes weights, `params.json` and tokenizer, with LoRA's updates merged.
+
+        The updates alone are written too, as an adapter of PEFT.
+        """
         if self.config.lora is not None:
+            export_adapter(
+                weights,
+                self.config.model,
+                self.config.lora,
+                folder / ADAPTER_FOLDER,
+                base=self.config.init.checkpoint,
+            )
             weights = lora.merged(weights, self.config.lora)
         export_language_model(
             weights, self.config, self.tokenizer_spec, self.tokenizer_file, folder
