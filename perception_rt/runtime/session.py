@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, NoReturn, Protocol, Self, SupportsIndex, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package
 from perception_rt.runtime.cache.kv_block import NO_STATES, CacheBlock, States
 from perception_rt.runtime.cuda import DeviceArray
+from perception_rt.runtime.native_calls import check_process, keep_from_children, native_call
 from perception_rt.targets import Target, get_target
 
 Array = np.ndarray[Any, Any]
@@ -78,8 +79,10 @@ class Session:
         self.spec = spec
         self._name = name
         self._engine: Engine | None = engine
+        self._process = os.getpid()
         # The states that were checked last, and the inputs that are not states.
         self._checked: tuple[Callable[[], object], list[TensorSpec]] = (lambda: None, [])
+        keep_from_children(self)
 
     def run(
         self,
@@ -100,8 +103,10 @@ class Session:
 
         Raises:
             InputError: an input or a state does not match the spec, or a state cannot be written.
-            BackendError: the backend failed, or an output is not finite.
+            BackendError: the backend failed, an output is not finite, or this is a forked child of
+                the process that opened the graph.
         """
+        check_process(self._process)
         engine = self._engine
         if engine is None:
             raise BackendError(f"graph {self._name!r} is closed")
@@ -112,7 +117,8 @@ class Session:
             _check_array(spec, inputs[spec.name])
         for output in outputs:
             self.spec.output(output)
-        arrays = engine.run(inputs, outputs, state)
+        with native_call:
+            arrays = engine.run(inputs, outputs, state)
         for output, array in zip(outputs, arrays, strict=True):
             if not np.isfinite(array).all():
                 raise BackendError(f"output {output!r} of graph {self._name!r} is not finite")
@@ -132,7 +138,8 @@ class Session:
         return others
 
     def close(self) -> None:
-        """Frees the engine; a second call does nothing."""
+        """Frees the engine; a second call does nothing. BackendError in a forked child."""
+        check_process(self._process)
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
@@ -158,6 +165,7 @@ class Sessions:
         self._device = device
         self._threads = threads
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._opened: dict[str, Session] | None = {}
 
@@ -165,10 +173,12 @@ class Sessions:
         """The session of a graph, which is opened at the first call.
 
         Raises:
-            BackendError: `close` was called, or the graph cannot run here.
+            BackendError: `close` was called, the graph cannot run here, or this is a forked child
+                of the process that loaded the package.
             PackageError: the package has no such graph, or its backend does not open it.
         """
-        with self._lock:
+        check_process(self._process)  # another thread may have held the lock during the fork
+        with native_call, self._lock:
             if self._opened is None:
                 raise BackendError(f"package {self._package.name!r} is closed")
             if graph not in self._opened:
@@ -188,12 +198,20 @@ class Sessions:
         return self._opened is None
 
     def close(self) -> None:
-        """Frees every engine and closes the package; a second call does nothing."""
+        """Frees every engine and closes the package; a second call does nothing.
+
+        BackendError in a forked child, which cannot free them.
+        """
+        check_process(self._process)
         with self._lock:
             opened, self._opened = self._opened, None
             self._package.close()
         for session in (opened or {}).values():
             session.close()
+
+
+class _NotCopiedError(BackendError, TypeError):
+    """A TypeError too, as Python raises for other objects that cannot be pickled."""
 
 
 class LoadedModel:
@@ -211,16 +229,31 @@ class LoadedModel:
         self.manifest = manifest
         self.backend = ", ".join(sorted(names))
         self.device = device
+        self._process = os.getpid()
 
     def close(self) -> None:
-        """Frees the engines and closes the package; a second call does nothing."""
+        """Frees the engines and closes the package; a second call does nothing.
+
+        BackendError in a forked child, which cannot free them.
+        """
         raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if os.getpid() == self._process:  # a forked child may leave the block too
+            self.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuses to be pickled or copied, with a BackendError that is a TypeError too."""
+        name = type(self).__name__
+        article = "an" if name[0] in "AEIOU" else "a"
+        raise _NotCopiedError(
+            f"{article} {name} cannot be pickled or copied. Threads can share this one; to use the "
+            "model in another process, pass the package's path and call perception_rt.load there; "
+            "for a second engine in this process, load the package again"
+        )
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self._summary().items())

@@ -4,7 +4,6 @@ An interrupt may come between any two instructions of the main thread. So caller
 scheduler; under the lock they only read, assign or append. Knows nothing of models.
 """
 
-import atexit
 import os
 import threading
 import weakref
@@ -15,18 +14,20 @@ from contextlib import suppress
 from perception_rt.errors import BackendError
 from perception_rt.runtime.generation.request_state import RequestState
 from perception_rt.runtime.generation.scheduler import Scheduler
+from perception_rt.runtime.native_calls import before_exit, check_process, hold_at_exit
 
 _LOOK_S = 0.2  # how often a waiting thread looks for signals
 
-# At interpreter exit, no thread may be inside an engine.
 _open: "weakref.WeakSet[SchedulerThread]" = weakref.WeakSet()
 
 
-@atexit.register
 def _close_all() -> None:
     for thread in list(_open):
         with suppress(BackendError):  # in a forked process
             thread.close(wake=False)
+
+
+before_exit(_close_all)
 
 
 class SchedulerThread:
@@ -59,14 +60,13 @@ class SchedulerThread:
             BackendError: as `check_open`.
         """
         while True:
-            self._check_process()
+            self.check_open()
             with self._lock:
-                self.check_open()
-                if not (wait and self._scheduler.full):
+                if not (self._closed or (wait and self._scheduler.full)):
                     self._scheduler.submit(request)
                     break
             self._start()  # an earlier submit may have been interrupted before it started one
-            self.wait(lambda: not self._scheduler.full)
+            self.wait(lambda: self._closed or not self._scheduler.full)
         self._start()
 
     def wait(self, ready: Callable[[], bool]) -> None:
@@ -108,8 +108,9 @@ class SchedulerThread:
 
     def check_open(self) -> None:
         """BackendError in a forked process and after `close`."""
-        self._check_process()
+        check_process(self._process)
         if self._closed:
+            hold_at_exit()  # a daemon thread then ends without an error
             raise BackendError("this generator is closed")
 
     def check_queue(self) -> None:
@@ -153,10 +154,6 @@ class SchedulerThread:
             return working
 
     def _check_thread(self) -> None:
-        self._check_process()
+        check_process(self._process)
         if self._worker == threading.get_ident():
             raise BackendError("on_progress cannot wait for the generator that calls it")
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise BackendError("this generator belongs to another process: load it after a fork")
