@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from perception_rt.errors import InputError
-from perception_rt.records import Record, require
+from perception_rt.records import Record, plain_number, require
 
 PoolType = Literal["attn", "tok", "avg", "none"]
 
@@ -97,9 +97,10 @@ class VisionConfig(Record):
         Raises:
             InputError: there is no such block.
         """
-        if type(layer) is not int or not -self.layers <= layer < self.layers:
-            raise InputError(f"layer {layer!r:.40} is out of range for {self.layers} blocks")
-        return layer % self.layers
+        number = plain_number(layer)
+        if type(number) is not int or not -self.layers <= number < self.layers:
+            raise InputError(f"layer {number!r:.40} is out of range for {self.layers} blocks")
+        return number % self.layers
 
     @property
     def embed_dim(self) -> int:

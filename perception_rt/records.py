@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
@@ -17,11 +18,29 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def check_integer(name: str, value: object, least: int, most: int = INTEGER_BOUND - 1) -> None:
-    """Raises InputError unless a value is an integer (not a bool) from `least` to `most`."""
-    if type(value) is not int or not least <= value <= most:
+def plain_number(value: Any) -> Any:
+    """Returns a number as an int or a float, such as one of NumPy's; another value as it is."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    try:
+        return float(value) if isinstance(value, Real) else value
+    except OverflowError:  # a fraction that no float can hold
+        return value
+
+
+def check_integer(name: str, value: object, least: int, most: int = INTEGER_BOUND - 1) -> int:
+    """Returns a value as an int.
+
+    Raises:
+        InputError: it is not an integer, such as a bool, or is not from `least` to `most`.
+    """
+    number = plain_number(value)
+    if type(number) is not int or not least <= number <= most:
         bounds = f"of at least {least}" if most == INTEGER_BOUND - 1 else f"from {least} to {most}"
-        raise InputError(f"{name} must be an integer {bounds}, not {describe(value)}")
+        raise InputError(f"{name} must be an integer {bounds}, not {describe(number)}")
+    return number
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from perception_rt.cores import available_cores
 from perception_rt.errors import InputError, PackageError, describe
 from perception_rt.families import Family, get_family
 from perception_rt.limits import DEFAULT_LIMITS, Limits
@@ -12,10 +13,11 @@ from perception_rt.package.contract import ENGINE_SEQUENCES
 from perception_rt.package.reader import Package, open_package
 from perception_rt.package.trust import is_remembered
 from perception_rt.processing.image_options import Background, ImageOptions, image_options
-from perception_rt.records import check_integer
+from perception_rt.records import INTEGER_BOUND, check_integer
 from perception_rt.runtime.session import AUTO, check_backends
 
 MAX_THREADS = 1024
+THREADS_PER_CORE = 2  # more would only wait for each other
 MAX_BATCH = 256
 FEATURE_CACHE_BYTES = 512 * 2**20
 PREFIX_CACHE_BYTES = 1024 * 2**20
@@ -23,13 +25,13 @@ PREFIX_CACHE_BYTES = 1024 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """The arguments of `perception_rt.load`, which documents them, but for the path."""
+    """The arguments of `perception_rt.load`, which documents them, without the path."""
 
     backend: str = AUTO
     device: str = "cpu"
     threads: int | None = None
     expect: str | None = None
-    limits: Limits = DEFAULT_LIMITS
+    limits: Limits | None = DEFAULT_LIMITS
     kv_bytes: int | None = None
     max_batch: int = 8
     cache: bool = True
@@ -42,17 +44,29 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", image_options(self.formats, self.background))
+        for name, least, most in (
+            ("threads", 1, MAX_THREADS),
+            ("kv_bytes", 1, INTEGER_BOUND - 1),
+            ("max_batch", 1, MAX_BATCH),
+            ("feature_cache_bytes", 0, INTEGER_BOUND - 1),
+            ("prefix_cache_bytes", 0, INTEGER_BOUND - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None or name not in ("threads", "kv_bytes"):
+                object.__setattr__(self, name, check_integer(name, value, least, most))
         if self.threads is not None:
-            check_integer("threads", self.threads, 1, MAX_THREADS)
+            _check_cores(self.threads)
         if self.cache_dir is not None:
             _check_path("cache_dir", self.cache_dir)
-        if self.kv_bytes is not None:
-            check_integer("kv_bytes", self.kv_bytes, 1)
-        check_integer("max_batch", self.max_batch, 1, MAX_BATCH)
-        check_integer("feature_cache_bytes", self.feature_cache_bytes, 0)
-        check_integer("prefix_cache_bytes", self.prefix_cache_bytes, 0)
         if type(self.cache) is not bool:
             raise InputError(f"cache must be True or False, not {describe(self.cache)}")
+        if not isinstance(self.limits, Limits | None):
+            raise InputError(f"limits must be a Limits or None, not {describe(self.limits)}")
+
+    @property
+    def effective_limits(self) -> Limits:
+        """The limits; `DEFAULT_LIMITS` for None."""
+        return DEFAULT_LIMITS if self.limits is None else self.limits
 
 
 @contextmanager
@@ -72,7 +86,7 @@ def open_model(
         InputError: an argument is unusable, or the package is of another family.
     """
     _check_path("path", path)
-    package = open_package(path, expect=options.expect, limits=options.limits)
+    package = open_package(path, expect=options.expect, limits=options.effective_limits)
     try:
         content = package.manifest.content
         found = get_family(content.family)
@@ -99,6 +113,15 @@ def _check_trust(package: Package, *, pinned: bool) -> None:
         raise PackageError(
             f"package {package.name!r} has engines, which are code for a GPU, and was not exported "
             f"on this machine: pass expect={package_id!r} if you trust it"
+        )
+
+
+def _check_cores(threads: int) -> None:
+    cores = available_cores()
+    if threads > THREADS_PER_CORE * cores:
+        raise InputError(
+            f"threads is {threads}, but this process may use {cores} cores: use at most "
+            f"{THREADS_PER_CORE * cores}, or None for one per physical core"
         )
 
 

@@ -58,7 +58,7 @@ class FeatureCache:
             directory: where files are kept; None for memory only.
 
         Raises:
-            InputError: the directory cannot be made.
+            InputError: as `DiskCache`.
         """
         self.memory: ByteLru[Array] = ByteLru(max_bytes)
         self._lock = threading.Lock()
@@ -72,6 +72,11 @@ class FeatureCache:
     def nbytes(self) -> int:
         """Bytes of the features in memory."""
         return self.memory.nbytes
+
+    def close(self) -> None:
+        """Closes the directory; a second call does nothing."""
+        if self._disk is not None:
+            self._disk.close()
 
     def get(self, key: str) -> Array | None:
         """Returns features, read-only float32 (n, t, C), or None."""

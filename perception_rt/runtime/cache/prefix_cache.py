@@ -84,7 +84,7 @@ class PrefixCache:
             directory: where files are kept; None for memory only.
 
         Raises:
-            InputError: the directory cannot be made.
+            InputError: as `DiskCache`.
         """
         self.memory: ByteLru[PrefixEntry] = ByteLru(max_bytes)
         self._lock = threading.Lock()
@@ -103,6 +103,11 @@ class PrefixCache:
     def nbytes(self) -> int:
         """Bytes of the entries in memory."""
         return self.memory.nbytes
+
+    def close(self) -> None:
+        """Closes the directory; a second call does nothing."""
+        if self._disk is not None:
+            self._disk.close()
 
     @property
     def stored(self) -> frozenset[str]:

@@ -45,6 +45,9 @@ class Pipeline:
         self.thread.close()
         self.pool.close()
         self.engine.close()
+        for cache in (self.features, self.prefixes):
+            if cache is not None:
+                cache.close()
 
 
 def open_pipeline(package: Package, options: LoadOptions) -> Pipeline:
@@ -54,7 +57,7 @@ def open_pipeline(package: Package, options: LoadOptions) -> Pipeline:
         PackageError: the package's parts do not fit together.
         InputError: the cache directory cannot be used.
     """
-    cache_dir = options.cache_dir
+    limits, cache_dir = options.effective_limits, options.cache_dir
     if is_replaced(package.manifest.content, options.backend):
         cache_dir = None  # files of a test double must not reach the real engine
     feature_bytes = options.feature_cache_bytes if options.cache else 0
@@ -70,7 +73,7 @@ def open_pipeline(package: Package, options: LoadOptions) -> Pipeline:
     preprocessor = RequestPreprocessor(
         package,
         engine.config,
-        limits=options.limits,
+        limits=limits,
         images=options.images,
         cached=feature_bytes + prefix_bytes > 0,
         clock=clock,
@@ -91,7 +94,7 @@ def open_pipeline(package: Package, options: LoadOptions) -> Pipeline:
     if prefix_bytes > 0:
         prefixes = PrefixCache(prefix_bytes, package_id=package_id, directory=cache_dir)
     runner = ModelRunner(engine, features=features, prefixes=prefixes)
-    scheduler = Scheduler(runner, pool, max_queued=options.limits.queued_requests, clock=clock)
+    scheduler = Scheduler(runner, pool, max_queued=limits.queued_requests, clock=clock)
     return Pipeline(
         preprocessor=preprocessor,
         engine=engine,
