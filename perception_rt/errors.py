@@ -6,7 +6,13 @@ A message names the thing, the value and the limit, but no memory address and no
 
 
 class PerceptionError(Exception):
-    """Base class of all errors of this library."""
+    """Base class of all errors of this library.
+
+    Its text is one line: control characters, which a path may contain, are escaped.
+    """
+
+    def __str__(self) -> str:
+        return escaped(super().__str__())
 
 
 class InputError(PerceptionError, ValueError):
@@ -38,3 +44,15 @@ def describe(value: object) -> str:
     if type(value) is int and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     return repr(value) if type(value) in (bool, int, float) else f"a {type(value).__name__}"
+
+
+def escaped(text: str) -> str:
+    r"""Writes characters that cannot be printed as `repr` does, such as `\x1b` and `\n`.
+
+    A terminal would obey some of them, and a line break would forge a line of a log.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )

@@ -33,6 +33,7 @@ LAYER_1 = (
     "_version",
     "archs",
     "config",
+    "cores",
     "demo",
     "errors",
     "families",
@@ -85,10 +86,12 @@ _RUNTIME = {
     "perception_rt.runtime.cuda": Part(
         uses=LAYER_1, libraries=("numpy",), lazy_libraries=("cuda",)
     ),
+    "perception_rt.runtime.native_calls": Part(uses=LAYER_1),
     "perception_rt.runtime.request": Part(uses=LAYER_2, libraries=("numpy",)),
     "perception_rt.runtime.load_options": Part(uses=(*LAYER_2, "runtime.session")),
     "perception_rt.runtime.session": Part(
-        uses=(*LAYER_2, "runtime.cache", "runtime.cuda"), libraries=("numpy",)
+        uses=(*LAYER_2, "runtime.cache", "runtime.cuda", "runtime.native_calls"),
+        libraries=("numpy",),
     ),
     "perception_rt.runtime.cache": Part(
         uses=(*LAYER_1, "package", "runtime.cuda"), libraries=("numpy",)
@@ -98,6 +101,7 @@ _RUNTIME = {
             *LAYER_2,
             "runtime.cache",
             "runtime.load_options",
+            "runtime.native_calls",
             "runtime.request",
             "runtime.session",
         ),

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from perception_rt.cores import available_cores
 from perception_rt.errors import InputError
 from training.recipe.schema import ParallelConfig
 
@@ -172,13 +173,6 @@ def process_group(
         yield replace(group, control=control)
     finally:
         dist.destroy_process_group()
-
-
-def available_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def build_mesh(config: ParallelConfig, group: Group) -> DeviceMesh:

@@ -15,7 +15,7 @@ from typing import Any
 
 from perception_rt._version import __version__
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
-from perception_rt.errors import InputError, PerceptionError
+from perception_rt.errors import InputError, PerceptionError, escaped
 from perception_rt.families import PE, PLM, Family, get_family
 from perception_rt.progress import Progress
 
@@ -52,7 +52,7 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
             # Otherwise the rest of the buffer fails again when the interpreter exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        where = "" if error.filename is None else f": {error.filename}"
+        where = "" if error.filename is None else escaped(f": {error.filename}")
         print(f"{parser.prog}: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -178,12 +178,22 @@ def _question_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that sum to P"
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1 repeats fewer tokens of prompt and answer (default: 1, off)",
+    )
     parser.add_argument("--seed", type=int, help="RNG seed (default: a fresh one)")
     _list_argument(parser, "--stop", "TEXT", help="strings that end the answer")
     parser.add_argument(
         "--lookup", action="store_true", help="speculate by copying from the prompt; changes "
         "answers only in ties"
     )  # fmt: skip
+    parser.add_argument(
+        "--literal", action="store_true", help="<image> and <video> in a question are text"
+    )
     caches = parser.add_mutually_exclusive_group()
     caches.add_argument(
         "--cache-dir", metavar="DIR", help="private folder that keeps image features and prompts"
@@ -195,7 +205,7 @@ def _load(options: argparse.Namespace, progress: Progress, family: Family = PE, 
     """Loads the package; InputError if it is of another family."""
     from perception_rt.runtime.load import load
 
-    progress.step(f"opening {options.package}")
+    progress.step(f"opening {escaped(options.package)}")
     engine = load(
         options.package,
         backend=options.backend,
@@ -257,7 +267,7 @@ def _embed(options: argparse.Namespace) -> None:
     cosines = rows @ rows.T
     for index, name in enumerate(names):
         shown = " ".join(f"{cosine:.3f}" for cosine in cosines[index, :_SHOWN_COSINES])
-        print(f"{name}: dim {rows.shape[1]}, cosines {shown}")
+        print(f"{escaped(name)}: dim {rows.shape[1]}, cosines {shown}")
 
 
 def _classify(options: argparse.Namespace) -> None:
@@ -275,7 +285,7 @@ def _classify(options: argparse.Namespace) -> None:
         return
     for image, row in zip(options.image, rows, strict=True):
         ranked = sorted(row.items(), key=lambda item: -item[1])
-        print(f"{image}: " + ", ".join(f"{label} {p:.1%}" for label, p in ranked[:5]))
+        print(f"{escaped(image)}: " + ", ".join(f"{label} {p:.1%}" for label, p in ranked[:5]))
 
 
 def _features(options: argparse.Namespace) -> None:
@@ -297,7 +307,7 @@ def _features(options: argparse.Namespace) -> None:
     if options.json:
         _print_json({"image": options.image, "shape": list(dense.shape), "picture": options.out})
     else:
-        print(f"{options.out}: {shape} features of layer {options.layer}")
+        print(f"{escaped(options.out)}: {shape} features of layer {options.layer}")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -357,7 +367,7 @@ def _doctor(options: argparse.Namespace) -> int:
         for name, value in found.items():
             print(f"{name}: {value}")
         for note in notes:
-            print(f"{options.package}: {note}")
+            print(escaped(f"{options.package}: {note}"))
     return 2 if any(note.startswith(DAMAGED) for note in notes) else 0
 
 

@@ -178,7 +178,13 @@ class _Conversation:
             raise KeyboardInterrupt
         if answer.result is None and not answer.text:
             return  # interrupted before the first token: the question does not count
-        exchange = Exchange(prompt=question, answer=answer.text, images=images, videos=videos)
+        exchange = Exchange(
+            prompt=question,
+            answer=answer.text,
+            images=images,
+            videos=videos,
+            literal=self._options.literal,
+        )
         self._history = [*self._history, exchange]
         self._images, self._videos = [], []
 
@@ -205,6 +211,8 @@ def _request(options: Namespace, **fields: Any) -> "Request":
         max_tiles=options.max_tiles,
         num_frames=options.num_frames,
         lookup=options.lookup,
+        literal=options.literal,
+        repetition_penalty=options.repetition_penalty,
         **fields,
     )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from perception_rt.errors import InputError
-from perception_rt.records import check_integer
+from perception_rt.records import check_integer, plain_number
 
 PixelBox: TypeAlias = Sequence[float] | NDArray[Any]
 
@@ -116,7 +116,9 @@ def draw_box(
             f"not {pixels.dtype} {pixels.shape}"
         )
     check_integer("the line width", width, 1)
-    if len(color) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in color):
+    if len(color) != 3 or not all(
+        type(value) is int and 0 <= value <= 255 for value in map(plain_number, color)
+    ):
         raise InputError("color must be three integers from 0 to 255")
     left, top, right, bottom = (int(value) for value in _ordered(box))
     right, bottom = right + 1, bottom + 1  # exclusive from here on

@@ -16,7 +16,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice, pairwise
+from itertools import groupby, islice, pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -114,8 +114,7 @@ class ClipTokenizer:
             InputError: the context length is not an integer of at least 2.
             PackageError: the vocabulary file is missing, or its SHA-256 is not the known one.
         """
-        check_integer("context_length", context_length, MIN_CONTEXT)
-        self.context_length = context_length
+        self.context_length = check_integer("context_length", context_length, MIN_CONTEXT)
         self._limits = limits
         self.vocabulary = _load_vocabulary(_VOCAB_FILE if vocab_path is None else Path(vocab_path))
 
@@ -139,6 +138,37 @@ class ClipTokenizer:
             # Ids beyond the context length are never computed.
             ids = [SOT, *islice(self._ids(text), self.context_length - 2), EOT]
             row[: len(ids)] = ids
+        return tokens
+
+    def encode_labels(self, labels: Sequence[str], templates: Sequence[str]) -> NDArray[np.int64]:
+        """Encodes every label in every template, int64 (L * T, context_length), label by label.
+
+        Args:
+            labels: L strings.
+            templates: T strings with `{}` for the label.
+
+        Raises:
+            InputError: as `encode`; there is no label or template, or one is unusable; or a
+                template pushes a label, or its end, past the context length, which would cut it.
+        """
+        if not labels or not all(isinstance(label, str) for label in labels):
+            raise InputError("labels must be at least one string")
+        if not templates or not all(isinstance(t, str) and "{}" in t for t in templates):
+            raise InputError("templates must be strings that contain {}")
+        pairs = list(product(labels, templates))
+        tokens = self([template.replace("{}", label) for label, template in pairs])
+        room = self.context_length - MIN_CONTEXT
+        for (label, template), row in zip(pairs, tokens, strict=True):
+            before = template.partition("{}")[0]
+            if row[-1] != EOT or not before.strip():
+                continue  # it fits, or the label comes first
+            count = len(self.encode(before + label))
+            if count > room:
+                raise InputError(
+                    f"label {label!r:.60} does not fit behind {before!r:.60} of its template: "
+                    f"together they have {count} tokens, and the context has {room}. Shorten the "
+                    "template or the label"
+                )
         return tokens
 
     def encode(self, text: str) -> list[int]:

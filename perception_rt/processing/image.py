@@ -93,8 +93,9 @@ class ImageSpec(Record):
     record_name: ClassVar[str] = "image"
 
     def __post_init__(self) -> None:
-        check_integer("image.height", self.height, 1, _MAX_TARGET_SIDE)
-        check_integer("image.width", self.width, 1, _MAX_TARGET_SIDE)
+        for name in ("height", "width"):
+            side = check_integer(f"image.{name}", getattr(self, name), 1, _MAX_TARGET_SIDE)
+            object.__setattr__(self, name, side)
         check_choice("image.resize", self.resize, get_args(Resize))
         check_choice("image.interpolation", self.interpolation, get_args(Interpolation))
         check_choice("image.rgb_conversion", self.rgb_conversion, get_args(RgbConversion))

@@ -10,12 +10,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import islice
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from perception_rt.cores import available_cores
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.image import ImageSource, ImageSpec, open_image, resize_image
@@ -27,13 +28,12 @@ THREAD_NAME = "perception-rt-decode"
 Pixels: TypeAlias = NDArray[np.uint8]
 Loaded: TypeAlias = Pixels | InputError
 OnError: TypeAlias = Callable[[int, InputError], None]
+_T = TypeVar("_T")
 
 
 def default_workers() -> int:
     """One thread per CPU core that this process may use, at most 8."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
-    cores = os.cpu_count() if affinity is None else len(affinity(0))
-    return min(cores or 1, _MAX_DEFAULT_WORKERS)
+    return min(available_cores(), _MAX_DEFAULT_WORKERS)
 
 
 def load_images(
@@ -139,10 +139,10 @@ def _load_ahead(
 
     def start(image: ImageSource) -> Future[Loaded]:
         if owned or isinstance(image, bytes | str | os.PathLike):
-            return pool.submit(loader.load, image)
+            return _submit(pool, loader.load, image)
         # An iterator may go on to reuse its buffer, its Pillow image (ImageSequence.Iterator does),
         # or the file of a Pillow image that is not decoded yet.
-        return pool.submit(loader.resize, loader.decode(image))
+        return _submit(pool, loader.resize, loader.decode(image))
 
     source: Iterator[ImageSource] | None = iter(images)
     failure: Exception | None = None
@@ -163,3 +163,16 @@ def _load_ahead(
         pool.shutdown(cancel_futures=True)
     if failure is not None:
         raise failure
+
+
+def _submit(pool: ThreadPoolExecutor, work: Callable[[_T], Loaded], item: _T) -> Future[Loaded]:
+    """Runs `work(item)` in a thread of the pool; here, if the interpreter is ending.
+
+    A daemon thread may come here then, and should not print that it gets no thread.
+    """
+    try:
+        return pool.submit(work, item)
+    except RuntimeError:
+        future: Future[Loaded] = Future()
+        future.set_result(work(item))
+        return future

@@ -229,7 +229,9 @@ def encode_transcript(
     )
 
 
-def place_media(question: str, tiles_per_item: Sequence[int]) -> tuple[Part, ...]:
+def place_media(
+    question: str, tiles_per_item: Sequence[int], *, literal: bool = False
+) -> tuple[Part, ...]:
     """Places the tiles of images and videos in a user's question.
 
     Several items replace the `<image>` and `<video>` marks of the question, in order; without
@@ -240,6 +242,7 @@ def place_media(question: str, tiles_per_item: Sequence[int]) -> tuple[Part, ...
     Args:
         question: the text.
         tiles_per_item: number of tiles or frames of each image or video.
+        literal: whether marks are text; all items then come first.
 
     Returns:
         The content of the turn.
@@ -247,10 +250,11 @@ def place_media(question: str, tiles_per_item: Sequence[int]) -> tuple[Part, ...
     Raises:
         InputError: the number of marks is neither 0 nor the number of items.
     """
+    media = [Tiles(count) for count in tiles_per_item]
+    if literal or not media:
+        return _nonempty((*media, question))
     marks = _MARK.findall(question)
     items = len(tiles_per_item)
-    if items == 0:
-        return _nonempty((question,))
     if items == 1 and (len(marks) <= 1 or marks == [IMAGE_MARK] * tiles_per_item[0]):
         return reference_content(question, tiles_per_item[0])
     if len(marks) not in (0, items):
@@ -258,7 +262,6 @@ def place_media(question: str, tiles_per_item: Sequence[int]) -> tuple[Part, ...
             f"the question has {len(marks)} {IMAGE_MARK} or {VIDEO_MARK} marks for {items} "
             "images and videos; put one for each, or none"
         )
-    media = [Tiles(count) for count in tiles_per_item]
     if not marks:
         return _nonempty((*media, question))
     return _interleave(_MARK.split(question), media)

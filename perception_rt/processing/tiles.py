@@ -63,7 +63,8 @@ class TileSpec(Record):
 
     def __post_init__(self) -> None:
         for name, most in _MOST.items():
-            check_integer(f"image.{name}", getattr(self, name), 1, most)
+            value = check_integer(f"image.{name}", getattr(self, name), 1, most)
+            object.__setattr__(self, name, value)
         check_choice("image.mode", self.mode, get_args(TileMode))
         pixels = self.tile_size**2 * max(self.max_tiles + 1, self.max_frames)
         if pixels > _MAX_PIXELS:
@@ -118,7 +119,7 @@ def load_tiles(
     """
     if max_tiles is None:
         max_tiles = spec.max_tiles
-    check_integer("max_tiles", max_tiles, 0, spec.max_tiles)
+    max_tiles = check_integer("max_tiles", max_tiles, 0, spec.max_tiles)
     image = decode_image(source, limits=limits, options=options, upright=spec.exif_orientation)
     thumbnail = resize_image(image, spec.tile)
     if spec.mode == "vanilla" or max_tiles == 0:

@@ -28,6 +28,7 @@ from perception_rt.processing.image_options import Background
 from perception_rt.processing.video import VideoSource, decode_frames
 from perception_rt.records import check_integer
 from perception_rt.runtime.load_options import LoadOptions, open_model
+from perception_rt.runtime.native_calls import check_process
 from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
 
 Array = NDArray[Any]
@@ -44,7 +45,7 @@ _IMAGE_NDIM, _VIDEO_NDIM = 3, 4
 class Embedder(LoadedModel):
     """A loaded Perception Encoder package. Make one with `Embedder.load` or `perception_rt.load`.
 
-    Each graph opens on first use. Methods may be called from several threads.
+    Each graph opens on first use. Several threads may call methods; a forked child may not.
 
     Attributes:
         image_spec: image size and preprocessing.
@@ -70,12 +71,12 @@ class Embedder(LoadedModel):
             threads=options.threads,
             cache_dir=options.cache_dir,
         )
-        self._limits = options.limits
+        self._limits = options.effective_limits
         self._image_options = options.images
         self._tokenizer: ClipTokenizer | None = None
         if self._text is not None and self._text.tokenizer is not None:
             context = self._text.context_length
-            self._tokenizer = ClipTokenizer(context_length=context, limits=options.limits)
+            self._tokenizer = ClipTokenizer(context_length=context, limits=self._limits)
 
     @classmethod
     def load(
@@ -86,7 +87,7 @@ class Embedder(LoadedModel):
         device: str = "cpu",
         threads: int | None = None,
         expect: str | None = None,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: Limits | None = DEFAULT_LIMITS,
         cache_dir: str | os.PathLike[str] | None = None,
         formats: Iterable[str] = (),
         background: Background | None = None,
@@ -144,6 +145,7 @@ class Embedder(LoadedModel):
             InputError: an image or an argument is unusable, or the model has no pooled embedding.
             BackendError: the engine failed, or the embedder is closed.
         """
+        check_process(self._process)
         self._require_pooled()
         rows = self._image_rows(
             images,
@@ -177,6 +179,7 @@ class Embedder(LoadedModel):
             InputError: a text is unusable, or the model has no text tower or no known tokenizer.
             BackendError: the engine failed, or the embedder is closed.
         """
+        check_process(self._process)
         texts = _listed(texts, "texts")
         tokenizer = self._require_tokenizer()
         rows = self._batches(texts, batch_size, on_progress, lambda p: self._tokens(tokenizer(p)))
@@ -205,6 +208,7 @@ class Embedder(LoadedModel):
             InputError: a video is unusable, or the model has no pooled embedding.
             BackendError: the engine failed, the embedder is closed, or PyAV is not installed.
         """
+        check_process(self._process)
         self._require_pooled()
         videos = _listed(videos, "videos", _VIDEO_NDIM)
         rows = []
@@ -242,8 +246,8 @@ class Embedder(LoadedModel):
             float32 (N, L), rows that sum to 1.
 
         Raises:
-            InputError: as `embed_images` and `embed_texts`, or `labels` or `templates` are
-                unusable.
+            InputError: as `embed_images` and `embed_texts`, `labels` or `templates` are unusable,
+                or a template pushes a label past the context length.
             BackendError: the engine failed, or the embedder is closed.
         """
         weights = self.embed_labels(labels, templates, on_progress=on_progress)
@@ -262,14 +266,12 @@ class Embedder(LoadedModel):
         on_progress: Progress | None = None,
     ) -> Float32:
         """Embeds labels as unit vectors for zero-shot use, float32 (L, D); see `classify`."""
+        check_process(self._process)
         labels = _listed(labels, "labels")
         templates = ["{}"] if templates is None else _listed(templates, "templates")
-        if not labels or not all(isinstance(label, str) for label in labels):
-            raise InputError("labels must be at least one string")
-        if not templates or not all(isinstance(t, str) and "{}" in t for t in templates):
-            raise InputError("templates must be strings that contain {}")
-        texts = [t.replace("{}", label) for label in labels for t in templates]
-        vectors = self.embed_texts(texts, on_progress=on_progress)
+        tokens = self._require_tokenizer().encode_labels(labels, templates)
+        rows = self._batches(tokens, None, on_progress, self._tokens)
+        vectors = _unit(_stacked(rows, (self.dim,)))
         return _unit(vectors.reshape(len(labels), len(templates), -1).mean(axis=1))
 
     def features(
@@ -298,6 +300,7 @@ class Embedder(LoadedModel):
                 was exported without its output.
             BackendError: the engine failed, or the embedder is closed.
         """
+        check_process(self._process)
         vision = self._config.vision
         name = contract.tap_name(vision.block_index(layer))
         graph = self.manifest.content.graphs.get(contract.FEATURES)
@@ -321,6 +324,7 @@ class Embedder(LoadedModel):
             pixels: float32 (N, 3, H, W), already normalised, at the package's image size.
             batch_size: rows per engine call, 1 to 256; None for `self.batch_size`.
         """
+        check_process(self._process)
         run = partial(self._run, contract.PIXELS, contract.PIXELS_F32, output=contract.EMBEDDING)
         return np.concatenate(list(self._batches(_array(pixels), batch_size, None, run)))
 
@@ -331,6 +335,7 @@ class Embedder(LoadedModel):
             tokens: int64 (N, context) ids below the vocabulary size.
             batch_size: rows per engine call, 1 to 256; None for `self.batch_size`.
         """
+        check_process(self._process)
         return np.concatenate(list(self._batches(_array(tokens), batch_size, None, self._tokens)))
 
     @property
@@ -346,7 +351,7 @@ class Embedder(LoadedModel):
         return self._text.logit_scale
 
     def close(self) -> None:
-        """Frees the engines and closes the package; a second call does nothing."""
+        """Frees the engines and closes the package; see `LoadedModel.close`."""
         self._sessions.close()
 
     def _run(self, graph: str, source: str, array: Array, *, output: str) -> Float32:
@@ -369,7 +374,7 @@ class Embedder(LoadedModel):
         size = self._batch_size(batch_size)
         if workers is None:
             workers = default_workers()
-        check_integer("workers", workers, 1, MAX_WORKERS)
+        workers = check_integer("workers", workers, 1, MAX_WORKERS)
         loading = load_images(
             images,
             self.image_spec,
@@ -423,8 +428,7 @@ class Embedder(LoadedModel):
     def _batch_size(self, batch_size: int | None) -> int:
         if batch_size is None:
             return self.batch_size
-        check_integer("batch_size", batch_size, 1, MAX_BATCH)
-        return batch_size
+        return check_integer("batch_size", batch_size, 1, MAX_BATCH)
 
     def _require_pooled(self) -> None:
         if self._config.vision.pool_type == "none":

@@ -88,7 +88,7 @@ class Generator(LoadedModel):
         device: str = "cpu",
         threads: int | None = None,
         expect: str | None = None,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: Limits | None = DEFAULT_LIMITS,
         kv_bytes: int | None = None,
         max_batch: int = 8,
         cache: bool = True,
@@ -218,6 +218,7 @@ class Generator(LoadedModel):
         history: Sequence[Exchange] = (),
         max_tiles: int | None = None,
         num_frames: int | None = None,
+        literal: bool = False,
     ) -> Score:
         """Returns the log-probability of each token of a given answer.
 
@@ -232,6 +233,7 @@ class Generator(LoadedModel):
             history: see `Request`.
             max_tiles: see `Request`.
             num_frames: see `Request`.
+            literal: see `Request`.
 
         Returns:
             Token ids of the answer and their natural log-probabilities, float64 (T,).
@@ -246,6 +248,7 @@ class Generator(LoadedModel):
             history=history,
             max_tiles=max_tiles,
             num_frames=num_frames,
+            literal=literal,
         )
         self._thread.check_queue()
         self._preprocessor.check(request)
@@ -279,7 +282,7 @@ class Generator(LoadedModel):
             CapacityError: as `generate`.
             BackendError: as `generate`.
         """
-        check_integer("max_new_tokens", max_new_tokens, 1)
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1)
         state = self._preprocessor.prepare_tokens(ids, pixels, max_new_tokens)
         return list(self._run(state).tokens)
 

@@ -24,7 +24,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     expect: str | None = None,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: Limits | None = DEFAULT_LIMITS,
     kv_bytes: int | None = None,
     max_batch: int = 8,
     cache: bool = True,
@@ -46,18 +46,20 @@ def load(
             "tensorrt".
         device: "cpu", "cuda", or "tensorrt" for ONNX Runtime's TensorRT provider. Loading fails
             if it is not available; no other device is used instead.
-        threads: threads of one engine call, 1 to 1024; None for one per physical core.
+        threads: threads of one engine call, at most two per core that this process may use (its
+            affinity, and the quota of its container); None for one per physical core.
         expect: the package id ("sha256:...") to require. TensorRT engines are code: without
             `expect`, they load only if this user exported the package on this machine.
-        limits: bounds on the package and on all inputs.
+        limits: bounds on the package and on all inputs; None for the defaults.
         kv_bytes: bytes for the key-value caches of all running requests; None for 2 GiB, or for
             one sequence of the longest length if that is more. Memory is touched as it is used.
         max_batch: most requests decoded together, 1 to 256; at most 8 with a TensorRT engine.
         cache: whether image features and prompt prefixes are kept for later requests.
         feature_cache_bytes: bytes of the image feature cache; 0 disables it.
         prefix_cache_bytes: bytes of the prompt prefix cache; 0 disables it.
-        cache_dir: private directory where both caches are kept as well, each up to the same size,
-            and where TensorRT for RTX keeps what it compiles for this GPU.
+        cache_dir: directory where both caches are kept as well, each up to the same size, and
+            where TensorRT for RTX keeps what it compiles for this GPU. It must belong to this user,
+            and no other user may be able to write to it.
         formats: image formats to accept beside JPEG, PNG and WebP: "gif", "bmp", "tiff", "avif",
             and "heic" with the extra of that name. Of an animation, the first frame counts.
         background: colour behind transparent pixels, such as "white", "#ffffff" or (255, 255, 255);

@@ -19,11 +19,24 @@ from perception_rt.limits import Limits
 from perception_rt.processing.boxes import Box, parse_boxes
 from perception_rt.processing.image import ImageSource
 from perception_rt.processing.video import VideoSource
-from perception_rt.records import INTEGER_BOUND, check_integer
+from perception_rt.records import INTEGER_BOUND, check_integer, plain_number
 
 Array = np.ndarray[Any, Any]
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 Phase = Literal["vision", "prefill", "decode"]
+# Fields of a request that are numbers, and may be NumPy's.
+_NUMBERS = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "max_tiles",
+    "num_frames",
+    "deadline_s",
+    "repetition_penalty",
+)
+_PENALTIES = (0.01, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +66,14 @@ class Exchange:
         answer: the model's answer.
         images: images of the question; see `Request`.
         videos: videos of the question; see `Request`.
+        literal: whether marks in the question are text; see `Request`.
     """
 
     prompt: str
     answer: str
     images: Sequence[ImageSource] = ()
     videos: Sequence[VideoSource] = ()
+    literal: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +84,8 @@ class Request:
         prompt: the question. Several images and videos are placed at its `<image>` and `<video>`
             marks, one mark per item, or before the text if it has no marks. A single image or
             video is placed first, as in training, and its mark is dropped, unless it is one tile
-            or has a mark per tile. No other text is special.
+            or has a mark per tile. Without images and videos, marks are text. No other text is
+            special.
         images: paths, encoded JPEG, PNG or WebP bytes, Pillow images, or uint8 (H, W, 3) RGB.
         videos: paths, or uint8 (T, H, W, 3) RGB frames; without marks they follow the images.
         history: earlier exchanges of the conversation, oldest first.
@@ -95,6 +111,11 @@ class Request:
             text is empty.
         lookup_tokens: token ids of text that drafts are also taken from, such as an expected
             answer; the first drafts continue the prompt with it. Needs `lookup`.
+        literal: whether `<image>` and `<video>` in the prompt are text. Images and videos then come
+            first.
+        repetition_penalty: divides positive logits of the tokens of prompt and answer so far, and
+            multiplies negative ones, before temperature, as in transformers. Above 1 repeats less,
+            1 changes nothing; from 0.01 to 100.
     """
 
     prompt: str
@@ -114,6 +135,12 @@ class Request:
     on_progress: OnProgress | None = None
     ignore_eos: bool = False
     lookup_tokens: Sequence[int] | None = None
+    literal: bool = False
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
 
 
 class RequestOptions(TypedDict, total=False):
@@ -135,6 +162,8 @@ class RequestOptions(TypedDict, total=False):
     on_progress: OnProgress | None
     ignore_eos: bool
     lookup_tokens: Sequence[int] | None
+    literal: bool
+    repetition_penalty: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +315,8 @@ def check_request(
     if request.deadline_s is not None:
         _check_number("deadline_s", request.deadline_s, 0, math.inf)
     _check_stop(request.stop, limits)
-    for name in ("lookup", "ignore_eos"):
+    _check_number("repetition_penalty", request.repetition_penalty, *_PENALTIES)
+    for name in ("lookup", "ignore_eos", "literal"):
         check_bool(name, getattr(request, name))
     _check_lookup(request, vocab_size, max_length)
     if request.on_progress is not None and not callable(request.on_progress):
@@ -347,6 +377,7 @@ def _check_conversation(request: Request, limits: Limits) -> None:
         size += _text_bytes(f"{where}answer", exchange.answer)
         check_list(f"{where}images", exchange.images)
         check_list(f"{where}videos", exchange.videos)
+        check_bool(f"{where}literal", exchange.literal)
     if size > limits.conversation_bytes:
         raise InputError(
             f"prompt and history have {size} bytes in UTF-8; "

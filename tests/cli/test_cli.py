@@ -254,6 +254,7 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     question = {
         "--image", "--video", "--max-tiles", "--num-frames", "--max-new-tokens", "--temperature",
         "--top-p", "--top-k", "--seed", "--stop", "--lookup", "--cache-dir", "--no-cache",
+        "--literal", "--repetition-penalty",
     }  # fmt: skip
     assert options["generate"] == package | question | {"--prompt", "--stream", "--json"}
     assert options["chat"] == package | question

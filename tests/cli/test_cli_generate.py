@@ -107,6 +107,9 @@ def test_sampling_options_are_passed_on(ask) -> None:
     assert tokens(*hot, "--seed", "1") == tokens(*hot, "--seed", "1") != tokens(*hot, "--seed", "2")
     assert tokens(*hot, "--top-k", "1") == tokens(*hot, "--top-p", "1e-9") == greedy
     assert tokens("--lookup") == greedy
+    penalised = tokens("--repetition-penalty", "1.5")
+    assert penalised != greedy and penalised == tokens("--repetition-penalty", "1.5", "--lookup")
+    assert tokens("--repetition-penalty", "1") == greedy
     text = json.loads(ask("--max-new-tokens", "16", "--json")[0])["text"]
     stopped = json.loads(ask("--max-new-tokens", "16", "--json", "--stop", "?!", text[3])[0])
     assert stopped["finish_reason"] == "stop"

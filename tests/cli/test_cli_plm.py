@@ -212,6 +212,10 @@ def test_bad_questions_are_one_line(
         ([*ask, "--temperature", "nan"], "temperature must be a finite number"),
         ([*ask, "--top-p", "1.5"], "top_p must be a finite number from 0 to 1"),
         ([*ask, "--top-k", "0"], "top_k must be an integer from 1 to 320"),
+        (
+            [*ask, "--repetition-penalty", "0"],
+            "repetition_penalty must be a finite number from",
+        ),
         ([*ask, "--seed", "-1"], "seed must be an integer of at least 0"),
         ([*ask, "--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1"),
         ([*ask, "--stop", ""], "stop must hold strings of 1 to 256 characters"),

@@ -93,6 +93,62 @@ def test_templates_are_averaged(engine) -> None:
             engine.classify(_images(1), ["cat"], bad)
 
 
+def test_a_label_that_its_template_pushes_out_is_named(engine) -> None:
+    """The context of 16 tokens has 14 for the text: 12 words and a label of one or two tokens."""
+    before = "a " * 12
+    fits = engine.embed_labels(["cat", "tree house"], [before + "{} behind it", "{}"])
+    assert fits.shape == (2, 32) and not np.allclose(*fits)
+    for label, template in (
+        ("cat", "a " * 14 + "{}"),
+        ("cat", "a " * 70 + "{}, {}"),
+        ("two tree houses", before + "{} and {}"),
+        ("long " * 14, "a {}"),
+    ):
+        with pytest.raises(InputError, match=r"does not fit behind 'a .* the context has 14") as e:
+            engine.classify(_images(1), [label, "dog"], ["{}", template])
+        assert repr(label)[:50] in str(e.value)
+    # A label that comes first is truncated like any text.
+    assert engine.embed_labels(["a " * 20], ["{}", "{} b"]).shape == (1, 32)
+
+
+def test_numbers_of_numpy_are_numbers(engine) -> None:
+    images = _images(3)
+    rows = engine.embed_images(images, batch_size=np.int64(2), workers=np.uint8(2))
+    assert np.array_equal(rows, engine.embed_images(images, batch_size=2))
+    assert np.array_equal(engine.features(images, np.int32(-1)), engine.features(images, -1))
+    video = np.stack([images[0]] * 3)
+    assert np.array_equal(
+        engine.embed_videos([video], num_frames=np.int16(2)),
+        engine.embed_videos([video], num_frames=2),
+    )
+
+
+def test_no_limits_are_the_default_ones(tiny_package: Path, tmp_path: Path) -> None:
+    with prt.load(tiny_package, limits=None) as engine:
+        assert len(engine.embed_images(_images(1))) == 1
+        with pytest.raises(InputError, match="limit is 65536"):
+            engine.embed_texts(["a" * 65537])
+    with (
+        prt.Embedder.load(tiny_package, limits=None),
+        prt.load(write_plm(tmp_path / "plm"), limits=None) as plm,
+    ):
+        assert plm.generate("a", max_new_tokens=1).tokens is not None
+    with pytest.raises(InputError, match="limits must be a Limits or None, not a dict"):
+        prt.load(tiny_package, limits={})
+
+
+def test_more_threads_than_cores_can_run_are_refused(
+    tiny_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "perception_rt.runtime.load_options.available_cores"
+    monkeypatch.setattr(name, lambda: 3)
+    for threads in (1, 6, np.int64(6)):
+        prt.load(tiny_package, threads=threads).close()
+    for threads in (7, 64, 1024):
+        with pytest.raises(InputError, match=rf"threads is {threads}, .* 3 cores: use at most 6"):
+            prt.load(tiny_package, threads=threads)
+
+
 def test_features_drop_the_class_token(engine) -> None:
     dense = engine.features(_images(3), layer=0)
     assert dense.shape == (3, 4, 4, 64) and dense.dtype == np.float32

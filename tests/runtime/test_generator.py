@@ -97,7 +97,6 @@ def test_without_images_and_with_an_empty_question(plm: Generator) -> None:
 @pytest.mark.parametrize(
     ("prompt", "images", "videos", "message"),
     [
-        ("<image> what?", 0, 0, "1 <image> marks for 0"),
         ("<image> and <image>", 1, 1, "2 <image> marks for 1"),
         ("<video>", 1, 0, "1 <video> marks for 0"),
         ("<video><video>", 0, 1, "2 <video> marks for 1"),
@@ -431,6 +430,8 @@ def test_a_deadline_gives_what_there_is(plm: Generator) -> None:
         ({"feature_cache_bytes": -1}, "feature_cache_bytes"),
         ({"prefix_cache_bytes": 1.5}, "prefix_cache_bytes"),
         ({"cache_dir": 5}, "cache_dir"),
+        ({"threads": 10**3}, "threads is 1000, but this process may use"),
+        ({"limits": 5}, "limits must be a Limits or None, not 5"),
     ],
 )
 def test_unusable_arguments_of_load(package: Path, arguments: dict, message: str) -> None:

@@ -60,6 +60,15 @@ def check(limits: Limits = DEFAULT_LIMITS, **changes: object) -> None:
         {"history": (Exchange(prompt="a", answer=""),)},
         {"history": [Exchange(prompt="a", answer="b")] * 256},
         {"prompt": "a" * 256 * 1024},
+        {"literal": True},
+        {"repetition_penalty": 1},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100},
+        {"history": [Exchange(prompt="a", answer="b", literal=True)]},
+        {"max_new_tokens": np.int64(3), "top_k": np.uint8(4), "seed": np.int32(5)},
+        {"max_tiles": np.int16(2), "num_frames": np.uint64(2)},
+        {"temperature": np.float32(0.5), "top_p": np.float64(0.5), "deadline_s": np.float16(2)},
+        {"repetition_penalty": np.float32(1.5), "temperature": np.int64(1)},
     ],
 )
 def test_accepted(changes: dict) -> None:
@@ -124,6 +133,23 @@ REFUSED = [
     ("lookup_tokens", [320], "from 0 to 319"),
     ("lookup_tokens", [-1], "from 0 to 319"),
     ("lookup_tokens", [1] * 2049, "2049 tokens; the context has 2048"),
+    ("max_new_tokens", np.int64(0), "of at least 1, not 0"),
+    ("max_new_tokens", np.float64(3), "not 3.0"),
+    ("max_new_tokens", np.bool_(True), "a bool"),
+    ("max_new_tokens", np.array([3]), "a ndarray"),
+    ("temperature", np.float32("nan"), "not nan"),
+    ("temperature", 1j, "a complex"),
+    ("top_k", np.uint64(2**63), "not 9223372036854775808"),
+    ("literal", 1, "not 1"),
+    ("literal", None, "a NoneType"),
+    ("repetition_penalty", 0, "from 0.01 to 100, not 0"),
+    ("repetition_penalty", -1.5, "not -1.5"),
+    ("repetition_penalty", 100.5, "not 100.5"),
+    ("repetition_penalty", math.nan, "not nan"),
+    ("repetition_penalty", math.inf, "not inf"),
+    ("repetition_penalty", True, "not True"),
+    ("repetition_penalty", "1.2", "a str"),
+    ("repetition_penalty", None, "a NoneType"),
     ("images", "cat.png", "a str"),
     ("images", b"\x89PNG", "a bytes"),
     ("images", np.zeros((2, 2, 3), np.uint8), "a ndarray"),
@@ -135,6 +161,7 @@ REFUSED = [
     ("history", [Exchange(prompt=1, answer="b")], "history 0: prompt must be a string"),
     ("history", [Exchange(prompt="a", answer="b", images="x")], "history 0: images must be"),
     ("history", [Exchange(prompt="a", answer="b", videos="x")], "history 0: videos must be"),
+    ("history", [Exchange(prompt="a", answer="b", literal=2)], "history 0: literal must be True"),
     ("history", [Exchange(prompt="", answer="")] * 257, "257 exchanges; the limit is 256"),
 ]
 
@@ -146,6 +173,17 @@ def test_refused(name: str, value: object, message: str) -> None:
         check(**{name: value})
     text = str(caught.value)
     assert name in text and len(text) < 200 and not re.search(r"0x[0-9a-f]{6}|<", text)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    request = Request("a", seed=np.int64(7), temperature=np.float32(0.5), top_k=np.uint8(9))
+    assert (request.seed, request.temperature, request.top_k) == (7, 0.5, 9)
+    assert [type(v) for v in (request.seed, request.temperature, request.top_k)] == [
+        int,
+        float,
+        int,
+    ]
+    assert replace(request, max_new_tokens=np.int32(3)).max_new_tokens == 3
 
 
 def test_every_field_is_checked() -> None:

@@ -122,3 +122,55 @@ def test_unusable_logits_are_an_error(value: float, temperature: float) -> None:
     nobody = np.zeros(5, np.bool_)
     with pytest.raises(BackendError):
         Sampler(temperature=temperature, allowed=nobody).choose(LOGITS)
+
+
+def seen(*ids: int, size: int = 5) -> np.ndarray:
+    found = np.zeros(size, np.bool_)
+    found[list(ids)] = True
+    return found
+
+
+def test_a_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
+    """Hugging Face's definition: 4 / 2 = 2 for token 0, -1 * 2 = -2 for token 1, others as is."""
+    logits = np.array([4, -1, 2.5, -3, 0], np.float32)
+    assert Sampler(repetition_penalty=2.0, seen=seen(0, 1)).choose(logits) == 2
+    assert Sampler(repetition_penalty=1.5, seen=seen(0, 1)).choose(logits) == 0
+    assert Sampler(repetition_penalty=0.5, seen=seen(2)).choose(logits) == 2
+    negative = np.array([-1, -1.5, -4, -4, -4], np.float32)
+    assert Sampler(repetition_penalty=2.0, seen=seen(0)).choose(negative) == 1
+    before = logits.copy()
+    Sampler(repetition_penalty=2.0, seen=seen(0, 1)).choose(logits)
+    assert np.array_equal(logits, before)
+
+
+def test_a_penalty_counts_the_tokens_that_were_chosen() -> None:
+    logits = np.array([4, 3, 2, 1.9, 1.8], np.float32)
+    prompt = seen()
+    sampler = Sampler(repetition_penalty=2.5, seen=prompt)
+    assert [sampler.choose(logits) for _ in range(6)] == [0, 1, 2, 3, 4, 0]
+    assert not prompt.any()
+    assert [Sampler(repetition_penalty=1.0, seen=prompt).choose(logits) for _ in range(2)] == [0, 0]
+
+
+def test_a_penalty_comes_before_temperature_and_cuts() -> None:
+    logits = np.array([4, 3.9, 1, 0, -1], np.float32)
+    options = {"temperature": 1.0, "top_k": 1, "seed": 0}
+    assert Sampler(repetition_penalty=1.2, seen=seen(0), **options).choose(logits) == 1
+    sampler = Sampler(temperature=2.0, repetition_penalty=3.0, seen=seen(0, 4), seed=1)
+    reference = Sampler(temperature=2.0, seed=1)
+    penalised = np.array([4 / np.float32(3), 3.9, 1, 0, -3], np.float32)
+    assert sampler.choose(logits) == reference.choose(penalised)
+
+
+def test_an_engine_picks_tokens_only_without_a_penalty() -> None:
+    assert Sampler().greedy and Sampler(repetition_penalty=1.0, seen=seen(0)).greedy
+    assert not Sampler(repetition_penalty=1.1, seen=seen(0)).greedy
+    assert not Sampler(temperature=1.0).greedy
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_unusable_logits_are_an_error_with_a_penalty_too(value: float) -> None:
+    logits = LOGITS.copy()
+    logits[2] = value
+    with pytest.raises(BackendError, match="no token can be chosen"):
+        Sampler(repetition_penalty=2.0, seen=seen(0, 2)).choose(logits)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import jobs
@@ -270,6 +271,48 @@ def test_signal_handlers_are_put_back_and_threads_need_none() -> None:
     thread.start()
     thread.join()
     assert found == [False]
+
+
+STOP_IN_A_CALL = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[1])
+from training.signals import stop_requests
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with stop_requests():
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # for ever, and no handler of Python is called
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_second_signal_ends_a_call_of_native_code(second: signal.Signals) -> None:
+    """Such as a backward pass, after which Python would call its handlers."""
+    command = [sys.executable, "-c", STOP_IN_A_CALL, str(ROOT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"ready\n"
+        time.sleep(0.1)
+        child.terminate()
+        time.sleep(0.2)
+        assert child.poll() is None
+        began = time.monotonic()
+        child.send_signal(second)
+        assert child.wait(5) == 128 + second
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_block_of_stop_requests_leaves_nothing(fails: bool) -> None:
+    def held() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before, running = held(), threading.active_count()
+    for _ in range(3):
+        with suppress(ZeroDivisionError), stop_requests():
+            assert held() > before
+            1 / (0 if fails else 1)
+    assert (held(), threading.active_count()) == (before, running)
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 # TRN-05

@@ -8,7 +8,7 @@ t image tokens per tile.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -158,13 +158,18 @@ class ModelRunner:
         lease.advance(lease.length, written=lease.length + count)
         hidden = self._engine.embed(tokens)[None]  # (T, C) -> (1, T, C)
         (predicted,) = self._forward([request], hidden, np.arange(count)[None])
+        # One by one: a penalty depends on the tokens before, and ends with the first wrong draft.
         return agreed(drafts, self.choose(request, predicted))
 
-    def choose(self, request: RequestState, predicted: Array) -> list[int]:
-        """Chooses a token at each of L positions of one request's predictions."""
+    def choose(self, request: RequestState, predicted: Array) -> Iterator[int]:
+        """Yields a token for each of L positions of one request's predictions.
+
+        A token is chosen when it is asked for, as the one that follows all chosen before.
+        """
         if predicted.ndim == 1:  # token ids, which the engine picked
-            return [int(token) for token in predicted]
-        return [request.sampler.choose(logits) for logits in predicted]
+            yield from map(int, predicted)
+        else:
+            yield from map(request.sampler.choose, predicted)
 
     def remember(self, request: RequestState, length: int) -> None:
         """Caches the first `length` tokens of a request's row for prompts that begin alike."""

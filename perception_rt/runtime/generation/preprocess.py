@@ -7,7 +7,7 @@ Legend: T tokens, n tiles, S tile side in pixels, V vocabulary.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,8 @@ class RequestPreprocessor:
                 top_p=request.top_p,
                 seed=request.seed,
                 allowed=self._allowed,
+                repetition_penalty=request.repetition_penalty,
+                seen=self._seen(prompt.ids),
             ),
             end_ids=frozenset() if request.ignore_eos else tokenizer.end_ids,
             spell=tokenizer.decode_bytes,
@@ -208,7 +210,7 @@ class RequestPreprocessor:
         called_at = self._clock()
         ids = check_ids("ids", ids, self._config.decoder.vocab_size)
         self._check_pixels(pixels)
-        check_integer("max_new_tokens", max_new_tokens, 0)
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 0)
         self._check_length(len(ids), max_new_tokens)
         positions = np.flatnonzero(ids == self._config.image_token_id)
         tiles, per_tile = 0 if pixels is None else len(pixels), self._config.tokens_per_tile
@@ -229,6 +231,12 @@ class RequestPreprocessor:
             preprocess_s=self._clock() - called_at,
         )
 
+    def _seen(self, ids: Array) -> Array:
+        """Which tokens of the vocabulary are among `ids`, bool (V,)."""
+        seen = np.zeros(self._config.decoder.vocab_size, np.bool_)
+        seen[ids] = True
+        return seen
+
     def _required_tokenizer(self) -> Tokenizer:
         assert self.tokenizer is not None, "the request was not checked"
         return self.tokenizer
@@ -248,7 +256,7 @@ class RequestPreprocessor:
         for index, part in enumerate(parts):
             where = "" if part is request else f"history {index}: "
             counts = []
-            for kind, number, source in _in_order(part.prompt, part.images, part.videos):
+            for kind, number, source in _in_order(part):
                 try:
                     loaded = self._load(kind, source, request)
                 except InputError as error:
@@ -257,7 +265,7 @@ class RequestPreprocessor:
                 tiles.append(loaded)
                 counts.append(len(loaded))
                 self._check_tiles(sum(map(len, tiles)))
-            turns.append(Turn("user", place_media(part.prompt, counts)))
+            turns.append(Turn("user", place_media(part.prompt, counts, literal=part.literal)))
             if not isinstance(part, Request):
                 turns.append(Turn("assistant", (part.answer,)))
         return turns, np.concatenate(tiles) if tiles else None
@@ -338,27 +346,31 @@ def _tokenizer(package: Package, config: PlmConfig, limits: Limits) -> Tokenizer
 def _check_marks(part: Exchange | Request) -> None:
     """InputError if there are more marks of a kind than images or videos.
 
-    A single image may have a mark for each of its tiles, whose number is not known yet.
+    Without either, marks are text. A single image may have a mark for each of its tiles, whose
+    number is not known yet.
     """
+    if part.literal or not (part.images or part.videos):
+        return
     for mark, items in ((IMAGE_MARK, part.images), (VIDEO_MARK, part.videos)):
         count = part.prompt.count(mark)
         alone = len(part.images) + len(part.videos) == len(items) == 1
         if count > len(items) and not (alone and mark == IMAGE_MARK):
             kind = mark.strip("<>")
-            raise InputError(f"the question has {count} {mark} marks for {len(items)} {kind}s")
+            raise InputError(
+                f"the question has {count} {mark} marks for {len(items)} {kind}s; with "
+                "literal=True, marks are text"
+            )
 
 
-def _in_order(
-    prompt: str, images: Sequence[ImageSource], videos: Sequence[VideoSource]
-) -> list[tuple[str, int, Any]]:
+def _in_order(part: Exchange | Request) -> list[tuple[str, int, Any]]:
     """Kind, number among its kind, and source of each item, in the order of the prompt's marks.
 
-    Images come first if the prompt does not have one mark per item.
+    Images come first unless the prompt has one mark per item.
     """
-    kinds = [IMAGE_MARK] * len(images) + [VIDEO_MARK] * len(videos)
-    marks = _MARK.findall(prompt)
+    kinds = [IMAGE_MARK] * len(part.images) + [VIDEO_MARK] * len(part.videos)
+    marks = [] if part.literal else _MARK.findall(part.prompt)
     if sorted(marks) == sorted(kinds):
         kinds = marks
     sources: dict[str, Iterator[tuple[int, Any]]]
-    sources = {IMAGE_MARK: enumerate(images), VIDEO_MARK: enumerate(videos)}
+    sources = {IMAGE_MARK: enumerate(part.images), VIDEO_MARK: enumerate(part.videos)}
     return [(kind, *next(sources[kind])) for kind in kinds]

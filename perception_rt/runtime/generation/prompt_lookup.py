@@ -4,7 +4,7 @@ Answers about a document repeat it, so drafts are often right, and the decoder v
 the time of one. A wrong draft costs time and changes no token. Knows no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,17 +67,20 @@ class PromptLookup:
         return [int(t) for t in following[: unknown[0] if len(unknown) else None]]
 
 
-def agreed(drafts: Sequence[int], predicted: Sequence[int]) -> list[int]:
+def agreed(drafts: Sequence[int], predicted: Iterable[int]) -> list[int]:
     """Returns the tokens that greedy decoding would have given one by one.
 
     Args:
         drafts: the drafted tokens.
-        predicted: the model's next token before the first draft and after each draft.
+        predicted: the model's next token before the first draft and after each draft; none is
+            taken after the first wrong draft.
 
     Returns:
         The drafts before the first wrong one, and the model's own token in its place.
     """
-    right = 0
-    while right < len(drafts) and drafts[right] == predicted[right]:
-        right += 1
-    return list(predicted[: right + 1])
+    right: list[int] = []
+    for index, token in enumerate(predicted):
+        right.append(token)
+        if index == len(drafts) or token != drafts[index]:
+            break
+    return right

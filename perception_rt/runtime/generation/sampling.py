@@ -26,8 +26,10 @@ class Sampler:
         top_p: float | None = None,
         seed: "int | np.random.Generator | None" = None,  # importing it loads compiled modules
         allowed: Array | None = None,
+        repetition_penalty: float = 1.0,
+        seen: Array | None = None,
     ) -> None:
-        """Creates a sampler that applies temperature, top_k and top_p in this order.
+        """Creates a sampler that applies penalty, temperature, top_k and top_p in this order.
 
         Args:
             temperature: divides the logits; 0 takes the likeliest token and ignores the rest.
@@ -36,20 +38,26 @@ class Sampler:
                 (0, 1].
             seed: RNG seed, or an RNG to draw from; None draws a fresh seed.
             allowed: bool (V,), False for tokens that are never chosen.
+            repetition_penalty: divides positive logits of tokens seen so far, and multiplies
+                negative ones; 1 changes nothing.
+            seen: bool (V,), True for the tokens of the prompt; the chosen ones are added. Needed
+                for a penalty.
         """
         self._temperature = temperature
         self._top_k = top_k
         self._top_p = top_p
         self._allowed = allowed
+        self._penalty = repetition_penalty
+        self._seen = None if seen is None or repetition_penalty == 1 else seen.copy()
         self._rng = np.random.default_rng(seed)
 
     @property
     def greedy(self) -> bool:
-        """Whether it always takes the likeliest allowed token."""
-        return self._temperature == 0
+        """Whether it always takes the allowed token with the largest logit."""
+        return self._temperature == 0 and self._seen is None
 
     def choose(self, logits: Array) -> int:
-        """Returns the next token id; the lowest one among equals.
+        """Returns the next token id, the lowest one among equals, and counts it as seen.
 
         Args:
             logits: float (V,).
@@ -57,6 +65,16 @@ class Sampler:
         Raises:
             BackendError: a logit is NaN or infinite, or no token is allowed.
         """
+        if self._seen is not None:
+            harder = np.where(logits < 0, logits * self._penalty, logits / self._penalty)
+            logits = np.where(self._seen, harder, logits)
+        token = self._choose(logits)
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+    def _choose(self, logits: Array) -> int:
+        """The next token id, from logits after the penalty."""
         if self._allowed is not None:
             logits = np.where(self._allowed, logits, -np.inf)
         likeliest = int(np.argmax(logits))  # the index of a NaN, if there is one
