@@ -122,8 +122,12 @@ class Package:
             pending = sorted(
                 set(files) - self._verified, key=lambda file: files[file].size_bytes, reverse=True
             )
-            for _ in pool.map(self._verify, pending):
-                pass  # raises the exception of a failed call
+            try:
+                for _ in pool.map(self._verify, pending):
+                    pass  # raises the exception of a failed call
+            except RuntimeError:  # the interpreter is ending, and a daemon thread loads a package
+                for file in pending:
+                    self._verify(file)
 
     def close(self) -> None:
         """Closes the files; mappings that are in use stay valid."""

@@ -188,7 +188,8 @@ def test_budget_of_the_request():
         (4.0, "4.0"),
         (math.nan, "nan"),
         ("4", "a str"),
-        (np.int64(4), "a int64"),
+        (np.int64(37), "37"),
+        (np.float64(4), "4.0"),
         ([4], "a list"),
     ],
 )

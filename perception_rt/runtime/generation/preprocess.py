@@ -18,7 +18,7 @@ from perception_rt.package import contract
 from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSource
-from perception_rt.processing.image_options import ImageOptions
+from perception_rt.processing.image_options import DEFAULT_IMAGE_OPTIONS, ImageOptions
 from perception_rt.processing.llm_tokenizer import Tokenizer, TokenizerSpec, open_tokenizer
 from perception_rt.processing.prompt import (
     IMAGE_MARK,
@@ -63,7 +63,7 @@ class RequestPreprocessor:
         config: PlmConfig,
         *,
         limits: Limits,
-        images: ImageOptions,
+        images: ImageOptions = DEFAULT_IMAGE_OPTIONS,
         cached: bool,
         clock: Callable[[], float],
     ) -> None:
