@@ -70,7 +70,7 @@ _FOUNDATION = {
     "perception_rt.processing": Part(
         uses=LAYER_1,
         libraries=("numpy", "PIL", "regex", "ftfy"),
-        lazy_libraries=("av", "pi_heif", "pillow_heif", "sentencepiece", "tiktoken", "tokenizers"),
+        lazy_libraries=("av", "pillow_heif", "sentencepiece", "tiktoken", "tokenizers"),
     ),
     "perception_rt.package": Part(uses=LAYER_1),
     "perception_rt.models": Part(uses=LAYER_1, libraries=("torch",)),

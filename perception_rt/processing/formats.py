@@ -68,12 +68,9 @@ def open_requested(data: bytes, name: str) -> Image.Image:
 
 def _heic_decoder() -> Any:
     try:
-        from pi_heif import HeifImageFile
+        from pillow_heif import HeifImageFile
     except ImportError:
-        try:
-            from pillow_heif import HeifImageFile
-        except ImportError:
-            raise BackendError(
-                'a HEIC image needs pi-heif: pip install "perception_rt[heic]"'
-            ) from None
+        raise BackendError(
+            'a HEIC image needs pillow-heif: pip install "perception_rt[heic]"'
+        ) from None
     return HeifImageFile

@@ -1,7 +1,10 @@
 """Images of every mode are resized as the reference resizes them; transparency and formats."""
 
 import io
+import re
 import struct
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -274,14 +277,13 @@ def test_heic_needs_its_library(monkeypatch):
     header = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic")
     with pytest.raises(InputError, match="is a HEIC image, which is accepted on request only"):
         decode_image(header)
-    for module in ("pi_heif", "pillow_heif"):
-        monkeypatch.setitem(__import__("sys").modules, module, None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(BackendError, match=r'pip install "perception_rt\[heic\]"'):
         decode_image(header, options=image_options("heic"))
 
 
 def test_heic():
-    pytest.importorskip("pi_heif")
+    pytest.importorskip("pillow_heif")
     data = (Path(__file__).parent / "files" / "turned.heic").read_bytes()
     options = image_options("heic")
     image = decode_image(data, options=options)
@@ -293,3 +295,24 @@ def test_heic():
     for end in (40, len(data) // 2):
         with pytest.raises(InputError, match="is a damaged HEIC image"):
             decode_image(data[:end], options=options)
+
+
+@pytest.mark.parametrize("kind", ["gif", "bmp", "avif"])  # libtiff writes to standard error
+def test_damaged_files_on_request_raise_nothing_else(kind):
+    rng, seed = np.random.default_rng(0), file_of(kind)
+    options, limits = image_options(kind, "white"), Limits(image_pixels=2**20)
+    outcomes = {True: 0, False: 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(400):
+            data = bytearray(seed)
+            for _ in range(rng.integers(1, 8)):
+                at = int(rng.integers(0, min(len(data), 300) if i % 2 else len(data)))
+                data[at] = int(rng.integers(0, 256))
+            try:
+                image = decode_image(bytes(data), options=options, limits=limits)
+                outcomes[image.mode == "RGB"] += 1
+            except InputError as error:
+                assert not re.search(r"(?<!\d)0x[0-9a-f]{4,}", str(error))
+                outcomes[False] += 1
+    assert min(outcomes.values()) > 20
