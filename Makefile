@@ -1,6 +1,7 @@
 # make demo      export the demo model, classify with it and draw its features (one minute)
 # make test      lint, types and tests, as CI runs them (ten minutes on two cores)
 # make lint      lint and types only
+# make demo-packages  make the shipped packages and pictures of the demo again
 # make engines   build TensorRT engines of whole encoders, as CI does (no GPU needed)
 # make clean     remove the environment and everything that was built
 #
@@ -13,11 +14,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Installed first and by version: an index may have the CPU build of this version only, and pip would
 # otherwise choose the newest version that the extras allow.
 TORCH := torch==2.13.0
+SHIPPED := perception_rt/demo
 SOURCES := perception_rt training benchmarks examples tests
 # One process per core, each with one thread. A file stays in one process, and so do its fixtures.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test lint engines clean
+.PHONY: help demo demo-packages test lint engines clean
 .NOTPARALLEL:
 
 help:
@@ -25,6 +27,15 @@ help:
 
 demo: $(VENV)/.installed-demo
 	@$(VENV)/bin/python examples/demo.py
+
+# int8 of PLM-Demo is smaller than fp16 and as accurate; PE-Demo in int8 keeps its vocabulary in
+# floats and is larger.
+demo-packages: $(VENV)/.installed-demo
+	$(VENV)/bin/perception-export --model PE-Demo --precision fp16 --force \
+	  --out $(SHIPPED)/packages/pe
+	$(VENV)/bin/perception-export --model PLM-Demo --precision int8 --force \
+	  --out $(SHIPPED)/packages/plm
+	$(VENV)/bin/python training/demo/pictures.py $(SHIPPED)/pictures
 
 test: lint
 	$(VENV)/bin/python -m pytest $(PARALLEL) --durations 10

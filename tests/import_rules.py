@@ -169,7 +169,7 @@ _COMMANDS = {
     "perception_rt.cli": Part(
         uses=LAYER_1,
         lazy=("cli", "export", "package", "processing", "runtime"),
-        lazy_libraries=("numpy",),
+        lazy_libraries=("numpy", "PIL"),
     ),
     "perception_rt.cli.report": Part(
         uses=(*LAYER_1, "package"), lazy=("runtime",), lazy_libraries=("onnxruntime",)

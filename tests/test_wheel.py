@@ -19,7 +19,16 @@ from perception_rt.cli import export_main
 
 ROOT = Path(__file__).parents[1]
 DEMO = "perception_rt/demo/pe_demo.safetensors"
-ABSENT = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "transformers", "training")
+ABSENT = (
+    "sentencepiece",
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "transformers",
+    "training",
+)
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
@@ -86,6 +95,8 @@ def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel: Path) 
         "perception_rt/processing/assets/bpe_simple_vocab_16e6.txt.gz",
         DEMO,
         DEMO.replace(".safetensors", ".json"),
+        *(f"perception_rt/demo/packages/{name}/manifest.json" for name in ("pe", "plm")),
+        "perception_rt/demo/pictures/pictures.json",
     }
     assert needed - names == set()
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "perception_rt").rglob("*.py")}
@@ -176,3 +187,29 @@ print(json.dumps([pieces, result.text, len(result.tokens), result.timings.cached
     assert "".join(pieces) == text
     assert 1 <= tokens <= 5
     assert cached > 0
+
+
+def test_the_wheel_is_small(wheel: Path) -> None:
+    assert wheel.stat().st_size < 30_000_000
+
+
+@pytest.mark.parametrize("links", [None, "hard", "symbolic"])
+def test_the_demo_needs_the_base_dependencies_only(
+    installed: Path, tmp_path: Path, links: str | None
+) -> None:
+    """Also where the installer linked the files; every time from an empty cache."""
+    site = next((installed.parent / "lib").glob("python*/site-packages"))
+    if links is not None:
+        for file in (site / "perception_rt" / "demo" / "packages").rglob("*"):
+            if file.is_file():
+                store = tmp_path / f"{file.parent.name}-{file.name}"
+                store.write_bytes(file.read_bytes())
+                file.unlink()
+                file.hardlink_to(store) if links == "hard" else file.symlink_to(store)
+    cache = ["env", f"XDG_CACHE_HOME={tmp_path / 'cache'}"]
+    output = run(*cache, installed / "perception-rt", "demo", "--json", cwd=tmp_path)
+    result = json.loads(output)
+    assert all(item["right"] for item in result["questions"])
+    assert all((tmp_path / picture).is_file() for picture in result["pictures"])
+    code = "import perception_rt as prt; print(prt.load('demo:pe'), prt.load('demo:plm'))"
+    assert "PLM-Demo" in run(*cache, installed / "python", "-c", code, cwd=tmp_path)

@@ -10,10 +10,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from perception_rt._version import __version__
+from perception_rt.cli.arguments import (
+    CommandParser,
+    list_argument,
+    package_arguments,
+    question_arguments,
+)
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
 from perception_rt.errors import InputError, PerceptionError, escaped
 from perception_rt.families import PE, PLM, Family, get_family
@@ -35,170 +42,188 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Runs a command. A PerceptionError becomes one line on standard error and status 2."""
-    options = parser.parse_args(arguments)
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # print "?" for characters it cannot encode
-            stream.reconfigure(errors="replace")
+    """Runs a command. A PerceptionError becomes one line on standard error and status 2.
+
+    A reader that leaves, such as `head`, ends the command without an error.
+    """
     try:
+        options = parser.parse_args(arguments)
+        for stream in (sys.stdin, sys.stdout):
+            if isinstance(stream, io.TextIOWrapper):  # print "?" for characters it cannot encode
+                stream.reconfigure(errors="replace")
         status = options.command(options) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except PerceptionError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        return _fail(f"{parser.prog}: {error}", 2)
+    except BrokenPipeError:
+        return 0
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            # Otherwise the rest of the buffer fails again when the interpreter exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         where = "" if error.filename is None else escaped(f": {error.filename}")
-        print(f"{parser.prog}: {error.strerror or type(error).__name__}{where}", file=sys.stderr)
-        return 2
+        return _fail(f"{parser.prog}: {error.strerror or type(error).__name__}{where}", 2)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+        return _fail(f"{parser.prog}: interrupted", 130)
+    finally:
+        _drop_unwritable()
+
+
+def _fail(line: str, status: int) -> int:
+    """Prints an error, if anything reads standard error, and returns the status."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(line, file=sys.stderr)
+    return status
+
+
+def _drop_unwritable() -> None:
+    """Leaves nothing in a stream that cannot be written: the interpreter's exit would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main_parser() -> argparse.ArgumentParser:
     """Parser of `perception-rt`; each sub-command sets its function as `command`."""
-    parser = argparse.ArgumentParser(prog="perception-rt", description="Run engine packages.")
+    parser = CommandParser(
+        prog="perception-rt",
+        description="Run engine packages.",
+        examples=(
+            "perception-rt demo",
+            "perception-rt classify demo:pe --image digit.png --label two three eight",
+            'perception-rt generate demo:plm --image row.png --prompt "Read the digits."',
+            "perception-rt COMMAND --help",
+        ),
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
+    _add_demo(commands)
+    _add_encoder_commands(commands)
+    _add_question_commands(commands)
+    _add_package_commands(commands)
+    return parser
 
-    embed = _command(commands, "embed", _embed, "embed images, texts or videos")
-    _package_arguments(embed)
-    _list_argument(embed, "--image", "FILE")
-    _list_argument(embed, "--text", "TEXT")
-    _list_argument(embed, "--video", "FILE")
+
+def _add_demo(commands: Any) -> None:
+    demo = _command(
+        commands, "demo", _demo, "classify, answer and draw with the shipped models",
+        "perception-rt demo", "perception-rt demo --out /tmp/demo --json",
+    )  # fmt: skip
+    demo.add_argument(
+        "--out", default="perception-rt-demo", metavar="DIR",
+        help="folder for the pictures (default: perception-rt-demo)",
+    )  # fmt: skip
+
+
+def _add_encoder_commands(commands: Any) -> None:
+    embed = _command(
+        commands, "embed", _embed, "embed images, texts or videos",
+        'perception-rt embed demo:pe --image a.jpg b.jpg --text "a red three" --out rows.npy',
+        "perception-rt embed demo:pe --video clip.mp4 --num-frames 8 --json",
+    )  # fmt: skip
+    package_arguments(embed)
+    list_argument(embed, "--image", "FILE")
+    list_argument(embed, "--text", "TEXT")
+    list_argument(embed, "--video", "FILE")
     embed.add_argument("--num-frames", type=int, default=8, help="frames per video (default: 8)")
     embed.add_argument("--out", metavar="FILE.npy", help="array to write, float32 (N, D): images, "
                        "then texts, then videos")  # fmt: skip
 
-    classify = _command(commands, "classify", _classify, "choose between labels for images")
-    _package_arguments(classify)
-    _list_argument(classify, "--image", "FILE", required=True)
-    _list_argument(classify, "--label", "LABEL", required=True)
-    _list_argument(
+    classify = _command(
+        commands, "classify", _classify, "choose between labels for images",
+        "perception-rt classify demo:pe --image digit.png --label two three eight",
+        'perception-rt classify demo:pe --image *.png --label 2 3 --template "the digit {}"',
+    )  # fmt: skip
+    package_arguments(classify)
+    list_argument(classify, "--image", "FILE", required=True)
+    list_argument(classify, "--label", "LABEL", required=True)
+    list_argument(
         classify, "--template", "TEXT", help="sentences with {} for the label (default: {})"
     )
 
-    features = _command(commands, "features", _features, "draw the dense features of an image")
-    _package_arguments(features)
+    features = _command(
+        commands, "features", _features, "draw the dense features of an image",
+        "perception-rt features demo:pe --image digit.png --layer -1 --out features.png",
+    )  # fmt: skip
+    package_arguments(features)
     features.add_argument("--image", required=True, metavar="FILE")
     features.add_argument("--layer", type=int, default=-1, help="block index (default: -1)")
     features.add_argument("--out", required=True, metavar="FILE.png", help="image to write")
 
-    generate = _command(commands, "generate", _generate, "answer a question on images and videos")
-    _package_arguments(generate)
-    generate.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="the question; images and videos replace "
-        "its <image> and <video> marks, or come first"
+
+def _add_question_commands(commands: Any) -> None:
+    generate = _command(
+        commands, "generate", _generate, "answer a question on images and videos",
+        'perception-rt generate demo:plm --image row.png --prompt "Where is the 5?"',
+        "perception-rt generate demo:plm --image row.png --prompt - --json < question.txt",
     )  # fmt: skip
-    _question_arguments(generate)
+    package_arguments(generate)
+    generate.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="the question, or - for standard input; "
+        "images and videos replace its <image> and <video> marks, or come first"
+    )  # fmt: skip
+    question_arguments(generate)
     generate.add_argument("--stream", action="store_true", help="print the answer as it grows")
 
-    chat = _command(commands, "chat", _chat, "answer the lines of standard input", as_json=False)
+    chat = _command(
+        commands, "chat", _chat, "answer the lines of standard input",
+        "perception-rt chat demo:plm --image row.png",
+        "perception-rt chat demo:plm --image row.png --json < questions.txt",
+        json_help="print each answer as a line of JSON",
+    )  # fmt: skip
     chat.epilog = (
-        "`/image FILE` adds an image to the next question, `/reset` forgets the conversation, "
-        "`/quit` ends."
+        "`/image FILE` adds an image to the next question, `/clear` and `/reset` forget the\n"
+        f"conversation, `/help` lists the commands, `/quit` ends.\n\n{chat.epilog}"
     )
-    _package_arguments(chat)
-    _question_arguments(chat)
+    package_arguments(chat)
+    question_arguments(chat)
 
-    inspect = _command(commands, "inspect", _inspect, "show what a package contains")
+
+def _add_package_commands(commands: Any) -> None:
+    inspect = _command(
+        commands, "inspect", _inspect, "show what a package contains",
+        "perception-rt inspect demo:pe",
+    )  # fmt: skip
     inspect.add_argument("package", metavar="DIR")
 
-    verify = _command(commands, "verify", _verify, "check every byte of a package")
+    verify = _command(
+        commands, "verify", _verify, "check every byte of a package",
+        "perception-rt verify my-package --expect sha256:3f5597a3...",
+    )  # fmt: skip
     verify.add_argument("package", metavar="DIR")
     verify.add_argument("--expect", metavar="ID", help="refuse any other package id")
 
-    add_refit_arguments(_command(commands, "refit", run_refit, REFIT_HELP))
+    refit = _command(
+        commands, "refit", run_refit, REFIT_HELP,
+        "perception-rt refit my-package --weights my-finetune/ --out my-new-package",
+    )  # fmt: skip
+    add_refit_arguments(refit)
 
-    doctor = _command(commands, "doctor", _doctor, "show what can run here; check a package")
+    doctor = _command(
+        commands, "doctor", _doctor, "show what can run here; check a package",
+        "perception-rt doctor", "perception-rt doctor my-package",
+    )  # fmt: skip
     doctor.add_argument("package", metavar="DIR", nargs="?")
-    return parser
 
 
 def _command(
-    commands: Any, name: str, function: Command, text: str, *, as_json: bool = True
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    if as_json:
-        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    commands: Any,
+    name: str,
+    function: Command,
+    text: str,
+    *examples: str,
+    json_help: str = "print the result as JSON",
+) -> CommandParser:
+    parser: CommandParser = commands.add_parser(
+        name, help=text, description=text, examples=examples
+    )
+    parser.add_argument("--json", action="store_true", help=json_help)
     parser.set_defaults(command=function)
     return parser
-
-
-def _list_argument(
-    parser: argparse.ArgumentParser,
-    name: str,
-    metavar: str,
-    *,
-    required: bool = False,
-    help: str = "one or more",
-) -> None:
-    parser.add_argument(
-        name, action="extend", nargs="+", default=[], metavar=metavar, required=required, help=help
-    )
-
-
-def _package_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("package", metavar="DIR", help="an engine package")
-    parser.add_argument(
-        "--backend", default="auto", help="backend to run on (default: the package's own)"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or tensorrt")
-    parser.add_argument(
-        "--threads", type=int, help="threads per engine call (default: one per physical core)"
-    )
-    parser.add_argument("--expect", metavar="ID", help="refuse any other package id")
-    parser.add_argument(
-        "--formats", metavar="NAMES", default="", help="further image formats to accept: any of "
-        "gif,bmp,tiff,avif,heic"
-    )  # fmt: skip
-    parser.add_argument(
-        "--background", metavar="COLOUR", help="colour behind transparent pixels, such as white or "
-        "#ffffff (default: alpha is dropped)"
-    )  # fmt: skip
-
-
-def _question_arguments(parser: argparse.ArgumentParser) -> None:
-    _list_argument(parser, "--image", "FILE")
-    _list_argument(parser, "--video", "FILE")
-    parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles per image")
-    parser.add_argument("--num-frames", type=int, metavar="N", help="most frames per video")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy"
-    )
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that sum to P"
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="above 1 repeats fewer tokens of prompt and answer (default: 1, off)",
-    )
-    parser.add_argument("--seed", type=int, help="RNG seed (default: a fresh one)")
-    _list_argument(parser, "--stop", "TEXT", help="strings that end the answer")
-    parser.add_argument(
-        "--lookup", action="store_true", help="speculate by copying from the prompt; changes "
-        "answers only in ties"
-    )  # fmt: skip
-    parser.add_argument(
-        "--literal", action="store_true", help="<image> and <video> in a question are text"
-    )
-    caches = parser.add_mutually_exclusive_group()
-    caches.add_argument(
-        "--cache-dir", metavar="DIR", help="private folder that keeps image features and prompts"
-    )
-    caches.add_argument("--no-cache", action="store_true", help="keep neither, not even in memory")
 
 
 def _load(options: argparse.Namespace, progress: Progress, family: Family = PE, **more: Any) -> Any:
@@ -233,6 +258,12 @@ def _load_generator(options: argparse.Namespace, progress: Progress, **more: Any
         max_batch=1,  # the commands ask one question at a time
         **more,
     )
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from perception_rt.cli.demo import run_demo
+
+    return run_demo(options)
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -311,10 +342,11 @@ def _features(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from perception_rt.cli.generate import generate
+    from perception_rt.cli.generate import generate, read_prompt
 
     if options.stream and options.json:
         raise InputError("--stream and --json exclude each other")
+    options.prompt = read_prompt(options.prompt)
     # No second question follows, so a copy of the prompt's keys and values would waste memory.
     more = {} if options.cache_dir is not None else {"prefix_cache_bytes": 0}
     with Progress() as progress, _load_generator(options, progress, **more) as engine:
@@ -355,7 +387,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from perception_rt.cli.report import DAMAGED, environment, lint
+    from perception_rt.cli.report import UNUSABLE, environment, environment_lines, lint
 
     with Progress() as progress:
         progress.step("checking the environment")
@@ -364,11 +396,10 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"environment": found, "package": notes})
     else:
-        for name, value in found.items():
-            print(f"{name}: {value}")
+        print("\n".join(environment_lines(found)))
         for note in notes:
             print(escaped(f"{options.package}: {note}"))
-    return 2 if any(note.startswith(DAMAGED) for note in notes) else 0
+    return 2 if any(note.startswith(UNUSABLE) for note in notes) else 0
 
 
 def _output(path: str, ending: str) -> Path:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from perception_rt._version import __version__
+from perception_rt.cli.arguments import CommandParser
 from perception_rt.cli.models import ListModels
 from perception_rt.errors import InputError
 from perception_rt.progress import Progress
@@ -20,8 +21,14 @@ REFIT_HELP = "give a package the weights of another checkpoint"
 
 def export_parser() -> argparse.ArgumentParser:
     """Parser of `perception-export`."""
-    parser = argparse.ArgumentParser(
-        prog="perception-export", description="Make an engine package from a checkpoint."
+    parser = CommandParser(
+        prog="perception-export",
+        description="Make an engine package from a checkpoint.",
+        examples=(
+            "perception-export --model PE-Demo --precision int8 --out pe-demo",
+            "perception-export --model PE-Core-L14-336 --image-size 448x336 --out core",
+            "perception-export --checkpoint mine.pt --config mine.json --out mine",
+        ),
     )
     _model_arguments(parser)
     _engine_arguments(parser)

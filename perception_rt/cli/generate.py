@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     )
 
 _COMMANDS = "/image FILE, /reset and /quit"
+_HELP = """\
+/image FILE  add an image to the next question
+/clear       forget the conversation (also /reset)
+/help        show this list
+/quit        end (also Ctrl-D)
+Any other line is a question."""
 
 # Characters that could change the state of a terminal.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -68,7 +74,7 @@ def generate(engine: "Generator", options: Namespace, progress: Progress) -> Non
         prompt=options.prompt,
         images=options.image,
         videos=options.video,
-        on_progress=lambda moved: progress.step(progress_line(moved)),
+        on_progress=lambda moved: _show(progress, moved),
     )
     answer = _ask(engine, request, progress if options.stream else None)
     progress.stop()
@@ -82,9 +88,27 @@ def generate(engine: "Generator", options: Namespace, progress: Progress) -> Non
         print(_summary(answer.result.timings), file=sys.stderr)
 
 
+def read_prompt(prompt: str) -> str:
+    """Returns a prompt; "-" stands for the text on standard input.
+
+    Raises:
+        InputError: standard input has no text.
+    """
+    if prompt != "-":
+        return prompt
+    # A longer text is refused like any other.
+    text = "" if sys.stdin is None else sys.stdin.read(DEFAULT_LIMITS.text_bytes + 1)
+    if len(text) <= DEFAULT_LIMITS.text_bytes:
+        text = text.rstrip("\r\n")
+    if not text:
+        raise InputError("--prompt - reads the question from standard input, which is empty")
+    return text
+
+
 def chat(engine: "Generator", options: Namespace) -> None:
     """Answers the lines of standard input until its end. An error ends only its own line.
 
+    Prints each answer as it grows or, with `--json`, as one line of JSON when it is complete.
     On a terminal, an interrupt ends the current answer; the part so far stays in the conversation.
 
     Raises:
@@ -146,10 +170,12 @@ class _Conversation:
         command, _, argument = line.partition(" ")
         if command == "/image" and argument:
             self._images.append(self._opened(argument.strip()))
-        elif line == "/reset":
+        elif line in ("/clear", "/reset"):
             self._history, self._images, self._videos = [], [], []
+        elif line == "/help":
+            print(_HELP, file=sys.stderr)
         elif line.startswith("/"):
-            raise InputError(f"unknown command {line!r:.60}; known are {_COMMANDS}")
+            raise InputError(f"unknown command {line!r:.60}; known are {_COMMANDS}; see /help")
         elif line:
             self._answer(line, interruptible)
 
@@ -171,9 +197,13 @@ class _Conversation:
                 images=images,
                 videos=videos,
                 history=self._history,
-                on_progress=lambda moved: progress.step(progress_line(moved)),
+                on_progress=lambda moved: _show(progress, moved),
             )
-            answer = _ask(self._engine, request, progress)
+            answer = _ask(self._engine, request, None if self._options.json else progress)
+        if self._options.json:
+            print(json.dumps(answer.to_dict()), flush=True)
+        elif answer.result is not None:
+            print(_summary(answer.result.timings), file=sys.stderr)
         if answer.result is None and not interruptible:
             raise KeyboardInterrupt
         if answer.result is None and not answer.text:
@@ -254,6 +284,12 @@ def progress_line(progress: "GenerationProgress") -> str:
         return f"{progress.done} tokens of at most {progress.total}"
     noun = "tiles" if progress.phase == "vision" else "prompt tokens"
     return f"{progress.done} of {progress.total} {noun}"
+
+
+def _show(progress: Progress, moved: "GenerationProgress") -> None:
+    # An answer may be shorter than the most tokens, so its remaining time is unknown.
+    total = None if moved.phase == "decode" else moved.total
+    progress.count(progress_line(moved), moved.done, total)
 
 
 def _timings(timings: "Timings") -> dict[str, Any]:

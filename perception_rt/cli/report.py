@@ -5,6 +5,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
@@ -14,14 +15,17 @@ from perception_rt.families import FAMILIES
 from perception_rt.limits import DEFAULT_LIMITS
 from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec, TensorSpec
-from perception_rt.package.manifest import Content, Manifest
+from perception_rt.package.demo_cache import locate
+from perception_rt.package.manifest import MANIFEST_FILE, Content, Manifest
 from perception_rt.package.onnx_scan import GraphScan, scan_graph
 from perception_rt.package.reader import open_package, verify_package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import ONNX, TARGETS
 from perception_rt.tensorrt_library import find_tensorrt
 
-DAMAGED = "damaged"  # starts the note on an unusable package
+# Each starts the note on a package that cannot be used.
+DAMAGED, MISSING, NO_PACKAGE = "damaged", "missing", "not a package"
+UNUSABLE = (DAMAGED, MISSING, NO_PACKAGE)
 
 _OPTIONAL = (
     *("onnxruntime", "numpy", "pillow", "av", "tiktoken", "tokenizers", "sentencepiece"),
@@ -55,11 +59,11 @@ def describe(manifest: Manifest) -> list[str]:
     ]
     for name, graph in content.graphs.items():
         caches = _caches(graph)
-        shown = [f"{t.name} {t.dtype}{list(t.shape)}" for t in graph.inputs if t not in caches]
+        shown = [f"{t.name} {t.dtype} {_shape(t)}" for t in graph.inputs if t not in caches]
         shown += [f"{len(caches)} caches"] if caches else []
         outputs = graph.outputs
         more = f" and {len(outputs) - 1} more" if len(outputs) > 1 else ""
-        first = f"{outputs[0].name} {list(outputs[0].shape)}{more}"
+        first = f"{outputs[0].name} {_shape(outputs[0])}{more}"
         how = [f"by {graph.backend}"] if graph.backend is not None else []
         how += [f"of kind {graph.kind}"] if graph.kind != ONNX else []
         title = " ".join([name, *how])
@@ -110,9 +114,18 @@ def _describe_plm(content: Content) -> list[str]:
 
 
 def lint(path: str | os.PathLike[str]) -> list[str]:
-    """Returns notes on defects and oddities of a package; damage is a note, not an error."""
+    """Returns notes on defects and oddities of a package; damage is a note, not an error.
+
+    Raises:
+        InputError: there is no demo of this name.
+    """
+    path, expect = locate(path)
+    if not os.path.lexists(path):
+        return [f"{MISSING}: there is no file or folder of this name"]
+    if not (Path(path) / MANIFEST_FILE).is_file():
+        return [f"{NO_PACKAGE}: an engine package is a folder with {MANIFEST_FILE}"]
     try:
-        manifest = verify_package(path)
+        manifest = verify_package(path, expect=expect)
         plm_notes = _lint_plm(path, manifest) if _generates(manifest.content) else []
     except PerceptionError as error:
         return [f"{DAMAGED}: {error}"]
@@ -237,7 +250,37 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def environment_lines(found: Mapping[str, Any]) -> list[str]:
+    """Returns what `environment` found as text, one fact a line."""
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            lines += [f"{name}:", *(f"  {key}: {item}" for key, item in value.items())]
+        else:
+            lines.append(f"{name}: {value}")
+    return lines
+
+
+def _shape(tensor: TensorSpec) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"
+
+
 def _pairs(values: Any) -> str:
     if not isinstance(values, Mapping):
-        return str(values)
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+        return _shown(values)
+    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
+
+
+def _shown(value: Any) -> str:
+    """A JSON value as words."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.7g}"
+    if isinstance(value, Mapping):
+        return f"({_pairs(value)})"
+    if isinstance(value, list | tuple):
+        return " ".join(map(_shown, value)) or "none"
+    return str(value)

@@ -19,6 +19,7 @@ from typing import Self, TypeVar
 from perception_rt.errors import PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.contract import GraphSpec
+from perception_rt.package.demo_cache import locate
 from perception_rt.package.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
 from perception_rt.package.onnx_scan import check_graph
 from perception_rt.targets import ONNX
@@ -172,7 +173,7 @@ def open_package(
     """Opens a package and checks everything except file contents, which `Package` checks on use.
 
     Args:
-        path: the package directory.
+        path: the package directory, or "demo:pe" or "demo:plm" for a shipped one.
         expect: required package id, `sha256:...`; None accepts any. The manifest in the package
             shows damage; only an id from elsewhere shows a deliberate exchange.
         limits: bounds on the manifest and the number of files.
@@ -180,6 +181,7 @@ def open_package(
     Raises:
         PackageError: there is no package, it is incomplete or unsafe, or has another id.
     """
+    path, expect = locate(path, expect)
     shown = os.fspath(path)
     return _in_directory(shown, lambda fd: _open_files(fd, shown, expect, limits))
 
@@ -204,7 +206,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
         PackageError: there is no package, or the directory holds a file that is not listed.
     """
-    shown = os.fspath(path)
+    shown = os.fspath(locate(path)[0])
 
     def read(directory: int) -> Manifest:
         with ExitStack() as stack:
@@ -236,6 +238,8 @@ def _in_directory(shown: str, action: Callable[[int], _T]) -> _T:
 def _open_directory(shown: str) -> int:
     try:
         return os.open(shown, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise PackageError(f"{shown}: no engine package: it is missing") from None
     except OSError as error:
         raise PackageError(f"{shown}: no engine package: {error.strerror}") from None
     except ValueError:  # a NUL, or a lone surrogate

@@ -84,6 +84,15 @@ def parse_boxes(text: str) -> list[Box]:
     return [Box(*corners) for corners in found if _is_ordered(corners)]
 
 
+def overlap(first: Box, second: Box) -> float:
+    """Returns the intersection over union of two boxes, from 0 to 1."""
+    width = min(first.x2, second.x2) - max(first.x1, second.x1)
+    height = min(first.y2, second.y2) - max(first.y1, second.y1)
+    both = max(0.0, width) * max(0.0, height)
+    areas = sum((box.x2 - box.x1) * (box.y2 - box.y1) for box in (first, second))
+    return both / (areas - both) if areas > both else 0.0
+
+
 def draw_box(
     image: Image.Image | NDArray[np.uint8],
     box: PixelBox,

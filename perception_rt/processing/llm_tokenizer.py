@@ -1,4 +1,4 @@
-"""The tokenizer of a language model: encodes texts and decodes ids, for four kinds of vocabulary.
+"""The tokenizer of a language model: encodes texts and decodes ids, for five kinds of vocabulary.
 
 User text never becomes a control token: `<|eot_id|>` in a question is ten plain characters. Only
 code requests control tokens, by name, as `prompt.py` does.
@@ -24,18 +24,24 @@ from perception_rt.processing.llm_vocabulary import (
     Vocabulary,
     byte_vocabulary,
     is_rank_line,
+    read_bpe,
     read_hf,
     read_sentencepiece,
     read_tiktoken,
 )
 from perception_rt.records import Record, check_text
 
-Kind = Literal["tiktoken", "hf", "sentencepiece", "bytes"]
-FileKind = Literal["tiktoken", "hf", "sentencepiece"]
+Kind = Literal["tiktoken", "hf", "sentencepiece", "bpe", "bytes"]
+FileKind = Literal["tiktoken", "hf", "sentencepiece", "bpe"]
 
-_READERS = {"tiktoken": read_tiktoken, "hf": read_hf, "sentencepiece": read_sentencepiece}
+_READERS = {
+    "tiktoken": read_tiktoken,
+    "hf": read_hf,
+    "sentencepiece": read_sentencepiece,
+    "bpe": read_bpe,
+}
 # File names inside a package.
-_FILES = {"tiktoken": "tokenizer.model", "hf": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+_FILES = {"hf": "tokenizer.json"}  # other kinds: tokenizer.model
 _MAX_FILE_BYTES = 64 * 1024 * 1024  # Llama 3's files have 2 MiB and 17 MiB
 _MAX_END_IDS = 64
 
@@ -46,8 +52,8 @@ class TokenizerSpec(Record):
 
     Attributes:
         kind: "tiktoken" for Llama 3's `tokenizer.model`, "hf" for `tokenizer.json`,
-            "sentencepiece" for a SentencePiece model, "bytes" for untrained weights, which needs
-            no file and no library.
+            "sentencepiece" for a SentencePiece model, "bpe" for one that `read_bpe` accepts, which
+            needs no library, "bytes" for untrained weights, which needs no file and no library.
         file: file name inside the package; None for "bytes".
         sha256: SHA-256 of the file in lower-case hex; None for "bytes".
         vocab_size: rows of the model's embedding; the tokenizer may have fewer ids.
@@ -223,6 +229,7 @@ def detect_tokenizer(
     vocab_size: int,
     image_token_id: int,
     end_ids: tuple[int, ...] | None = None,
+    kind: FileKind | None = None,
 ) -> tuple[TokenizerSpec, bytes]:
     """Detects the kind of a tokenizer file by its content, and checks it against an architecture.
 
@@ -231,6 +238,7 @@ def detect_tokenizer(
         vocab_size: rows of the model's embedding.
         image_token_id: id of `<|image|>` in the model.
         end_ids: tokens that end an answer; None for `<|end_of_text|>` and `<|eot_id|>`.
+        kind: kind of the file; None detects it. A SentencePiece model may be of kind "bpe".
 
     Returns:
         The record for a manifest, and the bytes to write to its `file`.
@@ -244,14 +252,14 @@ def detect_tokenizer(
         data = file.read(_MAX_FILE_BYTES + 1)
     if len(data) > _MAX_FILE_BYTES:
         raise InputError(f"{name} has more than {_MAX_FILE_BYTES} bytes")
-    kind = _kind(data, name)
+    kind = kind or _kind(data, name)
     try:
         opened = _open(kind, data, vocab_size, image_token_id, None, DEFAULT_LIMITS)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     spec = TokenizerSpec(
         kind=kind,
-        file=_FILES[kind],
+        file=_FILES.get(kind, "tokenizer.model"),
         sha256=hashlib.sha256(data).hexdigest(),
         vocab_size=vocab_size,
         image_token_id=image_token_id,

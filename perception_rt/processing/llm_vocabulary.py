@@ -14,6 +14,12 @@ from typing import Any
 
 from perception_rt.errors import BackendError, InputError
 from perception_rt.processing.byte_symbols import byte_symbols
+from perception_rt.processing.sentencepiece_model import (
+    CONTROL,
+    SentencePieceModel,
+    bpe_encoder,
+    parse_sentencepiece,
+)
 
 # Control tokens in prompts, under the names of the reference and the hub.
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -50,12 +56,6 @@ _WORD = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) ([0-9]{1,9})")
-
-# SentencePiece's types of piece, and its texts for a space and for an unknown piece.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
-_SPACE = "\u2581"
-_UNKNOWN_TEXT = " \u2047 "
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +267,7 @@ def read_sentencepiece(data: bytes) -> Vocabulary:
         InputError: the file is damaged, or has user-defined symbols, which any text could contain.
         BackendError: sentencepiece is not installed.
     """
-    pieces, prefix = _pieces(data)
+    model = parse_sentencepiece(data)
     with _optional("sentencepiece"):
         import sentencepiece
     try:
@@ -275,84 +275,30 @@ def read_sentencepiece(data: bytes) -> Vocabulary:
     except Exception:
         # Damage causes several exception classes, and the messages name source files.
         raise InputError("the tokenizer is not one that sentencepiece accepts") from None
-    if processor.vocab_size() != len(pieces):
+    if processor.vocab_size() != len(model.pieces):
         raise InputError("the tokenizer is not one that sentencepiece accepts")
-    controls = {name: i for i, (name, kind) in enumerate(pieces) if kind == _CONTROL}
+    return _sentencepiece_vocabulary(model, processor.encode)
+
+
+def read_bpe(data: bytes) -> Vocabulary:
+    """Reads a SentencePiece model that `is_plain_bpe`, without the library.
+
+    Raises:
+        InputError: the file is damaged, or of another type of model.
+    """
+    model = parse_sentencepiece(data)
+    if not model.is_plain_bpe:
+        raise InputError("the tokenizer is not a byte-fallback BPE that leaves texts as they are")
+    return _sentencepiece_vocabulary(model, bpe_encoder(model))
+
+
+def _sentencepiece_vocabulary(
+    model: SentencePieceModel, encode: Callable[[str], list[int]]
+) -> Vocabulary:
+    pieces = list(enumerate(model.pieces))
     return Vocabulary(
-        encode=processor.encode,
-        spelling={
-            i: _spelling(name, kind) for i, (name, kind) in enumerate(pieces) if kind != _CONTROL
-        },
-        controls=controls,
-        prefix=prefix,
+        encode=encode,
+        spelling={i: piece.spelling() for i, piece in pieces if piece.kind != CONTROL},
+        controls={piece.name: i for i, piece in pieces if piece.kind == CONTROL},
+        prefix=model.prefix,
     )
-
-
-def _pieces(data: bytes) -> tuple[list[tuple[str, int]], bytes]:
-    """(name, type) of each piece of a SentencePiece model, and its prefix of every text."""
-    pieces = []
-    prefix = b" "
-    for number, value in _fields(data):
-        if number == 1:
-            piece = dict(_fields(value))
-            name, kind = _text(piece.get(1)), piece.get(3, _NORMAL)
-            if kind == _USER_DEFINED:
-                raise InputError(
-                    f"the tokenizer has {name!r:.60} as a user-defined symbol, which any text "
-                    "could contain; it must be a control symbol"
-                )
-            pieces.append((name, kind))
-        elif number == 3 and dict(_fields(value)).get(3) == 0:  # normalizer, add_dummy_prefix
-            prefix = b""
-    if not pieces:
-        raise InputError("the tokenizer has no pieces")
-    return pieces, prefix
-
-
-def _spelling(name: str, kind: int) -> bytes:
-    if kind == _UNKNOWN:
-        return _UNKNOWN_TEXT.encode("utf-8")
-    if kind == _BYTE:
-        match = _BYTE_PIECE.fullmatch(name)
-        if match is None:
-            raise InputError(f"the tokenizer has {name!r:.60} as the name of a byte")
-        return bytes.fromhex(match[1])
-    return name.replace(_SPACE, " ").encode("utf-8")
-
-
-def _text(value: Any) -> str:
-    try:
-        return str(value, "utf-8")
-    except (TypeError, ValueError):
-        raise InputError("a piece of the tokenizer is not text") from None
-
-
-def _fields(data: Any) -> Iterator[tuple[int, Any]]:
-    """Number and value (an integer or bytes) of each field of a protobuf message."""
-    if not isinstance(data, bytes):
-        raise InputError("the tokenizer is not a SentencePiece model")
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        wire_type = key & 7
-        if wire_type == 0:
-            value, at = _varint(data, at)
-            yield key >> 3, value
-            continue
-        size = {1: 8, 5: 4}.get(wire_type)
-        if wire_type == 2:
-            size, at = _varint(data, at)
-        if size is None or at + size > len(data):
-            raise InputError("the tokenizer is not a SentencePiece model, or is cut off")
-        yield key >> 3, data[at : at + size]
-        at += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A variable-length integer, and the position after it."""
-    value = 0
-    for count, byte in enumerate(data[at : at + 10]):
-        value |= (byte & 0x7F) << 7 * count
-        if byte < 0x80:
-            return value, at + count + 1
-    raise InputError("the tokenizer is not a SentencePiece model, or is cut off")

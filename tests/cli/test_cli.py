@@ -241,23 +241,26 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
         "--fp8", "--backend", "--target", "--allow-unfused", "--refittable", "--route",
         "--calibration", "--calibrator", "--image-size", "--center-crop", "--taps", "--blocks",
-        "--max-length", "--tokenizer", "--out", "--force", "--json", "--version",
+        "--max-length", "--tokenizer", "--out", "--force", "--json", "--version", "--list",
+        "--ema", "--adapter", "--ignore-exif",
     }  # fmt: skip
     with pytest.raises(SystemExit):
         main(["--help"])
     commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert commands == [
-        "embed", "classify", "features", "generate", "chat", "inspect", "verify", "refit", "doctor"
+        "demo", "embed", "classify", "features", "generate", "chat", "inspect", "verify", "refit",
+        "doctor",
     ]  # fmt: skip
     options = {name: options_of(capsys, main, name) for name in commands}
-    package = {"--backend", "--device", "--threads", "--expect"}
+    package = {"--backend", "--device", "--threads", "--expect", "--formats", "--background"}
     question = {
         "--image", "--video", "--max-tiles", "--num-frames", "--max-new-tokens", "--temperature",
         "--top-p", "--top-k", "--seed", "--stop", "--lookup", "--cache-dir", "--no-cache",
         "--literal", "--repetition-penalty",
     }  # fmt: skip
     assert options["generate"] == package | question | {"--prompt", "--stream", "--json"}
-    assert options["chat"] == package | question
+    assert options["chat"] == package | question | {"--json"}
+    assert options["demo"] == {"--out", "--json"}
     assert options["embed"] == package | {
         "--image", "--text", "--video", "--num-frames", "--out", "--json"
     }  # fmt: skip
@@ -266,5 +269,6 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     assert options["inspect"] == options["doctor"] == {"--json"}
     assert options["verify"] == {"--expect", "--json"}
     assert options["refit"] == {
-        "--weights", "--out", "--force", "--expect", "--calibration", "--json"
+        "--weights", "--out", "--force", "--expect", "--calibration", "--json",
+        "--ema", "--adapter",
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """`chat`: reads lines, prints answers, keeps the history, and survives bad lines."""
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ class Script:
 
 @pytest.fixture
 def chat(plm_package: Path, monkeypatch, capsys) -> Callable:
-    """Runs `chat` on lines; returns standard output and the lines of standard error."""
+    """Runs `chat` on lines; returns standard output and the errors on standard error."""
 
     def run(
         lines: Iterator[str] | list[str], *arguments: str, status: int = 0, terminal: bool = False
@@ -58,7 +59,9 @@ def chat(plm_package: Path, monkeypatch, capsys) -> Callable:
         command = ["chat", str(plm_package), "--max-new-tokens", str(SIZE), *arguments]
         assert main(command) == status
         captured = capsys.readouterr()
-        return captured.out, [line for line in captured.err.splitlines() if " s  " not in line]
+        lines = captured.err.splitlines()
+        others = (" s  ", " prompt tokens")  # progress and timings
+        return captured.out, [x for x in lines if not any(other in x for other in others)]
 
     return run
 
@@ -97,6 +100,36 @@ def test_reset_and_quit(chat, plm: Generator, picture: str) -> None:
     out, errors = chat(lines)
     assert out == f"{plm.generate('Hello', max_new_tokens=SIZE).text}\n" * 2
     assert errors == []
+
+
+def test_clear_is_reset(chat, plm: Generator) -> None:
+    out, errors = chat(["Hello", "/clear", "Hello"])
+    assert out == f"{plm.generate('Hello', max_new_tokens=SIZE).text}\n" * 2
+    assert errors == []
+
+
+def test_help_lists_the_commands(chat) -> None:
+    out, lines = chat(["/help"])
+    assert out == ""
+    assert [line.split()[0] for line in lines] == ["/image", "/clear", "/help", "/quit", "Any"]
+
+
+def test_timings_follow_an_answer(plm_package: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stdin", Script(iter(["Hello", "And now?"])))
+    assert main(["chat", str(plm_package), "--max-new-tokens", "4"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if " s  " not in line]
+    first, second = lines
+    assert first.startswith("0 tiles, ") and "; first token " in first and "tokens/s" in first
+    assert "cached)" in second and "cached)" not in first
+
+
+def test_json_is_a_line_for_each_answer(chat, plm: Generator) -> None:
+    out, errors = chat(["Hello", "/dance", "/help", "And now?"], "--json")
+    first, second = map(json.loads, out.splitlines())
+    assert first["text"] == plm.generate("Hello", max_new_tokens=SIZE).text
+    assert first["tokens"] and first["timings"]["ttft_s"] > 0
+    assert second["finish_reason"] in ("stop", "length") and second["text"]
+    assert "unknown command" in errors[0]
 
 
 def test_a_second_question_on_an_image_is_cheap(

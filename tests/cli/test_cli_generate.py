@@ -236,7 +236,7 @@ def test_ctrl_c_and_a_reader_that_leaves(plm_package: Path) -> None:
     out, err = interrupted.communicate(timeout=30)
     assert (interrupted.returncode, out[-1:]) == (130, b"\n")
     assert err.splitlines()[-1] == b"perception-rt: interrupted"
-    assert left.wait(timeout=30) == 1
+    assert left.wait(timeout=30) == 0  # a closed pipe is no error
     assert [line for line in left.stderr.read().splitlines() if b" s  " not in line] == []
 
 

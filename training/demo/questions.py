@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from perception_rt.errors import InputError
-from perception_rt.processing.boxes import Box, format_box, parse_boxes
+from perception_rt.processing.boxes import format_box, overlap, parse_boxes
 from training.data.records import Pixels
 from training.demo.digits import Digits, Placement, held_out, ink_mask, training_digits
 from training.demo.scenes import COLORS
@@ -98,7 +98,7 @@ def is_right(name: str, answer: str, found: Record) -> bool:
     if name != "locate":
         return bool(answer.strip() == wanted)
     boxes = parse_boxes(answer)
-    return len(boxes) == 1 and _overlap(boxes[0], parse_boxes(wanted)[0]) >= _MIN_OVERLAP
+    return len(boxes) == 1 and overlap(boxes[0], parse_boxes(wanted)[0]) >= _MIN_OVERLAP
 
 
 def draw_row(
@@ -289,12 +289,3 @@ def _bounds(mask: Any) -> Bounds:
     columns = np.flatnonzero(mask.max(axis=0) > 0.5)
     rows = np.flatnonzero(mask.max(axis=1) > 0.5)
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-
-
-def _overlap(first: Box, second: Box) -> float:
-    """Intersection over union."""
-    width = min(first.x2, second.x2) - max(first.x1, second.x1)
-    height = min(first.y2, second.y2) - max(first.y1, second.y1)
-    both = max(0.0, width) * max(0.0, height)
-    areas = sum((box.x2 - box.x1) * (box.y2 - box.y1) for box in (first, second))
-    return both / (areas - both) if areas > both else 0.0

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perception_rt.archs import PLM_DEMO
 from perception_rt.checkpoint.locate import (
     find_chat_template,
     find_end_ids,
@@ -56,7 +57,12 @@ from perception_rt.package.plm_graphs import tile_signatures
 from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import normalize
-from perception_rt.processing.llm_tokenizer import TokenizerSpec, detect_tokenizer, open_tokenizer
+from perception_rt.processing.llm_tokenizer import (
+    FileKind,
+    TokenizerSpec,
+    detect_tokenizer,
+    open_tokenizer,
+)
 from perception_rt.processing.tiles import TileSpec
 
 _TOWER, _PROJECTOR = "vision_model.", "vision_projector."
@@ -166,7 +172,12 @@ def _find_tokenizer(
     found = options.tokenizer or (None if weights is None else find_tokenizer(weights))
     if found is not None:
         end_ids = None if weights is None else find_end_ids(weights)
-        return detect_tokenizer(found, vocab_size=vocab_size, image_token_id=image, end_ids=end_ids)
+        own = options.model == PLM_DEMO and options.tokenizer is None
+        # So that the demo runs without the libraries of the tokenizers.
+        kind: FileKind | None = "bpe" if own and options.weights in (None, "hf") else None
+        return detect_tokenizer(
+            found, vocab_size=vocab_size, image_token_id=image, end_ids=end_ids, kind=kind
+        )
     if weights is not None or vocab_size < _MIN_BYTES_VOCABULARY:
         return None
     spec = TokenizerSpec(kind="bytes", vocab_size=vocab_size, image_token_id=image)

@@ -47,6 +47,11 @@ PROVIDERS = {
 # ONNX Runtime's name of the memory that holds a decoder's caches, by device.
 PLACES = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 
+# Both packages have the same files, and the one that was installed last wins.
+_INSTALL_GPU = (
+    'pip install "perception_rt[gpu]" && pip uninstall -y onnxruntime && '
+    "pip install --force-reinstall --no-deps onnxruntime-gpu"
+)
 _RELEASE_S = 0.02  # time between releases of mapped weights, in which some 40 MB are read
 
 
@@ -108,7 +113,7 @@ def check_device(device: str) -> None:
     if device not in devices():
         raise BackendError(
             f"{PROVIDERS[device][0]} is not in this ONNX Runtime; it has "
-            f"{', '.join(ort.get_available_providers())}"
+            f"{', '.join(ort.get_available_providers())}. For a GPU: {_INSTALL_GPU}"
         )
 
 
