@@ -104,7 +104,8 @@ def decode_frames(
 
     Turns and mirrors frames as the file says, in quarter turns. A truncated MP4 file is an error; a
     truncated file of another container may pass for a shorter video, and a lost packet of an
-    MPEG-TS file costs the frames that need it. Reads a file twice and decodes it once, or reads it
+    MPEG-TS file costs the frames that need it (if none is left, they are returned as the decoder
+    conceals the damage). Reads a file twice and decodes it once, or reads it
     three times and decodes it twice if its packets are not its frames.
 
     Args:
@@ -280,6 +281,7 @@ class VideoReader:
         self._start = 0.0  # seconds of the first frame
         self._times: list[float] = []  # of the packets, from the first one; empty if unknown
         self._lossy = False
+        self._concealed = False  # whether frames are taken that the decoder knows to be damaged
         self._indexable = False  # by the order of the packets' times
         self._stream = 0  # index among all streams
 
@@ -291,6 +293,9 @@ class VideoReader:
         frames = self._decode_by(plan, total, indices)
         if frames is None:
             frames, found = self._decode(set(indices), plan)
+            if not found and self._lossy:  # its only key frame is damaged
+                self._concealed = True
+                frames, found = self._decode(set(indices), plan)
             if len(found) != total:  # a packet may be lost, hold half a frame, or be hidden
                 if not found:
                     raise InputError(f"{self._name} has no frame that can be decoded")
@@ -333,8 +338,9 @@ class VideoReader:
         first, last, end = math.inf, -math.inf, -math.inf  # `end` is that of the last packet
         with self._open() as container:
             stream = self._video_stream(container)
-            _check_size(stream.width, stream.height, held, self._name, self._limits)
             self._lossy = container.format.name == _LOSSY
+            if stream.width or not self._lossy:  # else a later key frame may tell the size
+                _check_size(stream.width, stream.height, held, self._name, self._limits)
             self._indexable = container.format.name.startswith(_TIMED)
             self._stream = stream.index
             for packet in container.demux(stream):
@@ -358,7 +364,7 @@ class VideoReader:
                     )
         if total == 0:
             raise InputError(f"{self._name} has no frames")
-        self._start, self._times = first, sorted(time - first for time in times)
+        self._start, self._times = (first if times else 0.0), sorted(time - first for time in times)
         self._indexable &= all(a < b for a, b in pairwise(self._times))
         if end > last:
             return total, end - first
@@ -409,6 +415,8 @@ class VideoReader:
             # it allocates memory. It counts hidden edges too; exact sizes are checked below.
             most = 2 * self._limits.video_pixels + _EDGES
             stream.codec_context.options = {"max_pixels": str(most)}
+            if self._concealed:
+                stream.codec_context.flags |= self._av.codec.context.Flags.output_corrupt
             for packet in container.demux(stream):
                 try:
                     frames = packet.decode()
