@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perception_rt.checkpoint.hf_config import HubConfig, Kind, find_hub_config
+from perception_rt.checkpoint.hf_config import HubConfig, Kind, find_hub_config, kind_of
 from perception_rt.checkpoint.hf_plm import PlmFacts, check_agreement
 from perception_rt.checkpoint.hf_processor import (
     ProcessorFacts,
@@ -22,7 +22,7 @@ from perception_rt.checkpoint.hf_processor import (
     read_end_ids,
     required,
 )
-from perception_rt.checkpoint.json_files import find_beside, read_json
+from perception_rt.checkpoint.json_files import Section, find_beside, read_json
 from perception_rt.errors import CheckpointError, InputError
 from perception_rt.families import Config, parse_config
 from perception_rt.plm_config import PlmConfig
@@ -261,6 +261,19 @@ def find_config(path: Path | str) -> Config | None:
         return _ARCHITECTURES[hub.kind](hub, path)
     file = _of_run(path)
     return None if file is None else _named(file, parse_config)
+
+
+def parse_architecture(values: Any, file: Path) -> Config:
+    """The architecture in the JSON values of a file: our fields, or another library's.
+
+    Raises:
+        InputError: names unknown, missing and mistyped keys.
+    """
+    kind = kind_of(values) if isinstance(values, dict) else None
+    if kind is None:
+        return parse_config(values)
+    hub = HubConfig(file=file, kind=kind, root=Section(file.name, values))
+    return _ARCHITECTURES[kind](hub, file)
 
 
 def check_config(

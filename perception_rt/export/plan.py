@@ -13,13 +13,19 @@ from typing import Any
 from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
 from perception_rt.checkpoint.hf_config import find_hub_config
 from perception_rt.checkpoint.hub import download
-from perception_rt.checkpoint.locate import CONFIG_NAME, check_config, find_config, refuse_adapter
+from perception_rt.checkpoint.locate import (
+    CONFIG_NAME,
+    check_config,
+    find_config,
+    parse_architecture,
+    refuse_adapter,
+)
 from perception_rt.config import PeConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
 from perception_rt.errors import InputError
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.quantization.formats import Scheme
-from perception_rt.families import FAMILIES, Config, Family, family_of, parse_config
+from perception_rt.families import FAMILIES, Config, Family, family_of
 from perception_rt.package.contract import DECODER, EMBED, PIXELS, VISION
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
@@ -98,7 +104,7 @@ def _read_config(path: Path) -> Config:
         values = json.loads(data)
     except (ValueError, RecursionError):
         raise InputError(f"config {path} is not JSON") from None
-    return parse_config(values)
+    return parse_architecture(values, path)
 
 
 def refuse_foreign(options: ExportOptions, family: Family) -> None:

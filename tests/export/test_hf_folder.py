@@ -8,8 +8,10 @@ import pytest
 from hf_folder import HF, copy_folder, make_old, put
 
 import perception_rt as prt
+from perception_rt.checkpoint.locate import find_config
 from perception_rt.cli import export_main, main
 from perception_rt.export import ExportOptions, export
+from perception_rt.export.plan import find_architecture
 from perception_rt.package.reader import read_manifest
 
 TEXTS = ("t0", "t3", "t9", "multi")
@@ -67,11 +69,19 @@ def test_another_end_token_and_a_chat_template(tmp_path: Path) -> None:
         assert plm.generate("Hello", max_new_tokens=2).tokens
 
 
+def test_a_configuration_may_be_named(tmp_path: Path) -> None:
+    folder = copy_folder(tmp_path / "model")
+    weights = (folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    options = ExportOptions(checkpoint=weights, config=folder / "config.json", out=tmp_path / "p")
+    assert find_architecture(options) == find_config(folder)
+
+
 def test_contradictions_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = copy_folder(tmp_path / "model"), tmp_path / "out"
     mine = tmp_path / "mine.json"
-    architecture = read_manifest_architecture(folder)
-    mine.write_text(json.dumps(architecture | {"n_heads": 4, "n_kv_heads": 1}))
+    config = find_config(folder)
+    assert config is not None
+    mine.write_text(json.dumps(config.to_dict() | {"n_heads": 4, "n_kv_heads": 1}))
     for arguments in (
         ["--checkpoint", str(folder), "--config", str(mine)],
         ["--model", "PLM-Demo", "--weights", str(folder)],
@@ -80,14 +90,6 @@ def test_contradictions_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and "config.json (text_config.num_attention_heads)" in lines[0]
         assert not out.exists()
-
-
-def read_manifest_architecture(folder: Path) -> dict:
-    from perception_rt.checkpoint.locate import find_config
-
-    config = find_config(folder)
-    assert config is not None
-    return config.to_dict()
 
 
 def test_a_refit_reads_the_configuration_too(

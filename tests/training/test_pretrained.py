@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from perception_rt.checkpoint.names import to_layout
 from perception_rt.checkpoint.source import expected_tensors
 from perception_rt.checkpoint.write import save_checkpoint
 from perception_rt.config import PeConfig, TextConfig, VisionConfig
@@ -175,3 +177,14 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     pretrained = PretrainedWeights(InitConfig(decoder=str(tmp_path / "a.safetensors")), MODEL)
     with pytest.raises(CheckpointError, match=r"norm\.weight has elements that are not finite"):
         pretrained.load("norm.weight")
+
+
+def test_a_decoder_comes_out_of_a_base_model_of_transformers(tmp_path: Path) -> None:
+    state = weights(PerceptionLM(MODEL))
+    stored = to_layout(state, "hf", MODEL.decoder.head_dim)
+    file = tmp_path / "model.safetensors"
+    save_file({key.removeprefix("model."): tensor for key, tensor in stored.items()}, file)
+    pretrained = PretrainedWeights(InitConfig(decoder=str(tmp_path)), MODEL)
+    name = "layers.0.attention.wq.weight"
+    found = pretrained.load(name)
+    assert found is not None and torch.equal(found, state[name])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perception_rt.checkpoint.locate import find_config
 from perception_rt.checkpoint.names import detect_layout, layout_starts, stored_tensors
-from perception_rt.checkpoint.plm_names import hf_entry, original_entry
+from perception_rt.checkpoint.plm_names import current_hf_keys, hf_entry, original_entry
 from perception_rt.checkpoint.readers import Reader, open_reader
 from perception_rt.checkpoint.source import expected_tensors, open_checkpoint
 from perception_rt.checkpoint.stored import Shape, Stored
@@ -113,7 +113,7 @@ def _vision(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[st
 def _decoder(path: str, model: PlmConfig, shapes: Mapping[str, Shape]) -> dict[str, Load]:
     """The decoder of a Llama or Perception Language Model, in Meta's or transformers' layout."""
     reader = open_reader(Path(path))
-    keys = without_wrappers(reader.headers)
+    keys = current_hf_keys(without_wrappers(reader.headers))
     head_dim = model.decoder.head_dim
     if any(key.startswith(_HF_LLAMA) for key in keys):
         entries = [hf_entry(name, shape, head_dim) for name, shape in shapes.items()]
