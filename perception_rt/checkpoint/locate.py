@@ -83,8 +83,7 @@ def weight_files(path: Path) -> WeightFiles:
     """Returns the weight files at a path: a file, an index of shards, or a directory with either.
 
     In a directory, an index takes precedence over a single safetensors file, that over Meta's
-    `consolidated` files, and those over `pytorch_model.bin` and over a
-    single file of torch.
+    `consolidated` files, and those over `pytorch_model.bin` and over a single file of torch.
 
     Raises:
         CheckpointError: there are no weights, some files are missing or are pointers of Git LFS, or
