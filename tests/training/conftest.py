@@ -29,7 +29,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run without stochastic depth, half as long."""
+    """An uninterrupted run without stochastic depth."""
     out_dir = tmp_path_factory.mktemp("exact") / "run"
     finish(out_dir, *EXACT)
     return out_dir
