@@ -25,6 +25,7 @@ from training.atomic_files import METRICS_FILE, RECIPE_FILE, write_text
 from training.checkpoint.store import Checkpoints, full_weights, require_new
 from training.distributed import Group, expected_group, total
 from training.metrics import Meter, MetricsLog
+from training.model.export import WEIGHTS_FILE
 from training.optim import (
     build_optimizer,
     learning_rate,
@@ -109,6 +110,9 @@ class Trainer:
         log = self._open_log()
         if self.done == self.config.schedule.steps and self.group.is_main:
             print(f"all {self.done} steps are done; raise schedule.steps to train on", flush=True)
+        elif self.done and self.group.is_main:
+            # Weights from before the extension: an interrupted run must not leave them.
+            (self.out_dir / WEIGHTS_FILE).unlink(missing_ok=True)
         with stop_requests() as request:
             try:
                 self._train(log, request)

@@ -23,6 +23,7 @@ from training.model import lora
 from training.recipe.schema import ContrastiveConfig, TrainConfig
 from training.tasks.contrastive import ContrastiveTask
 from training.tasks.retrieval import image_ranks, retrieval, text_ranks
+from training.trainer import Trainer
 
 Tiny = Callable[..., ContrastiveConfig]
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -255,13 +256,22 @@ def test_a_finished_run_is_extended(tiny: Tiny, capsys: pytest.CaptureFixture[st
         run_here(tiny("schedule.steps=5", "run.resume=true"))
 
 
-def test_a_run_ends_where_a_longer_one_is_extended_by_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    """An extended run's steps are those of a longer run from the same state."""
+def interrupted(*_: object) -> None:
+    raise PerceptionError("interrupted")
+
+
+def test_an_extended_run_takes_the_steps_of_a_longer_one(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     constant = ("schedule.final_fraction=1", "model.vision.drop_path=0")
     whole = tiny("schedule.steps=6", *constant, f"run.out_dir={tmp_path / 'whole'}")
     run_here(whole)
     run_here(tiny("schedule.steps=3", *constant))
     longer = tiny("schedule.steps=6", *constant, "run.resume=true")
+    with monkeypatch.context() as patch, pytest.raises(PerceptionError):
+        patch.setattr(Trainer, "step", interrupted)
+        run_here(longer)
+    assert not source_file(longer).exists()  # the weights of step 3 are not those of this run
     run_here(longer)
     found, expected = load_file(source_file(longer)), load_file(source_file(whole))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

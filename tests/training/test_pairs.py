@@ -387,3 +387,18 @@ def test_a_video_gives_frames_over_all_of_it(model: PeConfig, tmp_path: Path) ->
     assert batch.frames == (4, 1)
     assert batch.pixels.shape == (5, 3, SIZE, SIZE)
     assert (batch.weight, batch.counts) == (2, {"images": 5})
+
+
+def test_an_image_of_another_mode_is_what_the_exported_encoder_sees(
+    model: PeConfig, tmp_path: Path
+) -> None:
+    path = Path(jsonl(tmp_path, 2))
+    for number in range(2):
+        name = tmp_path / f"{number}.png"
+        Image.open(name).convert("P" if number else "RGBA").save(name)
+    reader = source(model, str(path), 2)
+    spec = ImageSpec(height=SIZE, width=SIZE, rgb_conversion="after_resize")
+    for lane in range(2):
+        row = reader.read(lane, 0).row
+        expected = load_image(tmp_path / f"{number_of(row)}.png", spec)
+        assert np.array_equal(row.views[0][0], expected)

@@ -120,8 +120,8 @@ def pool_frames(values: Tensor, frames: Sequence[int]) -> Tensor:
 
 
 def square(size: int) -> ImageSpec:
-    """Returns the encoders' image specification at a side of `size` pixels."""
-    return ImageSpec(height=size, width=size)
+    """Returns the image specification of an exported encoder at a side of `size` pixels."""
+    return ImageSpec(height=size, width=size, rgb_conversion="after_resize")
 
 
 def to_pixels(images: Pixels) -> Tensor:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError
-from perception_rt.processing.image import decode_image, resize_image
+from perception_rt.processing.image import open_image, resize_image
 from perception_rt.processing.video import load_video
 from training.data.loader import Read
 from training.data.pair_batch import Captions, Pair, Sizes, square
@@ -237,7 +237,7 @@ def crop_box(
 
 
 def _frames(raw: Raw, number: int) -> list[Image.Image]:
-    """Decodes an image, or `number` frames of a video, to upright RGB."""
+    """Decodes an image, or `number` frames of a video, upright."""
     if raw.video is not None:
         try:
             return [
@@ -249,6 +249,6 @@ def _frames(raw: Raw, number: int) -> list[Image.Image]:
     if raw.image is None:
         raise SampleError("no image")
     try:
-        return [decode_image(raw.image)]
+        return [open_image(raw.image)]
     except InputError as error:
         raise SampleError("unreadable image", str(error)) from None
