@@ -58,7 +58,7 @@ LAYOUTS: dict[str, Json] = {
     "reference": {"image": "a.png",
                   "conversations": said("What?", "Red.", names=("human", "assistant"))},
     "LLaVA": {"image": "a.png", "conversations": said("<image>\nWhat?", "Red.")},
-    "user": {"image": "a.png", "conversations": said("What?", "Red.", names=("user", "assistant"))},
+    "user": {"image": "a.png", "conversations": said("What?", "Red.", names=("User", "assistant"))},
     "OpenAI": {"image": "a.png",
                "messages": [message("user", "What?"), message("assistant", "Red.")]},
     "OpenAI, images": {"images": ["a.png"],
@@ -186,7 +186,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert color(path) == [*BLUE]  # the default of earlier versions
     with pytest.raises(SampleError) as caught:
         color(path, str(folder))
-    assert caught.value.detail == repr(str(folder / "a.png"))
+    assert caught.value.detail.startswith(repr(str(folder / "a.png")) + "; the setting root")
 
 
 def pair_source(path: Path, **settings: Any) -> PairSource:

@@ -34,6 +34,7 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "system": "system",
+    "developer": "system",
 }
 
 
@@ -123,9 +124,9 @@ def _exchange(question: Any, answer: Any) -> list[Mapping[str, Any]]:
 
 def _role(turn: Mapping[str, Any], index: int) -> str:
     role = first_of(turn, ("from", "role"))
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role.lower() not in _ROLES:
         raise SampleError(f"the role of a turn is none of {', '.join(_ROLES)}", f"turn {index}")
-    return _ROLES[role]
+    return _ROLES[role.lower()]
 
 
 def _content(turn: Mapping[str, Any], index: int, items: list[_Item]) -> Any:

@@ -58,7 +58,9 @@ class MediaFolders:
         for path in paths:
             if _is_file(path):
                 return path
-        raise SampleError(f"{kind} is missing", f"{str(paths[0])!r:.300}")
+        raise SampleError(
+            f"{kind} is missing", f"{str(paths[0])!r:.300}; the setting root can name its folder"
+        )
 
 
 def _decoded(url: str, kind: str) -> bytes:
