@@ -169,7 +169,7 @@ class ContrastiveTask(Task):
                 folder / ADAPTER_FOLDER,
                 base=config.init.checkpoint,
             )
-            weights = lora.merged(weights, self.config.lora)
+            weights = lora.merged(weights, config.lora)
         kept = {name: tensor for name, tensor in weights.items() if name != "logit_bias"}
         export_encoder(kept, self.config.model, folder)
 
