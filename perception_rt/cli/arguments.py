@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from perception_rt.demo import package_paths
 
@@ -34,6 +34,12 @@ class CommandParser(argparse.ArgumentParser):
         if args is not None and [action.dest for action in positions] == ["package"]:
             args = self._package_first(list(args))
         return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints how the command is used, and ends the program with status 2."""
+        if message.endswith("are required: DIR"):
+            message += " (the package, before options that take several values)"
+        super().error(message)
 
     def _package_first(self, args: list[str]) -> list[str]:
         last: list[int] = []  # positions of the last values of options that take several

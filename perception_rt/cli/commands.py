@@ -46,14 +46,14 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
 
     A reader that leaves, such as `head`, ends the command without an error.
     """
+    _reopen_closed()
     try:
         options = parser.parse_args(arguments)
         for stream in (sys.stdin, sys.stdout):
             if isinstance(stream, io.TextIOWrapper):  # print "?" for characters it cannot encode
                 stream.reconfigure(errors="replace")
         status = options.command(options) or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except PerceptionError as error:
         return _fail(f"{parser.prog}: {error}", 2)
@@ -70,18 +70,23 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
 
 def _fail(line: str, status: int) -> int:
     """Prints an error, if anything reads standard error, and returns the status."""
-    if sys.stderr is not None:
-        with suppress(OSError):
-            print(line, file=sys.stderr)
+    with suppress(OSError):
+        print(line, file=sys.stderr)
     return status
+
+
+def _reopen_closed() -> None:
+    """Replaces standard streams that the caller closed, which Python sets to None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _drop_unwritable() -> None:
     """Leaves nothing in a stream that cannot be written: the interpreter's exit would fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except (OSError, ValueError):
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

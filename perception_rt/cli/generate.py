@@ -97,7 +97,7 @@ def read_prompt(prompt: str) -> str:
     if prompt != "-":
         return prompt
     # A longer text is refused like any other.
-    text = "" if sys.stdin is None else sys.stdin.read(DEFAULT_LIMITS.text_bytes + 1)
+    text = sys.stdin.read(DEFAULT_LIMITS.text_bytes + 1)
     if len(text) <= DEFAULT_LIMITS.text_bytes:
         text = text.rstrip("\r\n")
     if not text:

@@ -173,7 +173,7 @@ def open_package(
     """Opens a package and checks everything except file contents, which `Package` checks on use.
 
     Args:
-        path: the package directory, or "demo:pe" or "demo:plm" for a shipped one.
+        path: the package directory, or "demo:pe" or "demo:plm" for a shipped model.
         expect: required package id, `sha256:...`; None accepts any. The manifest in the package
             shows damage; only an id from elsewhere shows a deliberate exchange.
         limits: bounds on the manifest and the number of files.

@@ -40,7 +40,7 @@ def load(
     ignores them.
 
     Args:
-        path: the package directory.
+        path: the package directory, or "demo:pe" or "demo:plm" for a shipped model.
         backend: "auto" runs each graph on the backend that it was exported for. A name runs all
             graphs on that backend, which must be able to: "onnxruntime" can run those of
             "tensorrt".

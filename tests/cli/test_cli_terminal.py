@@ -257,8 +257,8 @@ def test_a_package_that_is_not_clear_is_asked_for(line: str, capsys: Any) -> Non
 def test_the_prompt_may_be_on_standard_input(
     plm_package: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ask(prompt: str, stdin: str | None = None) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "stdin", None if stdin is None else io.StringIO(stdin))
+    def ask(prompt: str, stdin: str = "") -> dict[str, Any]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         arguments = ["generate", str(plm_package), "--prompt", prompt, "--max-new-tokens", "6"]
         assert main([*arguments, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
@@ -267,7 +267,7 @@ def test_the_prompt_may_be_on_standard_input(
     for text in ("Two\nlines?", "Two\nlines?\n", "Two\nlines?\r\n"):
         assert ask("-", text)["tokens"] == expected["tokens"]
     command = ["generate", str(plm_package), "--prompt", "-"]
-    for stdin in (io.StringIO("\n"), None):
+    for stdin in (io.StringIO("\n"), io.StringIO()):
         monkeypatch.setattr(sys, "stdin", stdin)
         fails(capsys, command, "standard input, which is empty", run=main)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 65536 + "\n" + "more"))
@@ -295,3 +295,14 @@ def test_reports_are_text(tiny_package: Path, capsys: Any) -> None:
     assert main(["doctor"]) == 0
     assert main(["inspect", str(tiny_package)]) == 0
     assert not re.search(r"[{}']|None|True|False", capsys.readouterr().out)
+
+
+def test_closed_standard_streams_are_no_error(plm_package: Path) -> None:
+    package = shlex.quote(str(plm_package))
+    result = run_shell(
+        f"rt chat {package} <&-; echo $?;"
+        f"echo Hi | rt chat {package} --max-new-tokens 1 >&-; echo $?;"
+        f"rt generate {package} --prompt Hi --max-new-tokens 1 >&- 2>&-; echo $?"
+    )
+    assert result.stdout == "0\n0\n0\n", result.stderr
+    assert "Traceback" not in result.stderr
