@@ -6,12 +6,13 @@ silently different model.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from perception_rt.errors import InputError
 from perception_rt.records import Record, plain_number, require
 
-PoolType = Literal["attn", "tok", "avg", "none"]
+# "avg" is the mean of all tokens, as in the reference; "patch_avg" leaves out the class token.
+PoolType = Literal["attn", "tok", "avg", "patch_avg", "none"]
 
 _MAX_LAYERS = 1024
 
@@ -20,7 +21,15 @@ _MAX_LAYERS = 1024
 class VisionConfig(Record):
     """A PE vision tower; `image_size` and `patch_size` are in pixels.
 
-    Source: facebookresearch/perception_models `core/vision_encoder/config.py` at 3e352cc.
+    Source: facebookresearch/perception_models `core/vision_encoder/config.py` at 3e352cc, for the
+    fields up to `use_ln_post`.
+
+    Attributes:
+        proj_bias: whether the projection to `output_dim` has a bias, which fine-tuning may train.
+        timm_grid: patches per side at which timm calls positions native. At another image size,
+            rotary positions are scaled to it and the position table is resampled as timm does.
+            None follows the reference, which scales nothing.
+        norm_after_pool: whether the final norm follows the pooling, as in timm's fine-tuned heads.
     """
 
     patch_size: int
@@ -39,6 +48,13 @@ class VisionConfig(Record):
     attn_pooler_heads: int = 8
     use_ln_pre: bool = True
     use_ln_post: bool = True
+    proj_bias: bool = False
+    timm_grid: int | None = None
+    norm_after_pool: bool = False
+
+    later_fields: ClassVar[frozenset[str]] = frozenset(
+        {"proj_bias", "timm_grid", "norm_after_pool"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "width", "layers", "heads", "image_size", "attn_pooler_heads"):
@@ -74,6 +90,18 @@ class VisionConfig(Record):
         require(
             self.output_dim is None or self.output_dim >= 1,
             f"vision.output_dim must be at least 1, not {self.output_dim}",
+        )
+        require(
+            self.output_dim is not None or not self.proj_bias,
+            "vision.proj_bias needs an output_dim",
+        )
+        require(
+            self.timm_grid is None or self.timm_grid >= 1,
+            f"vision.timm_grid must be at least 1, not {self.timm_grid}",
+        )
+        require(
+            self.use_ln_post or not self.norm_after_pool,
+            "vision.norm_after_pool needs use_ln_post",
         )
 
     @property
@@ -121,7 +149,11 @@ class VisionConfig(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextConfig(Record):
-    """A PE text tower. Source: `core/vision_encoder/config.py` of the reference at 3e352cc."""
+    """A PE text tower. Source: `core/vision_encoder/config.py` of the reference at 3e352cc.
+
+    Attributes:
+        proj_bias: whether the projection has a bias; open_clip can train one.
+    """
 
     context_length: int
     width: int
@@ -130,6 +162,9 @@ class TextConfig(Record):
     output_dim: int
     mlp_ratio: float = 4.0
     vocab_size: int = 49408
+    proj_bias: bool = False
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"proj_bias"})
 
     def __post_init__(self) -> None:
         for name in ("context_length", "width", "heads", "layers", "output_dim", "vocab_size"):

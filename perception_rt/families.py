@@ -53,7 +53,7 @@ PE = Family(
     config=PeConfig,
     model="perception_rt.models.pe:PerceptionEncoder",
     component="perception_rt.export.components.pe:PeExport",
-    export_options=("image_size", "center_crop", "taps"),
+    export_options=("towers", "image_size", "center_crop", "taps"),
     runtime="perception_rt.runtime.embedder:Embedder",
 )
 PLM = Family(

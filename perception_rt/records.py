@@ -115,6 +115,8 @@ class Record:
 
     __slots__ = ()
     record_name: ClassVar[str] = "config"
+    # Fields that `to_dict` leaves out at their default: records without them keep their old form.
+    later_fields: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str | None = None) -> Self:
@@ -146,6 +148,10 @@ class Record:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; tuples become lists."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        """Plain JSON values; tuples become lists, `later_fields` at their default are left out."""
+        values = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)  # type: ignore[arg-type]
+            if f.name not in self.later_fields or getattr(self, f.name) != f.default
+        }
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

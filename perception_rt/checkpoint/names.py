@@ -22,6 +22,17 @@ from perception_rt.plm_config import PlmConfig
 Layout = Literal["reference", "timm", "open_clip", "original", "hf"]
 
 _TRUNK = "visual.trunk."
+_HEAD = "visual.head.proj."  # open_clip's own projection, if the trunk has none
+_TEXT_LINEAR = "text_projection.weight"  # a linear layer, if it has a bias
+_ROOT_TEXT = "token_embedding.weight"  # open_clip's text tower without `text.`
+
+VISION_ONLY = (
+    "holds only a vision tower, but this architecture has a text tower; --towers vision exports "
+    "the vision tower alone"
+)
+
+# Parameters that a checkpoint may lack: a missing bias means zero.
+VISION_BIAS, TEXT_BIAS = "visual.proj_bias", "text.text_projection_bias"
 
 # By family, the starts of keys that tell a layout; the first layout that fits is the one.
 _PREFIXES: Mapping[str, Mapping[Layout, tuple[str, ...]]] = {
@@ -34,7 +45,9 @@ _PREFIXES: Mapping[str, Mapping[Layout, tuple[str, ...]]] = {
 }
 
 # The causal mask, a buffer that some open_clip versions save with the weights.
-IGNORED_KEYS: Mapping[Layout, frozenset[str]] = {"open_clip": frozenset({"text.attn_mask"})}
+IGNORED_KEYS: Mapping[Layout, frozenset[str]] = {
+    "open_clip": frozenset({"text.attn_mask", "attn_mask"})
+}
 
 
 def layout_starts(config: PeConfig | PlmConfig) -> tuple[str, ...]:
@@ -72,14 +85,15 @@ def detect_layout(names: Collection[str], config: PeConfig | PlmConfig) -> Layou
             f"keys fit none of them, {example}"
         )
     if layout == "timm" and isinstance(config, PeConfig) and config.text is not None:
-        raise CheckpointError(
-            "a timm checkpoint holds only a vision tower, but this architecture has a text tower"
-        )
+        raise CheckpointError(f"a timm checkpoint {VISION_ONLY}")
     return layout
 
 
 def stored_tensors(
-    layout: Layout, shapes: Mapping[str, Shape], head_dim: int | None = None
+    layout: Layout,
+    shapes: Mapping[str, Shape],
+    head_dim: int | None = None,
+    keys: Collection[str] = (),
 ) -> tuple[Stored, ...]:
     """Returns the table of a layout for the tensors of an architecture.
 
@@ -88,6 +102,9 @@ def stored_tensors(
         shapes: our names and shapes. A lone vision tower in the reference layout has keys without
             `visual.`, as in the reference's own module.
         head_dim: channels per head of the decoder; only `hf` needs it.
+        keys: keys of the file to read, which tell variants apart: a final norm after the pooling
+            and, in `open_clip`, a projection of its own, or a text tower without `text.`. Without
+            keys, the form that we write.
 
     Raises:
         CheckpointError: a name is not a parameter of such a model, or has no place in the layout.
@@ -97,30 +114,59 @@ def stored_tensors(
     if layout == "hf":
         return tuple(hf_entry(name, shape, head_dim) for name, shape in shapes.items())
     bare = layout == "reference" and all(name.startswith("visual.") for name in shapes)
-    return tuple(_pe_entry(layout, name, shape, bare) for name, shape in shapes.items())
+    if layout == "open_clip":
+        linear = any(key.endswith(_TEXT_LINEAR) for key in keys) if keys else TEXT_BIAS in shapes
+        return tuple(_open_clip_entry(n, shape, keys, linear) for n, shape in shapes.items())
+    if layout == "timm":
+        return tuple(_timm_entry(name, shape, keys) for name, shape in shapes.items())
+    return tuple(_reference_entry(name, shape, bare) for name, shape in shapes.items())
 
 
-def _pe_entry(layout: Layout, name: str, shape: Shape, bare: bool) -> Stored:
-    """A Perception Encoder's tensor; `bare` keys have no `visual.` prefix."""
+def _reference_entry(name: str, shape: Shape, bare: bool) -> Stored:
+    """A tensor in the reference's layout; `bare` keys have no `visual.` prefix."""
     tower, _, leaf = name.partition(".")
-    if tower == "visual" and layout != "reference":
-        return timm_entry(name, shape, _TRUNK if layout == "open_clip" else "")
-    if tower == "visual":
-        key = leaf if bare else name
-    elif layout != "timm" and (tower == "text" or name == "logit_scale"):
-        key = name.removeprefix("text.") if layout == "reference" else name
-    else:
-        raise CheckpointError(f"the {layout} layout has no place for {name!a:.80}")
+    if tower not in ("visual", "text", "logit_scale"):
+        raise CheckpointError(f"the reference layout has no place for {name!a:.80}")
+    key = leaf if tower == "text" or (tower == "visual" and bare) else name
     return Stored(name=name, shape=shape, keys=(key,), shapes=(shape,))
 
 
-def zero_tensors(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Returns keys and shapes of a layout's additional tensors, which must be all zeros.
+def _timm_entry(name: str, shape: Shape, keys: Collection[str]) -> Stored:
+    """A vision tower's tensor in timm's layout."""
+    if not name.startswith("visual."):
+        raise CheckpointError(f"the timm layout has no place for {name!a:.80}")
+    return timm_entry(name, shape, "", keys)
 
-    The ports project with a linear layer, whose bias the reference does not have.
+
+def _open_clip_entry(name: str, shape: Shape, keys: Collection[str], linear: bool) -> Stored:
+    """A tensor in open_clip's layout; with `linear`, the text's projection is a linear layer."""
+    if name in ("visual.proj", VISION_BIAS) and f"{_HEAD}weight" in keys:
+        return _linear_entry(name, shape, _HEAD)
+    if name.startswith("visual."):
+        return timm_entry(name, shape, _TRUNK, keys)
+    key = name.removeprefix("text.") if _ROOT_TEXT in keys else name
+    if name in ("text.text_projection", TEXT_BIAS) and linear:
+        return _linear_entry(name, shape, f"{key.removesuffix('_bias')}.")
+    if not name.startswith("text.") and name != "logit_scale":
+        raise CheckpointError(f"the open_clip layout has no place for {name!a:.80}")
+    return Stored(name=name, shape=shape, keys=(key,), shapes=(shape,))
+
+
+def _linear_entry(name: str, shape: Shape, prefix: str) -> Stored:
+    """A projection (C, D) or its bias (D,), stored as a linear layer."""
+    key = prefix + ("bias" if len(shape) == 1 else "weight")
+    return Stored(
+        name=name, shape=shape, keys=(key,), shapes=(shape[::-1],), transposed=len(shape) == 2
+    )
+
+
+def zero_tensors(layout: Layout, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Returns keys and shapes of tensors that a layout has besides ours; all are zeros.
+
+    The ports project with a linear layer, which always has a bias.
     """
     projection = shapes.get("visual.proj")
-    if layout == "reference" or projection is None:
+    if layout == "reference" or projection is None or VISION_BIAS in shapes:
         return {}
     prefix = _TRUNK if layout == "open_clip" else ""
     return {f"{prefix}head.bias": (projection[1],)}

@@ -6,7 +6,7 @@ checks that its elements are finite.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from perception_rt.checkpoint.names import (
     IGNORED_KEYS,
+    TEXT_BIAS,
+    VISION_BIAS,
+    VISION_ONLY,
     Layout,
     detect_layout,
     layout_starts,
     stored_tensors,
-    zero_tensors,
 )
 from perception_rt.checkpoint.plm_names import HF_UNUSED, current_hf_keys, tied_copy
 from perception_rt.checkpoint.readers import Header, Reader, open_reader
@@ -38,8 +40,15 @@ _HEAD_HINT = (
     ", which has a head of its own, since neither tie_word_embeddings in config.json nor "
     "weight_tying in params.json is true"
 )
-_DROPPED = {"reference": "non-visual tensors", "hf": "tensors of the tower's pooling"}
+_DROPPED = {
+    "reference": "non-visual tensors",
+    "open_clip": "non-visual tensors",
+    "hf": "tensors of the tower's pooling",
+}
 PIECE_ELEMENTS = 1 << 20  # checked or compared at once
+# Biases of projections, and their towers in `PeConfig`.
+_BIASES = {VISION_BIAS: "vision", TEXT_BIAS: "text"}
+_BARE_VISION = "conv1.weight"  # of a vision tower alone in the reference layout
 # Tensors whose width identifies an architecture, and the axis of the width.
 _WIDTHS = {
     "visual.conv1.weight": ("vision tower", 0),
@@ -80,6 +89,7 @@ def open_checkpoint(
     *,
     license_note: str = LICENSE_UNKNOWN,
     ema: bool = False,
+    find_biases: bool = False,
 ) -> "FileWeights":
     """Opens weights in any known format and layout, and checks all names and shapes.
 
@@ -88,24 +98,38 @@ def open_checkpoint(
             single file, `consolidated.pth`, or all of `consolidated.00.pth`, .... The weights may
             be an entry of a training checkpoint, and their keys have prefixes of wrappers.
         config: the architecture, which the weights must fit exactly. For an architecture without a
-            text tower, the text tower of a whole CLIP in the reference layout is dropped. A
-            language model with a tied head may hold the embedding twice.
+            text tower, the text tower of a whole CLIP is dropped. A language model with a
+            tied head may hold the embedding twice. A missing bias of a projection means zero.
         license_note: licence of the weights, if the caller knows it.
         ema: take the averaged copy (EMA) that the checkpoint must hold.
+        find_biases: whether biases of projections that `config` does not have are used too, and
+            added to the `config` of the result. Else they must be all zeros.
 
     Raises:
         CheckpointError: the file is unreadable or unsafe, holds several models, a tensor is
             missing, unexpected, misshapen or not a dense float, or the two embeddings of a tied
             head differ.
     """
-    return FileWeights(open_reader(Path(path), ema=ema), config, license_note, ema=ema)
+    return FileWeights(
+        open_reader(Path(path), ema=ema), config, license_note, ema=ema, find_biases=find_biases
+    )
 
 
 class FileWeights:
-    """A `WeightSource` that reads weight files."""
+    """A `WeightSource` that reads weight files.
+
+    Attributes:
+        config: architecture of the weights.
+    """
 
     def __init__(
-        self, reader: Reader, config: PeConfig | PlmConfig, license_note: str, *, ema: bool = False
+        self,
+        reader: Reader,
+        config: PeConfig | PlmConfig,
+        license_note: str,
+        *,
+        ema: bool = False,
+        find_biases: bool = False,
     ) -> None:
         self._reader = reader
         self._license_note = license_note
@@ -121,11 +145,7 @@ class FileWeights:
         self._notes = _notes(reader, names, plan)
         self._file_keys = plan.file_keys
         self._stored = {entry.name: entry for entry in plan.stored}
-        for key in plan.zeros:
-            if self._read(key).count_nonzero():
-                raise CheckpointError(
-                    f"{reader.label}: {key} must be all zeros, as the reference has no such bias"
-                )
+        self.config = self._with_biases(config, plan.biases, find_biases)
         for key, name in plan.copies.items():
             self._check_copy(key, self._stored[name])
 
@@ -158,6 +178,8 @@ class FileWeights:
                 element that is not finite.
         """
         entry = self._entry(name)
+        if name in _BIASES and entry.keys[0] not in self._file_keys:
+            return torch.zeros(entry.shape)
         return entry.unpack([self._read(key) for key in entry.keys])
 
     def load_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -167,7 +189,7 @@ class FileWeights:
             CheckpointError: as `load`.
         """
         entry = self._entry(name)
-        if not entry.has_our_rows:
+        if name in _BIASES or not entry.has_our_rows:
             return self.load(name)[start:stop]
         return self._read(entry.keys[0], slice(start, stop)).contiguous()
 
@@ -182,6 +204,23 @@ class FileWeights:
         if not all(torch.isfinite(piece).all() for piece in pieces):
             raise CheckpointError(f"{self._reader.label}: {key} has elements that are not finite")
         return tensor
+
+    def _with_biases(
+        self, config: PeConfig | PlmConfig, biases: Sequence[Stored], find: bool
+    ) -> PeConfig | PlmConfig:
+        """The architecture with those of the file's biases that are not zero."""
+        for entry in biases:
+            (key,) = entry.keys
+            if not isinstance(config, PeConfig) or not self._read(key).count_nonzero():
+                continue
+            if not find:
+                raise CheckpointError(
+                    f"{self._reader.label}: {key} is not zero, but the architecture has no bias "
+                    f"there: set {_BIASES[entry.name]}.proj_bias"
+                )
+            self._stored[entry.name] = entry
+            config = _biased(config, entry.name)
+        return config
 
     def _check_copy(self, key: str, entry: Stored) -> None:
         """Compares in pieces, since the two matrices may have gigabytes."""
@@ -207,7 +246,7 @@ class _Plan:
     Attributes:
         layout: layout of the keys.
         stored: table of the tensors.
-        zeros: keys and shapes that must be all zeros.
+        biases: biases of projections in the file that the architecture does not have.
         copies: keys that must equal a parameter of ours, with its name.
         file_keys: keys of the layout, with the keys in the file.
         dropped: number of ignored tensors.
@@ -215,7 +254,7 @@ class _Plan:
 
     layout: Layout
     stored: tuple[Stored, ...]
-    zeros: Mapping[str, Shape]
+    biases: tuple[Stored, ...]
     copies: Mapping[str, str]
     file_keys: Mapping[str, str]
     dropped: int
@@ -232,18 +271,24 @@ def _plan(headers: Mapping[str, Header], names: PlainNames, config: PeConfig | P
     head_dim = None
     if isinstance(config, PlmConfig):
         head_dim = config.decoder.head_dim
-    elif layout == "reference" and config.text is None:
-        file_keys = _visual_only(file_keys)
+    elif config.text is None:
+        file_keys = _visual_only(file_keys, layout)
+    elif layout == "reference" and _BARE_VISION in file_keys:
+        raise CheckpointError(f"the checkpoint {VISION_ONLY}")
     shapes: dict[str, Shape] = {n: tuple(s) for n, s in expected_tensors(config).items()}
-    stored, zeros = stored_tensors(layout, shapes, head_dim), zero_tensors(layout, shapes)
+    possible = _possible_biases(config)
+    table = stored_tensors(layout, shapes | possible, head_dim, file_keys)
+    stored = tuple(entry for entry in table if entry.name in shapes)
+    biases = tuple(e for e in table if e.name not in shapes and e.keys[0] in file_keys)
     copies = {k: name for k, name in tied_copy(layout, shapes).items() if k in file_keys}
     ignored = IGNORED_KEYS.get(layout, frozenset())
     found = {k: headers[f] for k, f in file_keys.items() if k not in ignored}
-    _check(found, stored, zeros | {key: shapes[name] for key, name in copies.items()})
+    required = [e for e in stored if e.name not in possible or e.keys[0] in file_keys]
+    _check(found, [*required, *biases], {key: shapes[name] for key, name in copies.items()})
     return _Plan(
         layout=layout,
         stored=stored,
-        zeros=zeros,
+        biases=biases,
         copies=copies,
         file_keys=file_keys,
         dropped=total - len(file_keys),
@@ -271,10 +316,31 @@ def _notes(reader: Reader, names: PlainNames, plan: _Plan) -> list[str]:
     return notes
 
 
-def _visual_only(file_keys: Mapping[str, str]) -> dict[str, str]:
-    """The vision tower of a whole CLIP, under the keys of a lone vision tower."""
-    visual = {k.removeprefix("visual."): f for k, f in file_keys.items() if k.startswith("visual.")}
+def _visual_only(file_keys: Mapping[str, str], layout: Layout) -> dict[str, str]:
+    """The vision tower of a whole CLIP, in the reference layout under the keys of a lone tower."""
+    visual = {key: file for key, file in file_keys.items() if key.startswith("visual.")}
+    if layout == "reference":
+        visual = {key.removeprefix("visual."): file for key, file in visual.items()}
     return visual or dict(file_keys)
+
+
+def _possible_biases(config: PeConfig | PlmConfig) -> dict[str, Shape]:
+    """Names and shapes of the biases that the projections of an encoder may have."""
+    if not isinstance(config, PeConfig):
+        return {}
+    sizes = {
+        VISION_BIAS: config.vision.output_dim,
+        TEXT_BIAS: None if config.text is None else config.text.output_dim,
+    }
+    return {name: (size,) for name, size in sizes.items() if size is not None}
+
+
+def _biased(config: PeConfig, name: str) -> PeConfig:
+    """The architecture with a bias, by its parameter name."""
+    if name == VISION_BIAS:
+        return replace(config, vision=replace(config.vision, proj_bias=True))
+    assert config.text is not None
+    return replace(config, text=replace(config.text, proj_bias=True))
 
 
 def _check(

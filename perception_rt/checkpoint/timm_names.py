@@ -1,5 +1,7 @@
 """The vision tower of a Perception Encoder in timm's names and shapes."""
 
+from collections.abc import Collection
+
 from perception_rt.checkpoint.stored import Shape, Stored
 from perception_rt.errors import CheckpointError
 
@@ -28,33 +30,39 @@ _TOWER = {
 }
 _BLOCKS = "transformer.resblocks."
 _POOL_INPUT = "attn_pool.attn.in_proj_"
+_FINAL_NORM, _NORM_AFTER_POOL = "ln_post.", "fc_norm."
 
 
-def timm_entry(name: str, shape: Shape, prefix: str) -> Stored:
+def timm_entry(name: str, shape: Shape, prefix: str, keys: Collection[str] = ()) -> Stored:
     """Returns the entry of one tensor of a vision tower in timm's layout.
 
     Args:
         name: our name; the part after its first dot is the name within the tower.
         shape: our shape.
         prefix: prefix of timm's keys.
+        keys: keys of the file to read, which tell whether the final norm follows the pooling.
 
     Raises:
         CheckpointError: timm's towers have no such tensor.
     """
     leaf = name.partition(".")[2]
     if leaf == "proj":
-        keys, shapes = ["head.weight"], [shape[::-1]]
+        stored, shapes = ["head.weight"], [shape[::-1]]
+    elif leaf == "proj_bias":
+        stored, shapes = ["head.bias"], [shape]
     elif leaf.startswith(_POOL_INPUT):
         kind = leaf.removeprefix(_POOL_INPUT)
         width = shape[0] // 3
-        keys = [f"attn_pool.q.{kind}", f"attn_pool.kv.{kind}"]
+        stored = [f"attn_pool.q.{kind}", f"attn_pool.kv.{kind}"]
         shapes = [(width, *shape[1:]), (2 * width, *shape[1:])]
+    elif leaf.startswith(_FINAL_NORM) and f"{prefix}{_NORM_AFTER_POOL}weight" in keys:
+        stored, shapes = [leaf.replace(_FINAL_NORM, _NORM_AFTER_POOL)], [shape]
     else:
-        keys, shapes = [_key(name, leaf)], [_shape(leaf, shape)]
+        stored, shapes = [_key(name, leaf)], [_shape(leaf, shape)]
     return Stored(
         name=name,
         shape=shape,
-        keys=tuple(prefix + key for key in keys),
+        keys=tuple(prefix + key for key in stored),
         shapes=tuple(shapes),
         transposed=leaf == "proj",
     )

@@ -54,8 +54,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="architecture of --checkpoint, as JSON; default: params.json, config.json or "
-        "model.json beside it",
+        help="architecture of --checkpoint, as JSON; default: params.json, config.json, "
+        "open_clip_config.json or model.json beside it",
     )
     parser.add_argument(
         "--weights",
@@ -63,6 +63,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights of --model: hf (default), random, or a path",
     )
     _weight_arguments(parser)
+    parser.add_argument(
+        "--towers",
+        metavar="WHICH",
+        help="towers of an encoder to export: all (default), or vision, also of a checkpoint "
+        "that has no text tower",
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="RNG seed of --weights random; default: 0"
     )
@@ -192,6 +198,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         weights=arguments.weights,
         ema=arguments.ema,
         adapter=arguments.adapter,
+        towers=arguments.towers,
         seed=arguments.seed,
         precision="fp8" if arguments.fp8 else arguments.precision,
         backend=arguments.backend,

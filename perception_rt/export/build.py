@@ -93,7 +93,7 @@ def export(options: ExportOptions, on_progress: Report | None = None) -> Manifes
     with _parents(Path(options.out)), Stage.create(options.out, force=options.force) as stage:
         locate = cache(partial(locate_weights, options, report))
         plan = model_export(family).make_plan(options, config, settings, lambda: locate().path)
-        source = _open_source(plan, locate(), options, report)
+        plan, source = _open_source(plan, locate(), options, report)
         return _fill(stage, plan, source, None, report)
 
 
@@ -191,18 +191,21 @@ def _fill(
 
 def _open_source(
     plan: Plan, place: WeightsPlace, options: ExportOptions, report: Report
-) -> WeightSource:
+) -> tuple[Plan, WeightSource]:
+    """The weights, and the plan with the biases that they have."""
     if place.path is None:
-        return with_adapter(RandomWeights(plan.config, options.seed), options.adapter, plan)
+        return plan, with_adapter(RandomWeights(plan.config, options.seed), options.adapter, plan)
     source = open_checkpoint(
         place.path,
         plan.config,
         license_note=place.license_note or LICENSE_UNKNOWN,
         ema=options.ema,
+        find_biases=True,
     )
     for note in source.notes:
         report(note)
-    return with_adapter(source, options.adapter, plan)
+    plan = replace(plan, config=source.config)
+    return plan, with_adapter(source, options.adapter, plan)
 
 
 def with_adapter(

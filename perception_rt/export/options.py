@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from perception_rt.errors import InputError, describe
 
-_TEXTS = ("model", "precision", "backend", "blocks", "route", "calibrator")
+_TEXTS = ("model", "towers", "precision", "backend", "blocks", "route", "calibrator")
 _PATHS = ("out", "checkpoint", "config", "weights", "adapter", "tokenizer", "calibration")
 _FLAGS = ("ema", "center_crop", "ignore_exif", "allow_unfused", "refittable", "force")
 
@@ -24,12 +24,14 @@ class ExportOptions:
         out: package directory to make; missing parents are made too.
         model: released model such as "PE-Core-L14-336" or "PLM-1B", or "PE-Demo" or "PLM-Demo".
         checkpoint: file or folder with weights of any Perception Encoder or Language Model.
-        config: JSON file with the architecture of `checkpoint`; None reads
-            `params.json`, `config.json` or `model.json` beside it.
+        config: JSON file with the architecture of `checkpoint`; None reads `params.json`,
+            `config.json`, `open_clip_config.json` or `model.json` beside it.
         weights: weights of `model`: "hf" (the Hugging Face hub), "random", or a path. None takes a
             released model from the hub, and a demo from this library.
         ema: take the averaged copy (EMA) of the weights that the checkpoint must hold.
         adapter: folder of a LoRA adapter of PEFT to merge into the weights; None for none.
+        towers: an encoder's towers to export: "all", or "vision" for the vision tower alone, also
+            of a checkpoint that has no text tower; None for "all".
         seed: RNG seed of random weights.
         precision: "fp32", "fp16", "int8", "int4" or "fp8"; None for the backend's default.
         backend: "onnxruntime" or "tensorrt"; None for the first that has the precision.
@@ -64,6 +66,7 @@ class ExportOptions:
     weights: PathName | None = None
     ema: bool = False
     adapter: PathName | None = None
+    towers: str | None = None
     seed: int = 0
     precision: str | None = None
     backend: str | None = None

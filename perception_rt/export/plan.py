@@ -6,11 +6,12 @@ Everything is decided and checked here before any work starts.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
+from perception_rt.checkpoint.encoder_config import check_agreement, find_encoder
 from perception_rt.checkpoint.hf_config import find_hub_config
 from perception_rt.checkpoint.hub import download
 from perception_rt.checkpoint.locate import (
@@ -31,17 +32,21 @@ from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
+from perception_rt.records import check_choice
 from perception_rt.targets import Target, check_precision, default_backend, get_target
 
 HERE = "here"  # stands for the compute capability of this machine's GPU
 ROUTES = ("onnx", "torch-tensorrt")
 CALIBRATORS = ("max", "modelopt")
+_TOWERS = ("all", "vision")
 _CAPABILITY = re.compile(r"sm[0-9]{2,3}")
 _SCHEMES: Mapping[str, Scheme] = {"int8": "int8", "int4": "int8", "fp8": "fp8"}
 _HEAD_MULTIPLE = 16  # channels: GroupQueryAttention and fused kernels need such heads
 _ADDRESS_MULTIPLE = 256  # bytes: TensorRT needs such addresses
 _BLOCK = 32  # channels of a quantised block of the embedding
 _MAX_CONFIG_BYTES = 64 * 1024
+# Starts of file names that tell nothing about the model.
+_COMMON_NAMES = ("consolidated.", "model.", "open_clip_", "pytorch_model.")
 
 Report = Callable[[str], None]
 
@@ -49,36 +54,71 @@ Report = Callable[[str], None]
 def find_architecture(options: ExportOptions) -> Config:
     """The architecture of the model that the options name; reads no weights.
 
-    A `config.json` beside the weights must agree with an architecture from elsewhere.
+    A configuration beside the weights must agree with an architecture from elsewhere.
 
     Raises:
         InputError: the model is unknown, there is no usable configuration, or two disagree.
         CheckpointError: the configuration beside the checkpoint is not JSON.
     """
+    check_choice("--towers", options.towers, (None, *_TOWERS))
+    vision_only = options.towers == "vision"
+    given, source = _given_architecture(options)
+    path = _weights_path(options)
+    if path is not None:
+        given = _described(given, source, path, with_text=not vision_only)
+    assert given is not None
+    if vision_only and isinstance(given, PeConfig):
+        given = replace(given, text=None)
+    return given
+
+
+def _described(given: Config | None, source: str, path: Path, *, with_text: bool) -> Config:
+    """The architecture, compared with the configuration beside the weights or read from it."""
+    found = find_encoder(path, with_text=with_text)
+    if given is not None:
+        check_config(given, source, path)
+        if found is not None and isinstance(given, PeConfig):
+            check_agreement(given, found.config, source)
+        return given
+    refuse_adapter(path)
+    config = find_config(path) if found is None else found.config
+    if config is None:
+        hub = find_hub_config(path)
+        beside = "no params.json, config.json or model.json is beside it"
+        if hub is not None:
+            beside = f"{hub.file.name} beside it describes {hub.label}, which is no PE or PLM"
+        raise InputError(f"--checkpoint needs --config, the architecture as JSON: {beside}")
+    return config
+
+
+def find_images(options: ExportOptions) -> ImageSpec | None:
+    """Image preprocessing in the configuration beside the weights; None without one."""
+    path = _weights_path(options)
+    found = None if path is None else find_encoder(path, with_text=False)
+    return None if found is None else found.image
+
+
+def _weights_path(options: ExportOptions) -> Path | None:
+    """The checkpoint that the options name by a path; None if it has to be found or made."""
+    if options.checkpoint is not None:
+        return Path(options.checkpoint)
+    weights = options.weights
+    return None if weights is None or weights in ("hf", "random") else Path(weights)
+
+
+def _given_architecture(options: ExportOptions) -> tuple[Config | None, str]:
+    """The architecture that options give without the checkpoint, and the option that gives it."""
     if options.checkpoint is None:
         assert options.model is not None
         if options.model in _DEMOS:
             config = _read_config(_DEMOS[options.model][0])
         else:
             config = get_config(options.model, others=tuple(_DEMOS))
-        if options.weights not in (None, "hf", "random"):
-            assert options.weights is not None
-            check_config(config, f"--model {options.model}", Path(options.weights))
-        return config
-    if options.config is not None:
-        given = Path(options.config)
-        config = _read_config(given)
-        check_config(config, given.name, Path(options.checkpoint))
-        return config
-    refuse_adapter(Path(options.checkpoint))
-    found = find_config(Path(options.checkpoint))
-    if found is None:
-        hub = find_hub_config(Path(options.checkpoint))
-        beside = "no params.json, config.json or model.json is beside it"
-        if hub is not None:
-            beside = f"{hub.file.name} beside it describes {hub.label}, which is no PE or PLM"
-        raise InputError(f"--checkpoint needs --config, the architecture as JSON: {beside}")
-    return found
+        return config, f"--model {options.model}"
+    if options.config is None:
+        return None, ""
+    path = Path(options.config)
+    return _read_config(path), path.name
 
 
 def demo_configs() -> dict[str, Config]:
@@ -135,13 +175,11 @@ def locate_weights(options: ExportOptions, report: Report) -> WeightsPlace:
     Raises:
         CheckpointError: the download failed.
     """
-    if options.checkpoint is not None:
-        return WeightsPlace(Path(options.checkpoint))
     if options.weights == "random":
         return WeightsPlace(None)
-    if options.weights not in (None, "hf"):
-        assert options.weights is not None
-        return WeightsPlace(Path(options.weights))
+    path = _weights_path(options)
+    if path is not None:
+        return WeightsPlace(path)
     assert options.model is not None
     if options.model in _DEMOS:
         return WeightsPlace(_DEMOS[options.model][1], LICENSE_NOTE)
@@ -260,7 +298,7 @@ def _model_name(options: ExportOptions) -> str:
         assert options.checkpoint is not None
         path = Path(options.checkpoint).absolute()
         # Files of these names are told apart by their folders only.
-        common = path.name.startswith(("consolidated.", "model.", "pytorch_model."))
+        common = path.name.startswith(_COMMON_NAMES) and not path.is_dir()
         name = path.parent.name if common else path.stem
     return name.removeprefix("facebook/").replace("Perception-LM-", "PLM-")
 

@@ -110,12 +110,18 @@ def sdpa_attention(
 
 
 def rope_2d(
-    grid: tuple[int, int], head_dim: int, *, class_token: bool, device: torch.device | None = None
+    grid: tuple[int, int],
+    head_dim: int,
+    *,
+    class_token: bool,
+    native: int | None = None,
+    device: torch.device | None = None,
 ) -> Rope:
     """Returns 2-D rotary tables (T, D/2) of a grid, tokens in row-major order.
 
     The first half of a head's channels rotates with the column, the second with the row, with D/4
     frequencies each. With a class token, patches count from 1 and the class token has angle 0.
+    With `native`, rows and columns are scaled to a grid of that side, as in timm.
     """
     half = head_dim // 2
     steps = torch.arange(0, half, 2, dtype=torch.float32, device=device)
@@ -123,6 +129,8 @@ def rope_2d(
     offset = 1 if class_token else 0
     rows = torch.arange(grid[0], dtype=torch.float32, device=device) + offset
     cols = torch.arange(grid[1], dtype=torch.float32, device=device) + offset
+    if native is not None:
+        rows, cols = rows / grid[0] * native, cols / grid[1] * native
     by_col = (cols[:, None] * freqs).expand(grid[0], -1, -1)  # (h, w, D/4)
     by_row = (rows[:, None] * freqs)[:, None].expand(-1, grid[1], -1)  # (h, w, D/4)
     angles = torch.cat([by_col, by_row], dim=-1).flatten(0, 1)  # (h*w, D/2)

@@ -30,6 +30,8 @@ class TextTower(nn.Module):
         )
         self.ln_final = nn.LayerNorm(width, eps=LN_EPS)
         self.text_projection = nn.Parameter(torch.empty(width, config.output_dim))
+        if config.proj_bias:
+            self.text_projection_bias = nn.Parameter(torch.zeros(config.output_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 token ids (N, T), T <= context_length -> features (N, D), not normalised.
@@ -41,4 +43,5 @@ class TextTower(nn.Module):
             x = block(x, causal=True)
         end = tokens.argmax(dim=-1)[:, None, None].expand(-1, 1, x.shape[-1])  # (N, 1, C)
         x = self.ln_final(x.gather(1, end).squeeze(1))  # (N, 1, C) -> (N, C)
-        return F.linear(x, self.text_projection.T)
+        bias = self.text_projection_bias if self.config.proj_bias else None
+        return F.linear(x, self.text_projection.T, bias)

@@ -54,25 +54,31 @@ class AttentionPooling(nn.Module):
         return (x + self.mlp(self.layernorm(x))).squeeze(1)  # (N, 1, C) -> (N, C)
 
 
-def resize_positions(table: Tensor, native: int, grid: tuple[int, int], prefix: int) -> Tensor:
+def resize_positions(
+    table: Tensor, native: int, grid: tuple[int, int], prefix: int, *, as_timm: bool = False
+) -> Tensor:
     """Interpolates a learned position table (prefix + native**2, C) to (prefix + h*w, C).
 
     Keeps the first `prefix` rows, the class token's. Bilinear without antialiasing and without
-    aligned corners, as in the reference.
+    aligned corners, as in the reference; or bicubic and antialiased, as in timm.
     """
     if grid == (native, native):
         return table
     head, body = table.split([prefix, native * native])
     # (native**2, C) -> (1, native, native, C) -> (1, C, native, native)
     square = body.float().reshape(1, native, native, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False)
+    mode = "bicubic" if as_timm else "bilinear"
+    resized = F.interpolate(square, size=grid, mode=mode, align_corners=False, antialias=as_timm)
     # (1, C, h, w) -> (1, h, w, C) -> (h*w, C)
     body = resized.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
     return torch.cat([head, body])
 
 
 def token_table(
-    positions: Tensor | None, class_embedding: Tensor | None, native: int, grid: tuple[int, int]
+    positions: Tensor | None,
+    class_embedding: Tensor | None,
+    config: VisionConfig,
+    grid: tuple[int, int],
 ) -> Tensor | None:
     """Returns the table (T, C) that is added to the tokens: positions and the class token.
 
@@ -80,7 +86,10 @@ def token_table(
     tower has neither.
     """
     prefix = 0 if class_embedding is None else 1
-    table = None if positions is None else resize_positions(positions, native, grid, prefix)
+    table = None
+    if positions is not None:
+        as_timm = config.timm_grid is not None
+        table = resize_positions(positions, config.grid, grid, prefix, as_timm=as_timm)
     if class_embedding is None:
         return table
     head = F.pad(class_embedding[None], (0, 0, 0, grid[0] * grid[1]))  # (1, C) -> (T, C)
@@ -124,6 +133,8 @@ class VisionTower(nn.Module):
             self.attn_pool = AttentionPooling(width, config.attn_pooler_heads, 4 * width, attention)
         if config.output_dim is not None:
             self.proj = nn.Parameter(torch.empty(width, config.output_dim))
+            if config.proj_bias:
+                self.proj_bias = nn.Parameter(torch.zeros(config.output_dim))
 
     @property
     def num_prefix(self) -> int:
@@ -146,7 +157,7 @@ class VisionTower(nn.Module):
         config = self.config
         positions = self.positional_embedding if config.use_abs_posemb else None
         class_embedding = self.class_embedding if config.use_cls_token else None
-        return token_table(positions, class_embedding, config.grid, grid)
+        return token_table(positions, class_embedding, config, grid)
 
     def rope_table(self, grid: tuple[int, int]) -> Rope | None:
         """Returns rotary tables (T, C/heads/2) of a grid; None for a tower without them."""
@@ -156,6 +167,7 @@ class VisionTower(nn.Module):
             grid,
             self.config.head_dim,
             class_token=self.config.use_cls_token,
+            native=self.config.timm_grid,
             device=self.conv1.weight.device,
         )
 
@@ -212,13 +224,20 @@ class VisionTower(nn.Module):
                 return tokens[:, 0]
             case "avg":
                 return tokens.mean(dim=1)
+            case "patch_avg":
+                return tokens[:, self.num_prefix :].mean(dim=1)
             case _:
                 return tokens
 
     def head(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, C) of the last block -> (N, D), or (N, T, D) without pooling."""
-        x = self.pool(self.ln_post(tokens))
-        return x if self.config.output_dim is None else F.linear(x, self.proj.T)
+        if self.config.norm_after_pool:
+            x = self.ln_post(self.pool(tokens))
+        else:
+            x = self.pool(self.ln_post(tokens))
+        if self.config.output_dim is None:
+            return x
+        return F.linear(x, self.proj.T, self.proj_bias if self.config.proj_bias else None)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised float pixels (N, 3, H, W) -> (N, D), or (N, T, D) without pooling."""

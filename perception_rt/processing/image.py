@@ -7,6 +7,7 @@ Legend: H height, W width.
 """
 
 import io
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -34,8 +35,9 @@ from perception_rt.processing.image_options import DEFAULT_IMAGE_OPTIONS, ImageO
 from perception_rt.records import Record, check_choice, check_integer, check_value
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
-Resize: TypeAlias = Literal["squash", "center_crop"]
+Resize: TypeAlias = Literal["squash", "center_crop", "letterbox"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+Filter: TypeAlias = Literal["bilinear", "bicubic", "box", "hamming", "lanczos"]
 RgbConversion: TypeAlias = Literal["before_resize", "after_resize"]
 
 _MAX_TARGET_SIDE = 8192
@@ -48,10 +50,7 @@ _DECODERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "PNG": PngImageFile,
     "WEBP": WebPImageFile,
 }
-_FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -71,7 +70,8 @@ class ImageSpec(Record):
         height: height of the result in pixels.
         width: width of the result in pixels.
         resize: "squash" scales height and width independently; "center_crop" keeps the aspect
-            ratio, scales the image until it covers the result, and crops the rest.
+            ratio, scales the image until it covers the result, and crops the rest; "letterbox"
+            keeps the aspect ratio, scales the image until it fits, and fills the rest.
         interpolation: name of Pillow's antialiased filter.
         mean: per channel, subtracted from pixels in [0, 1].
         std: per channel, divides the difference.
@@ -79,25 +79,31 @@ class ImageSpec(Record):
             reference ignores.
         rgb_conversion: "after_resize" resizes an image in its own mode first, as the reference
             does; "before_resize" is what packages without this field were exported with.
+        crop_pct: above 0 and at most 1; the image is scaled for a result that is larger by
+            1 / crop_pct, and its centre is cropped.
+        fill: RGB from 0 to 255, colour around the image in "letterbox".
     """
 
     height: int
     width: int
     resize: Resize = "squash"
-    interpolation: Interpolation = "bilinear"
+    interpolation: Filter = "bilinear"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     exif_orientation: bool = True
     rgb_conversion: RgbConversion = "before_resize"
+    crop_pct: float = 1.0
+    fill: tuple[int, int, int] = (0, 0, 0)
 
     record_name: ClassVar[str] = "image"
+    later_fields: ClassVar[frozenset[str]] = frozenset({"crop_pct", "fill"})
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             side = check_integer(f"image.{name}", getattr(self, name), 1, _MAX_TARGET_SIDE)
             object.__setattr__(self, name, side)
         check_choice("image.resize", self.resize, get_args(Resize))
-        check_choice("image.interpolation", self.interpolation, get_args(Interpolation))
+        check_choice("image.interpolation", self.interpolation, get_args(Filter))
         check_choice("image.rgb_conversion", self.rgb_conversion, get_args(RgbConversion))
         check_choice("image.exif_orientation", self.exif_orientation, (True, False))
         for name in ("mean", "std"):
@@ -106,6 +112,14 @@ class ImageSpec(Record):
             if min(values) < 0 or (name == "std" and 0 in values):
                 raise InputError(f"{field} must be positive, not {list(values)}")
             object.__setattr__(self, name, values)
+        least = max(self.height, self.width) / _MAX_TARGET_SIDE
+        crop_pct = check_value("image.crop_pct", self.crop_pct, float)
+        if not least <= crop_pct <= 1:
+            raise InputError(f"image.crop_pct must be from {least:.3g} to 1, not {crop_pct}")
+        object.__setattr__(self, "crop_pct", crop_pct)
+        object.__setattr__(self, "fill", check_value("image.fill", self.fill, tuple[int, int, int]))
+        for value in self.fill:
+            check_integer("image.fill", value, 0, 255)
 
 
 def load_image(
@@ -194,28 +208,47 @@ def resize_image(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
     check_mode(image, "image")
     if spec.rgb_conversion == "before_resize":
         image = to_rgb(image)
-    resample = _FILTERS[spec.interpolation]
+    scaled = resize_in_mode(image, _scaled_size(image, spec), _FILTERS[spec.interpolation])
+    return np.array(to_rgb(_fitted(scaled, spec)))
+
+
+def _scaled_size(image: Image.Image, spec: ImageSpec) -> tuple[int, int]:
+    """Width and height of the scaled image, before it is cropped or filled up."""
+    target = math.floor(spec.width / spec.crop_pct), math.floor(spec.height / spec.crop_pct)
     if spec.resize == "squash":
-        return np.array(to_rgb(resize_in_mode(image, (spec.width, spec.height), resample)))
-    width, height = _cover(image.width, image.height, spec)
-    left = round((width - spec.width) / 2)
-    top = round((height - spec.height) / 2)
-    scaled = resize_in_mode(image, (width, height), resample)
-    return np.array(to_rgb(scaled.crop((left, top, left + spec.width, top + spec.height))))
+        return target
+    if spec.resize == "center_crop":
+        return _cover(image, target)
+    ratio = max(image.height / target[1], image.width / target[0])
+    return max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
 
 
-def _cover(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
+def _cover(image: Image.Image, target: tuple[int, int]) -> tuple[int, int]:
     """The smallest size of the image's aspect ratio that covers the target."""
-    if spec.width * height >= spec.height * width:
-        covering = spec.width, spec.width * height // width
+    width, height = image.size
+    if target[0] * height >= target[1] * width:
+        covering = target[0], target[0] * height // width
     else:
-        covering = spec.height * width // height, spec.height
-    if covering[0] * covering[1] > _MAX_CROP_ASPECT * spec.width * spec.height:
+        covering = target[1] * width // height, target[1]
+    if covering[0] * covering[1] > _MAX_CROP_ASPECT * target[0] * target[1]:
         raise InputError(
             f"image of {width}x{height} is more than {_MAX_CROP_ASPECT} times too long for a "
-            f"centre crop to {spec.width}x{spec.height}"
+            f"centre crop to {target[0]}x{target[1]}"
         )
     return covering
+
+
+def _fitted(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """The image, filled up at the borders and cropped at the centre to the size of the result."""
+    wide, high = max(0, spec.width - image.width), max(0, spec.height - image.height)
+    if wide or high:
+        bands = len(image.getbands())
+        # A single band, such as an index into a palette, and alpha are filled as in torchvision.
+        fill = spec.fill if bands == 3 else (spec.fill[0],) * bands
+        border = (wide // 2, high // 2, wide - wide // 2, high - high // 2)
+        image = ImageOps.expand(image, border, fill if bands > 1 else fill[0])
+    left, top = round((image.width - spec.width) / 2), round((image.height - spec.height) / 2)
+    return image.crop((left, top, left + spec.width, top + spec.height))
 
 
 def normalize(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,8 +120,8 @@ def test_whole_clip_for_a_vision_architecture(tmp_path):
     dropped = len(tiny_state()) - len(vision)
     assert source.provenance["note"] == f"dropped {dropped} non-visual tensors"
     save_checkpoint(tiny_state(), path, "open_clip")
-    with pytest.raises(CheckpointError, match=f"{dropped} unexpected"):
-        open_checkpoint(path, TINY_VISION)
+    source = assert_holds(path, TINY_VISION, vision)
+    assert source.provenance["note"] == f"dropped {dropped} non-visual tensors"
 
 
 def write_shards(directory, stored):
@@ -185,7 +186,7 @@ def test_each_key_is_required(tmp_path, layout):
     config = TINY_VISION if layout == "timm" else TINY
     stored = to_layout(tiny_state(config), layout)
     path = tmp_path / "a.safetensors"
-    for key in stored:
+    for key in stored.keys() - {"head.bias", "visual.trunk.head.bias"}:
         save_file({k: v for k, v in stored.items() if k != key}, path)
         with pytest.raises(CheckpointError, match=rf"1 missing \({re.escape(key)}\)$"):
             open_checkpoint(path, config)
@@ -218,12 +219,67 @@ def test_another_architecture_is_named_and_lists_are_short(tmp_path):
     assert "\n" not in message
 
 
-def test_a_head_with_a_bias_is_refused(tmp_path):
+BIASED = PeConfig(
+    vision=replace(TINY.vision, proj_bias=True), text=replace(TINY.text, proj_bias=True)
+)
+
+
+@pytest.mark.parametrize("layout", ["reference", "timm", "open_clip"])
+def test_biases_of_projections_are_found(tmp_path, layout):
+    config = PeConfig(vision=BIASED.vision) if layout == "timm" else BIASED
+    plain = TINY_VISION if layout == "timm" else TINY
+    state = tiny_state(config)
+    save_checkpoint(state, tmp_path / "a.safetensors", layout)
+    assert_holds(tmp_path / "a.safetensors", config, state)
+    source = open_checkpoint(tmp_path / "a.safetensors", plain, find_biases=True)
+    assert source.config == config
+    assert torch.equal(source.load("visual.proj_bias"), state["visual.proj_bias"])
+    assert torch.equal(source.load_rows("visual.proj_bias", 1, 3), state["visual.proj_bias"][1:3])
+    message = r"bias is not zero, but the architecture has no bias there: set vision\.proj_bias"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "a.safetensors", plain)
+
+
+@pytest.mark.parametrize("layout", ["reference", "timm", "open_clip"])
+def test_a_missing_bias_of_a_projection_is_zero(tmp_path, layout):
+    plain = TINY_VISION if layout == "timm" else TINY
+    stored = to_layout(tiny_state(plain), layout)
+    for name in ("kept", "left out"):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(stored, path)
+        assert open_checkpoint(path, plain, find_biases=True).config == plain
+        vision = PeConfig(vision=BIASED.vision, text=plain.text)
+        source = open_checkpoint(path, vision)
+        assert torch.equal(source.load("visual.proj_bias"), torch.zeros(4))
+        stored = {key: tensor for key, tensor in stored.items() if not key.endswith("head.bias")}
+
+
+def test_a_misshapen_bias_is_refused(tmp_path):
     stored = to_layout(tiny_state(TINY_VISION), "timm")
-    stored["head.bias"][2] = 1e-3
+    stored["head.bias"] = torch.ones(3)
     save_file(stored, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"head\.bias must be all zeros"):
-        open_checkpoint(tmp_path / "a.safetensors", TINY_VISION)
+    with pytest.raises(CheckpointError, match=r"head\.bias is \(3,\), not \(4,\)"):
+        open_checkpoint(tmp_path / "a.safetensors", TINY_VISION, find_biases=True)
+
+
+def test_other_forms_of_open_clip(tmp_path):
+    """A projection of open_clip's own, and a text tower without `text.` in the keys."""
+    state = tiny_state(BIASED)
+    stored = {
+        key.removeprefix("text.").replace("trunk.head.", "head.proj."): tensor
+        for key, tensor in to_layout(state, "open_clip").items()
+    }
+    assert "visual.head.proj.bias" in stored
+    assert "text_projection.bias" in stored
+    save_file(stored, tmp_path / "a.safetensors")
+    assert_holds(tmp_path / "a.safetensors", BIASED, state)
+
+
+@pytest.mark.parametrize("layout", ["reference", "timm"])
+def test_a_vision_tower_without_the_text_tower(tmp_path, layout):
+    save_checkpoint(tiny_state(TINY_VISION), tmp_path / "a.safetensors", layout)
+    with pytest.raises(CheckpointError, match=r"holds only a vision tower.*--towers vision"):
+        open_checkpoint(tmp_path / "a.safetensors", TINY)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -37,7 +37,7 @@ def initial_value(
     leaf = name.rpartition(".")[2]
     if len(shape) == 0:
         raise AssertionError(f"scalar {name} needs an initial value from its task")
-    if leaf in ("bias", "in_proj_bias", "lora_b"):
+    if leaf.endswith("bias") or leaf == "lora_b":
         return torch.zeros(shape)
     if leaf == "gamma":
         return torch.full(shape, 1.0 if gain is None else gain)

@@ -151,12 +151,15 @@ def _tables(
             positions = source.load(f"{prefix}positional_embedding").float()
         if config.use_cls_token:
             class_embedding = source.load(f"{prefix}class_embedding").float()
-        result = token_table(positions, class_embedding, config.grid, grid)
+        result = token_table(positions, class_embedding, config, grid)
         assert result is not None
         return _float32(result)
 
-    rope = _rope(lambda: rope_2d(grid, config.head_dim, class_token=config.use_cls_token))
-    return {"table": table, **rope}
+    def rope() -> Rope:
+        with_class, native = config.use_cls_token, config.timm_grid
+        return rope_2d(grid, config.head_dim, class_token=with_class, native=native)
+
+    return {"table": table, **_rope(rope)}
 
 
 def _rope(tables: Callable[[], Rope]) -> Mapping[str, Callable[[], Array]]:

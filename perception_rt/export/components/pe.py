@@ -1,6 +1,7 @@
 """Export components of a Perception Encoder: its vision tower and its text tower."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from perception_rt.export.components.traced_modules import (
 )
 from perception_rt.export.graph.lowering import Recipe, as_is, uint8_images
 from perception_rt.export.options import ExportOptions
-from perception_rt.export.plan import BuildSettings, ExportPlan
+from perception_rt.export.plan import BuildSettings, ExportPlan, find_images
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
@@ -185,20 +186,24 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
     def make_plan(
         cls, options: ExportOptions, config: PeConfig, settings: BuildSettings, locate: Locate
     ) -> ExportPlan:
-        """The plan of an export; nothing beside the weights is needed."""
-        size = config.vision.image_size if options.image_size is None else options.image_size
+        """The plan of an export, with the preprocessing that lies beside the weights, if any."""
+        side = config.vision.image_size
+        image = find_images(options) or ImageSpec(
+            height=side, width=side, rgb_conversion="after_resize"
+        )
+        size = (image.height, image.width) if options.image_size is None else options.image_size
         height, width = size if isinstance(size, tuple) else (size, size)
-        resize: Resize = "center_crop" if options.center_crop else "squash"
+        resize: Resize = "center_crop" if options.center_crop else image.resize
         taps = options.taps
         return ExportPlan(
             **settings.shared(),
             config=config,
-            image=ImageSpec(
+            image=replace(
+                image,
                 height=height,
                 width=width,
                 resize=resize,
                 exif_orientation=not options.ignore_exif,
-                rgb_conversion="after_resize",
             ),
             taps=None if taps is None else tuple(map(config.vision.block_index, taps)),
         )
