@@ -17,10 +17,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from perception_rt.checkpoint.git_lfs import refuse_pointer
 from perception_rt.checkpoint.locate import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
-    refuse_pointer,
 )
 from perception_rt.checkpoint.names import layouts_of, stored_tensors
 from perception_rt.checkpoint.plm_names import current_hf_keys

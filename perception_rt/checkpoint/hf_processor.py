@@ -66,10 +66,13 @@ class ProcessorFacts:
         self.found |= _pixels(image)
         size = self.found.get("tile_size")
         if size is not None and size.value != self._side:
-            raise self._wrong_size(image, size)
+            raise image.error(
+                f"{size.name} is {size.value}, and the image size of the vision tower is "
+                f"{self._side}; they must be equal"
+            )
 
     def _read_video(self, video: Section) -> None:
-        """Frames must be preprocessed like tiles."""
+        """Frames must be preprocessed like tiles; they always have the size of the tower."""
         _check_steps(video)
         for ours, fact in _pixels(video).items():
             mine = self.found.get(ours)
@@ -78,19 +81,9 @@ class ProcessorFacts:
                     f"{fact.name} is {fact.value}, and {mine.name} is {mine.value}; frames and "
                     "tiles must be preprocessed alike"
                 )
-        size = video.section("size", {})
-        for field in ("height", "width"):
-            if size.read(field, int, self._side) != self._side:
-                raise self._wrong_size(size, Fact(size.content[field], size.name(field)))
         field = "num_frames"
         if field in video:
             self.found["max_frames"] = Fact(video.read(field, int), video.name(field))
-
-    def _wrong_size(self, section: Section, size: Fact) -> InputError:
-        return section.error(
-            f"{size.name} is {size.value}, and the image size of the vision tower is {self._side}; "
-            "they must be equal"
-        )
 
 
 def check_processor(path: Path, facts: PlmFacts) -> None:

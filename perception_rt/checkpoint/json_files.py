@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perception_rt.checkpoint.git_lfs import refuse_pointer
 from perception_rt.errors import CheckpointError, InputError
 from perception_rt.records import check_value
 
@@ -25,6 +26,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     try:
         if path.stat().st_size > limit:
             raise CheckpointError(f"{path.name} is larger than the limit of {limit} bytes")
+        refuse_pointer(path)
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not a readable JSON file") from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perception_rt.checkpoint.git_lfs import refuse_pointer
 from perception_rt.checkpoint.hf_config import HubConfig, Kind, find_hub_config, kind_of
 from perception_rt.checkpoint.hf_plm import PlmFacts, check_agreement
 from perception_rt.checkpoint.hf_processor import (
@@ -63,7 +64,6 @@ _LISTED = 5
 # What training code saves beside weights.
 _STATES = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state\w*)\.(pt|pth|bin)")
 _DISTRIBUTED = ".metadata"  # of torch.distributed.checkpoint
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,16 +192,6 @@ def refuse_adapter(path: Path) -> None:
             f"{path} is a LoRA adapter, not a whole model: pass its base model, and --adapter "
             f"{folder}"
         )
-
-
-def refuse_pointer(path: Path) -> None:
-    """CheckpointError for the text that Git LFS leaves in place of a file."""
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise CheckpointError(
-                f"{path.name} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its "
-                "folder"
-            )
 
 
 def _consolidated_parts(directory: Path) -> tuple[Path, ...]:

@@ -54,6 +54,8 @@ HF_STEMS = (
 # one that fits counts.
 _RENAMED = (
     ("language_model.model.", _LANGUAGE),
+    (f"{_LANGUAGE}model.", _LANGUAGE),  # the first one within a wrapper's `model`
+    (f"{_LANGUAGE}lm_head.", "lm_head."),
     ("language_model.lm_head.", "lm_head."),
     ("language_model.", _LANGUAGE),
     ("multi_modal_projector.", "model.multi_modal_projector."),

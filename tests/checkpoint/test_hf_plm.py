@@ -268,7 +268,6 @@ def test_tiles_have_no_default(folder: Path, field: str) -> None:
         ("image_processor.do_normalize", False, "do_normalize is False; only True is supported"),
         ("image_processor.image_mean", [0.5], r"image_mean must be a list of 3 numbers"),
         ("video_processor.image_std", [1.0, 1.0, 1.0], "frames and tiles must be preprocessed al"),
-        ("video_processor.size", {"height": 448}, "size.height is 448, and the image size of the"),
         ("image_processor", 3, r"processor_config\.json: image_processor must be an object"),
     ],
 )  # fmt: skip
@@ -285,6 +284,7 @@ def test_settings_of_the_processor(folder: Path) -> None:
         for name, value in fields.items():
             put(folder, PROCESSOR, f"{part}.{name}", value)
     put(folder, PROCESSOR, "video_processor.num_frames", 8)
+    put(folder, PROCESSOR, "video_processor.size", {"height": 448, "width": 448})  # has no effect
     assert find_tiles(folder, 56) == TileSpec(
         tile_size=56, max_tiles=9, mode="vanilla", max_frames=8, interpolation="bilinear",
         mean=(0.4, 0.5, 0.6),
@@ -325,6 +325,14 @@ def test_end_tokens(folder: Path) -> None:
     assert find_end_ids(folder) is None  # the tokenizer's own
 
 
+def test_a_pointer_of_git_lfs(folder: Path) -> None:
+    (folder / CONFIG).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(
+        CheckpointError, match=r"config\.json is a Git LFS pointer, .*'git lfs pull'"
+    ):
+        find_config(folder)
+
+
 def test_a_chat_template_is_found(folder: Path) -> None:
     assert find_chat_template(folder) is None
     put(folder, PROCESSOR, "chat_template", "{{ x }}")
@@ -340,7 +348,11 @@ def old_name(key: str) -> str:
     return key.replace("language_model.", "language_model.model.", 1)
 
 
-NAMES = {"old": old_name, "base": lambda key: key.removeprefix("model.")}
+NAMES = {
+    "old": old_name,
+    "wrapped": lambda key: f"model.{old_name(key)}",
+    "base": lambda key: key.removeprefix("model."),
+}
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

@@ -16,6 +16,8 @@ from perception_rt.package.reader import read_manifest
 
 TEXTS = ("t0", "t3", "t9", "multi")
 IMAGE = "img_tall.png"
+ARABIC = "\u0627\u0644\u0639\u0631\u0628\u064a\u0629"
+UNUSUAL = f"\U0001f600 \u6f22\u5b57 {ARABIC} e\u0301 \u200b zero"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,31 @@ def test_logits_and_tokens_are_those_of_transformers(
         assert np.abs(logits.ravel() - wanted).max() < 1e-3
         tokens = plm.generate_tokens(ids, pixels, max_new_tokens=len(greedy))
     assert tokens == greedy.tolist()
+
+
+@pytest.mark.parametrize(
+    ("case", "question", "history"),
+    [
+        ("t0", "Hello", []),
+        ("t3", UNUSUAL, []),
+        ("t9", "tab\there   spaces\n\n\nmany", []),
+        ("multi", "And now?", [prt.Exchange(prompt="Hi", answer="Hello there!")]),
+    ],
+)
+def test_questions_are_those_of_the_processor(
+    package: Path,
+    expected: dict[str, np.ndarray],
+    case: str,
+    question: str,
+    history: list[prt.Exchange],
+) -> None:
+    """The chat template of transformers gives the same prompt."""
+    greedy = expected[f"{case}/greedy"].ravel().tolist()
+    with prt.load(package) as plm:
+        assert isinstance(plm, prt.Generator)
+        result = plm.generate(question, history=history, max_new_tokens=len(greedy))
+    assert list(result.tokens) == greedy
+    assert result.timings.prompt_tokens == expected[f"{case}/ids"].size
 
 
 def test_the_manifest_has_the_processor_and_the_tokenizer(package: Path) -> None:
