@@ -34,8 +34,13 @@ from perception_rt.plm_config import PlmConfig
 
 PREFIX = "base_model.model."  # of PEFT's keys
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.\w+)?\.weight")
+_COPY = re.compile(r"(?P<path>.+)\.base_layer\.weight")  # PEFT's of a head that has an update
 _CONFIG_BYTES = 1024 * 1024
 _LISTED = 3
+# PEFT up to 0.21 adds the update of a packed attention's output layer twice, in training and when
+# it merges; a later version may add it once.
+_TWICE = ".base_layer.out_proj"
+_TWICE_UNTIL = (0, 21)
 # Settings of other methods than plain LoRA, which change more than B @ A.
 _UNSUPPORTED = (
     "use_dora", "modules_to_save", "bias", "lora_bias", "layer_replication", "use_qalora",
@@ -57,6 +62,7 @@ class AdapterConfig:
         rank_stabilized: divide by the square root of r instead.
         ranks: ranks by regular expression for the ends of paths.
         alphas: values of alpha by regular expression for the ends of paths.
+        version: version of PEFT; (0, 0) if it is not recorded.
     """
 
     rank: int
@@ -64,6 +70,7 @@ class AdapterConfig:
     rank_stabilized: bool = False
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    version: tuple[int, ...] = (0, 0)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -97,6 +104,7 @@ class AdapterConfig:
             rank_stabilized=bool(content.get("use_rslora")),
             ranks=_patterns(path, content, "rank_pattern", int),
             alphas=_patterns(path, content, "alpha_pattern", float),
+            version=tuple(map(int, re.findall(r"\d+", str(content.get("peft_version")))[:2])),
         )
 
     def rank_of(self, path: str) -> int:
@@ -104,10 +112,19 @@ class AdapterConfig:
         return _first(self.ranks, path, self.rank)
 
     def scale_of(self, path: str) -> float:
-        """Factor on B @ A of a layer."""
+        """Factor on B @ A of a layer; CheckpointError if it is unknown."""
         rank = self.rank_of(path)
         divisor = math.sqrt(rank) if self.rank_stabilized else rank
-        return _first(self.alphas, path, self.alpha) / divisor
+        scale = _first(self.alphas, path, self.alpha) / divisor
+        if not path.endswith(_TWICE):
+            return scale
+        if self.version > _TWICE_UNTIL:
+            raise CheckpointError(
+                f"{path!a:.100} is part of a packed attention, which this version of PEFT may "
+                "scale in another way: merge the adapter with merge_and_unload() and export the "
+                "result"
+            )
+        return 2 * scale
 
 
 def _number(path: Path, name: str, value: Any, kind: type) -> Any:
@@ -156,10 +173,11 @@ class _Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Update:
-    """Keys of A and B, their scale, and the tensor that they change."""
+    """Keys of A, B and perhaps a copy of W, their scale, and the tensor that they change."""
 
     a: str
     b: str
+    copy: str | None
     scale: float
     target: _Target
 
@@ -216,6 +234,8 @@ class AdaptedWeights:
         entry = updates[0].target.entry
         parts = [torch.zeros(shape) for shape in entry.shapes]
         for update in updates:
+            if update.copy is not None:
+                self._check_copy(update.copy, name, entry, base)
             product = self._read(update.b) @ self._read(update.a)  # (out, r) @ (r, in)
             parts[update.target.index] = update.scale * product
         return base.float() + entry.unpack(parts)
@@ -225,6 +245,15 @@ class AdaptedWeights:
         if name in self._updates:
             return self.load(name)[start:stop]
         return self._source.load_rows(name, start, stop)
+
+    def _check_copy(self, key: str, name: str, entry: Stored, base: Tensor) -> None:
+        """CheckpointError if the adapter is for another W; a copy may be in half precision."""
+        copy = entry.unpack([self._read(key)])
+        if not torch.allclose(copy, base.float(), rtol=2**-7, atol=1e-6):
+            raise CheckpointError(
+                f"adapter {self._label} was trained for another base model: its copy of {name} "
+                "differs"
+            )
 
     def _read(self, key: str) -> Tensor:
         tensor = self._reader.read(key).float()
@@ -252,7 +281,7 @@ def _weights_file(folder: Path) -> Path:
 def _updates(
     headers: Mapping[str, Header], settings: AdapterConfig, config: PeConfig | PlmConfig
 ) -> Iterator[_Update]:
-    pairs = _pairs(headers)
+    pairs, copies = _pairs(headers)
     targets = _find_targets({path: _shape(headers, path, *pairs[path]) for path in pairs}, config)
     for path, (a, b) in pairs.items():
         rank = headers[a].shape[0]
@@ -261,25 +290,43 @@ def _updates(
                 f"{path!a:.100} has rank {rank}, and its configuration says "
                 f"{settings.rank_of(path)}"
             )
-        yield _Update(a=a, b=b, scale=settings.scale_of(path), target=targets[path])
+        yield _Update(
+            a=a,
+            b=b,
+            copy=copies.get(path),
+            scale=settings.scale_of(path),
+            target=targets[path],
+        )
 
 
-def _pairs(headers: Mapping[str, Header]) -> dict[str, tuple[str, str]]:
-    """Keys of A and B by the path of their layer."""
+def _pairs(
+    headers: Mapping[str, Header],
+) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """Keys of A and B, and of copies of W, by the path of their layer."""
+    copies: dict[str, str] = {}
     sides: dict[str, dict[str, str]] = {"A": {}, "B": {}}
     for key, header in headers.items():
-        match = _KEY.fullmatch(key)
+        match, copy = _KEY.fullmatch(key), _COPY.fullmatch(key)
+        if copy is not None:
+            copies[copy["path"].removeprefix(PREFIX)] = key
+            continue
         if match is None:
-            raise CheckpointError(f"{key!a:.100} is not a LoRA matrix of a linear layer")
+            raise CheckpointError(_not_lora(key))
         if header.unusable is not None:
             raise CheckpointError(f"{key!a:.100} is {header.unusable}")
         sides[match["side"]][match["path"].removeprefix(PREFIX)] = key
     alone = sorted(sides["A"].keys() ^ sides["B"].keys())
     if alone:
         raise CheckpointError(f"{alone[0]!a:.100} has lora_A or lora_B only")
+    for path in copies.keys() - sides["A"].keys():
+        raise CheckpointError(_not_lora(copies[path]))
     if not sides["A"]:
         raise CheckpointError("it has no tensors")
-    return {path: (key, sides["B"][path]) for path, key in sides["A"].items()}
+    return {path: (key, sides["B"][path]) for path, key in sides["A"].items()}, copies
+
+
+def _not_lora(key: str) -> str:
+    return f"{key!a:.100} is not a LoRA matrix of a linear layer"
 
 
 def _shape(headers: Mapping[str, Header], path: str, a: str, b: str) -> Shape:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden_data import PLM_FILES, plm_golden
 from golden_weights import our_names, read_golden
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from perception_rt.checkpoint.adapter import AdaptedWeights
 from perception_rt.checkpoint.names import stored_tensors
@@ -193,9 +193,15 @@ def test_a_packed_attention_below_its_base_layer(tmp_path):
     products = write_adapter(tmp_path / "a", layers)
     expected = {
         f"{attention}.in_proj_weight": products[attention],
-        f"{attention}.out_proj.weight": products[f"{attention}.base_layer.out_proj"],
+        # PEFT adds it twice, when it trains and when it merges.
+        f"{attention}.out_proj.weight": 2 * products[f"{attention}.base_layer.out_proj"],
     }
     check(tmp_path / "a", CLIP_WEIGHTS, CLIP_CONFIG, expected, 3.0)
+    write_adapter(tmp_path / "a", layers, peft_version="0.21.2")
+    check(tmp_path / "a", CLIP_WEIGHTS, CLIP_CONFIG, expected, 3.0)
+    write_adapter(tmp_path / "a", layers, peft_version="0.22.0")
+    with pytest.raises(CheckpointError, match="is part of a packed attention, which this version"):
+        AdaptedWeights(Base(CLIP_WEIGHTS), tmp_path / "a", CLIP_CONFIG)
 
 
 def test_half_precision_is_merged_in_float32(tmp_path):
@@ -317,3 +323,21 @@ def test_an_adapter_is_not_a_checkpoint(tmp_path):
     write_adapter(tmp_path / "a", WO)
     save_checkpoint(PLM.weights, tmp_path / "a" / "model.safetensors", "original")
     open_checkpoint(tmp_path / "a", PLM.config)
+
+
+def test_a_head_with_the_copy_that_peft_saves(tmp_path):
+    vocab = PLM.config.decoder.vocab_size
+    product = write_adapter(tmp_path / "a", {"lm_head": (vocab, DIM)})["lm_head"]
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in ("output.weight", "tok_embeddings.weight"):
+        copy = {f"{PREFIX}lm_head.base_layer.weight": PLM.weights[name].bfloat16()}
+        save_file(tensors | copy, file)
+        if name == "output.weight":
+            check(tmp_path / "a", PLM.weights, PLM.config, {name: product}, 3.0)
+    adapted = AdaptedWeights(Base(PLM.weights), tmp_path / "a", PLM.config)
+    with pytest.raises(CheckpointError, match="a was trained for another base model: its copy of"):
+        adapted.load("output.weight")
+    tied = plm_golden(PLM_FILES[0])
+    with pytest.raises(CheckpointError, match="'lm_head' is"):
+        AdaptedWeights(Base(tied.weights), tmp_path / "a", tied.config)
