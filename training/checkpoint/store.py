@@ -237,7 +237,7 @@ class Checkpoints:
     def _require_same_settings(self, folder: Path) -> None:
         """CheckpointError unless the saved recipe computes the same, apart from more steps."""
         saved, wanted = _decisive(read_recipe_of(folder)), _decisive(self._config)
-        for key in [*wanted, *saved]:
+        for key in {**wanted, **saved}:
             if key == _STEPS and int(wanted[key]) > int(saved[key]):
                 self._tell(
                     f"schedule.steps rises from {saved[key]} to {wanted[key]}; from here on, the "
