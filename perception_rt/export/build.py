@@ -22,7 +22,7 @@ from perception_rt._version import __version__
 from perception_rt.checkpoint.adapter import AdaptedWeights
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
-from perception_rt.errors import BackendError, CapacityError, InputError
+from perception_rt.errors import BackendError, CapacityError, ExportError, InputError
 from perception_rt.export.backends.tensorrt_engines import (
     EngineBuilder,
     EngineMaker,
@@ -54,6 +54,7 @@ from perception_rt.export.plan import (
 )
 from perception_rt.export.quantization.calibration import calibration_files, prompts
 from perception_rt.export.quantization.formats import Format
+from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.export.refit_source import RefitSource
 from perception_rt.families import Family, family_of, import_named
 from perception_rt.memory import peak_rss_bytes
@@ -253,6 +254,13 @@ class _Written:
     smoothed: set[str] = field(default_factory=set)
     clipped: set[str] = field(default_factory=set)
 
+    def add(self, measured: Measured, formats: Mapping[str, Format]) -> None:
+        """Adds the decisions on a component's layers."""
+        self.excluded |= {name: measured.errors[name] for name in measured.excluded()}
+        self.formats |= formats
+        self.smoothed |= measured.smoothed & formats.keys()
+        self.clipped |= measured.clipped & formats.keys()
+
 
 def _write_components(
     plan: Plan,
@@ -266,21 +274,27 @@ def _write_components(
     written = _Written()
     places: dict[str, Place] = {}
     carry: Tensor | None = None
-    for component in model.components():
+    components = list(model.components())
+    # All of them in eager before any graph is written: a precision that does not suit the weights
+    # is found out early.
+    for component in components:
         report(f"{component.name}: running eager")
         reference = component.reference(carry)
         carry = reference.carry
         written.references.append(reference)
         measured = reference.measured
-        if refit is not None:
+        if refit is None:
+            _check_simulation(plan, component.name, measured)
+        else:
             measured.decide(refit.excluded, refit.smoothed, refit.clipped)
-        written.excluded |= {name: measured.errors[name] for name in measured.excluded()}
         formats = component.formats(measured)
-        written.formats |= formats
-        written.smoothed |= measured.smoothed & formats.keys()
-        written.clipped |= measured.clipped & formats.keys()
+        written.add(measured, formats)
+        for line in _layer_notes(component.name, measured, formats):
+            report(line)
+    for component, reference in zip(components, written.references, strict=True):
         report(f"{component.name}: tracing and writing {plan.precision} graphs")
-        made = component.traced()
+        made, measured = component.traced(), reference.measured
+        formats = component.formats(measured)
         lowered = {
             name: lowering(
                 made.traced, made.parameters, dtype=dtype, formats=formats, measured=measured
@@ -293,6 +307,31 @@ def _write_components(
             for name, spec in graphs.items():
                 refit.check(name, stage.path(spec.file).read_bytes())
     return written
+
+
+def _check_simulation(plan: Plan, component: str, measured: Measured) -> None:
+    """ExportError if the component's simulated output is below the limit of the gate."""
+    least = MIN_COSINE[plan.gate(f"{component}.")]
+    if measured.cosine is None or measured.cosine >= least:
+        return
+    raise ExportError(
+        f"{component}: its weights do not suit {plan.precision}: with "
+        f"{len(measured.excluded())} of {len(measured.errors)} linear layers in float, cosine with "
+        f"eager is {measured.cosine:.6f} (at least {least} is required). Export in another "
+        "precision, such as fp16. Nothing was published"
+    )
+
+
+def _layer_notes(
+    component: str, measured: Measured, formats: Mapping[str, Format]
+) -> Iterator[str]:
+    """Lines about the linear layers that are not quantised like the others."""
+    floats = [name for name in measured.excluded() if name not in formats]
+    smoothed = sorted(measured.smoothed & formats.keys())
+    total = len(measured.errors)
+    for names, what in ((floats, "stay in float"), (smoothed, "have their channels smoothed")):
+        if names:
+            yield f"{component}: {len(names)} of {total} linear layers {what}: {', '.join(names)}"
 
 
 def _content(plan: Plan, model: ModelExport[Any, Any], stage: Stage, written: _Written) -> Content:

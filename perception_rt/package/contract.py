@@ -8,6 +8,7 @@ L logit positions, K key and value heads, S cache slots, E channels per head.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -203,3 +204,59 @@ class GraphSpec:
             if spec.name == name:
                 return spec
         raise PackageError(f"graph {self.file!r} has no output {name!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSignature:
+    """Inputs and outputs of one graph, in the order in which an export lists them."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def batched(name: str, dtype: str, *sizes: int | str) -> TensorSpec:
+    """A tensor with a batch dimension in front."""
+    return TensorSpec(name=name, dtype=dtype, shape=(BATCH, *sizes))
+
+
+def check_signatures(
+    graphs: Mapping[str, GraphSpec], signatures: Mapping[str, GraphSignature]
+) -> None:
+    """PackageError unless there is a graph for each signature, and no other.
+
+    The order of inputs and of outputs, and the names of dynamic sizes, are free.
+    """
+    for name in sorted(graphs.keys() - signatures.keys()):
+        raise PackageError(f"graph {name!a:.80} is none of {sorted(signatures)}")
+    for name, signature in signatures.items():
+        spec = required_graph(graphs, name)
+        _check_tensors(name, "input", spec.inputs, signature.inputs)
+        _check_tensors(name, "output", spec.outputs, signature.outputs)
+
+
+def required_graph(graphs: Mapping[str, GraphSpec], name: str) -> GraphSpec:
+    """The graph `name`; PackageError if there is none."""
+    if name not in graphs:
+        raise PackageError(f"no graph {name!r}, there are {sorted(graphs)}")
+    return graphs[name]
+
+
+def _check_tensors(
+    graph: str, kind: str, found: tuple[TensorSpec, ...], wanted: tuple[TensorSpec, ...]
+) -> None:
+    have = {tensor.name: tensor for tensor in found}
+    want = {tensor.name: tensor for tensor in wanted}
+    for name in sorted(set(have) ^ set(want)):
+        state = "an unknown" if name in have else "no"
+        raise PackageError(f"graph {graph!r} has {state} {kind} {name!a:.80}")
+    for name, tensor in want.items():
+        if have[name].dtype != tensor.dtype or _sizes(have[name]) != _sizes(tensor):
+            raise PackageError(
+                f"{kind} {name!r} of graph {graph!r} must be {tensor.dtype} {tensor.shape}, "
+                f"not {have[name].dtype} {have[name].shape}"
+            )
+
+
+def _sizes(spec: TensorSpec) -> list[int]:
+    """The shape, with 0 for dynamic sizes."""
+    return [size if isinstance(size, int) else 0 for size in spec.shape]

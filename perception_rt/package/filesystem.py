@@ -6,7 +6,6 @@ or stops at the n-th one. POSIX only.
 
 import ctypes
 import errno
-import fcntl
 import os
 from pathlib import Path
 
@@ -32,6 +31,8 @@ class FileSystem:
         Raises:
             BlockingIOError: a process holds the lock already.
         """
+        import fcntl  # here, so that Windows can import this module
+
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

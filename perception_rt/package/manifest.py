@@ -24,6 +24,8 @@ _INT_BOUND = 2**63  # integers are in [-2^63, 2^63)
 _MAX_PATH = 128
 _MAX_SEGMENTS = 3
 _SEGMENT = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+# Names of devices on Windows, in every folder and with every suffix.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _HEX = re.compile(r"[0-9a-f]{64}")
 # A string may lack its closing quote: this scan only counts depth, the JSON parser reports it.
 _STRINGS_AND_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
@@ -290,6 +292,12 @@ def check_path(path: str) -> None:
         raise PackageError(
             f"{path!a:.80} is not a file path of a package: at most {_MAX_SEGMENTS} segments of "
             f"[A-Za-z0-9._-], none with a dot at an end, {_MAX_PATH} characters, not the manifest"
+        )
+    reserved = [s for s in segments if _RESERVED.fullmatch(s)]
+    if reserved:
+        raise PackageError(
+            f"{path!a:.80} is not a file path of a package: "
+            f"Windows reserves the name {reserved[0]!a}"
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from perception_rt.errors import PackageError
-from perception_rt.package.contract import GraphSpec
+from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.package.manifest import FileEntry
 
 _MAX_DEPTH = 8  # graphs inside graphs
@@ -43,7 +43,13 @@ _SPARSE = {1: _LEN, 2: _LEN}
 _TENSOR = {1: None, 2: _VARINT, 8: _LEN, 13: _LEN, 14: _VARINT}
 _OPSET = {1: _LEN, 2: _VARINT}
 _ENTRY = {1: _LEN, 2: _LEN}
-_VALUE_INFO = {1: _LEN}
+_VALUE_INFO = {1: _LEN, 2: _LEN}
+_TYPE = {1: _LEN}
+_TENSOR_TYPE = {1: _VARINT, 2: _LEN}
+_SHAPE = {1: _LEN}
+_DIMENSION = {1: _VARINT}
+# Values of TensorProto.DataType by the dtypes of inputs and outputs.
+_KINDS = {"uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10, "float32": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,32 @@ class ExternalTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValueType:
+    """An input or output of a model.
+
+    Attributes:
+        name: name in the model.
+        kind: value of TensorProto.DataType; 0 if it is not given.
+        shape: sizes, None for each dynamic one; None if it is not given.
+    """
+
+    name: str
+    kind: int
+    shape: tuple[int | None, ...] | None
+
+    def fits(self, spec: TensorSpec) -> bool:
+        """Whether a tensor of the spec is one of this type; what is not given fits."""
+        if self.kind not in (0, _KINDS[spec.dtype]):
+            return False
+        if self.shape is None:
+            return True
+        return len(self.shape) == len(spec.shape) and all(
+            size is None or size == wanted
+            for size, wanted in zip(self.shape, spec.shape, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphScan:
     """Operators, tensors and names of a model, including its subgraphs and functions.
 
@@ -77,16 +109,16 @@ class GraphScan:
         nodes: (op_type, domain) of each node; the default domain is "".
         integers: integer attributes of each of `nodes` by name, as unsigned 64-bit values.
         externals: all tensors with data outside the model.
-        inputs: input names of the main graph, in order.
-        outputs: output names of the main graph, in order.
+        inputs: inputs of the main graph, in order.
+        outputs: outputs of the main graph, in order.
     """
 
     opsets: tuple[tuple[str, int], ...]
     nodes: tuple[tuple[str, str], ...]
     integers: tuple[Mapping[str, int], ...]
     externals: tuple[ExternalTensor, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[ValueType, ...]
+    outputs: tuple[ValueType, ...]
 
 
 def scan_graph(data: bytes) -> GraphScan:
@@ -153,11 +185,16 @@ def check_graph(
         ("inputs", scan.inputs, spec.inputs),
         ("outputs", scan.outputs, spec.outputs),
     ):
-        names = tuple(tensor.name for tensor in wanted)
-        if found != names:
-            raise PackageError(
-                f"graph {spec.file!r}: {what} are {list(found)!a:.200}, not {list(names)!a:.200}"
-            )
+        names = [tensor.name for tensor in wanted]
+        have = [value.name for value in found]
+        if have != names:
+            raise PackageError(f"graph {spec.file!r}: {what} are {have!a:.200}, not {names!a:.200}")
+        for value, tensor in zip(found, wanted, strict=True):
+            if not value.fits(tensor):
+                raise PackageError(
+                    f"graph {spec.file!r}: {tensor.name!r} is of another type or shape than "
+                    f"{tensor.dtype} {tensor.shape}"
+                )
     if scan.externals and "/" in spec.file:
         # A location is relative to the model's folder, so only at the top it is a path in `files`.
         raise PackageError(f"graph {spec.file!r}: with external data it must be at the top level")
@@ -214,8 +251,10 @@ class _Walk:
     integers: list[dict[str, int]] = field(default_factory=list)
     externals: list[ExternalTensor] = field(default_factory=list)
 
-    def graph(self, view: memoryview, depth: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Walks one graph; returns its input and output names."""
+    def graph(
+        self, view: memoryview, depth: int
+    ) -> tuple[tuple[ValueType, ...], tuple[ValueType, ...]]:
+        """Walks one graph; returns its inputs and outputs."""
         if depth > _MAX_DEPTH:
             raise PackageError(f"ONNX model: more than {_MAX_DEPTH} graphs inside each other")
         graph = _Message(view, "graph", _GRAPH)
@@ -224,7 +263,8 @@ class _Walk:
             self.tensor(tensor)
         for sparse in graph.messages(15):
             self.sparse_tensor(sparse)
-        return _value_names(graph.messages(11)), _value_names(graph.messages(12))
+        inputs, outputs = map(_value, graph.messages(11)), map(_value, graph.messages(12))
+        return tuple(inputs), tuple(outputs)
 
     def nodes_of(self, views: list[memoryview], depth: int) -> None:
         for view in views:
@@ -295,8 +335,20 @@ def _shape(tensor: "_Message", name: str) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _value_names(views: list[memoryview]) -> tuple[str, ...]:
-    return tuple(_Message(view, "value", _VALUE_INFO).text(1) for view in views)
+def _value(view: memoryview) -> ValueType:
+    """Name, type and shape of an input or output; a type that is no tensor's has kind 0."""
+    value = _Message(view, "value", _VALUE_INFO)
+    kind, shape = value.one(2), None
+    tensor = None if kind is None else _Message(kind, "type", _TYPE).one(1)
+    if tensor is None:
+        return ValueType(name=value.text(1), kind=0, shape=None)
+    message = _Message(tensor, "tensor type", _TENSOR_TYPE)
+    dims = message.one(2)
+    if dims is not None:
+        found = _Message(dims, "shape", _SHAPE).messages(1)
+        sizes = [_Message(dim, "dimension", _DIMENSION) for dim in found]
+        shape = tuple(size.integer(1) if 1 in size.fields else None for size in sizes)
+    return ValueType(name=value.text(1), kind=message.integer(1), shape=shape)
 
 
 def _domain(message: "_Message", number: int = 1) -> str:

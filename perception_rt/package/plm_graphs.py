@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from perception_rt.errors import PackageError
 from perception_rt.package import contract
-from perception_rt.package.contract import GraphSpec, TensorSpec
+from perception_rt.package.contract import (
+    GraphSignature,
+    GraphSpec,
+    TensorSpec,
+    batched,
+    check_signatures,
+    required_graph,
+)
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 
 _CACHE_ITEM_BYTES = {"float32": 4, "float16": 2}
@@ -57,14 +64,6 @@ class DecoderLayout:
     picks_tokens: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphSignature:
-    """Inputs and outputs of one graph, in the order in which an export lists them."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
 def plm_signatures(config: PlmConfig, layout: DecoderLayout) -> dict[str, GraphSignature]:
     """Signatures of all graphs of a package, by graph name."""
     decoders = {
@@ -87,11 +86,11 @@ def plm_signatures(config: PlmConfig, layout: DecoderLayout) -> dict[str, GraphS
 def tile_signatures(config: PlmConfig) -> dict[str, GraphSignature]:
     """Signatures of `vision` and `pixels`: tiles (N, S, S, 3) or (N, 3, S, S) to (N, t, C)."""
     side = config.vision.image_size
-    features = _tensor(
+    features = batched(
         contract.IMAGE_FEATURES, "float32", config.tokens_per_tile, config.decoder.dim
     )
-    images = _tensor(contract.IMAGES_U8, "uint8", side, side, 3)
-    pixels = _tensor(contract.PIXELS_F32, "float32", 3, side, side)
+    images = batched(contract.IMAGES_U8, "uint8", side, side, 3)
+    pixels = batched(contract.PIXELS_F32, "float32", 3, side, side)
     return {
         contract.VISION: GraphSignature(inputs=(images,), outputs=(features,)),
         contract.PIXELS: GraphSignature(inputs=(pixels,), outputs=(features,)),
@@ -100,7 +99,7 @@ def tile_signatures(config: PlmConfig) -> dict[str, GraphSignature]:
 
 def embed_signature(config: DecoderConfig) -> GraphSignature:
     """Signature of `embed`: token ids (N, T) to hidden (N, T, C)."""
-    tokens = _tensor(contract.TOKENS, "int64", contract.LENGTH)
+    tokens = batched(contract.TOKENS, "int64", contract.LENGTH)
     return GraphSignature(inputs=(tokens,), outputs=(_hidden(contract.HIDDEN, config),))
 
 
@@ -118,7 +117,7 @@ def decoder_signature(
     """
     slots = config.max_seqlen if fixed_slots else contract.SLOTS
     caches = [
-        _tensor(name, cache_dtype, config.kv_heads, slots, config.head_dim)
+        batched(name, cache_dtype, config.kv_heads, slots, config.head_dim)
         for layer in layers
         for name in (contract.key_cache(layer), contract.value_cache(layer))
     ]
@@ -126,17 +125,17 @@ def decoder_signature(
         TensorSpec(name=contract.updated(cache.name), dtype=cache.dtype, shape=cache.shape)
         for cache in caches
     ]
-    inputs = [_hidden(contract.HIDDEN, config), _tensor(contract.PAST_LENGTHS, "int32")]
+    inputs = [_hidden(contract.HIDDEN, config), batched(contract.PAST_LENGTHS, "int32")]
     if layers.stop < config.n_layers:
         return GraphSignature(
             inputs=(*inputs, *caches), outputs=(_hidden(contract.HIDDEN_OUT, config), *updated)
         )
     positions = contract.POSITIONS
-    inputs.append(_tensor(contract.LOGIT_POSITIONS, "int64", positions))
-    logits = _tensor(contract.LOGITS, "float32", positions, config.vocab_size)
+    inputs.append(batched(contract.LOGIT_POSITIONS, "int64", positions))
+    logits = batched(contract.LOGITS, "float32", positions, config.vocab_size)
     picks = [
-        _tensor(contract.TOP_LOGIT, "float32", positions),
-        _tensor(contract.TOP_ID, "int64", positions),
+        batched(contract.TOP_LOGIT, "float32", positions),
+        batched(contract.TOP_ID, "int64", positions),
     ]
     return GraphSignature(
         inputs=(*inputs, *caches),
@@ -151,21 +150,18 @@ def check_graphs(graphs: Mapping[str, GraphSpec], config: PlmConfig) -> DecoderL
         PackageError: a graph is missing, or its inputs or outputs differ from the signature.
     """
     layout = _read_layout(graphs, config.decoder)
-    for name, signature in plm_signatures(config, layout).items():
-        spec = _graph(graphs, name)
-        _check_tensors(name, "input", spec.inputs, signature.inputs)
-        _check_tensors(name, "output", spec.outputs, signature.outputs)
+    check_signatures(graphs, plm_signatures(config, layout))
     return layout
 
 
 def _read_layout(graphs: Mapping[str, GraphSpec], config: DecoderConfig) -> DecoderLayout:
     parts = _read_parts(graphs, config.n_layers)
-    first = _graph(graphs, contract.decoder_part(0))
+    first = required_graph(graphs, contract.decoder_part(0))
     cache = next(spec for spec in first.inputs if spec.name == contract.key_cache(0))
     if cache.dtype not in _CACHE_ITEM_BYTES:
         known = " or ".join(_CACHE_ITEM_BYTES)
         raise PackageError(f"the decoder's caches must be {known}, not {cache.dtype}")
-    last = _graph(graphs, contract.decoder_part(len(parts) - 1))
+    last = required_graph(graphs, contract.decoder_part(len(parts) - 1))
     return DecoderLayout(
         parts=parts,
         cache_dtype=cache.dtype,
@@ -180,7 +176,7 @@ def _read_parts(graphs: Mapping[str, GraphSpec], n_layers: int) -> tuple[range, 
     start = 0
     while start < n_layers:
         name = contract.decoder_part(len(parts))
-        inputs = {spec.name for spec in _graph(graphs, name).inputs}
+        inputs = {spec.name for spec in required_graph(graphs, name).inputs}
         stop = start
         while contract.key_cache(stop) in inputs:
             stop += 1
@@ -196,38 +192,5 @@ def _read_parts(graphs: Mapping[str, GraphSpec], n_layers: int) -> tuple[range, 
     return tuple(parts)
 
 
-def _check_tensors(
-    graph: str, kind: str, found: tuple[TensorSpec, ...], wanted: tuple[TensorSpec, ...]
-) -> None:
-    """PackageError unless the tensors agree; the order and names of dynamic sizes are free."""
-    have = {tensor.name: tensor for tensor in found}
-    want = {tensor.name: tensor for tensor in wanted}
-    for name in sorted(set(have) ^ set(want)):
-        state = "an unknown" if name in have else "no"
-        raise PackageError(f"graph {graph!r} has {state} {kind} {name!a:.80}")
-    for name, tensor in want.items():
-        if have[name].dtype != tensor.dtype or _sizes(have[name]) != _sizes(tensor):
-            raise PackageError(
-                f"{kind} {name!r} of graph {graph!r} must be {tensor.dtype} {tensor.shape}, "
-                f"not {have[name].dtype} {have[name].shape}"
-            )
-
-
-def _graph(graphs: Mapping[str, GraphSpec], name: str) -> GraphSpec:
-    if name not in graphs:
-        raise PackageError(f"no graph {name!r}, there are {sorted(graphs)}")
-    return graphs[name]
-
-
 def _hidden(name: str, config: DecoderConfig) -> TensorSpec:
-    return _tensor(name, "float32", contract.LENGTH, config.dim)
-
-
-def _tensor(name: str, dtype: str, *sizes: int | str) -> TensorSpec:
-    """A tensor with a batch dimension in front."""
-    return TensorSpec(name=name, dtype=dtype, shape=(contract.BATCH, *sizes))
-
-
-def _sizes(spec: TensorSpec) -> list[int]:
-    """The shape, with 0 for dynamic sizes."""
-    return [size if isinstance(size, int) else 0 for size in spec.shape]
+    return batched(name, "float32", contract.LENGTH, config.dim)

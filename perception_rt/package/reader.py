@@ -1,6 +1,6 @@
 """Opens packages and returns only bytes whose hash matches the manifest.
 
-All files are opened once, below a directory descriptor and without following links, and stay open.
+All files are opened once, without following links, and stay open (`folders`).
 Bytes are hashed through the descriptor that they are read from, so replacing or removing a package
 does not disturb its readers. ONNX graphs are scanned before they are returned.
 """
@@ -8,26 +8,25 @@ does not disturb its readers. ONNX graphs are scanned before they are returned.
 import hashlib
 import mmap
 import os
-import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Self, TypeVar
 
 from perception_rt.errors import PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.demo_cache import locate
+from perception_rt.package.folders import Folder, open_folder, read_blocks
 from perception_rt.package.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
 from perception_rt.package.onnx_scan import check_graph
 from perception_rt.targets import ONNX
 
 _T = TypeVar("_T")
+_State = tuple[int, int, int]  # size and times of a file
 
-_BLOCK = 1024 * 1024
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CAN_RELEASE = hasattr(mmap, "MADV_DONTNEED")
 _OPEN_ATTEMPTS = 64  # while the package is being replaced
 
 
@@ -42,7 +41,7 @@ class Package:
         self._fds = dict(fds)
         self._shown = shown
         self._maps: dict[str, memoryview] = {}
-        self._verified: set[str] = set()
+        self._verified: dict[str, _State] = {}
         self._lock = threading.Lock()
 
     @property
@@ -64,7 +63,8 @@ class Package:
             PackageError: the manifest lists no such file, or its hash does not match.
         """
         fd, entry = self._listed(file)
-        data = b"".join(_blocks(fd, entry.size_bytes))
+        _check_size(self._shown, file, fd, entry)
+        data = _read(self._shown, file, fd, entry.size_bytes)
         self._compare(file, hashlib.sha256(data).hexdigest())
         return data
 
@@ -88,40 +88,49 @@ class Package:
         return data
 
     def map(self, file: str) -> memoryview:
-        """The bytes of a file as a read-only mapping, hashed at the first call only.
+        """The bytes of a file as a read-only mapping.
 
-        Arrays over the mapping may outlive the package.
+        They are hashed at the first call, and again if the file has changed since. Arrays over the
+        mapping may outlive the package.
 
         Raises:
-            PackageError: the manifest lists no such file, or its hash does not match.
+            PackageError: the manifest lists no such file, or its size or hash does not match.
         """
         fd, entry = self._listed(file)
         with self._lock:
-            if file not in self._verified:
+            if self._verified.get(file) != self._state(file, fd):
                 self._verify(file)
             if file not in self._maps:
-                # mmap refuses empty files.
-                mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ) if entry.size_bytes else b""
-                self._maps[file] = memoryview(mapped)
+                self._maps[file] = self._mapped(file, fd, entry.size_bytes)
             return self._maps[file]
+
+    def _mapped(self, file: str, fd: int, size_bytes: int) -> memoryview:
+        if size_bytes == 0:  # mmap refuses empty files
+            return memoryview(b"")
+        try:
+            return memoryview(mmap.mmap(fd, size_bytes, access=mmap.ACCESS_READ))
+        except (OSError, ValueError):  # no memory, or the file was cut just now
+            raise PackageError(f"{self._shown}: {file} cannot be mapped into memory") from None
 
     def release(self, file: str) -> None:
         """Releases the resident pages of a mapping; later reads load them from the file again."""
         with self._lock:
             view = self._maps.get(file)
-            if view is not None and isinstance(view.obj, mmap.mmap):
+            if view is not None and isinstance(view.obj, mmap.mmap) and _CAN_RELEASE:
                 view.obj.madvise(mmap.MADV_DONTNEED)
 
     def verify(self) -> None:
         """Hashes all files that were not hashed yet, several at a time.
 
         Raises:
-            PackageError: names a file whose hash does not match.
+            PackageError: names a file whose size or hash does not match.
         """
         files = self.manifest.content.files
         with self._lock, ThreadPoolExecutor(os.cpu_count()) as pool:
             pending = sorted(
-                set(files) - self._verified, key=lambda file: files[file].size_bytes, reverse=True
+                set(files) - self._verified.keys(),
+                key=lambda file: files[file].size_bytes,
+                reverse=True,
             )
             try:
                 for _ in pool.map(self._verify, pending):
@@ -156,11 +165,24 @@ class Package:
 
     def _verify(self, file: str) -> None:
         fd, entry = self._listed(file)
+        state = self._state(file, fd)
+        _check_size(self._shown, file, fd, entry)
         digest = hashlib.sha256()
-        for block in _blocks(fd, entry.size_bytes):
-            digest.update(block)
+        try:
+            for block in read_blocks(fd, entry.size_bytes):
+                digest.update(block)
+        except OSError as error:
+            raise _unreadable(self._shown, file, error) from None
         self._compare(file, digest.hexdigest())
-        self._verified.add(file)
+        self._verified[file] = state
+
+    def _state(self, file: str, fd: int) -> _State:
+        """What changes whenever somebody writes to a file."""
+        try:
+            info = os.fstat(fd)
+        except OSError as error:
+            raise _unreadable(self._shown, file, error) from None
+        return info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
     def _compare(self, file: str, sha256: str) -> None:
         if sha256 != self.manifest.content.files[file].sha256:
@@ -208,7 +230,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     shown = os.fspath(locate(path)[0])
 
-    def read(directory: int) -> Manifest:
+    def read(directory: Folder) -> Manifest:
         with ExitStack() as stack:
             manifest = _load_manifest(directory, shown, DEFAULT_LIMITS)
             _open_folders(directory, manifest, shown, stack)
@@ -217,8 +239,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     return _in_directory(shown, read)
 
 
-def _in_directory(shown: str, action: Callable[[int], _T]) -> _T:
-    """Returns `action(descriptor of the directory)`.
+def _in_directory(shown: str, action: Callable[[Folder], _T]) -> _T:
+    """Returns `action(the open directory)`.
 
     A package that is replaced meanwhile vanishes while `action` runs. So a failure counts only if
     the path still names the open directory; otherwise `action` runs on the new one.
@@ -228,16 +250,16 @@ def _in_directory(shown: str, action: Callable[[int], _T]) -> _T:
         try:
             return action(directory)
         except PackageError:
-            if _is_at(directory, shown):
+            if directory.is_at(shown):
                 raise
         finally:
-            os.close(directory)
+            directory.close()
     raise PackageError(f"{shown}: was replaced during each of {_OPEN_ATTEMPTS} attempts to open it")
 
 
-def _open_directory(shown: str) -> int:
+def _open_directory(shown: str) -> Folder:
     try:
-        return os.open(shown, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return open_folder(shown)
     except FileNotFoundError:
         raise PackageError(f"{shown}: no engine package: it is missing") from None
     except OSError as error:
@@ -246,7 +268,7 @@ def _open_directory(shown: str) -> int:
         raise PackageError(f"{shown!a:.80}: no engine package: not a path") from None
 
 
-def _open_files(directory: int, shown: str, expect: str | None, limits: Limits) -> Package:
+def _open_files(directory: Folder, shown: str, expect: str | None, limits: Limits) -> Package:
     manifest = _load_manifest(directory, shown, limits)
     if expect is not None and manifest.id != expect:
         raise PackageError(f"{shown}: the package id is {manifest.id}, expected {expect!a:.80}")
@@ -256,19 +278,15 @@ def _open_files(directory: int, shown: str, expect: str | None, limits: Limits) 
         for path, entry in manifest.content.files.items():
             fds[path] = _open_file(folders, path, shown)
             opened.callback(os.close, fds[path])
-            size_bytes = os.fstat(fds[path]).st_size
-            if size_bytes != entry.size_bytes:
-                raise PackageError(
-                    f"{shown}: {path} has {size_bytes} bytes instead of {entry.size_bytes}"
-                )
+            _check_size(shown, path, fds[path], entry)
         opened.pop_all()
         return Package(manifest, fds, shown)
 
 
-def _load_manifest(directory: int, shown: str, limits: Limits) -> Manifest:
+def _load_manifest(directory: Folder, shown: str, limits: Limits) -> Manifest:
     fd = _open_file({"": directory}, MANIFEST_FILE, shown)
     try:
-        data = b"".join(_blocks(fd, limits.manifest_bytes + 1))
+        data = _read(shown, MANIFEST_FILE, fd, limits.manifest_bytes + 1)
     finally:
         os.close(fd)
     try:
@@ -278,8 +296,8 @@ def _load_manifest(directory: int, shown: str, limits: Limits) -> Manifest:
 
 
 def _open_folders(
-    directory: int, manifest: Manifest, shown: str, stack: ExitStack
-) -> dict[str, int]:
+    directory: Folder, manifest: Manifest, shown: str, stack: ExitStack
+) -> dict[str, Folder]:
     """Opens the folders of a package; refuses any entry that the manifest does not imply."""
     files = manifest.content.files
     splits = [path.split("/") for path in files]
@@ -287,52 +305,46 @@ def _open_folders(
     for folder in sorted({"/".join(s[:i]) for s in splits for i in range(1, len(s))}):
         parent, _, name = folder.rpartition("/")
         try:
-            fd = os.open(name, _READ_FLAGS | os.O_DIRECTORY, dir_fd=folders[parent])
+            opened = folders[parent].folder(name)
         except OSError as error:
             raise PackageError(f"{shown}: cannot open {folder}: {error.strerror}") from None
-        stack.callback(os.close, fd)
-        folders[folder] = fd
-    for folder, fd in folders.items():
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if path not in folders and path not in files and path != MANIFEST_FILE:
-                    raise PackageError(f"{shown}: {path!a:.160} does not belong to this package")
+        stack.callback(opened.close)
+        folders[folder] = opened
+    for folder, opened in folders.items():
+        for name in opened.names():
+            path = f"{folder}/{name}" if folder else name
+            if path not in folders and path not in files and path != MANIFEST_FILE:
+                raise PackageError(f"{shown}: {path!a:.160} does not belong to this package")
     return folders
 
 
-def _open_file(folders: Mapping[str, int], path: str, shown: str) -> int:
+def _open_file(folders: Mapping[str, Folder], path: str, shown: str) -> int:
     """Opens a regular file that has one name; follows no link and does not block on a pipe."""
     folder, _, name = path.rpartition("/")
     try:
-        # Checked before opening: merely opening some devices has an effect.
-        info = os.stat(name, dir_fd=folders[folder], follow_symlinks=False)
-        if stat.S_ISREG(info.st_mode):
-            fd = os.open(name, _READ_FLAGS, dir_fd=folders[folder])
-            info = os.fstat(fd)
-            if stat.S_ISREG(info.st_mode) and info.st_nlink == 1:
-                return fd
-            os.close(fd)
+        fd = folders[folder].file(name)
     except OSError as error:
         raise PackageError(f"{shown}: cannot open {path}: {error.strerror}") from None
-    raise PackageError(f"{shown}: {path} is not a regular file with one name")
+    if fd is None:
+        raise PackageError(f"{shown}: {path} is not a regular file with one name")
+    return fd
 
 
-def _blocks(fd: int, size_bytes: int) -> Iterator[bytes]:
-    """The first `size_bytes` of a file, or fewer if it is shorter."""
-    position = 0
-    while position < size_bytes:
-        block = os.pread(fd, min(_BLOCK, size_bytes - position), position)
-        if not block:
-            return
-        position += len(block)
-        yield block
-
-
-def _is_at(directory: int, shown: str) -> bool:
-    """Whether the path still names the open directory."""
+def _check_size(shown: str, file: str, fd: int, entry: FileEntry) -> None:
     try:
-        found = Path(shown).stat()
-    except OSError:
-        return False
-    return os.path.samestat(found, os.fstat(directory))
+        size_bytes = os.fstat(fd).st_size
+    except OSError as error:
+        raise _unreadable(shown, file, error) from None
+    if size_bytes != entry.size_bytes:
+        raise PackageError(f"{shown}: {file} has {size_bytes} bytes instead of {entry.size_bytes}")
+
+
+def _read(shown: str, file: str, fd: int, size_bytes: int) -> bytes:
+    try:
+        return b"".join(read_blocks(fd, size_bytes))
+    except OSError as error:
+        raise _unreadable(shown, file, error) from None
+
+
+def _unreadable(shown: str, file: str, error: OSError) -> PackageError:
+    return PackageError(f"{shown}: {file} cannot be read: {error.strerror}")

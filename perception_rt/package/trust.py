@@ -30,7 +30,12 @@ def remember(package_id: str) -> None:
 
 
 def is_remembered(package_id: str) -> bool:
-    """Whether this user exported a package here; False if others can write the file of ids."""
+    """Whether this user exported a package here.
+
+    False if others can write the file of ids, or if the system does not tell who can.
+    """
+    if not hasattr(os, "geteuid"):
+        return False
     try:
         with built_file().open("rb") as stream:
             info = os.fstat(stream.fileno())

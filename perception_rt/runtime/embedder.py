@@ -20,13 +20,14 @@ from perception_rt.errors import InputError, PackageError
 from perception_rt.families import PE
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package import contract
+from perception_rt.package.pe_graphs import check_graphs
 from perception_rt.package.reader import Package
-from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
+from perception_rt.processing.clip_bpe import VOCAB_SIZE, ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec
 from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
 from perception_rt.processing.image_options import Background
 from perception_rt.processing.video import VideoSource, decode_frames
-from perception_rt.records import check_integer
+from perception_rt.records import check_integer, require
 from perception_rt.runtime.load_options import LoadOptions, open_model
 from perception_rt.runtime.native_calls import check_process
 from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
@@ -56,12 +57,14 @@ class Embedder(LoadedModel):
     def __init__(self, package: Package, options: LoadOptions) -> None:
         super().__init__(package.manifest, backend=options.backend, device=options.device)
         content = package.manifest.content
+        self._limits = options.effective_limits
         try:
             self._config = PeConfig.from_dict(content.architecture)
             self.image_spec = ImageSpec.from_dict(content.image)
             self._text = None if content.text is None else TextSpec.from_dict(content.text, "text")
             _check_agreement(package, self._config, self.image_spec, self._text)
-        except InputError as error:
+            self._tokenizer = _tokenizer(self._text, self._limits)
+        except (InputError, PackageError) as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
         self.batch_size = 1 if is_batch_dependent(content) else 8
         self._sessions = Sessions(
@@ -71,12 +74,7 @@ class Embedder(LoadedModel):
             threads=options.threads,
             cache_dir=options.cache_dir,
         )
-        self._limits = options.effective_limits
         self._image_options = options.images
-        self._tokenizer: ClipTokenizer | None = None
-        if self._text is not None and self._text.tokenizer is not None:
-            context = self._text.context_length
-            self._tokenizer = ClipTokenizer(context_length=context, limits=self._limits)
 
     @classmethod
     def load(
@@ -474,16 +472,21 @@ def _array(values: Any) -> Array:
 def _check_agreement(
     package: Package, config: PeConfig, image: ImageSpec, text: TextSpec | None
 ) -> None:
-    """InputError unless the manifest's parts agree on images and texts."""
-    config.vision.grid_of(image.height, image.width)
-    (source,) = package.graph(contract.VISION).inputs
-    if source.shape[1:] != (image.height, image.width, 3):
-        raise InputError("the vision graph and the image processing differ in image size")
-    if (config.text is None) != (text is None):
-        raise InputError("either the architecture or the processing lacks texts")
-    contexts = {part.context_length for part in (config.text, text) if part is not None}
-    if len(contexts) > 1:
+    """InputError or PackageError unless the manifest's parts fit the architecture."""
+    check_graphs(package.manifest.content.graphs, config, image.height, image.width)
+    if config.text is None or text is None:
+        require(config.text is text, "either the architecture or the processing lacks texts")
+        return
+    if text.context_length != config.text.context_length:
         raise InputError("the architecture and the text processing differ in context length")
+    if text.tokenizer is not None and config.text.vocab_size != VOCAB_SIZE:
+        raise InputError(f"{text.tokenizer} is not for a vocabulary of {config.text.vocab_size}")
+
+
+def _tokenizer(text: TextSpec | None, limits: Limits) -> ClipTokenizer | None:
+    if text is None or text.tokenizer is None:
+        return None
+    return ClipTokenizer(context_length=text.context_length, limits=limits)
 
 
 def _stacked(parts: Iterable[Float32], shape: tuple[int, ...]) -> Float32:

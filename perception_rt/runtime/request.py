@@ -336,14 +336,16 @@ def check_list(name: str, items: object) -> Sequence[Any]:
     return items
 
 
-def check_ids(name: str, ids: object, vocab_size: int) -> Array:
-    """Returns token ids as int64 (T,); InputError unless there is one and all are in range."""
+def check_ids(name: str, ids: object, vocab_size: int, most: int) -> Array:
+    """Returns token ids as int64 (T,); InputError unless 1 to `most` are given, all in range."""
     try:
         array = np.asarray(ids)
     except (ValueError, OverflowError):
         array = np.empty(0)
     if array.ndim != 1 or array.dtype.kind not in "iu" or len(array) == 0:
         raise InputError(f"{name} must be a list of at least one integer")
+    if len(array) > most:
+        raise InputError(f"{name} has {len(array)} tokens; the context has {most}")
     if not 0 <= array.min() <= array.max() < vocab_size:
         raise InputError(f"{name} must be from 0 to {vocab_size - 1}")
     return array.astype(np.int64)
@@ -354,9 +356,7 @@ def _check_lookup(request: Request, vocab_size: int, max_length: int) -> None:
         raise InputError("lookup is for temperature 0 only")
     if request.lookup_tokens is None:
         return
-    count = len(check_ids("lookup_tokens", request.lookup_tokens, vocab_size))
-    if count > max_length:
-        raise InputError(f"lookup_tokens has {count} tokens; the context has {max_length}")
+    check_ids("lookup_tokens", request.lookup_tokens, vocab_size, max_length)
     if not request.lookup:
         raise InputError("lookup_tokens need lookup=True")
 

@@ -22,10 +22,10 @@ from perception_rt.export.components.component import ranges_of
 from perception_rt.export.components.plm_decoder import EmbedComponent
 from perception_rt.export.plan import ExportPlan, PlmPlan
 from perception_rt.export.quantization import calibration
+from perception_rt.export.quantization.head import MeasuredHead
 from perception_rt.export.quantization.sensitivity import (
     MAX_LAYER_ERROR,
     Measured,
-    MeasuredHead,
     exclude_layers,
     measure_layers,
 )
@@ -126,7 +126,7 @@ def test_other_schemes_smooth_nothing(inputs: Tensor) -> None:
     module = layer()
     inputs[:, 5] *= 3e4
     module.weight[:, 5] = 0
-    _, measured = measure_layers(module, lambda: module(inputs), "int8")
+    _, measured = measure_layers(module, lambda: module(inputs), "int8_rows")
     assert measured.excluded() == ["weight"] and measured.smoothed == set()
 
 

@@ -124,7 +124,8 @@ def test_everything_is_found(tools):
     assert sorted(t.name for t in scan.externals) == list("abcdefgghi")
     assert all(t.entries == dict(where) and t.size_bytes == 16 for t in scan.externals)
     assert scan.opsets == (("", 20), ("my.domain", 1))
-    assert (scan.inputs, scan.outputs) == (("x",), ("y",))
+    assert [value.name for value in scan.inputs + scan.outputs] == ["x", "y"]
+    assert [value.shape for value in scan.inputs + scan.outputs] == [(None, 4), (None, 4)]
     assert sorted(scan.nodes) == [
         *([("Constant", "")] * 3),
         ("Custom", "my.domain"),

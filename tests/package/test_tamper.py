@@ -129,6 +129,7 @@ def test_file_listed_twice(tools, package):
 
 
 HOSTILE = [
+    *("CON", "nul", "Aux.txt", "a/com1.tar.gz", "LPT9/x", "prn."),
     *(
         "../x",
         "a/../../x",

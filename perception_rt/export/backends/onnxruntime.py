@@ -41,6 +41,14 @@ class OnnxRuntimeLowering(Lowering):
         # Values that several products, or all attentions, share are computed once.
         self.rounded_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self.cache_lengths: tuple[ir.Value, ir.Value] | None = None
+        # Smoothing factors that a LayerNorm takes over, by its gain and its bias.
+        self.norm_factors = {
+            parameter: factors
+            for layer, norm in self.measured.norms.items()
+            if self.formats.get(layer) == "int8"
+            and (factors := self.measured.smoothing(layer)) is not None
+            for parameter in norm
+        }
 
     def linear(self, node: ir.Node, x: ir.Value, weight: Weight, bias: Weight | None) -> None:
         """Emits MatMul, or the product in the weight's format, and Add for the bias."""
@@ -49,8 +57,8 @@ class OnnxRuntimeLowering(Lowering):
                 transposed = weight.derive(".t", np.transpose, weight.shape[::-1])
                 y = self.op("MatMul", [x, transposed])
             case "int8":
-                packed, scale = _channels(weight)
-                operands: list[Operand | None] = [x, packed, scale, None, bias]
+                packed, scale = _channels(self.smoothed(weight))
+                operands: list[Operand | None] = [self.smooth(x, weight), packed, scale, None, bias]
                 self.bind(node, self.op("DynamicQuantizeMatMul", operands, domain=CONTRIB))
                 return
             case "int8_rows":
@@ -58,6 +66,29 @@ class OnnxRuntimeLowering(Lowering):
             case format_:
                 y = self.block_product(x, weight, BITS[format_])
         self.bind(node, y if bias is None else self.op("Add", [y[0], bias]))
+
+    def parameter(self, weight: Weight) -> Weight:
+        """Divides gain and bias of a LayerNorm by the smoothing factors of the layer after it."""
+        factors = self.norm_factors.get(weight.origin)
+        if factors is None:
+            return weight
+        return weight.derive("", lambda array: array / factors, weight.shape)
+
+    def smooth(self, x: ir.Value, weight: Weight) -> ir.Value:
+        """Emits x divided by its smoothing factors, unless there are none or a norm has them."""
+        factors = self.measured.smoothing(weight.origin)
+        if factors is None or weight.origin in self.measured.norms:
+            return x
+        return self.op("Mul", [x, constant(f"{weight.origin}.smoothing", 1 / factors)])[0]
+
+    def smoothed(self, weight: Weight) -> Weight:
+        """A linear weight (O, C) multiplied by the smoothing factors of its input, if any."""
+        factors = self.measured.smoothing(weight.origin)
+        if factors is None:
+            return weight
+        return weight.derive_rows(
+            "", lambda rows: rows * factors, weight.shape, _FLOAT32, fixed=weight.fixed
+        )
 
     def row_product(self, x: ir.Value, weight: Weight) -> list[ir.Value]:
         """Emits an integer product of activations that are rounded row by row."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.config import PeConfig, TextConfig
 from perception_rt.export.components.component import (
+    JUDGED_IMAGES,
     Component,
     Locate,
     ModelExport,
@@ -17,6 +18,7 @@ from perception_rt.export.components.component import (
     TracedComponent,
     calibration_batches,
     gate_images,
+    judged_images,
     load_module,
     measure_faithful,
     ranges_of,
@@ -38,7 +40,7 @@ from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
 from perception_rt.package import contract
-from perception_rt.package.contract import TensorSpec
+from perception_rt.package.pe_graphs import text_signature, vision_signatures
 from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import MIN_CONTEXT, VOCAB_SIZE, TextSpec
 from perception_rt.processing.image import ImageSpec, Resize, normalize
@@ -66,7 +68,8 @@ class VisionComponent(Component[ExportPlan]):
         batch = torch.from_numpy(pixels)
         if scheme is not None:
             batches = calibration_batches(inputs, spec, _GATE_IMAGES)
-            found = measure_faithful(tower, tower, batches, scheme, ranges_of(self.plan))
+            judged = judged_images(JUDGED_IMAGES, spec) if scheme == "int8" else None
+            found = measure_faithful(tower, tower, batches, scheme, ranges_of(self.plan), judged)
             measured.add(found, "visual.")
         taps = self.plan.tapped
         with torch.inference_mode():
@@ -94,42 +97,31 @@ class VisionComponent(Component[ExportPlan]):
 
         The graphs are `vision` on uint8 images, `pixels` on floats, and `features` for the taps.
         """
-        grid, spec, recipes = self.plan.grid, self.plan.image, self._recipes()
+        grid, spec = self.plan.grid, self.plan.image
         graph = VisionGraph(self.config, grid, self.plan.tapped)
         example = torch.empty(2, 3, spec.height, spec.width, device="meta")
         names = [contract.EMBEDDING, *(contract.tap_name(i) for i in self.plan.tapped)]
         return TracedComponent(
-            recipes=recipes,
+            recipes=self._recipes(),
             traced=trace_batch(graph, contract.PIXELS_F32, example, names),
             parameters=vision_parameters(self.source, graph, self.config, grid),
         )
 
     def _recipes(self) -> dict[str, Recipe]:
-        spec, config = self.plan.image, self.config
-        images = _tensor(contract.IMAGES_U8, "uint8", spec.height, spec.width, 3)
-        pixels = _tensor(contract.PIXELS_F32, "float32", 3, spec.height, spec.width)
-        tokens = self.plan.grid[0] * self.plan.grid[1] + int(config.use_cls_token)
-        middle = (tokens,) if config.pool_type == "none" else ()
-        embedding = _tensor(contract.EMBEDDING, "float32", *middle, config.embed_dim)
-        taps = {
-            name: _tensor(name, "float32", tokens, config.width)
-            for name in map(contract.tap_name, self.plan.tapped)
-        }
-        normalised = [(images, uint8_images(spec.mean, spec.std))]
-        whole = {contract.EMBEDDING: embedding}
-        attentions = config.layers + (config.pool_type == "attn")
-        recipes = {
-            contract.VISION: Recipe(sources=normalised, outputs=whole, attentions=attentions),
-            contract.PIXELS: Recipe(
-                sources=[(pixels, as_is)], outputs=whole, attentions=attentions
-            ),
-        }
-        if taps:
-            deepest = max(self.plan.tapped) + 1
-            recipes[contract.FEATURES] = Recipe(
-                sources=normalised, outputs=taps, attentions=deepest
+        spec, plan = self.plan.image, self.plan
+        entries = {contract.PIXELS: as_is}
+        layers = self.config.layers
+        whole = layers + (self.config.pool_type == "attn")
+        attentions = {contract.FEATURES: max(plan.tapped, default=0) + 1}
+        signatures = vision_signatures(plan.config, spec.height, spec.width, plan.tapped)
+        return {
+            name: Recipe.of_signature(
+                signature,
+                entries.get(name, uint8_images(spec.mean, spec.std)),
+                attentions=attentions.get(name, whole),
             )
-        return recipes
+            for name, signature in signatures.items()
+        }
 
 
 class TextComponent(Component[ExportPlan]):
@@ -148,7 +140,9 @@ class TextComponent(Component[ExportPlan]):
         batch = torch.from_numpy(ids)
         measured = Measured()
         if scheme is not None:
-            found = measure_faithful(tower, tower, [batch], scheme, ranges_of(self.plan))
+            more = calibration.caption_ids(self.config, calibration.JUDGED_TEXTS)
+            judged = torch.from_numpy(more) if scheme == "int8" else None
+            found = measure_faithful(tower, tower, [batch], scheme, ranges_of(self.plan), judged)
             measured.add(found, "text.")
         with torch.inference_mode():
             features = tower(batch).numpy()
@@ -161,15 +155,7 @@ class TextComponent(Component[ExportPlan]):
     def traced(self) -> TracedComponent:
         """Traces the tower at its full context length; the graph is `text`."""
         length = self.config.context_length
-        recipe = Recipe(
-            sources=[(_tensor(contract.TOKENS, "int64", length), as_is)],
-            outputs={
-                contract.TEXT_EMBEDDING: _tensor(
-                    contract.TEXT_EMBEDDING, "float32", self.config.output_dim
-                )
-            },
-            attentions=self.config.layers,
-        )
+        recipe = Recipe.of_signature(text_signature(self.config), attentions=self.config.layers)
         graph = TextGraph(self.config)
         example = torch.zeros((2, length), dtype=torch.int64, device="meta")
         return TracedComponent(
@@ -255,11 +241,6 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
         tower = _load(VisionTower, config.vision, self.source, "visual.")
         taps = self.plan.tapped if graph == contract.FEATURES else ()
         return HalfTower(tower, Pixels(self.plan.image), taps)
-
-
-def _tensor(name: str, dtype: str, *sizes: int) -> TensorSpec:
-    """A tensor with a batch dimension in front."""
-    return TensorSpec(name=name, dtype=dtype, shape=(contract.BATCH, *sizes))
 
 
 def _load(kind: Any, config: Any, source: WeightSource, prefix: str) -> Any:

@@ -1,7 +1,7 @@
 """Export components of a Perception Language Model: its tile encoder, embedding and decoder.
 
-Eager holds at most one layer of the decoder, and one block of the tile encoder unless that is
-measured for fp8.
+Eager holds at most one layer of the decoder, and one block of the tile encoder unless fp8, or int8
+that is not faithful at once, runs it several times.
 
 Legend: n tiles, S tile side in pixels, t image tokens per tile, C decoder width.
 """
@@ -25,17 +25,20 @@ from perception_rt.checkpoint.locate import (
 )
 from perception_rt.errors import InputError, PackageError
 from perception_rt.export.components.component import (
+    INT8_COSINE,
+    JUDGED_TILES,
     Component,
     Locate,
     ModelExport,
+    PiecewiseRun,
     Reference,
     TracedComponent,
     calibration_batches,
     gate_images,
+    judged_images,
     load_module,
     measure_faithful,
     ranges_of,
-    run_measured,
     trace_batch,
 )
 from perception_rt.export.components.parameters import tile_parameters
@@ -49,7 +52,7 @@ from perception_rt.export.graph.lowering import Recipe, as_is, uint8_images
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.plan import BuildSettings, PlmPlan, check_decoder
 from perception_rt.export.quantization.formats import Format, Scheme
-from perception_rt.export.quantization.sensitivity import Measured
+from perception_rt.export.quantization.sensitivity import MOST_IN_FLOAT, Measured
 from perception_rt.models.plm import VisionProjector
 from perception_rt.models.vision import VisionTower
 from perception_rt.package import contract
@@ -200,11 +203,7 @@ class TileComponent(Component[PlmPlan]):
         images = inputs[:1]
         pixels = normalize(images, spec)
         batches = calibration_batches(inputs, spec, 1)
-        features, measured = (
-            self._run_whole(batches, scheme)
-            if scheme == "fp8"
-            else self._run_blocks(batches[0], scheme)
-        )
+        features, measured = self._run_measured(batches, scheme)
         outputs = {contract.IMAGE_FEATURES: features.numpy()}
         return Reference(
             inputs={
@@ -216,7 +215,26 @@ class TileComponent(Component[PlmPlan]):
             carry=features,
         )
 
-    def _run_whole(self, batches: Sequence[Tensor], scheme: Scheme) -> tuple[Tensor, Measured]:
+    def _run_measured(
+        self, batches: Sequence[Tensor], scheme: Scheme | None
+    ) -> tuple[Tensor, Measured]:
+        """Features (1, t, C) of the first batch, and the layers that keep them faithful."""
+        if scheme == "fp8":
+            return self._run_whole(batches, scheme)
+        if scheme is None:
+            return self._run_blocks(batches[0], None).exact, Measured()
+        judged = torch.cat([batches[0], judged_images(JUDGED_TILES, self.plan.tiles.tile)])
+        run = self._run_blocks(judged, scheme)
+        measured = run.measured
+        measured.cosine = run.cosine
+        few = len(measured.excluded()) <= MOST_IN_FLOAT * len(measured.errors)
+        if run.cosine >= INT8_COSINE and few:
+            return run.exact[:1], measured
+        return self._run_whole(batches[:1], scheme, judged)
+
+    def _run_whole(
+        self, batches: Sequence[Tensor], scheme: Scheme, judged: Tensor | None = None
+    ) -> tuple[Tensor, Measured]:
         """Features (1, t, C) of the first batch, and the layers measured on all of them.
 
         Excluding layers runs the tower several times, so all of it stays in memory.
@@ -233,14 +251,14 @@ class TileComponent(Component[PlmPlan]):
             features: Tensor = projector(tokens)
             return features
 
-        measured = measure_faithful(encoder, call, batches, scheme, ranges_of(self.plan))
+        ranges = ranges_of(self.plan)
+        measured = measure_faithful(encoder, call, batches, scheme, ranges, judged)
         with torch.inference_mode():
             return call(batches[0]), measured
 
-    def _run_blocks(self, pixels: Tensor, scheme: Scheme | None) -> tuple[Tensor, Measured]:
-        """Features (1, t, C) of pixels (1, 3, S, S), and the layers; one block in memory."""
+    def _run_blocks(self, pixels: Tensor, scheme: Scheme | None) -> PiecewiseRun:
+        """Runs pixels (n, 3, S, S) to features (n, t, C); one block in memory."""
         config = self.plan.config
-        measured = Measured()
         with torch.device("meta"):
             tower, projector = VisionTower(config.vision), VisionProjector(config)
         blocks, tower.transformer.resblocks = tower.transformer.resblocks, nn.ModuleList()
@@ -248,16 +266,16 @@ class TileComponent(Component[PlmPlan]):
         projector = load_module(projector, self.source, _PROJECTOR)
         grid = (config.vision.grid, config.vision.grid)
         rope = tower.rope_table(grid)
-        embed = partial(tower.embed, pixels, tower.token_table(grid))
-        x = run_measured(tower, embed, scheme, measured, _TOWER)
+        run = PiecewiseRun(scheme, pixels)
+        run.run(tower, partial(tower.embed, table=tower.token_table(grid)), _TOWER)
         for index, block in enumerate(blocks):
             prefix = f"{_TOWER}transformer.resblocks.{index}."
             # A copy, so that the block's weights are freed when the next one replaces it.
             layer = load_module(copy.deepcopy(block), self.source, prefix)
-            x = run_measured(layer, partial(layer, x, rope=rope), scheme, measured, prefix)
-        tokens = tower.ln_post(x)[:, tower.num_prefix :]
-        features = run_measured(projector, partial(projector, tokens), scheme, measured, _PROJECTOR)
-        return features, measured
+            run.run(layer, partial(layer, rope=rope), prefix)
+        encoder = nn.ModuleDict({_TOWER[:-1]: tower, _PROJECTOR[:-1]: projector})
+        run.run(encoder, lambda x: projector(tower.ln_post(x)[:, tower.num_prefix :]))
+        return run
 
     def traced(self) -> TracedComponent:
         """Traces tower and projector on the tile's grid; the graphs are `vision` and `pixels`."""

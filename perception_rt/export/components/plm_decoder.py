@@ -33,10 +33,12 @@ from perception_rt.export.graph.lowering import Recipe
 from perception_rt.export.plan import PlmPlan
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.formats import Format
-from perception_rt.export.quantization.sensitivity import Measured, MeasuredHead
+from perception_rt.export.quantization.head import MeasuredHead
+from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.models.decoder import DecoderLayer, RmsNorm, rope_1d
 from perception_rt.package import contract
-from perception_rt.package.plm_graphs import GraphSignature, decoder_signature, embed_signature
+from perception_rt.package.contract import GraphSignature
+from perception_rt.package.plm_graphs import decoder_signature, embed_signature
 from perception_rt.processing.llm_tokenizer import open_tokenizer
 from perception_rt.processing.prompt import Tiles, Turn, encode_prompt
 

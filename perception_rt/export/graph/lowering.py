@@ -21,8 +21,7 @@ from perception_rt.export.graph.lazy_weights import Array, DType, Weight, consta
 from perception_rt.export.graph.trace import DOMAIN, OPSET, Traced
 from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
-from perception_rt.package.contract import TensorSpec
-from perception_rt.package.plm_graphs import GraphSignature
+from perception_rt.package.contract import GraphSignature, TensorSpec
 
 IR_VERSION = 10
 INLINE_BYTES = 1024  # smaller constants stay in the graph, where optimisers can read them
@@ -120,7 +119,7 @@ class Lowering(ABC):
             ExportError: an attention did not become the operators that the backend fuses.
         """
         for parameter, initializer in self.traced.graph.initializers.items():
-            self.env[initializer] = self.parameters[parameter]
+            self.env[initializer] = self.parameter(self.parameters[parameter])
         inputs = [_value(spec) for spec, _ in recipe.sources]
         pairs = zip(self.traced.graph.inputs, inputs, recipe.sources, strict=True)
         for old, new, (_, entry) in pairs:
@@ -152,6 +151,10 @@ class Lowering(ABC):
     @abstractmethod
     def embedding(self, node: ir.Node, weight: Weight, ids: ir.Value) -> None:
         """Emits the rows `ids` of a weight (V, C), and binds the node's output."""
+
+    def parameter(self, weight: Weight) -> Weight:
+        """The weight that stands for a parameter of the module."""
+        return weight
 
     def channels_first(self, images: ir.Value) -> ir.Value:
         """Emits uint8 (N, H, W, 3) -> float32 (N, 3, H, W); transposes bytes, which is faster."""

@@ -1,5 +1,6 @@
 """Calibration inputs: seeded synthetic images and texts, or a user's own for fp8."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ TEXTS = (
     "two people riding bicycles along the river at sunset",
     "diagram of a neural network",
     "7",
+)
+# Texts on which int8 is judged; its layers are measured on TEXTS.
+JUDGED_TEXTS = (
+    *TEXTS,
+    "a photo of the digit four",
+    "the number zero, written by hand",
+    "a big dog, a small cat and a 9 on one picture",
+    "an aerial view of a harbour with many small boats",
+    "the dog is not in the picture",
+    "handwriting",
+    "A black-and-white portrait of an old man with a hat and a pipe, seen from the side",
+    "blue",
+    "a bowl of soup, two slices of bread and a glass of water on a wooden table",
+    "GT-R 2014 for sale!",
+    "on the street by the street sign, a street artist",
+    "3 4 5",
 )
 PROMPTS = (
     "Describe this image in detail.",
@@ -97,12 +114,12 @@ def calibration_files(folder: Path) -> list[Path]:
     return files[:: -(-len(files) // _MAX_IMAGES)]
 
 
-def caption_ids(config: TextConfig) -> Array:
-    """Token ids of captions, int64 (4, T); random ids unless the vocabulary is CLIP's."""
+def caption_ids(config: TextConfig, texts: Sequence[str] = TEXTS) -> Array:
+    """Token ids of captions, int64 (n, T); random ids unless the vocabulary is CLIP's."""
     if config.vocab_size == VOCAB_SIZE and config.context_length >= 3:
-        return ClipTokenizer(context_length=config.context_length)(TEXTS)
-    rng = np.random.default_rng(0)
-    return rng.integers(0, config.vocab_size, (len(TEXTS), config.context_length), np.int64)
+        return ClipTokenizer(context_length=config.context_length)(texts)
+    rng = np.random.default_rng(0 if texts is TEXTS else 1)
+    return rng.integers(0, config.vocab_size, (len(texts), config.context_length), np.int64)
 
 
 def _gradient(rng: np.random.Generator, x: Array, y: Array) -> Array:

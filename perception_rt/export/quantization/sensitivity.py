@@ -1,8 +1,10 @@
 """Measures on calibration inputs which linear layers can be quantised.
 
-A layer whose output changes too much takes another format or stays in float. In fp8, a layer that
-suffers from a few large channels is first tried with its channels smoothed, as in SmoothQuant: its
-input is divided by a factor per channel, and its weight multiplied by the same factors.
+A layer whose output changes too much takes another format or stays in float. In fp8, and in int8
+with one scale per tensor, a layer that suffers from a few large channels is first tried with its
+channels smoothed, as in SmoothQuant: its input is divided by a factor per channel, and its weight
+multiplied by the same factors. Where a LayerNorm makes the input, its gain and bias can be divided
+instead.
 
 Legend: O output channels, C input channels, T tokens.
 """
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from perception_rt.export.quantization.formats import FP8_MAX, Scheme
+from perception_rt.export.quantization.formats import Scheme
+from perception_rt.export.quantization.rounding import ROUNDING, as_e4m3, fp8_rows
 
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
@@ -27,10 +30,12 @@ Array = np.ndarray[Any, Any]
 # Relative error of a layer's output above which the layer is excluded. Rounding alone gives 0.01 in
 # int8 and 0.04 in fp8, an outlier channel 0.1 and more.
 MAX_LAYER_ERROR = 0.05
-# For a head in fp8: share of the tokens whose likeliest successor stays the same.
-LEAST_AGREEMENT = 0.99
+# Share of a module's layers that `back_off` leaves in float at most: beyond it, int8 gains little.
+MOST_IN_FLOAT = 1 / 3
 _WORTH = 0.9  # smoothing or clipping is kept if the error falls to this part of what it was
 _MAX_SMOOTHING = 1000.0  # largest factor of a channel; larger ones overflow in float16
+# Schemes with one activation scale per tensor, which a large channel coarsens for all others.
+_PER_TENSOR: Collection[Scheme] = ("fp8", "int8")
 
 
 @dataclass(slots=True)
@@ -40,24 +45,30 @@ class Measured:
     Attributes:
         errors: largest relative error of the output under the scheme.
         largest: largest magnitude of the input.
-        inputs: largest magnitude of each input channel, float32 (C,); fp8 only.
-        weights: largest magnitude of each weight column, float32 (C,); fp8 only.
+        inputs: largest magnitude of each input channel, float32 (C,); fp8 and int8 only.
+        weights: largest magnitude of each weight column, float32 (C,); fp8 and int8 only.
+        norms: gain and bias of the LayerNorm that makes the input; no entry if nothing or
+            something else makes it.
         ranges: input ranges that clip outliers, from a range finder.
         clipped: layers for which `ranges` is better than `largest`.
         rejected: layers that are excluded for another reason than their own error.
         smoothed: layers whose channels are smoothed.
-        decided: excluded layers, set by `decide`; None to derive them from the measurement.
+        decided: excluded layers, set by `decide` or `back_off`; None to derive them from `errors`
+            and `rejected`.
+        cosine: least cosine of the whole module's output with float32, simulated; None if unknown.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, Array] = field(default_factory=dict)
     weights: dict[str, Array] = field(default_factory=dict)
+    norms: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ranges: dict[str, float] = field(default_factory=dict)
     clipped: set[str] = field(default_factory=set)
     rejected: set[str] = field(default_factory=set)
     smoothed: set[str] = field(default_factory=set)
     decided: frozenset[str] | None = None
+    cosine: float | None = None
 
     def decide(
         self, excluded: Collection[str], smoothed: Collection[str], clipped: Collection[str]
@@ -97,7 +108,7 @@ class Measured:
         return self.ranges[name] if name in self.clipped else self.largest[name]
 
     def add(self, found: "Measured", prefix: str = "") -> None:
-        """Adds the measurement of a submodule whose weight names have a prefix here."""
+        """Adds the measurement of a submodule whose parameter names have a prefix here."""
         for mine, theirs in (
             (self.errors, found.errors),
             (self.largest, found.largest),
@@ -108,9 +119,15 @@ class Measured:
             for name, value in theirs.items():
                 assert prefix + name not in mine
                 mine[prefix + name] = value  # type: ignore[assignment]
+        for name, norm in found.norms.items():
+            self.norms[prefix + name] = tuple(prefix + parameter for parameter in norm)
         self.rejected |= {prefix + name for name in found.rejected}
         self.smoothed |= {prefix + name for name in found.smoothed}
         self.clipped |= {prefix + name for name in found.clipped}
+        if found.decided is not None:
+            decided = {prefix + name for name in found.decided}
+            self.decided = frozenset(decided | (self.decided or set()))
+        self.cosine = found.cosine
 
 
 def _logarithms(peaks: Array) -> Array:
@@ -136,7 +153,7 @@ def measure_layers(
 
     Args:
         module: in float32, each parameter in a storage of its own.
-        run: calls the module on calibration inputs; called up to three times in fp8.
+        run: calls the module on calibration inputs; called up to three times in fp8, twice in int8.
         scheme: quantisation of the layers.
         ranges: range finder for fp8; None uses the largest magnitudes.
 
@@ -151,27 +168,120 @@ def measure_layers(
     if ranges is not None:
         measured.ranges = ranges.ranges()
         measured.clipped = set(measured.ranges)
-        better = _improved(names, run, measured, measured.clipped)
+        better = _improved(names, run, measured, measured.clipped, scheme)
         measured.clipped = set(better)
         measured.errors |= better
     excluded = measured.excluded()
-    if scheme == "fp8" and excluded:
-        measured.smoothed = set(excluded)
-        better = _improved(names, run, measured, excluded)
-        better = {name: error for name, error in better.items() if error <= MAX_LAYER_ERROR}
-        measured.smoothed = set(better)
-        measured.errors |= better
+    if scheme in _PER_TENSOR and excluded:
+        _smooth(names, run, measured, excluded, scheme, most=MAX_LAYER_ERROR)
     return result, measured
 
 
+def _smooth(
+    names: Mapping[int, str],
+    run: Callable[[], object],
+    measured: Measured,
+    layers: Collection[str],
+    scheme: Scheme,
+    *,
+    most: float = math.inf,
+    worth: float = _WORTH,
+) -> None:
+    """Smooths those layers that it improves, to an error of at most `most`."""
+    before = measured.smoothed
+    layers = measured.inputs.keys() & layers
+    measured.smoothed = before | layers
+    better = _improved(names, run, measured, layers, scheme, worth)
+    better = {name: error for name, error in better.items() if error <= most}
+    measured.smoothed = before | set(better)
+    measured.errors |= better
+
+
 def _improved(
-    names: Mapping[int, str], run: Callable[[], object], measured: Measured, layers: Collection[str]
+    names: Mapping[int, str],
+    run: Callable[[], object],
+    measured: Measured,
+    layers: Collection[str],
+    scheme: Scheme,
+    worth: float = _WORTH,
 ) -> dict[str, float]:
-    """Errors in fp8 with the current ranges and smoothing, of those layers that they improve."""
-    mode = _Remeasuring(names, measured, layers)
+    """Errors under the current ranges and smoothing, of layers for which they are worth it."""
+    mode = _Remeasuring(names, measured, layers, scheme)
     with torch.inference_mode(), mode:
         run()
-    return {n: error for n, error in mode.errors.items() if error <= _WORTH * measured.errors[n]}
+    return {n: error for n, error in mode.errors.items() if error <= worth * measured.errors[n]}
+
+
+def simulate(module: nn.Module, run: Callable[[], T], measured: Measured, scheme: Scheme) -> T:
+    """Returns the result of `run` with all layers under the scheme, except for excluded ones."""
+    taken = measured.errors.keys() - measured.excluded()
+    with torch.inference_mode(), _Simulating(_names(module), measured, taken, scheme):
+        return run()
+
+
+def least_cosine(result: Tensor, exact: Tensor) -> float:
+    """Least cosine of any two rows (..., D)."""
+    return float(F.cosine_similarity(result, exact, dim=-1).amin())
+
+
+def back_off(
+    module: nn.Module,
+    calibrate: Callable[[], object],
+    judge: Callable[[], Tensor],
+    measured: Measured,
+    target: float,
+) -> None:
+    """Decides which layers int8 smooths and excludes, by the error of the module's output.
+
+    A module that reaches the target stays as `measure_layers` left it. Otherwise the layers that
+    gain by it are smoothed, first those after a norm. If that is not enough, the worst stay in
+    float: as few as reach the target, but no more than MOST_IN_FLOAT and the layers above
+    MAX_LAYER_ERROR. Sets `measured.cosine`.
+
+    Args:
+        module: the module whose layers were measured.
+        calibrate: calls the module as it was called when they were measured.
+        judge: calls the module on inputs like those of an engine call each, perhaps others; returns
+            rows of features, (..., D).
+        measured: measurement by `measure_layers` for int8.
+        target: cosine that each row should have with float32.
+    """
+    names = _names(module)
+    with torch.inference_mode():
+        exact = judge()
+
+    def cosine(taken: Collection[str]) -> float:
+        with torch.inference_mode(), _Simulating(names, measured, taken, "int8"):
+            return least_cosine(judge(), exact)
+
+    def is_enough() -> bool:
+        excluded = measured.excluded()
+        measured.cosine = cosine(measured.errors.keys() - excluded)
+        return measured.cosine >= target and len(excluded) <= spare
+
+    spare = int(MOST_IN_FLOAT * len(measured.errors))
+    if is_enough():
+        return
+    # Smoothing in a norm costs nothing, so any gain is worth it.
+    rest = measured.norms.keys() - measured.smoothed
+    _smooth(names, calibrate, measured, rest, "int8", worth=1.0)
+    if is_enough():
+        return
+    _smooth(names, calibrate, measured, measured.errors.keys() - measured.smoothed, "int8")
+    best_first = sorted(measured.errors, key=lambda name: (measured.errors[name], name))
+    good = sum(error <= MAX_LAYER_ERROR for error in measured.errors.values())
+    # The number of layers in int8: the largest that reaches the target, or else the least.
+    least, most = sorted((good, len(best_first) - spare))
+    tried = most
+    while least < most:
+        if cosine(best_first[:tried]) >= target:
+            least = tried
+        else:
+            most = tried - 1
+        tried = (least + most + 1) // 2
+    measured.decided = frozenset(best_first[least:])
+    measured.smoothed -= measured.decided
+    measured.cosine = cosine(best_first[:least])
 
 
 def exclude_layers(
@@ -189,7 +299,7 @@ def exclude_layers(
     names = _names(module)
     taken = sorted(set(measured.errors) - set(measured.excluded()), key=measured.errors.__getitem__)
     while taken:
-        with torch.inference_mode(), _Simulating(names, measured, taken):
+        with torch.inference_mode(), _Simulating(names, measured, taken, "fp8"):
             cosine = F.cosine_similarity(run(), exact, dim=-1).amin()
         if cosine >= least:
             return
@@ -198,48 +308,9 @@ def exclude_layers(
         taken = taken[:keep]
 
 
-class MeasuredHead:
-    """Measures fp8 on a decoder's head, which is read in pieces.
-
-    Noise on the head is noise on the logits, so besides the error it counts how often another token
-    becomes the likeliest.
-    """
-
-    def __init__(self, tokens: Tensor) -> None:
-        """Measures on normalised hidden states, float32 (1, T, C)."""
-        self._largest = tokens.abs().amax()
-        self._rounded = _as_e4m3(tokens, self._largest)
-        self._likeliest = torch.full((2, 2, tokens.shape[1]), -math.inf)  # exact, fp8: logit, id
-        self._squares = torch.zeros(2)  # sums over the difference and over the exact logits
-
-    def add(self, exact: Tensor, weight: Tensor, start: int) -> None:
-        """Adds a piece of the head.
-
-        Args:
-            exact: logits of the tokens in float32, (1, T, O).
-            weight: rows of the head, (O, C).
-            start: index of the first row.
-        """
-        rounded = F.linear(self._rounded, _fp8_rows(weight))
-        for row, logits in zip(self._likeliest, (exact[0], rounded[0]), strict=True):
-            values, ids = logits.max(dim=-1)
-            row[1] = torch.where(values > row[0], ids + start, row[1])
-            row[0] = torch.maximum(values, row[0])
-        difference = (rounded - exact).square().sum()
-        self._squares += torch.stack([difference, exact.square().sum()])
-
-    def put(self, measured: Measured, name: str) -> None:
-        """Adds the head to a measurement; rejects it if too many tokens change."""
-        measured.errors[name] = float((self._squares[0] / self._squares[1]).sqrt())
-        measured.largest[name] = float(self._largest)
-        same = (self._likeliest[0, 1] == self._likeliest[1, 1]).float().mean()
-        if not same >= LEAST_AGREEMENT:
-            measured.rejected.add(name)
-
-
 def _names(module: nn.Module) -> dict[int, str]:
     """Parameter names by storage address."""
-    return {p.untyped_storage().data_ptr(): n for n, p in module.named_parameters()}
+    return {_address(p): n for n, p in module.named_parameters()}
 
 
 class _Linears(TorchFunctionMode, ABC):
@@ -248,6 +319,8 @@ class _Linears(TorchFunctionMode, ABC):
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self.names = names
+        # Output of the last LayerNorm, and its parameters. Keeping the tensor keeps its address.
+        self.normed: tuple[Tensor, tuple[str, ...]] | None = None
 
     def __torch_function__(
         self,
@@ -256,11 +329,17 @@ class _Linears(TorchFunctionMode, ABC):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
         if func is F.linear:
-            name = self.names.get(args[1].untyped_storage().data_ptr())
+            name = self.names.get(_address(args[1]))
             if name is not None:
-                return self.linear(name, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+                return self.linear(name, *args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is F.layer_norm:
+            tensors = [x for x in (*args[2:], *kwargs.values()) if isinstance(x, Tensor)]
+            names = [self.names.get(_address(x)) for x in tensors]
+            self.normed = result, tuple(name for name in names if name is not None)
+        return result
 
     @abstractmethod
     def linear(
@@ -268,16 +347,31 @@ class _Linears(TorchFunctionMode, ABC):
     ) -> Tensor:
         """The result that the layer returns instead."""
 
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether an input is a parameter; its products are folded, and not quantised."""
+        return _address(x) in self.names
+
+    def norm_of(self, x: Tensor) -> tuple[str, ...]:
+        """Parameters of the LayerNorm of which x is the output or a part; () if there is none."""
+        if self.normed is None or _address(self.normed[0]) != _address(x):
+            return ()
+        return self.normed[1]
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
 
 class _Measuring(_Linears):
     """Compares every layer with its quantised form; returns the exact result."""
 
     def __init__(self, names: Mapping[int, str], scheme: Scheme, ranges: Ranges | None) -> None:
         super().__init__(names)
-        self.round_input, self.round_weight = _ROUNDING[scheme]
-        self.keeps_channels = scheme == "fp8"
+        self.round_input, self.round_weight = ROUNDING[scheme]
+        self.keeps_channels = scheme in _PER_TENSOR
         self.ranges = ranges
         self.measured = Measured()
+        self.others: set[str] = set()  # layers with an input that no LayerNorm makes
 
     def linear(
         self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -286,60 +380,79 @@ class _Measuring(_Linears):
         error = _error(result, self.round_input(input), self.round_weight(weight), bias)
         _raise(self.measured.errors, name, error)
         _raise(self.measured.largest, name, float(input.abs().amax()))
-        if self.keeps_channels:
-            for peaks, values in ((self.measured.inputs, input), (self.measured.weights, weight)):
-                found = values.flatten(0, -2).abs().amax(dim=0).numpy()
-                peaks[name] = np.maximum(peaks.get(name, found), found)
+        if self.keeps_channels and not self.is_constant(input):
+            self.keep_channels(name, input, weight)
         if self.ranges is not None:
             self.ranges.add(name, input)
         return result
 
+    def keep_channels(self, name: str, x: Tensor, weight: Tensor) -> None:
+        for peaks, values in ((self.measured.inputs, x), (self.measured.weights, weight)):
+            found = values.flatten(0, -2).abs().amax(dim=0).numpy()
+            peaks[name] = np.maximum(peaks.get(name, found), found)
+        norm = self.norm_of(x)
+        if norm == () or self.measured.norms.get(name, norm) != norm:
+            self.others.add(name)
+            self.measured.norms.pop(name, None)
+        elif name not in self.others:
+            self.measured.norms[name] = norm
 
-class _Fp8Linears(_Linears):
-    """Intercepts some layers, whose ranges and smoothing in fp8 are known."""
+
+class _Quantized(_Linears):
+    """Intercepts some layers, whose ranges and smoothing are known."""
 
     def __init__(
-        self, names: Mapping[int, str], measured: Measured, layers: Collection[str]
+        self,
+        names: Mapping[int, str],
+        measured: Measured,
+        layers: Collection[str],
+        scheme: Scheme,
     ) -> None:
         super().__init__(names)
         self.measured = measured
         self.layers = frozenset(layers)
+        self.scheme = scheme
+
+    def takes(self, name: str, x: Tensor) -> bool:
+        """Whether to intercept a product; one of constants is folded, so it is not quantised."""
+        return name in self.layers and not self.is_constant(x)
 
     def rounded(self, name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's input and weight as fp8 represents them."""
+        """A layer's input and weight as the scheme represents them."""
         smoothing = self.measured.smoothing(name)
         if smoothing is not None:
             factors = torch.from_numpy(smoothing)
             x, weight = x / factors, weight * factors
-        return _as_e4m3(x, torch.tensor(self.measured.range(name))), _fp8_rows(weight)
+        if self.scheme == "fp8":
+            return as_e4m3(x, torch.tensor(self.measured.range(name))), fp8_rows(weight)
+        round_input, round_weight = ROUNDING[self.scheme]
+        return round_input(x), round_weight(weight)
 
 
-class _Remeasuring(_Fp8Linears):
-    """Measures the errors of some layers in fp8; returns the exact result."""
+class _Remeasuring(_Quantized):
+    """Measures the errors of some layers; returns the exact result."""
 
-    def __init__(
-        self, names: Mapping[int, str], measured: Measured, layers: Collection[str]
-    ) -> None:
-        super().__init__(names, measured, layers)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.errors: dict[str, float] = {}
 
     def linear(
         self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         result = F.linear(input, weight, bias)
-        if name in self.layers:
+        if self.takes(name, input):
             error = _error(result, *self.rounded(name, input, weight), bias)
             _raise(self.errors, name, error)
         return result
 
 
-class _Simulating(_Fp8Linears):
-    """Computes some layers in fp8."""
+class _Simulating(_Quantized):
+    """Computes some layers under the scheme."""
 
     def linear(
         self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        if name in self.layers:
+        if self.takes(name, input):
             input, weight = self.rounded(name, input, weight)
         return F.linear(input, weight, bias)
 
@@ -355,40 +468,3 @@ def _raise(values: dict[str, float], name: str, value: float) -> None:
     """Raises a maximum to a value; NaN counts as larger than every number."""
     if not value <= values.get(name, -math.inf):
         values[name] = value
-
-
-def _uint8(x: Tensor) -> Tensor:
-    """x rounded to 256 steps between its extremes, zero included."""
-    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
-    step = ((high - low) / 255).clamp(min=1e-30)
-    zero = (-low / step).round()
-    return ((x / step).round() + zero).clamp(0, 255).sub(zero) * step
-
-
-def _int8_rows(x: Tensor) -> Tensor:
-    """x with each row rounded to 255 steps between plus and minus its largest magnitude."""
-    step = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-30)
-    return (x / step).round() * step
-
-
-def _fp8(x: Tensor) -> Tensor:
-    """x rounded to E4M3, scaled by its largest magnitude."""
-    return _as_e4m3(x, x.abs().amax())
-
-
-def _fp8_rows(x: Tensor) -> Tensor:
-    """x rounded to E4M3, each row scaled by its largest magnitude."""
-    return _as_e4m3(x, x.abs().amax(dim=-1, keepdim=True))
-
-
-def _as_e4m3(x: Tensor, largest: Tensor) -> Tensor:
-    step = (largest / FP8_MAX).clamp(min=1e-30)
-    return (x / step).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype) * step
-
-
-# How inputs and weights are rounded under each scheme.
-_ROUNDING: Mapping[Scheme, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "int8": (_uint8, _int8_rows),
-    "int8_rows": (_int8_rows, _int8_rows),
-    "fp8": (_fp8, _fp8_rows),
-}

@@ -147,7 +147,7 @@ def open_session(
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if _saturates():
+    if saturates(platform.machine()):
         # Selects integer products that are exact, but slower and take twice the memory.
         options.add_session_config_entry("session.x64quantprecision", "1")
     # Leaves Q/DQ pairs in place: versions before 1.32 move fp8 pairs across a Slice, which has no
@@ -236,11 +236,21 @@ def _releasing(package: Package, files: Sequence[str]) -> Iterator[None]:
 
 
 @cache
-def _saturates() -> bool:
-    """Whether uint8 by int8 products overflow: x86 without VNNI adds pairs in 16 bits."""
-    if platform.machine() not in ("x86_64", "AMD64") or not _CPU_INFO.is_file():
+def saturates(machine: str, cpu_info: Path = _CPU_INFO) -> bool:
+    """Whether uint8 by int8 products may overflow: x86 without VNNI adds pairs in 16 bits.
+
+    A processor that cannot be identified may be such a one, since exact products are only slower.
+
+    Args:
+        machine: name of the architecture, from `platform.machine`.
+        cpu_info: Linux' description of the processor.
+    """
+    if machine.lower() in ("arm64", "aarch64"):
         return False
-    return "vnni" not in _CPU_INFO.read_text(errors="replace")
+    try:
+        return "vnni" not in cpu_info.read_text(errors="replace")
+    except OSError:  # not Linux
+        return True
 
 
 def _value(array: Array) -> ort.OrtValue:

@@ -112,10 +112,13 @@ def _pages(nbytes: int) -> Array:
     NumPy asks for huge pages. The heads of a long row are further apart than one huge page, so its
     first token would cost most of the memory of the whole row.
     """
+    # Windows has no flags; its memory without a file is private.
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     try:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, nbytes, **flags)
     except (OSError, OverflowError):
         raise CapacityError(f"there is no memory for a cache of {nbytes} bytes") from None
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.uint8)

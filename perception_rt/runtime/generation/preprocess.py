@@ -208,7 +208,8 @@ class RequestPreprocessor:
                 together are too long.
         """
         called_at = self._clock()
-        ids = check_ids("ids", ids, self._config.decoder.vocab_size)
+        decoder = self._config.decoder
+        ids = check_ids("ids", ids, decoder.vocab_size, decoder.max_seqlen)
         self._check_pixels(pixels)
         max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 0)
         self._check_length(len(ids), max_new_tokens)
@@ -219,6 +220,9 @@ class RequestPreprocessor:
                 f"ids have {len(positions)} image tokens; {tiles} tiles of {per_tile} tokens "
                 f"need {tiles * per_tile}"
             )
+        # After the count, which bounds the work.
+        if pixels is not None and not np.isfinite(pixels).all():
+            raise InputError("pixels must be finite")
         return RequestState(
             ids=ids,
             image_positions=positions,
@@ -323,8 +327,6 @@ class RequestPreprocessor:
                 f"pixels must be float32 (tiles, 3, {side}, {side}), "
                 f"not {pixels.dtype} {pixels.shape}"
             )
-        if not np.isfinite(pixels).all():
-            raise InputError("pixels must be finite")
 
 
 def _tokenizer(package: Package, config: PlmConfig, limits: Limits) -> Tokenizer | None:
