@@ -1,8 +1,9 @@
 """Forks children that inherit an engine, and counts those that hang.
 
 `python tests/runtime/fork_tries.py PACKAGE [TRIES]` prints, as JSON and by what the children do,
-how many ended well, ended otherwise, and did not end. The parent runs the engine, of two threads,
-in a second thread meanwhile.
+how many ended well, ended otherwise, and did not end. During every other fork, a second thread of
+the parent runs the engine, which has two threads itself. During the others they rest: then a child
+that frees the engine would wait for them.
 """
 
 import gc
@@ -21,6 +22,7 @@ import perception_rt as prt
 from perception_rt.errors import BackendError
 
 LIMIT_S = 30
+REST_S = 0.2  # until the threads of an engine wait instead of spinning
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
 Engine = prt.Embedder | prt.Generator
 
@@ -114,23 +116,29 @@ def ending(pid: int) -> str:
 
 
 def work() -> None:
-    """Runs the engine until the end."""
+    """Runs the engine while the main thread forks, every other time."""
     while not done.is_set():
-        run(engine)
-        time.sleep(0.01)
+        if busy.wait(0.01):
+            run(engine)
 
 
 if __name__ == "__main__":
     tries = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     engine = prt.load(sys.argv[1], threads=2)
     expected = run(engine)
-    done = threading.Event()
+    busy, done = threading.Event(), threading.Event()
     worker = threading.Thread(target=work)
     worker.start()
     endings: dict[str, Counter[str]] = {}
     for action in (close, free, leave, use, load):
         endings[action.__name__] = Counter()
-        for _ in range(tries):
+        for index in range(tries):
+            if index % 2:
+                busy.set()
+                time.sleep(0.01)
+            else:
+                busy.clear()
+                time.sleep(REST_S)
             pid = os.fork()
             if pid == 0:
                 engines = [engine]
