@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import perception_rt as prt
+from perception_rt.cli import main
 from perception_rt.errors import (
     BackendError,
     CapacityError,
@@ -77,3 +78,9 @@ def test_commands_print_one_line(tmp_path: Path, tiny_package: Path, command: st
     lines = child.stderr.split("\n")
     assert all(map(str.isprintable, lines))
     assert len([line for line in lines if line and " s  " not in line]) == 1  # besides progress
+
+
+def test_a_wrong_command_line_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["verify", "package", f"--{HOSTILE[:-1]}"])
+    assert SHOWN[: -len(r"\ud800")] in capsys.readouterr().err

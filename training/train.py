@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 try:
-    from perception_rt.errors import InputError, PerceptionError
+    from perception_rt.errors import InputError, PerceptionError, escaped
     from training.arguments import Parser
     from training.distributed import Launch, is_first_process, process_group
     from training.planning.memory import report
@@ -109,7 +109,7 @@ def _fail(error: PerceptionError | OSError) -> int:
     message = str(error)
     if isinstance(error, OSError):  # for example a full disk while metrics are written
         message = f"{Path(str(error.filename or 'a file')).name}: {error.strerror or 'failed'}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {escaped(message)}", file=sys.stderr, flush=True)
     return _status(error)
 
 

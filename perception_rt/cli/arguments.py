@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from perception_rt.demo import package_paths
+from perception_rt.errors import escaped
 
 _NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")  # argparse takes these for values
 
@@ -27,6 +28,10 @@ class CommandParser(argparse.ArgumentParser):
         if lines:
             shown = "\n".join(["examples:", *(f"  {line}" for line in lines)])
             self.epilog = shown if self.epilog is None else f"{self.epilog}\n\n{shown}"
+
+    def error(self, message: str) -> NoReturn:
+        """Prints usage and message, whose control characters are escaped, and exits."""
+        super().error(escaped(message))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses, with the package moved to the front if an option would swallow it."""
