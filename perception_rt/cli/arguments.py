@@ -29,10 +29,6 @@ class CommandParser(argparse.ArgumentParser):
             shown = "\n".join(["examples:", *(f"  {line}" for line in lines)])
             self.epilog = shown if self.epilog is None else f"{self.epilog}\n\n{shown}"
 
-    def error(self, message: str) -> NoReturn:
-        """Prints usage and message, whose control characters are escaped, and exits."""
-        super().error(escaped(message))
-
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses, with the package moved to the front if an option would swallow it."""
         positions = [action for action in self._actions if not action.option_strings]
@@ -44,7 +40,7 @@ class CommandParser(argparse.ArgumentParser):
         """Prints how the command is used, and ends the program with status 2."""
         if message.endswith("are required: DIR"):
             message += " (the package, before options that take several values)"
-        super().error(message)
+        super().error(escaped(message))
 
     def _package_first(self, args: list[str]) -> list[str]:
         last: list[int] = []  # positions of the last values of options that take several
