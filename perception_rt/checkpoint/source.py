@@ -27,7 +27,7 @@ from perception_rt.checkpoint.names import (
 from perception_rt.checkpoint.plm_names import HF_UNUSED, current_hf_keys, tied_copy
 from perception_rt.checkpoint.readers import Header, Reader, open_reader
 from perception_rt.checkpoint.stored import Shape, Stored
-from perception_rt.checkpoint.wrappers import PlainNames, plain_names
+from perception_rt.checkpoint.wrappers import PlainNames, listed, plain_names
 from perception_rt.config import PeConfig
 from perception_rt.errors import CheckpointError
 from perception_rt.families import family_of, import_named
@@ -308,7 +308,7 @@ def _notes(reader: Reader, names: PlainNames, plan: _Plan) -> list[str]:
     notes = []
     left_out = reader.left_out + names.left_out
     if left_out:
-        notes.append(f"left out EMA weights, which --ema selects: {', '.join(left_out)}")
+        notes.append(f"left out EMA weights, which --ema selects: {listed(left_out)}")
     if reader.averaged or names.averaged:
         notes.append("averaged weights (EMA)")
     if plan.dropped:

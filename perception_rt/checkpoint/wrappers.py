@@ -6,7 +6,7 @@ Lightning put prefixes before the keys.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -88,7 +88,7 @@ def find_tensors(content: object, file: str, *, ema: bool) -> FoundTensors:
         # A loss or a discriminator may have weights of its own.
         known = {path: tensors for path, tensors in taken.items() if path and path[-1] in _MODELS}
         if len(known) != 1:
-            names = ", ".join(repr(".".join(path))[:60] for path in list(taken)[:_LISTED])
+            names = listed([".".join(path) for path in taken])
             raise CheckpointError(
                 f"{file} holds {len(taken)} sets of weights, {names}: save the one to export as a "
                 "file of its own"
@@ -102,6 +102,12 @@ def find_tensors(content: object, file: str, *, ema: bool) -> FoundTensors:
             )
     left_out = () if path in averaged else tuple(".".join(path) for path in averaged)
     return FoundTensors(tensors=tensors, averaged=path in averaged, left_out=left_out)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, without control characters, for a message."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:_LISTED]]
+    return ", ".join(f"{name:.60}" for name in shown) + (", ..." if len(names) > _LISTED else "")
 
 
 def _state_dicts(
@@ -176,7 +182,7 @@ def plain_names(keys: Collection[str], starts: tuple[str, ...], *, ema: bool) ->
         return PlainNames(keys=names)
     if len(taken) > 1:
         raise CheckpointError(
-            f"its keys hold {len(taken)} models, {', '.join(taken[:_LISTED])}: save the one to "
+            f"its keys hold {len(taken)} models, {listed(taken)}: save the one to "
             "export as a file of its own"
         )
     prefix = taken[0]

@@ -341,3 +341,10 @@ def test_a_head_with_the_copy_that_peft_saves(tmp_path):
     tied = plm_golden(PLM_FILES[0])
     with pytest.raises(CheckpointError, match="'lm_head' is"):
         AdaptedWeights(Base(tied.weights), tmp_path / "a", tied.config)
+
+
+def test_a_packed_matrix_by_its_own_name(tmp_path):
+    width = PLM.config.vision.width
+    path = "vision_model.transformer.resblocks.0.attn.in_proj"
+    product = write_adapter(tmp_path / "a", {path: (3 * width, width)})[path]
+    check(tmp_path / "a", PLM.weights, PLM.config, {f"{path}_weight": product}, 3.0)

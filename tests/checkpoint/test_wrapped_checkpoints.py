@@ -213,7 +213,7 @@ def test_weights_that_are_averaged_only_and_not_at_all(tmp_path):
     [
         (
             lambda: {"student": stored(), "teacher": stored(seed=2)},
-            r"holds 2 sets of weights, 'student', 'teacher': save the one to export",
+            r"holds 2 sets of weights, student, teacher: save the one to export",
         ),
         (
             lambda: stored(prefix="student.") | stored(seed=2, prefix="teacher."),
@@ -222,7 +222,7 @@ def test_weights_that_are_averaged_only_and_not_at_all(tmp_path):
         (lambda: {"state_dict": stored(), "model": stored(seed=2)}, "2 sets of weights"),
         (
             lambda: {"ema": stored(), "model_ema": stored(seed=2)},
-            "2 sets of weights, 'ema', 'model_ema'",
+            "2 sets of weights, ema, model_ema",
         ),
         (
             lambda: stored(prefix="module.") | {"logit_scale": torch.zeros(())},
@@ -245,6 +245,14 @@ def test_loading_stays_strict(tmp_path, content, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(tmp_path / "a.pt", CLIP)
     assert str(caught.value).startswith("a.pt") and "\n" not in str(caught.value)
+
+
+def test_names_are_shown_without_control_characters(tmp_path):
+    torch.save({"model": stored(), "ema\x1b[2J\n": stored()}, tmp_path / "a.pt")
+    assert assert_holds(tmp_path / "a.pt").notes[0].endswith("'ema\\x1b[2J\\n'")
+    torch.save({"a\n": stored(), "b": stored()}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match=r"2 sets of weights, 'a\\n', b: save the one"):
+        open_checkpoint(tmp_path / "b.pt", CLIP)
 
 
 def test_a_loss_with_weights_of_its_own_is_not_the_model(tmp_path):
