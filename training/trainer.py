@@ -22,7 +22,7 @@ from torch import nn
 from perception_rt.errors import PerceptionError
 from training import parallel
 from training.atomic_files import METRICS_FILE, RECIPE_FILE, write_text
-from training.checkpoint.store import Checkpoints, full_weights, require_new
+from training.checkpoint.store import Checkpoints, full_weights, require_startable
 from training.distributed import Group, expected_group, total
 from training.metrics import Meter, MetricsLog
 from training.model.export import WEIGHTS_FILE
@@ -51,8 +51,9 @@ def check(config: TrainConfig, task: Task) -> None:
 
     Raises:
         InputError: `run.out_dir` is in use, a file is missing, or ranks or model do not fit.
+        CheckpointError: the run to be resumed computes something else.
     """
-    require_new(config.run)
+    require_startable(config)
     group = expected_group(config.run.device, config.parallel.tensor)
     task.check(group)
     with torch.device("meta"):

@@ -126,14 +126,18 @@ def test_a_mistake_of_one_rank_ends_all(tmp_path: Path) -> None:
     assert job.stderr(1).startswith("error: recipe ")
 
 
-def test_a_folder_in_use_is_reported_once(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_fit_is_reported_once(tmp_path: Path) -> None:
     out_dir = tmp_path / "run"
     finish(out_dir, "schedule.steps=2")
-    job = start(out_dir, "schedule.steps=2", ranks=2)
-    assert job.wait(30) == [2, 2]
-    lines = [line for rank in range(2) for line in job.stderr(rank).splitlines()]
-    assert len(lines) == 1
-    assert "holds a run; continue it with --set run.resume=true" in lines[0]
+    for settings, status, message in (
+        ((), [2, 2], "holds a run; continue it with --set run.resume=true"),
+        (("run.resume=true", "optim.lr=1"), [1, 1], "was saved with optim.lr = 0.003, not 1.0"),
+    ):
+        job = start(out_dir, "schedule.steps=2", *settings, ranks=2)
+        assert job.wait(30) == status
+        lines = [line for rank in range(2) for line in job.stderr(rank).splitlines()]
+        assert len(lines) == 1
+        assert message in lines[0]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 
 from perception_rt.errors import CheckpointError, InputError
+from training.atomic_files import RECIPE_FILE
 from training.checkpoint.files import (
     FOLDER,
     LAST,
@@ -31,6 +32,7 @@ from training.checkpoint.files import (
     ShardWriter,
     complete,
     discard,
+    entry_of,
     names_of,
     read_manifest,
     read_recipe_of,
@@ -42,7 +44,7 @@ from training.checkpoint.files import (
 )
 from training.data.loader import LaneStream
 from training.distributed import Group
-from training.recipe.schema import RunConfig, TrainConfig
+from training.recipe.schema import TrainConfig
 from training.recipe.tree import leaves
 from training.tasks.task import Learner
 
@@ -221,7 +223,11 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         stream: LaneStream[Any, Any],
     ) -> None:
-        self._require_same_settings(folder)
+        if steps := _same_settings(folder, self._config):
+            self._tell(
+                f"schedule.steps rises from {steps} to {self._config.schedule.steps}; from now on, "
+                "the learning rate follows the new schedule"
+            )
         reader = HuggingFaceStorageReader(str(folder))
         saved = {key: entry.size for key, entry in saved_tensors(reader).items()}
         _give_moments(learner, optimizer, saved)
@@ -234,31 +240,52 @@ class Checkpoints:
         stream.load_state(state["data"])
         self._step = read_manifest(folder).step
 
-    def _require_same_settings(self, folder: Path) -> None:
-        """CheckpointError unless the saved recipe computes the same, apart from more steps."""
-        saved, wanted = _decisive(read_recipe_of(folder)), _decisive(self._config)
-        for key in {**wanted, **saved}:
-            if key == _STEPS and int(wanted[key]) > int(saved[key]):
-                self._tell(
-                    f"schedule.steps rises from {saved[key]} to {wanted[key]}; from here on, the "
-                    "learning rate follows the new schedule"
-                )
-                continue
-            if saved.get(key) != wanted.get(key):
-                raise CheckpointError(
-                    f"checkpoint {folder.name} was saved with {key} = {saved.get(key)}, "
-                    f"not {wanted.get(key)}"
-                )
-
     def _tell(self, text: str) -> None:
         if self._main:
             print(text, file=sys.stderr, flush=True)
 
 
-def require_new(config: RunConfig) -> None:
-    """Raises an InputError if `out_dir` holds a run that is not to be resumed."""
-    if not config.resume and names_of(Path(config.out_dir) / FOLDER):
-        raise _used(config.out_dir)
+def require_startable(config: TrainConfig) -> None:
+    """Finds out without a process group whether a run may start or be resumed.
+
+    Raises:
+        InputError: `out_dir` holds a run that is not to be resumed.
+        CheckpointError: the run to be resumed computes something else.
+    """
+    folder = Path(config.run.out_dir) / FOLDER
+    names = names_of(folder)
+    if names and not config.run.resume:
+        raise _used(config.run.out_dir)
+    if names and _has_whole_recipe(folder / names[0]):
+        _same_settings(folder / names[0], config)
+
+
+def _has_whole_recipe(folder: Path) -> bool:
+    try:
+        return entry_of(folder / RECIPE_FILE) in read_manifest(folder).files
+    except (CheckpointError, OSError):
+        return False  # a damaged checkpoint is skipped later
+
+
+def _same_settings(folder: Path, config: TrainConfig) -> int | None:
+    """Compares the saved recipe with this one.
+
+    Returns:
+        The saved number of steps if this recipe has more, else None.
+
+    Raises:
+        CheckpointError: the saved recipe computes something else, apart from more steps.
+    """
+    saved, wanted = _decisive(read_recipe_of(folder)), _decisive(config)
+    steps = int(saved[_STEPS])
+    longer = config.schedule.steps > steps
+    for key in {**wanted, **saved}:
+        if saved.get(key) != wanted.get(key) and not (longer and key == _STEPS):
+            raise CheckpointError(
+                f"checkpoint {folder.name} was saved with {key} = {saved.get(key)}, "
+                f"not {wanted.get(key)}"
+            )
+    return steps if longer else None
 
 
 def _used(out_dir: str) -> InputError:
