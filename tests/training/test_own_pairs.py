@@ -17,7 +17,7 @@ from perception_rt.errors import InputError, PerceptionError
 from perception_rt.models.pe import PerceptionEncoder
 from training.consolidate import main as consolidate
 from training.data.pairs import PairSource
-from training.data.shards import divide
+from training.data.shards import Index, Jsonl, divide
 from training.data.validation import ValidationPairs
 from training.model import lora
 from training.recipe.schema import ContrastiveConfig, TrainConfig
@@ -76,14 +76,35 @@ def test_kept_pairs_are_never_trained_on(tiny: Tiny, pairs: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_a_shard_is_divided_by_its_name_alone() -> None:
-    index = np.arange(30).reshape(10, 3)
-    for fraction, kept in ((0.0, 0), (0.01, 1), (0.34, 3), (0.99, 9)):
-        train, validation = divide(index, Path("a/x.jsonl"), fraction)
+class Numbers(Jsonl):
+    """Ten rows, two of each image."""
+
+    def index(self, shard: Path) -> Index:
+        return np.arange(30).reshape(10, 3)
+
+    def images(self, shard: Path, index: Index) -> list[str]:
+        return [str(entry[0] // 6) for entry in index]
+
+
+def test_a_shard_is_divided_by_images_in_an_order_of_its_name() -> None:
+    rows = Numbers("")
+    index = rows.index(Path())
+    for fraction, kept in ((0.0, 0), (0.01, 2), (0.2, 2), (0.3, 4), (0.99, 8)):
+        train, validation = divide(rows, Path("a/x.jsonl"), fraction)
         assert (len(train), len(validation)) == (10 - kept, kept)
         assert sorted([*train[:, 0], *validation[:, 0]]) == index[:, 0].tolist()
-        assert np.array_equal(divide(index, Path("b/x.jsonl"), fraction)[1], validation)
-    assert len(divide(index[:1], Path("x.jsonl"), 0.5)[0]) == 1
+        assert not set(rows.images(Path(), train)) & set(rows.images(Path(), validation))
+        assert np.array_equal(divide(rows, Path("b/x.jsonl"), fraction)[1], validation)
+
+
+def test_lines_of_an_image_stay_together(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps({"image": f"{i % 20}.png", "caption": f"{i}"}) for i in range(100)]
+    path.write_text("\n".join([*lines, "{broken"]))
+    found = [set(Jsonl("").images(path, part)) for part in divide(Jsonl(""), path, 0.25)]
+    assert len(found[0] | found[1]) == 21
+    assert not found[0] & found[1]
+    assert len(found[1]) in (5, 6)
 
 
 def test_a_run_reports_retrieval_of_a_fraction(tiny: Tiny, pairs: Path) -> None:

@@ -145,9 +145,7 @@ class PairSource:
         with self._lock:
             index = self._indices.get(shard)
             if index is None:
-                path = self.shards[shard]
-                whole = self.format.index(path)
-                index, _ = divide(whole, path, self.config.validation_fraction)
+                index, _ = divide(self.format, self.shards[shard], self.config.validation_fraction)
                 self._indices[shard] = index
                 self._samples[shard] = len(index)
             order = self._orders.get((epoch, shard))

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,9 @@ class Format(Protocol):
 
     def name(self, shard: Path, entry: Index) -> str:
         """Returns the place of an index row for reports."""
+
+    def images(self, shard: Path, index: Index) -> list[str]:
+        """Returns a text for each index row that is the same for rows of the same image."""
 
 
 class Jsonl:
@@ -103,6 +106,14 @@ class Jsonl:
         """See `Format.name`."""
         return f"{shard.name} line {entry[-1]}"
 
+    def images(self, shard: Path, index: Index) -> list[str]:
+        """See `Format.images`."""
+        try:
+            with shard.open("rb") as file:
+                return [_image(file, *entry) for entry in index.tolist()]
+        except OSError as error:
+            raise _unreadable(shard, error) from None
+
 
 class Tar:
     """Reads tar shards.
@@ -142,23 +153,47 @@ class Tar:
         """See `Format.name`."""
         return f"{shard.name}#{entry[-1]}"
 
+    def images(self, shard: Path, index: Index) -> list[str]:
+        """See `Format.images`: every sample has its own."""
+        return [str(entry[-1]) for entry in index]
+
 
 def open_format(config: PairDataConfig) -> Format:
     """Returns the reader of a recipe's files."""
     return Jsonl(config.root) if config.dataset == "jsonl" else Tar()
 
 
-def divide(index: Index, shard: Path, fraction: float) -> tuple[Index, Index]:
+def divide(format: Format, shard: Path, fraction: float) -> tuple[Index, Index]:
     """Divides a shard's index into rows for training and rows kept for validation.
 
-    The division depends on the shard's name and number of samples and on the fraction, not on the
-    run's seed, so that runs with other seeds keep the same samples. At least one sample is kept,
-    and at least one is trained on.
+    All rows of an image are on the same side. The division depends on the shard's name and contents
+    and on the fraction, not on the run's seed, so that runs with other seeds keep the same samples.
+    At least one image is kept, and at least one is trained on.
+
+    Args:
+        format: reader of the shard.
+        shard: the shard.
+        fraction: share of the samples to keep; 0 keeps none.
     """
-    count = len(index)
-    kept = min(count - 1, max(1, round(count * fraction))) if fraction and count else 0
-    order = np.random.default_rng(zlib.crc32(shard.name.encode())).permutation(count)
-    return index[np.sort(order[kept:])], index[np.sort(order[:kept])]
+    index = format.index(shard)
+    if not fraction or not len(index):
+        return index, index[:0]
+    _, image, rows = np.unique(format.images(shard, index), return_inverse=True, return_counts=True)
+    order = np.random.default_rng(zlib.crc32(shard.name.encode())).permutation(len(rows))
+    # The first images in this order whose rows are as many as wanted.
+    wanted = np.searchsorted(np.cumsum(rows[order]), round(len(index) * fraction)) + 1
+    kept = np.isin(image, order[: min(wanted, len(rows) - 1)])
+    return index[~kept], index[kept]
+
+
+def _image(file: BinaryIO, offset: int, size: int, number: int) -> str:
+    """The image or video that a line names; an unreadable line stands for itself."""
+    file.seek(offset)
+    try:
+        fields = _json_object(file.read(size))
+    except SampleError:
+        return f"line {number}"
+    return repr(first_of(fields, (*IMAGE_KEYS, "video")))
 
 
 def _add_member(samples: dict[str, list[int]], member: tarfile.TarInfo) -> None:

@@ -69,9 +69,10 @@ class ValidationPairs:
 
     def _all_rows(self) -> Iterator[tuple[Path, Index]]:
         for shard in self._shards:
-            index = self._format.index(shard)
-            if not self._config.validation_path:
-                _, index = divide(index, shard, self._config.validation_fraction)
+            if self._config.validation_path:
+                index = self._format.index(shard)
+            else:
+                _, index = divide(self._format, shard, self._config.validation_fraction)
             yield from ((shard, entry) for entry in index)
 
     def _read(self, row: tuple[Path, Index]) -> Pair | Unusable:
