@@ -1,17 +1,14 @@
-"""Recognises the `config.json` that other libraries put beside weights, by its content.
+"""Finds the `config.json` that transformers puts beside weights.
 
-Each kind has a module that reads it: `hf_plm` for transformers' PerceptionLM.
+`hf_plm` reads that of a PerceptionLM; timm's is read by `encoder_config`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from perception_rt.checkpoint.json_files import Section, find_beside, read_json
 
 CONFIG_JSON = "config.json"
-Kind = Literal["perception_lm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +17,16 @@ class HubConfig:
 
     Attributes:
         file: path of the file.
-        kind: library and model that it describes; None for one that this library cannot read.
         root: its content.
     """
 
     file: Path
-    kind: Kind | None
     root: Section
+
+    @property
+    def is_plm(self) -> bool:
+        """Whether it describes a PerceptionLM of transformers."""
+        return self.root.content.get("model_type") == "perception_lm"
 
     @property
     def label(self) -> str:
@@ -50,12 +50,4 @@ def find_hub_config(path: Path | str) -> HubConfig | None:
     file = find_beside(Path(path), CONFIG_JSON)
     if file is None:
         return None
-    root = Section(file.name, read_json(file))
-    return HubConfig(file=file, kind=kind_of(root.content), root=root)
-
-
-def kind_of(content: Mapping[str, Any]) -> Kind | None:
-    """The kind of a `config.json`, by its content; None if it is unknown."""
-    if content.get("model_type") == "perception_lm":
-        return "perception_lm"
-    return None
+    return HubConfig(file=file, root=Section(file.name, read_json(file)))

@@ -4,12 +4,12 @@ Fields that older releases name otherwise are read under both names.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perception_rt.checkpoint.hf_config import HubConfig
 from perception_rt.checkpoint.json_files import Section
-from perception_rt.checkpoint.timm_config import timm_tower
+from perception_rt.checkpoint.timm_encoder import timm_tower
 from perception_rt.config import VisionConfig
 from perception_rt.errors import InputError
 from perception_rt.plm_config import DecoderConfig, PlmConfig
@@ -55,6 +55,7 @@ _TOWER_FIELDS = (
     "use_rope2d",
     "use_ln_pre",
     "use_ln_post",
+    "timm_grid",
 )
 
 
@@ -76,7 +77,7 @@ class PlmFacts:
         missing: dotted names in the file of the fields that it lacks, by our names.
 
     Args:
-        hub: a `config.json` of kind "perception_lm".
+        hub: a `config.json` of a PerceptionLM.
 
     Raises:
         InputError: a field is mistyped, or has a value that this library does not support.
@@ -191,7 +192,7 @@ class PlmFacts:
         if "architecture" not in section:
             self.missing[_VISION] = section.name("architecture")
             return
-        tower = timm_tower(section)
+        tower = _tower(section)
         self.found[_VISION] = Fact(tower, section.name("model_args"))
         has_token = root.read("vision_use_cls_token", bool, tower.use_cls_token)
         if has_token != tower.use_cls_token:
@@ -199,6 +200,23 @@ class PlmFacts:
                 f"vision_use_cls_token is {has_token}, and class_token of the tower is "
                 f"{tower.use_cls_token}; they must be equal"
             )
+
+
+def _tower(section: Section) -> VisionConfig:
+    """The tower of a `vision_config`, without pooling, and without a norm after it."""
+    where = section.name("model_args")
+    args = section.section("model_args", {}).content
+    try:
+        tower = timm_tower(section.content["architecture"], {**args, "num_classes": 0}, where)
+    except InputError as error:
+        raise section.error(str(error)) from None
+    return replace(
+        tower,
+        pool_type="none",
+        use_ln_post=tower.use_ln_post and not tower.norm_after_pool,
+        norm_after_pool=False,
+        timm_grid=None if tower.timm_grid == tower.grid else tower.timm_grid,
+    )
 
 
 def check_agreement(

@@ -9,13 +9,13 @@ project writes `model.json` beside an encoder.
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perception_rt.checkpoint.git_lfs import refuse_pointer
-from perception_rt.checkpoint.hf_config import HubConfig, Kind, find_hub_config, kind_of
+from perception_rt.checkpoint.hf_config import HubConfig, find_hub_config
 from perception_rt.checkpoint.hf_plm import PlmFacts, check_agreement
 from perception_rt.checkpoint.hf_processor import (
     ProcessorFacts,
@@ -245,24 +245,23 @@ def find_config(path: Path | str) -> Config | None:
         config = _named(file, PlmConfig.from_dict)
         check_config(config, file.name, path)
         return config
-    hub = find_hub_config(path)
-    if hub is not None and hub.kind is not None:
-        return _ARCHITECTURES[hub.kind](hub, path)
+    facts = _plm_facts(find_hub_config(path), path)
+    if facts is not None:
+        return facts.config()
     file = _of_run(path)
     return None if file is None else _named(file, parse_config)
 
 
 def parse_architecture(values: Any, file: Path) -> Config:
-    """The architecture in the JSON values of a file: our fields, or another library's.
+    """The architecture in the JSON values of a file: our fields, or a PerceptionLM's `config.json`.
 
     Raises:
         InputError: names unknown, missing and mistyped keys.
     """
-    kind = kind_of(values) if isinstance(values, dict) else None
-    if kind is None:
+    if not isinstance(values, dict):
         return parse_config(values)
-    hub = HubConfig(file=file, kind=kind, root=Section(file.name, values))
-    return _ARCHITECTURES[kind](hub, file)
+    facts = _plm_facts(HubConfig(file=file, root=Section(file.name, values)), file)
+    return parse_config(values) if facts is None else facts.config()
 
 
 def check_config(
@@ -282,22 +281,12 @@ def check_config(
 
 
 def _plm_facts(hub: HubConfig | None, path: Path) -> PlmFacts | None:
-    """Content of a PerceptionLM's `config.json`, compared with its processor."""
-    if hub is None or hub.kind != "perception_lm":
+    """Content of a PerceptionLM's `config.json`, compared with its processor; else None."""
+    if hub is None or not hub.is_plm:
         return None
     facts = PlmFacts(hub)
     check_processor(path, facts)
     return facts
-
-
-def _hf_plm(hub: HubConfig, path: Path) -> Config:
-    facts = _plm_facts(hub, path)
-    assert facts is not None
-    return facts.config()
-
-
-# What reads each kind of `config.json`, given it and the path of the weights.
-_ARCHITECTURES: Mapping[Kind, Callable[[HubConfig, Path], Config]] = {"perception_lm": _hf_plm}
 
 
 def _of_run(path: Path) -> Path | None:
@@ -335,7 +324,7 @@ def find_tiles(path: Path | str, tile_size: int) -> TileSpec:
     given = data if isinstance(data, dict) else {}
     fields = {ours: given[theirs] for theirs, ours in _TILE_FIELDS.items() if theirs in given}
     hub = find_hub_config(path)
-    if hub is not None and hub.kind == "perception_lm":
+    if hub is not None and hub.is_plm:
         facts = ProcessorFacts(path, tile_size)
         for theirs, ours in _TILE_FIELDS.items():
             fact = facts.found.get(ours)
@@ -381,7 +370,7 @@ def find_end_ids(path: Path | str) -> tuple[int, ...] | None:
     """
     path = Path(path)
     hub = find_hub_config(path)
-    if hub is None or hub.kind != "perception_lm":
+    if hub is None or not hub.is_plm:
         return None
     ids = read_end_ids(path, hub.root)
     if ids is None and find_beside(path, CONFIG_NAME) is None:

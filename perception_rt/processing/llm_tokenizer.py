@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -68,6 +68,8 @@ class TokenizerSpec(Record):
     image_token_id: int
     end_ids: tuple[int, ...] | None = None
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"end_ids"})
+
     def __post_init__(self) -> None:
         without = self.kind == "bytes"
         if (self.file is None) != without or (self.sha256 is None) != without:
@@ -82,13 +84,6 @@ class TokenizerSpec(Record):
         for token in ids or ():
             if not 0 <= token < self.vocab_size:
                 raise InputError(f"end_ids has {token}, which is not in 0 to {self.vocab_size - 1}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; without `end_ids` if it is None, as in earlier packages."""
-        values = Record.to_dict(self)
-        if self.end_ids is None:
-            del values["end_ids"]
-        return values
 
 
 class Tokenizer:

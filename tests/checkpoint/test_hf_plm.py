@@ -92,6 +92,8 @@ ARGS = "vision_config.model_args"
         ({f"{ARGS}.use_post_transformer_norm": None}, "vision", {"use_ln_post": True}),
         ({f"{ARGS}.mlp_ratio": 2}, "vision", {"mlp_ratio": 2.0}),
         ({f"{ARGS}.patch_size": 28, f"{ARGS}.ref_feat_shape": 2}, "vision", {"patch_size": 28}),
+        ({f"{ARGS}.ref_feat_shape": [8, 8]}, "vision", {"timm_grid": 8}),
+        ({f"{ARGS}.global_pool": "avg", f"{ARGS}.use_post_transformer_norm": None}, "vision", {}),
         ({f"{ARGS}.img_size": 84, f"{ARGS}.ref_feat_shape": [6, 6]}, "vision",
          {"image_size": 84}),
         ({f"{ARGS}.class_token": False, "vision_use_cls_token": False}, "vision",
@@ -184,12 +186,11 @@ def test_all_missing_fields_are_named_and_another_file_may_have_them(folder: Pat
         ("image_token_id", 5000, "image_token_id 5000 is not in 0 to 1255"),
         ("vision_use_cls_token", False, "vision_use_cls_token is False, and class_token of"),
         ("vision_config.model_type", "clip", "model_type is 'clip'; only 'timm_wrapper'"),
-        ("vision_config.architecture", "resnet50", "is 'resnet50', which is no Perception Enc"),
-        (f"{ARGS}.swiglu_mlp", True, "model_args.swiglu_mlp is True; only False is supported"),
-        (f"{ARGS}.new_thing", 1, "model_args.new_thing is an argument that this library does not"),
-        (f"{ARGS}.img_size", [56, 70], r"img_size is \[56, 70\]; only squares are supported"),
-        (f"{ARGS}.ref_feat_shape", [8, 8], "ref_feat_shape is 8, which scales the positions"),
-        (f"{ARGS}.rope_grid_offset", 0, "rope_grid_offset is 0; a tower with a class token"),
+        ("vision_config.architecture", "resnet50", "config.json: architecture 'resnet50' is not"),
+        (f"{ARGS}.swiglu_mlp", True, "vision_config.model_args.swiglu_mlp must be False"),
+        (f"{ARGS}.new_thing", 1, "unknown fields vision_config.model_args.new_thing"),
+        (f"{ARGS}.img_size", [56, 70], "img_size must be a square, not 56x70"),
+        (f"{ARGS}.rope_grid_offset", 0, "rope_grid_offset must be 1, not 0"),
     ],
 )
 def test_what_is_not_supported_is_named(folder: Path, field: str, value: Any, message: str) -> None:
@@ -327,9 +328,7 @@ def test_end_tokens(folder: Path) -> None:
 
 def test_a_pointer_of_git_lfs(folder: Path) -> None:
     (folder / CONFIG).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(
-        CheckpointError, match=r"config\.json is a Git LFS pointer, .* lfs pull"
-    ):
+    with pytest.raises(CheckpointError, match=r"config\.json is a Git LFS pointer, .* lfs pull"):
         find_config(folder)
 
 
