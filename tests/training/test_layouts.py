@@ -15,6 +15,7 @@ from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
 from perception_rt.processing.prompt import Tiles, Turn
 from perception_rt.processing.tiles import TileSpec
 from training.data.datasets import LineDataset
+from training.data.jsonl import JsonLines
 from training.data.layouts import read_layout
 from training.data.media import MediaFolders
 from training.data.pairs import PairSource
@@ -225,3 +226,12 @@ def test_a_json_array_is_not_jsonl(text: str, tmp_path: Path) -> None:
         LineDataset("a", DatasetConfig(annotation=str(path)), 0, 0, validation=False)
     with pytest.raises(InputError, match=r"a\.jsonl' is a JSON array"):
         pair_source(path).read(0, 0)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_are_left_out(end: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(end.join(["", "1", "", "", "[2]", "3", "4", "", ""]).encode())
+    lines = JsonLines(path, "set")
+    assert [lines.load(number) for number in range(len(lines))] == [1, [2], 3, 4]
+    assert [lines.where(number)[-1] for number in range(4)] == ["2", "5", "6", "7"]

@@ -1,10 +1,12 @@
 """Reads lines of jsonl files by number. Only the line offsets are kept in memory.
 
-A dataset is one file, or all files of a directory in the order of their names. Lines are parsed as
-JSON; `records.py` interprets them.
+A dataset is one file, or all files of a directory in the order of their names. Blank lines are left
+out. The others are parsed as JSON; `records.py` interprets them.
 """
 
+import io
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +24,19 @@ _MAX_LINE_BYTES = 16 * 1024 * 1024
 _NEWLINE = 10
 
 
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """The lines of a file that are not blank.
+
+    Attributes:
+        starts: byte offset of each line, and of the end of the last one.
+        places: number of each line in the file, from 0; None if no line is blank.
+    """
+
+    starts: Ints
+    places: Ints | None
+
+
 class JsonLines:
     """The lines of a dataset. Threads may share it.
 
@@ -36,8 +51,8 @@ class JsonLines:
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        self._files = [(file, _line_starts(file, name)) for file in files]
-        self._totals = np.cumsum([0, *(len(starts) - 1 for _, starts in self._files)])
+        self._files = [(file, _find_lines(file, name)) for file in files]
+        self._totals = np.cumsum([0, *(len(lines.starts) - 1 for _, lines in self._files)])
         if len(self) == 0:
             raise InputError(f"dataset {name!r:.60} is empty: {str(path)!r:.200} has no lines")
 
@@ -47,14 +62,16 @@ class JsonLines:
     def where(self, number: int) -> str:
         """Returns file and line number of a line for messages."""
         file, line = self._locate(number)
-        inside = f" {self._files[file][0].name}" if len(self._files) > 1 else ""
-        return f"{self.name}{inside} line {line + 1}"
+        path, lines = self._files[file]
+        inside = f" {path.name}" if len(self._files) > 1 else ""
+        place = line if lines.places is None else int(lines.places[line])
+        return f"{self.name}{inside} line {place + 1}"
 
     def load(self, number: int) -> Any:
         """Parses a line; InputError if it is too long or not JSON."""
         index, line = self._locate(number)
-        file, starts = self._files[index]
-        start, end = int(starts[line]), int(starts[line + 1])
+        file, lines = self._files[index]
+        start, end = int(lines.starts[line]), int(lines.starts[line + 1])
         if end - start > _MAX_LINE_BYTES:
             raise InputError(f"it has {end - start} bytes; the limit is {_MAX_LINE_BYTES}")
         with open_regular_file(str(file), f"dataset {self.name!r:.60}") as opened:
@@ -81,8 +98,7 @@ def refuse_array(text: bytes, file: Path) -> None:
         )
 
 
-def _line_starts(file: Path, name: str) -> Ints:
-    """Byte offsets of all lines, and of the end of the last one."""
+def _find_lines(file: Path, name: str) -> _Lines:
     try:
         status = file.stat()
     except OSError as error:
@@ -92,7 +108,7 @@ def _line_starts(file: Path, name: str) -> Ints:
 
 
 @lru_cache(maxsize=1024)
-def _scanned(file: Path, name: str, size: int, changed: int) -> Ints:
+def _scanned(file: Path, name: str, size: int, changed: int) -> _Lines:
     """Scans a file once, although training and evaluation both open it."""
     found = [np.zeros(1, np.int64)]
     at, end = 0, 0  # `end` is where the last line that is not blank ends
@@ -104,5 +120,23 @@ def _scanned(file: Path, name: str, size: int, changed: int) -> Ints:
             if text := data.rstrip():
                 end = at + len(text)
             at += len(data)
-    starts = np.concatenate(found)
-    return np.append(starts[starts < end], end)
+        starts = np.concatenate(found)
+        starts = np.append(starts[starts < end], end)
+        blank = _blank(opened, starts)
+    if not blank.any():
+        return _Lines(starts, None)
+    # A blank line becomes white space at the end of the line before it.
+    kept = np.flatnonzero(~blank)
+    return _Lines(np.append(starts[kept], end), kept)
+
+
+def _blank(file: io.FileIO, starts: Ints) -> NDArray[np.bool_]:
+    """Which lines are empty, or have a carriage return only."""
+    sizes = np.diff(starts)
+    blank = sizes == 1
+    if len(blank):
+        blank[-1] = False  # the last line ends with text
+    for line in np.flatnonzero(sizes == 2):
+        file.seek(int(starts[line]))
+        blank[line] = file.read(2) == b"\r\n"
+    return blank
