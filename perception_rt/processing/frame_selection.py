@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from perception_rt.errors import InputError
-from perception_rt.records import check_integer
+from perception_rt.records import check_integer, plain_number
 
 _MAX_SECONDS = 2**31  # of a time argument; also bounds frames per second
 _TIME_ERROR = 1e-6  # seconds by which sums of times are off
@@ -21,8 +21,8 @@ def select_frames(total: int, num_frames: int) -> list[int]:
     Raises:
         InputError: a number is not an integer of at least 1.
     """
-    check_integer("total", total, 1)
-    check_integer("num_frames", num_frames, 1)
+    total = check_integer("total", total, 1)
+    num_frames = check_integer("num_frames", num_frames, 1)
     if num_frames == 1:
         return [total // 2]
     return [i * (total - 1) // (num_frames - 1) for i in range(num_frames)]
@@ -64,9 +64,9 @@ def select_plm_frames(
     Raises:
         InputError: a number is out of range, or the clip starts after the last frame.
     """
-    check_integer("total", total, 1)
-    check_integer("max_frames", max_frames, 1)
+    total, max_frames = check_integer("total", total, 1), check_integer("max_frames", max_frames, 1)
     check_times(start_s, end_s)
+    fps = plain_number(fps)
     if fps is not None and not (type(fps) in (int, float) and 0 < fps <= _MAX_SECONDS):
         raise InputError(f"fps must be a number above 0 and at most {_MAX_SECONDS}")
     first, last = _clip(total, fps, start_s, end_s)
@@ -104,7 +104,8 @@ def check_times(start_s: float | None, end_s: float | None) -> None:
     for name, value in (("start_s", start_s), ("end_s", end_s)):
         if value is None:
             continue
-        if type(value) not in (int, float) or not 0 <= value <= _MAX_SECONDS:
+        number = plain_number(value)
+        if type(number) not in (int, float) or not 0 <= number <= _MAX_SECONDS:
             raise InputError(f"{name} must be a number of seconds from 0 to {_MAX_SECONDS}")
     if start_s is not None and end_s is not None and end_s < start_s:
         raise InputError(f"end_s {end_s:g} is before start_s {start_s:g}")

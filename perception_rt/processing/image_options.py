@@ -7,6 +7,7 @@ from typing import TypeAlias
 from PIL import ImageColor
 
 from perception_rt.errors import InputError, describe
+from perception_rt.records import plain_number
 
 RGB: TypeAlias = tuple[int, int, int]
 Background: TypeAlias = str | Sequence[int]
@@ -77,7 +78,7 @@ def _colour(value: Background) -> RGB:
         if len(channels) == 4 and channels[3] == 255:
             channels = channels[:3]
     else:
-        channels = value if isinstance(value, list | tuple) else ()
+        channels = [plain_number(c) for c in value] if isinstance(value, list | tuple) else ()
     if len(channels) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in channels):
         shown = f"{value!r:.60}" if isinstance(value, str | list | tuple) else describe(value)
         raise InputError(

@@ -475,7 +475,7 @@ def _check_agreement(
     """InputError or PackageError unless the manifest's parts fit the architecture."""
     check_graphs(package.manifest.content.graphs, config, image.height, image.width)
     if config.text is None or text is None:
-        require(config.text is text, "either the architecture or the processing lacks texts")
+        require(not (config.text or text), "either the architecture or the processing lacks texts")
         return
     if text.context_length != config.text.context_length:
         raise InputError("the architecture and the text processing differ in context length")
