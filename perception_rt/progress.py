@@ -19,7 +19,7 @@ from perception_rt.errors import escaped
 QUIET_S = 1.0  # before the first line
 TERMINAL_S = 0.2  # between updates on a terminal
 LOG_S = 5.0  # between lines elsewhere
-RATE_S = 1.0  # before the first rate of a count
+RATE_S = 0.3  # before the first rate of a count
 THREAD_NAME = "perception-rt-progress"
 
 _ERASE = "\r\x1b[K"

@@ -81,7 +81,7 @@ def _next(out: Path, pictures: dict[str, list[dict[str, Any]]]) -> list[str]:
     return [
         f"perception-rt classify {DEMO_PE} --image {digit} --label two three eight",
         f"perception-rt chat {DEMO_PLM} --image {row}",
-        'pip install "perception_rt[export]" && perception-export --help',
+        'pip install "perception_rt[export]" && perception-export --list',
     ]
 
 
