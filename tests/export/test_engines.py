@@ -180,8 +180,8 @@ def test_not_finite_weights_are_named(value: float, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_layers_that_int8_hurts_stay_in_float(tmp_path: Path) -> None:
-    """An outlier channel in the activations ruins the layer after it in int8."""
+def test_a_large_channel_that_no_norm_makes_is_smoothed_in_int8(tmp_path: Path) -> None:
+    """It would ruin the layer after it, whose input is divided in the graph."""
     data = golden("pe_core_cls")
     weights = dict(data.weights)
     for name, scale in (("c_fc.bias", 300.0), ("c_proj.weight", 1.0)):
@@ -193,8 +193,9 @@ def test_layers_that_int8_hurts_stay_in_float(tmp_path: Path) -> None:
             weights[key][:, 7] = 0.0
     hurt = replace(data, weights=weights)
     manifest = build.export_package(_plan(data.config, "int8"), hurt, tmp_path / "p")
-    left = manifest.content.target.options["float_layers"]
-    assert left == ["visual.transformer.resblocks.1.mlp.c_proj.weight"]
+    options = manifest.content.target.options
+    assert "visual.transformer.resblocks.1.mlp.c_proj.weight" in options["balanced_layers"]
+    assert options["float_layers"] == []
     assert manifest.record["fidelity"]["vision.embedding"]["cosine"] >= 0.999
 
 

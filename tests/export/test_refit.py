@@ -45,19 +45,21 @@ def test_a_refit_equals_an_export_of_the_new_weights(
         assert np.abs(old.embed_images([PICTURE]) - new.embed_images([PICTURE])).max() > 0.1
 
 
-def test_the_same_layers_stay_in_float(tiny_config: PeConfig, tuned: Path, tmp_path: Path) -> None:
+def test_the_same_layers_are_smoothed_and_stay_in_float(
+    tiny_config: PeConfig, tuned: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "old.safetensors"
     tensors = load_file(tuned)
-    excluded = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    large = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     # A useless channel dwarfs the others.
     tensors["visual.transformer.resblocks.0.ln_2.weight"][0] *= 8e3
-    tensors[excluded][:, 0] = 0
+    tensors[large][:, 0] = 0
     save_file(tensors, file)
     old = exported(tiny_config, file, "int8", tmp_path / "old")
     before = read_manifest(old).content.target.options
     direct = exported(tiny_config, tuned, "int8", tmp_path / "direct")
-    assert excluded in before["float_layers"]
-    assert excluded not in read_manifest(direct).content.target.options["float_layers"]
+    assert large in before["balanced_layers"] and before["float_layers"]
+    assert large not in read_manifest(direct).content.target.options.get("balanced_layers", [])
     after = refit_package(old, tuned, tmp_path / "new")
     assert after.content.target.options == before
 
