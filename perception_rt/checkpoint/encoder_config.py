@@ -1,10 +1,11 @@
 """Finds the configuration file of timm or open_clip at a checkpoint and reads its encoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perception_rt.checkpoint.json_files import Section, read_json
+from perception_rt.checkpoint.json_fields import as_object
+from perception_rt.checkpoint.json_files import read_json
 from perception_rt.checkpoint.open_clip_config import open_clip_encoder
 from perception_rt.checkpoint.timm_encoder import Encoder, timm_encoder
 from perception_rt.config import PeConfig, VisionConfig
@@ -12,6 +13,7 @@ from perception_rt.errors import InputError
 
 TIMM_CONFIG = "config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+_CONFIGS = (TIMM_CONFIG, OPEN_CLIP_CONFIG)
 _OPEN_CLIP_PREFIX = "open_clip_"  # of open_clip's weights files, which may lie beside timm's
 _WEIGHTS = ("*.safetensors", "*.bin")
 _MAX_BYTES = 16 * 1024 * 1024  # timm stores names of up to 21,841 classes
@@ -37,19 +39,36 @@ def find_encoder(path: Path | str, *, with_text: bool = True) -> Encoder | None:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    found: dict[str, Callable[[], Encoder]] = {}
-    timm, open_clip = (_read(folder / name) for name in (TIMM_CONFIG, OPEN_CLIP_CONFIG))
-    if timm is not None and "architecture" in timm and "model_type" not in timm:
-        found[TIMM_CONFIG] = lambda: timm_encoder(timm)
-    if open_clip is not None:
-        found[OPEN_CLIP_CONFIG] = lambda: open_clip_encoder(open_clip, with_text=with_text)
-    if not found:
+    files = [file for name in _CONFIGS if is_encoder_file(file := folder / name)]
+    if not files:
         return None
-    name = next(iter(found)) if len(found) == 1 else _chosen(path, folder)
+    file = files[0] if len(files) == 1 else folder / _chosen(path, folder)
+    return read_encoder(file, with_text=with_text)
+
+
+def is_encoder_file(file: Path) -> bool:
+    """Whether a file is a configuration of timm or open_clip; CheckpointError if it is not JSON."""
+    return file.is_file() and _library(file.name, read_json(file, _MAX_BYTES)) is not None
+
+
+def read_encoder(file: Path, *, with_text: bool = True) -> Encoder:
+    """Reads the encoder from a configuration of timm or open_clip; errors as `find_encoder`."""
+    values = read_json(file, _MAX_BYTES)
     try:
-        return found[name]()
+        data = as_object(values, "the content")
+        if _library(file.name, values) == OPEN_CLIP_CONFIG:
+            return open_clip_encoder(data, with_text=with_text)
+        return timm_encoder(data)
     except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+        raise InputError(f"{file.name}: {error}") from None
+
+
+def _library(name: str, values: object) -> str | None:
+    """The usual name of a configuration like this one; None for one of another library."""
+    fields = values if isinstance(values, Mapping) else {}
+    if name == OPEN_CLIP_CONFIG or "model_cfg" in fields:
+        return OPEN_CLIP_CONFIG
+    return TIMM_CONFIG if "architecture" in fields and "model_type" not in fields else None
 
 
 def _chosen(path: Path, folder: Path) -> str:
@@ -61,11 +80,6 @@ def _chosen(path: Path, folder: Path) -> str:
             f"export, one of {', '.join(names)}"
         )
     return OPEN_CLIP_CONFIG if path.name.startswith(_OPEN_CLIP_PREFIX) else TIMM_CONFIG
-
-
-def _read(file: Path) -> Mapping[str, Any] | None:
-    """Content of a file, or None without it; InputError unless it is an object."""
-    return Section(file.name, read_json(file, _MAX_BYTES)).content if file.is_file() else None
 
 
 def check_agreement(given: PeConfig, found: PeConfig, source: str) -> None:

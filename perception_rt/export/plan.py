@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from perception_rt.archs import PE_DEMO, PLM_DEMO, get_config
-from perception_rt.checkpoint.encoder_config import check_agreement, find_encoder
+from perception_rt.checkpoint.encoder_config import (
+    check_agreement,
+    find_encoder,
+    is_encoder_file,
+    read_encoder,
+)
 from perception_rt.checkpoint.hf_config import find_hub_config
 from perception_rt.checkpoint.hub import download
 from perception_rt.checkpoint.locate import (
@@ -23,7 +28,7 @@ from perception_rt.checkpoint.locate import (
 )
 from perception_rt.config import PeConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
-from perception_rt.errors import InputError
+from perception_rt.errors import CheckpointError, InputError
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.quantization.formats import Scheme
 from perception_rt.families import FAMILIES, Config, Family, family_of
@@ -92,7 +97,9 @@ def _described(given: Config | None, source: str, path: Path, *, with_text: bool
 
 
 def find_images(options: ExportOptions) -> ImageSpec | None:
-    """Image preprocessing in the configuration beside the weights; None without one."""
+    """Image preprocessing in the file of --config or the one beside the weights; else None."""
+    if options.config is not None and _is_encoder(Path(options.config)):
+        return read_encoder(Path(options.config), with_text=False).image
     path = _weights_path(options)
     found = None if path is None else find_encoder(path, with_text=False)
     return None if found is None else found.image
@@ -118,7 +125,17 @@ def _given_architecture(options: ExportOptions) -> tuple[Config | None, str]:
     if options.config is None:
         return None, ""
     path = Path(options.config)
+    if _is_encoder(path):
+        return read_encoder(path, with_text=options.towers != "vision").config, path.name
     return _read_config(path), path.name
+
+
+def _is_encoder(config: Path) -> bool:
+    """Whether the file of --config is one of timm or open_clip."""
+    try:
+        return is_encoder_file(config)
+    except CheckpointError:  # `_read_config` says what is wrong with it
+        return False
 
 
 def demo_configs() -> dict[str, Config]:

@@ -236,8 +236,12 @@ def test_a_text_tower_that_is_not_wanted_may_be_any(tmp_path: Path) -> None:
 def test_files_that_describe_no_encoder(tmp_path: Path) -> None:
     assert find_encoder(tmp_path) is None
     assert find_encoder(write(tmp_path, {"model_type": "llama"})) is None
+    assert find_encoder(write(tmp_path, [])) is None
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json is not a readable JSON file"):
+        find_encoder(tmp_path)
+    write(tmp_path, [], "open_clip_config.json").joinpath("config.json").unlink()
+    with pytest.raises(InputError, match=r"open_clip_config\.json: the content must be an object"):
         find_encoder(tmp_path)
 
 

@@ -91,6 +91,15 @@ def test_only_the_vision_tower(tmp_path: Path) -> None:
         assert "dropped" in str(embedder.manifest.content.weights["note"])
 
 
+def test_a_configuration_elsewhere(tmp_path: Path) -> None:
+    golden = GOLDEN / "open_clip"
+    weights = tmp_path / "weights.bin"
+    shutil.copy(golden / "open_clip_pytorch_model.bin", weights)
+    options = {"checkpoint": weights, "config": golden / "open_clip_config.json", "taps": ()}
+    with exported(tmp_path / "p", **options) as embedder:
+        check_pictures(embedder, expected("open_clip"), "image")
+
+
 def test_options_override_the_folder(tmp_path: Path) -> None:
     options = {"checkpoint": GOLDEN / "open_clip", "towers": "vision", "taps": ()}
     with exported(tmp_path / "p", **options, center_crop=True, image_size=(16, 32)) as embedder:
