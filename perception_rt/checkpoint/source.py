@@ -7,6 +7,7 @@ checks that its elements are finite.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -78,6 +79,11 @@ def state_dict(source: WeightSource, names: Collection[str]) -> dict[str, Tensor
 
 def expected_tensors(config: PeConfig | PlmConfig) -> dict[str, torch.Size]:
     """Returns names and shapes of an architecture's parameters, without allocating them."""
+    return dict(_parameters(config))
+
+
+@cache
+def _parameters(config: PeConfig | PlmConfig) -> Mapping[str, torch.Size]:
     with torch.device("meta"):
         model: nn.Module = import_named(family_of(config).model)(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -21,8 +21,6 @@ class ListedModel:
 def list_models() -> Iterator[ListedModel]:
     """Lists the released models and the demos."""
     models: dict[str, Config] = {**PE_MODELS, **PLM_MODELS, **demo_configs()}
-    counts: dict[Config, int] = {}
     for name, config in models.items():
-        if config not in counts:
-            counts[config] = sum(shape.numel() for shape in expected_tensors(config).values())
-        yield ListedModel(name=name, parameters=counts[config], config=config)
+        parameters = sum(shape.numel() for shape in expected_tensors(config).values())
+        yield ListedModel(name=name, parameters=parameters, config=config)

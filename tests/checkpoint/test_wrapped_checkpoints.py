@@ -69,7 +69,7 @@ PREFIXES = [
 
 @pytest.mark.parametrize(("config", "layout"), LAYOUTS)
 def test_every_prefix_in_every_layout(tmp_path, config, layout):
-    for number, prefix in enumerate(PREFIXES):
+    for number, prefix in enumerate(PREFIXES if layout == "reference" else PREFIXES[7:9]):
         path = tmp_path / f"{number}.safetensors"
         save_file(stored(config, layout, prefix=prefix), path)
         assert_holds(path, config)
@@ -90,7 +90,7 @@ CONTAINERS = [
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".pth.tar", ".bin"])
 def test_every_container_in_every_file(tmp_path, suffix):
-    for names in CONTAINERS:
+    for names in CONTAINERS if suffix == ".ckpt" else CONTAINERS[:1]:
         content = stored(prefix="module.")
         for name in reversed(names):
             content = {name: content, "epoch": 3, "best_acc1": torch.tensor(0.5)}
@@ -138,9 +138,12 @@ def test_files_of_torch_before_version_1_6(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "EMAWeights"]
-)
-@pytest.mark.parametrize("inner", [(), ("module",), ("state_dict",)])
+    ("name", "inner"),
+    [
+        ("state_dict_ema", ()), ("model_ema", ("module",)), ("ema", ("state_dict",)),
+        ("ema_state_dict", ()), ("ema_model", ("model", "module")), ("EMAWeights", ()),
+    ],
+)  # fmt: skip
 def test_averaged_weights_are_taken_on_request(tmp_path, name, inner):
     averaged = stored(seed=2, prefix="module.")
     for key in inner:
@@ -155,8 +158,15 @@ def test_averaged_weights_are_taken_on_request(tmp_path, name, inner):
 
 
 @pytest.mark.parametrize("prefix", ["ema_model.", "model_ema.module.", "ema.model.", "ema."])
-@pytest.mark.parametrize("model", ["model.", ""])
-@pytest.mark.parametrize(("config", "layout"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("config", "layout", "model"),
+    [
+        (CLIP, "reference", ""),
+        (CLIP, "open_clip", "model."),
+        (PLM, "original", "model."),
+        (PLM, "hf", ""),
+    ],
+)
 def test_averaged_weights_beside_the_others(tmp_path, prefix, model, config, layout):
     both = stored(config, layout, prefix=model)
     both |= stored(config, layout, seed=2, prefix=prefix)

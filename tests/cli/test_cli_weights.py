@@ -42,42 +42,42 @@ def adapter(folder: Path, seed: int = 0) -> torch.Tensor:
     return 0.25 * (b @ a)
 
 
-def test_an_adapter_is_merged_on_export_and_on_refit(tmp_path: Path, config: str, capsys) -> None:
-    weights = golden("pe_core_cls").weights
-    save_file(weights, tmp_path / "base.safetensors")
-    merged = {**weights, f"{PATH}.weight": weights[f"{PATH}.weight"] + adapter(tmp_path / "lora")}
-    save_file(merged, tmp_path / "merged.safetensors")
-    export = ["--config", config, "--out"]
-    base, lora = str(tmp_path / "base.safetensors"), str(tmp_path / "lora")
-    with_adapter, refitted = tmp_path / "with", tmp_path / "refitted"
-    assert export_main(["--checkpoint", base, "--adapter", lora, *export, str(with_adapter)]) == 0
-    checkpoint = str(tmp_path / "merged.safetensors")
-    assert export_main(["--checkpoint", checkpoint, *export, str(tmp_path / "m")]) == 0
-    assert files(with_adapter) == files(tmp_path / "m")
-    facts = read_manifest(with_adapter).content.weights
-    assert facts["adapter"] == "lora" and facts["file"] == "base.safetensors"
-    refit = ["refit", str(tmp_path / "m"), "--weights", base, "--adapter", lora, "--out"]
-    assert main([*refit, str(refitted)]) == 0
-    assert files(refitted) == files(with_adapter)
-    capsys.readouterr()
-    bad = ["--checkpoint", lora, "--out", str(tmp_path / "x")]
-    fails(capsys, bad, "is a LoRA adapter, not a whole model: pass its base")
-    assert not (tmp_path / "x").exists()
-
-
-def test_averaged_weights_are_reported_and_selected(tmp_path: Path, config: str, capsys) -> None:
+def test_adapter_and_averaged_weights_on_export_and_refit(
+    tmp_path: Path, config: str, capsys
+) -> None:
     weights = golden("pe_core_cls").weights
     other = {key: tensor * 1.01 for key, tensor in weights.items()}
-    torch.save({"state_dict": weights, "state_dict_ema": other}, tmp_path / "last.pth.tar")
-    arguments = ["--checkpoint", str(tmp_path / "last.pth.tar"), "--config", config, "--out"]
-    assert export_main([*arguments, str(tmp_path / "plain")]) == 0
+    checkpoint, lora = str(tmp_path / "last.pth.tar"), str(tmp_path / "lora")
+    torch.save({"state_dict": other, "state_dict_ema": weights}, checkpoint)
+    merged = {**weights, f"{PATH}.weight": weights[f"{PATH}.weight"] + adapter(tmp_path / "lora")}
+    save_file(merged, tmp_path / "merged.safetensors")
+    export = ["--config", config, "--taps", "none", "--out"]
+    expected, made = tmp_path / "expected", tmp_path / "made"
+    merged_file = str(tmp_path / "merged.safetensors")
+    assert export_main(["--checkpoint", merged_file, *export, str(expected)]) == 0
+    chosen = ["--ema", "--adapter", lora]
+    assert export_main(["--checkpoint", checkpoint, *chosen, *export, str(made)]) == 0
+    assert "note: averaged weights (EMA)\n" in capsys.readouterr().err
+    assert files(made) == files(expected)
+    facts = read_manifest(made).content.weights
+    assert facts["adapter"] == "lora" and facts["file"] == "last.pth.tar"
+    refitted = tmp_path / "refitted"
+    refit = ["refit", str(expected), "--weights", checkpoint, "--adapter", lora, "--out"]
+    assert main([*refit, str(refitted)]) == 0
     printed = capsys.readouterr().err
     assert "note: left out EMA weights, which --ema selects: state_dict_ema\n" in printed
-    assert export_main([*arguments, str(tmp_path / "ema"), "--ema"]) == 0
-    assert "note: averaged weights (EMA)\n" in capsys.readouterr().err
-    assert files(tmp_path / "plain") != files(tmp_path / "ema")
-    random = ["--model", "PE-Demo", "--weights", "random", "--ema", "--out", str(tmp_path / "x")]
-    fails(capsys, random, "--ema is for a checkpoint")
+    assert files(refitted) != files(expected)
+
+
+def test_wrong_weight_options(tmp_path: Path, capsys) -> None:
+    adapter(tmp_path / "lora")
+    out = ["--out", str(tmp_path / "x")]
+    bad = ["--checkpoint", str(tmp_path / "lora"), *out]
+    fails(capsys, bad, "is a LoRA adapter, not a whole model: pass its base model, and --adapter")
+    random = ["--model", "PE-Demo", "--weights", "random", *out]
+    fails(capsys, [*random, "--ema"], "--ema is for a checkpoint")
+    fails(capsys, [*random, "--adapter", str(tmp_path)], "pass one of its folders lora")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_list_of_models(capsys) -> None:
