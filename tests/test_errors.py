@@ -1,7 +1,5 @@
 """Messages are one printable line, whatever a path contains."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -64,18 +62,16 @@ def test_paths_in_messages(tmp_path: Path, tiny_package: Path) -> None:
         "embed {package} --image {}",
     ],
 )
-def test_commands_print_one_line(tmp_path: Path, tiny_package: Path, command: str) -> None:
+def test_commands_print_one_line(
+    tmp_path: Path, tiny_package: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     hostile = f"{tmp_path}/x\x1b[31m\ny"
     arguments = [
         argument.replace("{package}", str(tiny_package)).replace("{}", hostile)
         for argument in command.split()
     ]
-    code = "import sys; from perception_rt.cli import main; sys.exit(main())"
-    child = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert child.returncode == 2
-    lines = child.stderr.split("\n")
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.split("\n")
     assert all(map(str.isprintable, lines))
     assert len([line for line in lines if line and " s  " not in line]) == 1  # besides progress
 

@@ -70,6 +70,11 @@ def test_literal_marks_are_text(plm: Generator, preprocessor: RequestPreprocesso
         preprocessor.check(replace(literal, literal=False))
     earlier = Exchange(prompt=question, answer="", images=[picture(0)], literal=True)
     past = Request("a", history=[earlier])
+    with pytest.raises(InputError, match=r"^history 0: the question has 1 <video> marks for 0 vid"):
+        preprocessor.check(replace(past, history=[replace(earlier, literal=False)]))
+    two = Request("<image>?", images=[picture(0), picture(1)])
+    with pytest.raises(InputError, match=r"1 <image> or <video> marks for 2 .*literal=True"):
+        preprocessor.prepare(two)
     for request in (literal, past):
         preprocessor.check(request)
         ids = preprocessor.prepare(request).ids

@@ -47,6 +47,7 @@ from perception_rt.runtime.request import (
 Array = np.ndarray[Any, Any]
 
 _MARK = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
+_LITERAL = "with literal=True, marks are text"
 
 
 class RequestPreprocessor:
@@ -113,9 +114,9 @@ class RequestPreprocessor:
         )
         if self.tokenizer is None:
             raise InputError(f"{self._name} has no tokenizer; use generate_tokens()")
-        for exchange in request.history:
-            _check_marks(exchange)
-        _check_marks(request)
+        for index, exchange in enumerate(request.history):
+            _check_marks(exchange, f"history {index}: ")
+        _check_marks(request, "")
 
     def prepare(self, request: Request) -> RequestState:
         """Opens the images and videos of a request that passed `check`, and encodes its prompt.
@@ -269,7 +270,11 @@ class RequestPreprocessor:
                 tiles.append(loaded)
                 counts.append(len(loaded))
                 self._check_tiles(sum(map(len, tiles)))
-            turns.append(Turn("user", place_media(part.prompt, counts, literal=part.literal)))
+            try:
+                content = place_media(part.prompt, counts, literal=part.literal)
+            except InputError as error:
+                raise InputError(f"{where}{error}; {_LITERAL}") from None
+            turns.append(Turn("user", content))
             if not isinstance(part, Request):
                 turns.append(Turn("assistant", (part.answer,)))
         return turns, np.concatenate(tiles) if tiles else None
@@ -345,8 +350,8 @@ def _tokenizer(package: Package, config: PlmConfig, limits: Limits) -> Tokenizer
     return open_tokenizer(spec, data, limits=limits)
 
 
-def _check_marks(part: Exchange | Request) -> None:
-    """InputError if there are more marks of a kind than images or videos.
+def _check_marks(part: Exchange | Request, where: str) -> None:
+    """InputError, beginning with `where`, if a kind has more marks than images or videos.
 
     Without either, marks are text. A single image may have a mark for each of its tiles, whose
     number is not known yet.
@@ -359,8 +364,7 @@ def _check_marks(part: Exchange | Request) -> None:
         if count > len(items) and not (alone and mark == IMAGE_MARK):
             kind = mark.strip("<>")
             raise InputError(
-                f"the question has {count} {mark} marks for {len(items)} {kind}s; with "
-                "literal=True, marks are text"
+                f"{where}the question has {count} {mark} marks for {len(items)} {kind}s; {_LITERAL}"
             )
 
 
