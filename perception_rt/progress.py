@@ -24,6 +24,7 @@ THREAD_NAME = "perception-rt-progress"
 
 _ERASE = "\r\x1b[K"
 _CUT = "..."
+_LEAST_COLUMNS = 11  # of a step, before its rate is cut
 
 
 class Progress:
@@ -85,10 +86,13 @@ class Progress:
         while not self._done.wait(wait):
             wait = TERMINAL_S if self._terminal else LOG_S
             rate, line = self._rate, escaped(self._line)
-            text = f"{time.monotonic() - self._start:6.1f} s  {line}"
-            text += "" if rate is None else rate.text()
+            elapsed = f"{time.monotonic() - self._start:6.1f} s  "
+            speed = "" if rate is None else rate.text()
+            text = f"{elapsed}{line}{speed}"
             if self._terminal:
-                text = cut(text, _columns(self._stream) - 1)  # a full line would wrap
+                columns = _columns(self._stream) - 1  # a full line would wrap
+                room = max(columns - len(elapsed) - len(speed), _LEAST_COLUMNS)
+                text = cut(f"{elapsed}{cut(line, room)}{speed}", columns)
                 self._write(self._erased() + text)
                 self._shown = text
             elif line != self._shown:

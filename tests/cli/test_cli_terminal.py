@@ -27,6 +27,14 @@ from perception_rt.progress import Progress, cut, duration, width
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the copies of the demos away from the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 class Terminal(io.StringIO):
     """A terminal that records its input."""
 
@@ -92,6 +100,8 @@ def test_lines_fit_the_width(monkeypatch: Any, shown: Callable) -> None:
             "\r\x1b[K"
         ):
             assert width(line) <= 39 and "\n" not in line
+    line = [text for text in shown(counting).split("\r\x1b[K") if text][-1]
+    assert re.fullmatch(r" +\d\.\d s  5 of 10 \S*\.\.\., [\d,.]+/s, \d s left", line), repr(line)
     assert cut("\u65e5\u672c\u8a9e\u65e5", 7) == "\u65e5\u672c..."
     assert cut("short", 5) == "short" and cut("longer", 2) == ".."
 
@@ -147,19 +157,18 @@ def run_shell(line: str, **changes: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_closed_pipe_is_no_error(tiny_package: Path) -> None:
-    package = shlex.quote(str(tiny_package))
+def test_a_closed_pipe_is_no_error() -> None:
     for line in (
-        f"rt inspect {package} --json | true; echo ${{PIPESTATUS[0]}}",
-        f"rt inspect {package} 2>&1 | true; echo ${{PIPESTATUS[0]}}",
+        "rt inspect demo:pe --json | true; echo ${PIPESTATUS[0]}",
+        "rt inspect demo:pe 2>&1 | true; echo ${PIPESTATUS[0]}",
         "rt embed --help | true; echo ${PIPESTATUS[0]}",
-        f"rt inspect {package} >&-; echo $?",
+        "rt inspect demo:pe >&-; echo $?",
     ):
         result = run_shell(line)
         assert (result.stdout, result.stderr) == ("0\n", ""), line
     result = run_shell("rt inspect absent 2>&1 | true; echo ${PIPESTATUS[0]}")
     assert (result.stdout, result.stderr) == ("2\n", "")
-    full = run_shell(f"rt inspect {package} > /dev/full; echo $?")
+    full = run_shell("rt inspect demo:pe > /dev/full; echo $?")
     assert full.stdout == "2\n"
     assert full.stderr == "perception-rt: No space left on device\n"
 
@@ -230,9 +239,10 @@ def test_every_help_has_examples_that_parse() -> None:
         "chat --image a b PKG",
     ],
 )
-def test_the_package_may_come_last(line: str, tiny_package: Path) -> None:
-    options = main_parser().parse_args(line.replace("PKG", str(tiny_package)).split())
-    assert options.package == str(tiny_package)
+def test_the_package_may_come_last(line: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    options = main_parser().parse_args(line.replace("PKG", str(tmp_path)).split())
+    assert options.package == str(tmp_path)
     assert options.image in ([], ["a"], ["a", "b"])
     assert getattr(options, "label", ["x", "y"]) == ["x", "y"]
     assert main_parser().parse_args(line.replace("PKG", "demo:pe").split()).package == "demo:pe"
@@ -254,19 +264,17 @@ def test_a_package_that_is_not_clear_is_asked_for(line: str, capsys: Any) -> Non
     assert "the following arguments are required: DIR" in capsys.readouterr().err
 
 
-def test_the_prompt_may_be_on_standard_input(
-    plm_package: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_prompt_may_be_on_standard_input(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(prompt: str, stdin: str = "") -> dict[str, Any]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        arguments = ["generate", str(plm_package), "--prompt", prompt, "--max-new-tokens", "6"]
+        arguments = ["generate", "demo:plm", "--prompt", prompt, "--max-new-tokens", "6"]
         assert main([*arguments, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
     expected = ask("Two\nlines?")
     for text in ("Two\nlines?", "Two\nlines?\n", "Two\nlines?\r\n"):
         assert ask("-", text)["tokens"] == expected["tokens"]
-    command = ["generate", str(plm_package), "--prompt", "-"]
+    command = ["generate", "demo:plm", "--prompt", "-"]
     for stdin in (io.StringIO("\n"), io.StringIO()):
         monkeypatch.setattr(sys, "stdin", stdin)
         fails(capsys, command, "standard input, which is empty", run=main)
@@ -289,20 +297,19 @@ def test_a_missing_package_is_not_damaged(tmp_path: Path, capsys: Any) -> None:
         fails(capsys, [command, absent], "absent: no engine package: it is missing", run=main)
 
 
-def test_reports_are_text(tiny_package: Path, capsys: Any) -> None:
+def test_reports_are_text(capsys: Any) -> None:
     lines = environment_lines(environment())
     assert "backends:" in lines and "  onnxruntime: cpu" in lines
     assert main(["doctor"]) == 0
-    assert main(["inspect", str(tiny_package)]) == 0
+    assert main(["inspect", "demo:plm"]) == 0
     assert not re.search(r"[{}']|None|True|False", capsys.readouterr().out)
 
 
-def test_closed_standard_streams_are_no_error(plm_package: Path) -> None:
-    package = shlex.quote(str(plm_package))
+def test_closed_standard_streams_are_no_error() -> None:
     result = run_shell(
-        f"rt chat {package} <&-; echo $?;"
-        f"echo Hi | rt chat {package} --max-new-tokens 1 >&-; echo $?;"
-        f"rt generate {package} --prompt Hi --max-new-tokens 1 >&- 2>&-; echo $?"
+        "rt chat demo:plm <&-; echo $?;"
+        "echo Hi | rt chat demo:plm --max-new-tokens 1 >&-; echo $?;"
+        "rt generate demo:plm --prompt Hi --max-new-tokens 1 >&- 2>&-; echo $?"
     )
     assert result.stdout == "0\n0\n0\n", result.stderr
     assert "Traceback" not in result.stderr
