@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import perception_rt as prt
 from perception_rt.cli import export_main, main, report
 from perception_rt.package import contract
-from perception_rt.package.manifest import Target
+from perception_rt.package.manifest import Manifest, Target
 from perception_rt.package.reader import read_manifest
 
 
@@ -61,16 +62,16 @@ def test_formats_are_named_by_precision(plm_package: Path, tmp_path: Path) -> No
     assert formats("{other}") == "{other}"
 
 
-def test_half_precision_caches_take_half(plm_package: Path, tmp_path: Path) -> None:
-    content = read_manifest(plm_package).content
-    name = contract.decoder_part(0)
+def test_half_precision_caches_take_half(plm_package: Path) -> None:
+    manifest = read_manifest(plm_package)
+    content, name = manifest.content, contract.decoder_part(0)
     graph = content.graphs[name].to_dict()
     for tensor in graph["inputs"] + graph["outputs"]:
         if "cache" in tensor["name"]:
             tensor["dtype"] = "float16"
     graphs = {**content.graphs, name: contract.GraphSpec.from_dict(graph)}
-    out = repack(plm_package, tmp_path / "half", graphs=graphs)
-    lines = report.describe(read_manifest(out))
+    half = Manifest.create(replace(content, graphs=graphs), record=manifest.record)
+    lines = report.describe(half)
     assert "cache       768 bytes per token, 6,291,456 for max_seqlen" in lines
 
 
