@@ -222,7 +222,7 @@ class FileWeights:
             if not find:
                 raise CheckpointError(
                     f"{self._reader.label}: {key} is not zero, but the architecture has no bias "
-                    f"there: set {_BIASES[entry.name]}.proj_bias"
+                    f"there: set {_BIASES[entry.name]}.proj_bias, or export it anew"
                 )
             self._stored[entry.name] = entry
             config = _biased(config, entry.name)

@@ -288,3 +288,29 @@ def test_pixels_are_those_of_timm_and_open_clip(tmp_path: Path) -> None:
             spec = read(tmp_path).image
             for picture, expected in zip(pictures, golden[name], strict=True):
                 np.testing.assert_array_equal(load_image(picture, spec), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+def test_borders_of_every_mode_are_those_of_open_clip(mode: str) -> None:
+    with np.load(GOLDEN / "port_modes.npz") as golden:
+        data, expected = golden[f"{mode}/file"].tobytes(), golden[f"{mode}/letterbox"]
+    spec = ImageSpec(
+        height=32, width=32, resize="letterbox", fill=(114, 114, 114), interpolation="bicubic",
+        rgb_conversion="after_resize",
+    )  # fmt: skip
+    np.testing.assert_array_equal(load_image(data, spec), expected)
+
+
+def test_preprocessing_fields_are_stored_only_where_they_differ() -> None:
+    plain = ImageSpec(height=32, width=32)
+    assert not {"crop_pct", "fill"} & plain.to_dict().keys()
+    cropped = replace(plain, crop_pct=0.9, fill=(1, 2, 3))
+    assert ImageSpec.from_dict(cropped.to_dict()) == cropped
+    for change, message in (
+        ({"crop_pct": 1e-320}, "crop_pct must be from 0.00391 to 1"),
+        ({"crop_pct": float("nan")}, "crop_pct must be"),
+        ({"fill": (0, 0, 256)}, "fill must be an integer from 0 to 255"),
+        ({"fill": (0, 0)}, "fill must be a list of 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            replace(plain, **change)  # type: ignore[arg-type]
