@@ -6,7 +6,7 @@ Field names are those of the reference's `params.json`, from `apps/plm/transform
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from perception_rt.config import VisionConfig
 from perception_rt.errors import InputError
@@ -36,6 +36,7 @@ class DecoderConfig(Record):
         high_freq_factor: wavelengths below old_context_len / this are not scaled.
         max_seqlen: longest sequence in tokens.
         weight_tying: whether the head uses the embedding's weight.
+        head_size: channels per head; None for dim / n_heads.
     """
 
     dim: int
@@ -53,6 +54,9 @@ class DecoderConfig(Record):
     high_freq_factor: float = 32.0
     max_seqlen: int = 1024
     weight_tying: bool = False
+    head_size: int | None = None
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"head_size"})
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "max_seqlen"):
@@ -63,7 +67,11 @@ class DecoderConfig(Record):
             f"decoder.n_layers must be at most {_MAX_DECODER_LAYERS}, not {self.n_layers}",
         )
         require(
-            self.dim % self.n_heads == 0,
+            self.head_size is None or self.head_size >= 1,
+            f"decoder.head_size must be at least 1, not {self.head_size}",
+        )
+        require(
+            self.head_size is not None or self.dim % self.n_heads == 0,
             f"decoder.dim {self.dim} is not divisible by n_heads {self.n_heads}",
         )
         require(self.head_dim % 2 == 0, f"rotary needs an even head size, not {self.head_dim}")
@@ -89,7 +97,7 @@ class DecoderConfig(Record):
     @property
     def head_dim(self) -> int:
         """Channels per head."""
-        return self.dim // self.n_heads
+        return self.dim // self.n_heads if self.head_size is None else self.head_size
 
     @property
     def kv_heads(self) -> int:

@@ -112,6 +112,9 @@ class PlmFacts:
         values = {name: fact.value for name, fact in self.found.items()}
         ffn_dim, plain = values.pop("ffn_dim"), 8 * values["dim"] // 3
         factor = None if plain <= ffn_dim else ffn_dim / plain
+        size = values.pop("head_dim", None)
+        if size is not None and size * values["n_heads"] != values["dim"]:
+            values["head_size"] = size
         vision, ratio = values.pop(_VISION), values.pop("pooling_ratio")
         image_token_id = values.pop("image_token_id")
         try:
@@ -135,21 +138,15 @@ class PlmFacts:
                 self.missing[ours] = section.name(theirs)
 
     def _read_kv_heads(self, text: Section) -> None:
-        """Heads, and their size, which must be the quotient of two other fields."""
+        """Heads of keys and values, and the size of all heads."""
         field = "num_key_value_heads"
-        heads, dim = (
-            self.found[name].value if name in self.found else None for name in ("n_heads", "dim")
-        )
         if field in text.content:  # null stands for all heads
+            heads = text.read("num_attention_heads", int, None)
             self._add("n_kv_heads", text, field, int, heads)
         else:
             self.missing["n_kv_heads"] = text.name(field)
-        head_dim = text.read("head_dim", int, None)
-        if None not in (head_dim, heads, dim) and head_dim * heads != dim:
-            raise text.error(
-                f"{text.name('head_dim')} is {head_dim}; only hidden_size / num_attention_heads, "
-                f"{dim} / {heads}, is supported"
-            )
+        if "head_dim" in text:
+            self._add("head_dim", text, "head_dim", int)
 
     def _read_rope(self, text: Section) -> None:
         """`rope_parameters`, or `rope_theta` and `rope_scaling` of releases before 5."""
@@ -263,6 +260,7 @@ def _values(config: PlmConfig) -> dict[str, Any]:
     return {
         **decoder.to_dict(),
         "n_kv_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
         "ffn_dim": decoder.ffn_dim,
         "pooling_ratio": config.pooling_ratio,
         "image_token_id": config.image_token_id,

@@ -440,6 +440,11 @@ def check_decoder(settings: BuildSettings, config: PlmConfig, blocks: str) -> No
             f"precision {settings.precision} needs a decoder width that is a multiple of {_BLOCK}, "
             f"not {decoder.dim}"
         )
+    if settings.precision in ("int8", "int4") and decoder.n_heads * decoder.head_dim % _BLOCK:
+        raise InputError(
+            f"precision {settings.precision} needs decoder heads whose channels together are a "
+            f"multiple of {_BLOCK}, not {decoder.n_heads * decoder.head_dim}"
+        )
     row = 2 * decoder.kv_heads * decoder.max_seqlen * decoder.head_dim
     if settings.target.fixed_slots and row % _ADDRESS_MULTIPLE:
         raise InputError(

@@ -63,10 +63,11 @@ class GroupedAttention(nn.Module):
         self.heads, self.kv_heads = config.n_heads, config.kv_heads
         self.attention = attention
         dim, kv_dim = config.dim, config.kv_heads * config.head_dim
-        self.wq = nn.Linear(dim, dim, bias=False)
+        q_dim = config.n_heads * config.head_dim
+        self.wq = nn.Linear(dim, q_dim, bias=False)
         self.wk = nn.Linear(dim, kv_dim, bias=False)
         self.wv = nn.Linear(dim, kv_dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wo = nn.Linear(q_dim, dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, mask: Any = None) -> Tensor:
         """(N, T, C) -> (N, T, C); `mask` in the form of the attention kernel."""

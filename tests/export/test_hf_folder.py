@@ -8,11 +8,14 @@ import pytest
 from hf_folder import HF, copy_folder, make_old, put
 
 import perception_rt as prt
-from perception_rt.checkpoint.locate import find_config
+from perception_rt.checkpoint.locate import find_config, find_tiles
+from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.cli import export_main, main
 from perception_rt.export import ExportOptions, export
-from perception_rt.export.plan import find_architecture
+from perception_rt.export.build import export_package
+from perception_rt.export.plan import PlmPlan, find_architecture
 from perception_rt.package.reader import read_manifest
+from perception_rt.plm_config import PlmConfig
 
 TEXTS = ("t0", "t3", "t9", "multi")
 IMAGE = "img_tall.png"
@@ -101,6 +104,26 @@ def test_a_configuration_may_be_named(tmp_path: Path) -> None:
     weights = (folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
     options = ExportOptions(checkpoint=weights, config=folder / "config.json", out=tmp_path / "p")
     assert find_architecture(options) == find_config(folder)
+
+
+def test_heads_that_are_wider_than_their_share(tmp_path: Path) -> None:
+    """The gate of the export compares the engines with eager."""
+    folder = copy_folder(tmp_path / "model", weights=False)
+    put(folder, "config.json", "text_config.head_dim", 32)
+    config = find_config(folder)
+    assert isinstance(config, PlmConfig) and config.decoder.head_dim == 32
+    plan = PlmPlan(
+        name="wide",
+        config=config,
+        backend="onnxruntime",
+        precision="fp32",
+        tiles=find_tiles(folder, config.vision.image_size),
+    )
+    manifest = export_package(plan, RandomWeights(config, 0), tmp_path / "p")
+    assert PlmConfig.from_dict(manifest.content.architecture) == config
+    with prt.load(tmp_path / "p") as plm:
+        assert isinstance(plm, prt.Generator)
+        assert len(plm.generate_tokens([1, 2, 3], max_new_tokens=4)) == 4
 
 
 def test_contradictions_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

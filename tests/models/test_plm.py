@@ -136,6 +136,7 @@ LLAMAS = {
     "plain": LLAMA,
     "tied": replace(LLAMA, weight_tying=True),
     "grouped": replace(LLAMA, n_kv_heads=2, ffn_dim_multiplier=1.3, norm_eps=1e-3),
+    "wide heads": replace(LLAMA, n_kv_heads=2, head_size=32),
     "scaled": replace(LLAMA, **SCALED),
     "tied, grouped, scaled": replace(
         LLAMA, n_kv_heads=1, weight_tying=True, rope_theta=300.0, low_freq_factor=2.0, **SCALED
@@ -162,6 +163,7 @@ def transformers_llama(config: DecoderConfig, state: dict[str, torch.Tensor]) ->
             num_hidden_layers=config.n_layers,
             num_attention_heads=config.n_heads,
             num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
             vocab_size=config.vocab_size,
             rms_norm_eps=config.norm_eps,
             max_position_embeddings=config.max_seqlen,

@@ -280,8 +280,8 @@ def table_formats(plan: PlmPlan) -> dict[str, Format]:
 def decoder_parts(plan: PlmPlan) -> list[range]:
     """Splits the layers into parts of at most about PART_BYTES of weights, head included."""
     config = plan.config.decoder
-    kv_dim = config.kv_heads * config.head_dim
-    layer = config.dim * (2 * config.dim + 2 * kv_dim + 3 * config.ffn_dim)
+    q_dim, kv_dim = (heads * config.head_dim for heads in (config.n_heads, config.kv_heads))
+    layer = config.dim * (2 * q_dim + 2 * kv_dim + 3 * config.ffn_dim)
     per_weight = _WEIGHT_BYTES[block_format(plan) or plan.float_dtype]
     tables = table_formats(plan).get("output.weight", plan.float_dtype)
     head = config.vocab_size * config.dim * _WEIGHT_BYTES[tables]
