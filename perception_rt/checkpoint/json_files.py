@@ -16,9 +16,12 @@ _REQUIRED = object()
 
 def find_beside(path: Path, name: str) -> Path | None:
     """Finds a file by name in the folder of the weights, or in its `original/`."""
-    directory = path if path.is_dir() else path.parent
-    candidates = (directory / name, directory / ORIGINAL_FOLDER / name)
-    return next((file for file in candidates if file.is_file()), None)
+    try:
+        directory = path if path.is_dir() else path.parent
+        candidates = (directory / name, directory / ORIGINAL_FOLDER / name)
+        return next((file for file in candidates if file.is_file()), None)
+    except OSError:  # a path too long for any file, which the opening of weights reports
+        return None
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
