@@ -152,7 +152,7 @@ class RequestPreprocessor:
                 seed=request.seed,
                 allowed=self._allowed,
                 repetition_penalty=request.repetition_penalty,
-                seen=self._seen(prompt.ids),
+                seen=None if request.repetition_penalty == 1 else self._seen(prompt.ids),
             ),
             end_ids=frozenset() if request.ignore_eos else tokenizer.end_ids,
             spell=tokenizer.decode_bytes,

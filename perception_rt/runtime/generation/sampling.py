@@ -48,7 +48,7 @@ class Sampler:
         self._top_p = top_p
         self._allowed = allowed
         self._penalty = repetition_penalty
-        self._seen = None if seen is None or repetition_penalty == 1 else seen.copy()
+        self._seen = None if repetition_penalty == 1 or seen is None else seen.copy()
         self._rng = np.random.default_rng(seed)
 
     @property
@@ -66,8 +66,10 @@ class Sampler:
             BackendError: a logit is NaN or infinite, or no token is allowed.
         """
         if self._seen is not None:
-            harder = np.where(logits < 0, logits * self._penalty, logits / self._penalty)
-            logits = np.where(self._seen, harder, logits)
+            scores, logits = logits[self._seen], logits.copy()
+            logits[self._seen] = np.where(
+                scores < 0, scores * self._penalty, scores / self._penalty
+            )
         token = self._choose(logits)
         if self._seen is not None:
             self._seen[token] = True
