@@ -1,5 +1,6 @@
 """The shipped demos: equal to a fresh export, right, and copied to a private cache."""
 
+import errno
 import json
 import os
 import shutil
@@ -270,3 +271,15 @@ def test_the_cache_is_where_the_system_keeps_caches(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(sys, "platform", "win32")
         monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
         assert cache_folder() == tmp_path / "local" / "perception_rt" / "demo"
+
+
+def test_a_full_disk_leaves_nothing(linked: Path, cache: Path, monkeypatch: Any) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(prt.PackageError, match="No space left on device; set XDG_CACHE_HOME"):
+            prt.load(DEMO_PLM)
+    assert list(cache.iterdir()) == []
+    prt.load(DEMO_PLM).close()
