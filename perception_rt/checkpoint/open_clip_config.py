@@ -36,6 +36,28 @@ _VISION_KNOWN = (
     # Replaced by the named model.
     "layers", "width", "head_width", "mlp_ratio", "patch_size",
 )  # fmt: skip
+# open_clip's own towers have these, and a named one ignores them.
+_VISION_FIXED: Mapping[str, Any] = {
+    "image_seq_len": None,
+    "ls_init_value": None,
+    "attentional_pool": False,
+    "attn_pooler_queries": 256,
+    "attn_pooler_heads": 8,
+    "no_ln_pre": False,
+    "pos_embed_type": "learnable",
+    "final_ln_after_pool": False,
+    "pool_type": "tok",
+    "output_tokens": False,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+}
 # Fields of `text_cfg` that we support one value of.
 _TEXT_FIXED: Mapping[str, Any] = {
     "text_arch": "clip",
@@ -68,7 +90,10 @@ _TEXT_DEFAULTS: Mapping[str, Any] = {
     "layers": 12,
     "mlp_ratio": 4.0,
 }
-_TEXT_IGNORED = ("variable_text", "output_tokens", "final_ln_after_pool", "proj_bias")
+_TEXT_IGNORED = (
+    "variable_text", "output_tokens", "final_ln_after_pool", "proj_bias", "hf_model_pretrained",
+    "hf_proj_type", "hf_pooler_type", "hf_model_config",
+)  # fmt: skip
 _POOLING = ("pool_type", "eos_id")
 
 _IMAGE_DEFAULTS: Mapping[str, Any] = {
@@ -116,7 +141,8 @@ def open_clip_encoder(data: Mapping[str, Any], *, with_text: bool) -> Encoder:
 def _vision(given: Mapping[str, Any], embed_dim: int) -> tuple[VisionConfig, int]:
     """The vision tower, and the side of its images in pixels."""
     where = "model_cfg.vision_cfg"
-    refuse_unknown(given, _VISION_KNOWN, f"{where}.")
+    refuse_unknown(given, (*_VISION_KNOWN, *_VISION_FIXED), f"{where}.")
+    check_fixed(given, _VISION_FIXED, f"{where}.")
     name = given.get("timm_model_name")
     if name is None:
         raise InputError(f"{where}.timm_model_name is missing: this is no Perception Encoder")

@@ -8,7 +8,7 @@ checks that its elements are finite.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Protocol
 
@@ -369,7 +369,7 @@ def _check(
     sentences = [_listing(kind, entries) for kind, entries in problems.items() if entries]
     if sentences:
         which = _HEAD_HINT if _HF_HEAD in problems["missing"] else ""
-        hint = _width_hint(found, stored)
+        hint = _width_hint(found, stored) or _size_hint(found, stored)
         raise CheckpointError(
             f"does not fit the architecture{which}: " + "; ".join(sentences) + hint
         )
@@ -399,3 +399,26 @@ def _width_hint(found: Mapping[str, Header], stored: Sequence[Stored]) -> str:
                 f"not {entry.shape[axis]}"
             )
     return ""
+
+
+def _size_hint(found: Mapping[str, Header], stored: Sequence[Stored]) -> str:
+    """Names another image size in a layout of timm, whose configuration may lack it."""
+    entries = {entry.name: entry for entry in stored}
+    positions, patches = (
+        entries.get(f"visual.{n}") for n in ("positional_embedding", "conv1.weight")
+    )
+    if positions is None or patches is None or not positions.keys[0].endswith("pos_embed"):
+        return ""
+    header = found.get(positions.keys[0])
+    if header is None or len(header.shape) != len(positions.shapes[0]):
+        return ""
+    prefix, patch = int("visual.class_embedding" in entries), patches.shape[-1]
+    theirs, ours = (
+        isqrt(max(0, rows - prefix)) * patch for rows in (header.shape[-2], positions.shape[0])
+    )
+    if theirs == ours:
+        return ""
+    return (
+        f". Its positions are for images of {theirs} pixels, not {ours}: give the configuration "
+        "this size (img_size in timm's model_args, image_size in open_clip's vision_cfg)"
+    )

@@ -311,3 +311,12 @@ def test_a_file_replaced_after_opening_has_no_digest(tmp_path):
     with pytest.raises(CheckpointError, match=r"a\.safetensors changed while it was being read"):
         _ = source.provenance
     assert torch.equal(source.load("visual.proj"), tiny_state()["visual.proj"])
+
+
+def test_another_image_size_in_a_layout_of_timm_is_named(tmp_path):
+    stored = to_layout(tiny_state(TINY_VISION), "timm")
+    stored["pos_embed"] = torch.zeros(1, 10, 8)  # of a 3x3 grid, not 2x2
+    save_file(stored, tmp_path / "a.safetensors")
+    message = "Its positions are for images of 6 pixels, not 4: give the configuration this size"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "a.safetensors", TINY_VISION)

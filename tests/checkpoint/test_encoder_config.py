@@ -195,6 +195,7 @@ def test_fields_of_timm_that_are_refused(
         ({"model_cfg__multimodal_cfg": {}}, "unknown fields model_cfg.multimodal_cfg"),
         ({"model_cfg__vision_cfg__timm_model_name": ...}, "timm_model_name is missing"),
         ({"model_cfg__vision_cfg__timm_model_name": "convnext_base"}, "'convnext_base' is not one"),
+        ({"model_cfg__vision_cfg__no_ln_pre": True}, "no_ln_pre must be False, not True"),
         ({"model_cfg__vision_cfg__timm_proj": "mlp"}, "timm_proj must be null, '' or 'linear'"),
         ({"model_cfg__vision_cfg__timm_pool": "max"}, "global_pool must be one of"),
         (
