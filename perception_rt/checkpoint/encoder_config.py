@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from perception_rt.checkpoint.json_fields import as_object
-from perception_rt.checkpoint.json_files import read_json
+from perception_rt.checkpoint.json_files import folder_of, read_json
 from perception_rt.checkpoint.open_clip_config import open_clip_encoder
 from perception_rt.checkpoint.timm_encoder import Encoder, timm_encoder
 from perception_rt.config import PeConfig, VisionConfig
@@ -38,7 +38,7 @@ def find_encoder(path: Path | str, *, with_text: bool = True) -> Encoder | None:
             or both files are in the folder, and `path` names no weights file.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     files = [file for name in _CONFIGS if is_encoder_file(file := folder / name)]
     if not files:
         return None

@@ -14,14 +14,19 @@ MAX_JSON_BYTES = 1024 * 1024
 _REQUIRED = object()
 
 
+def folder_of(path: Path) -> Path:
+    """The folder at a path, or the one that holds the file."""
+    try:
+        return path if path.is_dir() else path.parent
+    except OSError:  # a name too long for any file, which opening the weights reports
+        return path.parent
+
+
 def find_beside(path: Path, name: str) -> Path | None:
     """Finds a file by name in the folder of the weights, or in its `original/`."""
-    try:
-        directory = path if path.is_dir() else path.parent
-        candidates = (directory / name, directory / ORIGINAL_FOLDER / name)
-        return next((file for file in candidates if file.is_file()), None)
-    except OSError:  # a path too long for any file, which the opening of weights reports
-        return None
+    directory = folder_of(path)
+    candidates = (directory / name, directory / ORIGINAL_FOLDER / name)
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:

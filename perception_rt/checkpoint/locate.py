@@ -23,7 +23,7 @@ from perception_rt.checkpoint.hf_processor import (
     read_end_ids,
     required,
 )
-from perception_rt.checkpoint.json_files import Section, find_beside, read_json
+from perception_rt.checkpoint.json_files import Section, find_beside, folder_of, read_json
 from perception_rt.errors import CheckpointError, InputError
 from perception_rt.families import Config, parse_config
 from perception_rt.plm_config import PlmConfig
@@ -185,7 +185,7 @@ def is_torch_file(path: Path) -> bool:
 
 def refuse_adapter(path: Path) -> None:
     """CheckpointError if a path leads to a LoRA adapter instead of a whole model."""
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     alone = path.name.startswith(ADAPTER_NAME) if path != folder else not _candidates(folder)
     if alone and (folder / ADAPTER_CONFIG_NAME).is_file():
         raise CheckpointError(
