@@ -108,7 +108,10 @@ class PlmFacts:
         if self.missing:
             names = list(dict.fromkeys(self.missing.values()))
             verb = "is" if len(names) == 1 else "are"
-            raise InputError(f"{self.file}: {', '.join(names)} {verb} missing")
+            raise InputError(
+                f"{self.file}: {', '.join(names)} {verb} missing: complete the file, or give the "
+                "architecture with --config"
+            )
         values = {name: fact.value for name, fact in self.found.items()}
         ffn_dim, plain = values.pop("ffn_dim"), 8 * values["dim"] // 3
         factor = None if plain <= ffn_dim else ffn_dim / plain

@@ -176,6 +176,5 @@ def _pixels(processor: Section) -> dict[str, Fact]:
 def required(name: str) -> InputError:
     """The error for a tile setting that no file has."""
     return InputError(
-        f"{name} is missing: copy the processor's files from the model that this one was made "
-        "from, or write params.json with the field under data"
+        f"{name} is missing: copy the processor's files from the model that this one was made from"
     )

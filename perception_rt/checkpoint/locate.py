@@ -374,7 +374,10 @@ def find_end_ids(path: Path | str) -> tuple[int, ...] | None:
         return None
     ids = read_end_ids(path, hub.root)
     if ids is None and find_beside(path, CONFIG_NAME) is None:
-        raise hub.root.error("eos_token_id is missing, also in generation_config.json")
+        raise hub.root.error(
+            "eos_token_id is missing, also in generation_config.json: add the ids of the tokens "
+            "that end an answer"
+        )
     return ids
 
 

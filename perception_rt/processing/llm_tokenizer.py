@@ -83,7 +83,10 @@ class TokenizerSpec(Record):
             raise InputError(f"end_ids must have 1 to {_MAX_END_IDS} token ids, not {len(ids)}")
         for token in ids or ():
             if not 0 <= token < self.vocab_size:
-                raise InputError(f"end_ids has {token}, which is not in 0 to {self.vocab_size - 1}")
+                raise InputError(
+                    f"end_ids (eos_token_id) has {token}, which is not in 0 to "
+                    f"{self.vocab_size - 1}"
+                )
 
 
 class Tokenizer:

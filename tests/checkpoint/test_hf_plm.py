@@ -10,6 +10,7 @@ import torch
 from hf_folder import copy_folder, drop, edit, make_old, put
 from safetensors.torch import load_file, save_file
 
+from perception_rt.archs import PLM_MODELS
 from perception_rt.checkpoint.locate import (
     check_config,
     find_chat_template,
@@ -128,6 +129,42 @@ def test_a_released_tower_needs_no_arguments(folder: Path) -> None:
     assert tower.mlp_dim == 8960 and tower.use_ln_post and not tower.use_cls_token
 
 
+RELEASED = {
+    "PLM-1B": (2048, 8192, 16, 32, 32.0, "large_patch14_336", 1024, 23),
+    "PLM-3B": (3072, 8192, 28, 24, 32.0, "large_patch14_336", 1024, 23),
+    "PLM-8B": (4096, 14336, 32, 32, None, "gigantic_patch14_448", 1536, 47),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_sizes_of_the_released_models(folder: Path, name: str) -> None:
+    """Sizes as published; their folders can be used with `--model`."""
+    dim, ffn, layers, heads, scale, tower, width, depth = RELEASED[name]
+    text = {
+        "hidden_size": dim, "intermediate_size": ffn, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": dim // heads,
+        "vocab_size": 128256,
+    }  # fmt: skip
+    for field, value in text.items():
+        put(folder, CONFIG, f"text_config.{field}", value)
+    if scale is None:
+        rope = {"rope_type": "default", "rope_theta": 500000.0}
+        put(folder, CONFIG, "text_config.rope_parameters", rope)
+    put(folder, CONFIG, "tie_word_embeddings", scale is not None)
+    args = {
+        "depth": depth, "embed_dim": width, "global_pool": "", "img_size": [448, 448],
+        "init_values": 0.1, "ref_feat_shape": [32, 32], "use_post_transformer_norm": False,
+    }  # fmt: skip
+    put(folder, CONFIG, "vision_config.architecture", f"vit_pe_core_{tower}")
+    put(folder, CONFIG, ARGS, args)
+    put(folder, CONFIG, "vision_use_cls_token", width == 1024)
+    put(folder, CONFIG, "image_token_id", 128002)
+    check_config(PLM_MODELS[name], f"--model {name}", folder)
+    config = read(folder)
+    assert config.decoder.ffn_dim == PLM_MODELS[name].decoder.ffn_dim
+    assert expected_tensors(config) == expected_tensors(PLM_MODELS[name])
+
+
 @pytest.mark.parametrize(
     "field",
     [
@@ -151,14 +188,14 @@ def test_a_released_tower_needs_no_arguments(folder: Path) -> None:
 )  # fmt: skip
 def test_a_missing_field_is_named(folder: Path, field: str) -> None:
     drop(folder, CONFIG, field)
-    with pytest.raises(InputError, match=rf"^config\.json: {field} is missing$"):
+    with pytest.raises(InputError, match=rf"^config\.json: {field} is missing"):
         find_config(folder)
 
 
 @pytest.mark.parametrize("field", ["rope_theta", "rope_scaling", "rope_scaling.rope_type"])
 def test_a_missing_field_of_an_older_release_is_named(folder: Path, field: str) -> None:
     drop(make_old(folder), CONFIG, f"text_config.{field}")
-    with pytest.raises(InputError, match=rf"^config\.json: text_config\.{field} is missing$"):
+    with pytest.raises(InputError, match=rf"^config\.json: text_config\.{field} is missing"):
         find_config(folder)
 
 
