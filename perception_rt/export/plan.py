@@ -65,7 +65,8 @@ def find_architecture(options: ExportOptions) -> Config:
         InputError: the model is unknown, there is no usable configuration, or two disagree.
         CheckpointError: the configuration beside the checkpoint is not JSON.
     """
-    check_choice("--towers", options.towers, (None, *_TOWERS))
+    if options.towers is not None:
+        check_choice("--towers", options.towers, _TOWERS)
     vision_only = options.towers == "vision"
     given, source = _given_architecture(options)
     path = _weights_path(options)

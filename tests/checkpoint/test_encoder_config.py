@@ -32,6 +32,7 @@ TIMM = {
         "classifier": "head",
     },
 }  # fmt: skip
+SPATIAL = "vit_pe_spatial_tiny_patch16_512"
 OPEN_CLIP = {
     "model_cfg": {
         "embed_dim": 512,
@@ -226,6 +227,70 @@ def test_fields_of_open_clip_that_are_refused(
     assert str(caught.value).startswith("open_clip_config.json: ")
 
 
+@pytest.mark.parametrize(
+    ("vision", "pool", "output", "native", "side"),
+    [
+        ({"timm_proj": "linear", "timm_pool": "avg"}, "attn", 512, 384, 384),
+        (
+            {"timm_proj": "linear", "timm_pool": "", "timm_model_name": SPATIAL},
+            "patch_avg",
+            512,
+            384,
+            384,
+        ),
+        (
+            {"timm_proj": "linear", "timm_pool": "token", "timm_model_name": SPATIAL},
+            "tok",
+            512,
+            384,
+            384,
+        ),
+        (
+            {"timm_proj": "none", "timm_model_kwargs": {"embed_dim": 512, "num_heads": 8}},
+            "attn",
+            None,
+            384,
+            384,
+        ),
+        ({"timm_pool": "token"}, "tok", 512, 384, 384),
+        ({"image_size": 224}, "attn", 512, 224, 224),
+        (
+            {"image_size": 224, "timm_model_kwargs": {"dynamic_img_size": True}},
+            "attn",
+            512,
+            384,
+            224,
+        ),
+    ],
+)
+def test_towers_that_open_clip_makes(
+    vision: dict[str, Any], pool: str, output: int | None, native: int, side: int, tmp_path: Path
+) -> None:
+    data = changed(OPEN_CLIP, **{f"model_cfg__vision_cfg__{k}": v for k, v in vision.items()})
+    found = read(write(tmp_path, data, "open_clip_config.json"))
+    tower = found.config.vision
+    assert (tower.pool_type, tower.output_dim, tower.image_size) == (pool, output, native)
+    assert (found.image.height, found.image.width) == (side, side)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ({"global_pool": "avg"}, {"pool_type": "patch_avg", "norm_after_pool": True}),
+        ({"global_pool": "avg", "use_fc_norm": False}, {"norm_after_pool": False}),
+        ({"global_pool": ""}, {"pool_type": "none", "use_ln_post": True}),
+        ({"use_post_transformer_norm": False}, {"use_ln_post": False}),
+        ({"class_token": False, "rope_grid_offset": 0}, {"use_cls_token": False}),
+        ({"init_values": 0.1, "drop_path_rate": 0.2}, {"ls_init_value": 0.1, "drop_path": 0.0}),
+        ({"attn_pool_num_heads": None}, {"attn_pooler_heads": 3}),
+        ({"ref_feat_shape": None}, {"timm_grid": None}),
+    ],
+)
+def test_towers_that_timm_makes(arguments: dict[str, Any], fields: dict[str, Any]) -> None:
+    tower = timm_tower("vit_pe_core_tiny_patch16_384", arguments, "model_args")
+    assert {name: getattr(tower, name) for name in fields} == fields
+
+
 def test_a_text_tower_that_is_not_wanted_may_be_any(tmp_path: Path) -> None:
     data = changed(OPEN_CLIP, model_cfg__text_cfg={"hf_model_name": "bert"})
     write(tmp_path, data, "open_clip_config.json")
@@ -260,7 +325,7 @@ def test_two_configurations_in_a_folder(tmp_path: Path) -> None:
 
 def test_an_architecture_must_agree_with_the_folder() -> None:
     given = PE_MODELS["PE-Spatial-T16-512"]
-    vision = timm_tower("vit_pe_spatial_tiny_patch16_512", {}, "model_args")
+    vision = timm_tower(SPATIAL, {}, "model_args")
     check_agreement(given, PeConfig(vision=vision), "--config")
     wrong = PeConfig(vision=replace(vision, heads=1, ls_init_value=0.1))
     with pytest.raises(InputError, match="--config contradicts the configuration") as caught:
