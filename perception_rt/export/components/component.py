@@ -253,7 +253,7 @@ def measure_faithful(
         batches: calibration inputs; faithfulness in fp8 is judged on the first.
         scheme: quantisation of the layers.
         ranges: range finder for fp8; None uses the largest magnitudes.
-        judged: inputs on which faithfulness in int8 is judged, each in a call of its own.
+        judged: inputs on which faithfulness in int8 is judged.
     """
 
     def calibrate() -> list[Tensor]:
@@ -264,14 +264,8 @@ def measure_faithful(
         least = MIN_COSINE[scheme] + _MARGIN
         exclude_layers(module, partial(call, batches[0]), exact[0], measured, least)
     elif judged is not None:
-        judge = partial(one_by_one, call, judged)
-        back_off(module, calibrate, judge, measured, INT8_COSINE)
+        back_off(module, calibrate, partial(call, judged), measured, INT8_COSINE)
     return measured
-
-
-def one_by_one(call: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """Results of a call for each row of the inputs, as int8 engines are called by default."""
-    return torch.cat([call(row[None]) for row in inputs])
 
 
 class PiecewiseRun:
@@ -280,8 +274,7 @@ class PiecewiseRun:
     Attributes:
         measured: the layers of the pieces so far, measured on the first row.
         exact: result of the last piece in float32, for all rows of the inputs.
-        rounded: result of the last piece under the scheme, from a result of this kind; each row in
-            a call of its own.
+        rounded: result of the last piece under the scheme, from a result of this kind.
     """
 
     def __init__(self, scheme: Scheme | None, inputs: Tensor) -> None:
@@ -297,10 +290,9 @@ class PiecewiseRun:
                 self.exact = self.rounded = call(self.exact)
             return
         first, found = measure_layers(module, partial(call, self.exact[:1]), self._scheme)
-        rows = partial(one_by_one, call, self.rounded)
-        self.rounded = simulate(module, rows, found, self._scheme)
+        self.rounded = simulate(module, partial(call, self.rounded), found, self._scheme)
         with torch.inference_mode():
-            self.exact = torch.cat([first, one_by_one(call, self.exact[1:])])
+            self.exact = torch.cat([first, call(self.exact[1:])])
         self.measured.add(found, prefix)
 
     @property

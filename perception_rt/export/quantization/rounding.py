@@ -10,7 +10,17 @@ from perception_rt.export.quantization.formats import FP8_MAX, Scheme
 
 def uint8(x: Tensor) -> Tensor:
     """x rounded to 256 steps between its extremes, zero included."""
-    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    return _between(x, x.amin(), x.amax())
+
+
+def uint8_items(x: Tensor) -> Tensor:
+    """x with each item (1, ...) of it rounded as `uint8` does."""
+    inner = tuple(range(1, x.ndim))
+    return _between(x, x.amin(dim=inner, keepdim=True), x.amax(dim=inner, keepdim=True))
+
+
+def _between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     step = ((high - low) / 255).clamp(min=1e-30)
     zero = (-low / step).round()
     return ((x / step).round() + zero).clamp(0, 255).sub(zero) * step

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from perception_rt.export.quantization.formats import Scheme
-from perception_rt.export.quantization.rounding import ROUNDING, as_e4m3, fp8_rows
+from perception_rt.export.quantization.rounding import (
+    ROUNDING,
+    as_e4m3,
+    fp8_rows,
+    int8_rows,
+    uint8_items,
+)
 
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
@@ -213,7 +219,11 @@ def _improved(
 
 
 def simulate(module: nn.Module, run: Callable[[], T], measured: Measured, scheme: Scheme) -> T:
-    """Returns the result of `run` with all layers under the scheme, except for excluded ones."""
+    """Returns the result of `run` with all layers but the excluded ones under the scheme.
+
+    In int8, each item of a batch is rounded as if it came in a call of its own, as it does by
+    default.
+    """
     taken = measured.errors.keys() - measured.excluded()
     with torch.inference_mode(), _Simulating(_names(module), measured, taken, scheme):
         return run()
@@ -241,8 +251,7 @@ def back_off(
     Args:
         module: the module whose layers were measured.
         calibrate: calls the module as it was called when they were measured.
-        judge: calls the module on inputs like those of an engine call each, perhaps others; returns
-            rows of features, (..., D).
+        judge: calls the module, perhaps on other inputs; returns rows of features, (N, ..., D).
         measured: measurement by `measure_layers` for int8.
         target: cosine that each row should have with float32.
     """
@@ -412,6 +421,7 @@ class _Quantized(_Linears):
         self.measured = measured
         self.layers = frozenset(layers)
         self.scheme = scheme
+        self.rounding = ROUNDING[scheme]
 
     def takes(self, name: str, x: Tensor) -> bool:
         """Whether to intercept a product; one of constants is folded, so it is not quantised."""
@@ -425,7 +435,7 @@ class _Quantized(_Linears):
             x, weight = x / factors, weight * factors
         if self.scheme == "fp8":
             return as_e4m3(x, torch.tensor(self.measured.range(name))), fp8_rows(weight)
-        round_input, round_weight = ROUNDING[self.scheme]
+        round_input, round_weight = self.rounding
         return round_input(x), round_weight(weight)
 
 
@@ -447,7 +457,12 @@ class _Remeasuring(_Quantized):
 
 
 class _Simulating(_Quantized):
-    """Computes some layers under the scheme."""
+    """Computes some layers under the scheme; in int8 as if each item came in a call of its own."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.scheme == "int8":
+            self.rounding = uint8_items, int8_rows
 
     def linear(
         self, name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
