@@ -20,20 +20,29 @@ from perception_rt.errors import InputError, PackageError
 from perception_rt.families import PE
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package import contract
-from perception_rt.package.pe_graphs import check_graphs
 from perception_rt.package.reader import Package
-from perception_rt.processing.clip_bpe import VOCAB_SIZE, ClipTokenizer, TextSpec
+from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec
 from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
 from perception_rt.processing.image_options import Background
 from perception_rt.processing.video import VideoSource, decode_frames
-from perception_rt.records import check_integer, require
+from perception_rt.records import check_integer
+from perception_rt.runtime.embedder_items import (
+    Array,
+    Float32,
+    check_items,
+    listed,
+    nonempty_array,
+    run_ahead,
+    stacked,
+    unit,
+    usable_tokens,
+)
+from perception_rt.runtime.embedder_package import check_agreement, text_tokenizer
 from perception_rt.runtime.load_options import LoadOptions, open_model
 from perception_rt.runtime.native_calls import check_process
 from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
 
-Array = NDArray[Any]
-Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 Progress = Callable[[int, int], None]
 
@@ -62,8 +71,8 @@ class Embedder(LoadedModel):
             self._config = PeConfig.from_dict(content.architecture)
             self.image_spec = ImageSpec.from_dict(content.image)
             self._text = None if content.text is None else TextSpec.from_dict(content.text, "text")
-            _check_agreement(package, self._config, self.image_spec, self._text)
-            self._tokenizer = _tokenizer(self._text, self._limits)
+            check_agreement(package, self._config, self.image_spec, self._text)
+            self._tokenizer = text_tokenizer(self._text, self._limits)
         except (InputError, PackageError) as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
         self.batch_size = 1 if is_batch_dependent(content) else 8
@@ -154,7 +163,7 @@ class Embedder(LoadedModel):
             on_progress=on_progress,
             on_error=on_error,
         )
-        return _unit(rows)
+        return unit(rows)
 
     def embed_texts(
         self,
@@ -162,6 +171,7 @@ class Embedder(LoadedModel):
         *,
         batch_size: int | None = None,
         on_progress: Progress | None = None,
+        on_error: OnError | None = None,
     ) -> Float32:
         """Embeds texts as unit vectors.
 
@@ -169,6 +179,7 @@ class Embedder(LoadedModel):
             texts: truncated to the context length, as the reference does.
             batch_size: texts per engine call, 1 to 256; None for `self.batch_size`.
             on_progress: called after each batch with the number of texts done and the total.
+            on_error: as for `embed_images`.
 
         Returns:
             float32 (N, D), rows of length 1.
@@ -178,10 +189,20 @@ class Embedder(LoadedModel):
             BackendError: the engine failed, or the embedder is closed.
         """
         check_process(self._process)
-        texts = _listed(texts, "texts")
+        texts = listed(texts, "texts")
         tokenizer = self._require_tokenizer()
-        rows = self._batches(texts, batch_size, on_progress, lambda p: self._tokens(tokenizer(p)))
-        return _unit(_stacked(rows, (self.dim,)))
+
+        def embed(part: list[tuple[int, str]]) -> Float32:
+            usable, tokens = usable_tokens(
+                tokenizer, [text for _, text in part], part[0][0], on_error
+            )
+            rows = np.zeros((len(part), self.dim), np.float32)
+            if usable:
+                rows[usable] = self._tokens(tokens)
+            return rows
+
+        parts = self._batches(list(enumerate(texts)), batch_size, on_progress, embed)
+        return unit(stacked(parts, (self.dim,)))
 
     def embed_videos(
         self,
@@ -189,7 +210,9 @@ class Embedder(LoadedModel):
         *,
         num_frames: int = 8,
         batch_size: int | None = None,
+        workers: int = 1,
         on_progress: Progress | None = None,
+        on_error: OnError | None = None,
     ) -> Float32:
         """Embeds videos as unit vectors: the normalised mean of unit frame embeddings.
 
@@ -197,7 +220,10 @@ class Embedder(LoadedModel):
             videos: paths, or uint8 (T, H, W, 3) RGB frames.
             num_frames: frames per video, at equal distances, including the first and the last.
             batch_size: frames per engine call, 1 to 256; None for `self.batch_size`.
+            workers: threads that decode, each the frames of a video ahead of its use, 1 to 64; 1
+                decodes in the calling thread.
             on_progress: called after each video with the number of videos done and the total.
+            on_error: as for `embed_images`.
 
         Returns:
             float32 (N, D), rows of length 1.
@@ -208,18 +234,24 @@ class Embedder(LoadedModel):
         """
         check_process(self._process)
         self._require_pooled()
-        videos = _listed(videos, "videos", _VIDEO_NDIM)
-        rows = []
-        for index, video in enumerate(videos):
-            try:
-                frames = decode_frames(video, num_frames=num_frames, limits=self._limits)
-            except InputError as error:
-                raise InputError(f"video {index}: {error}") from None
-            # All frames are decoded already, and no engine call waits for their resizing.
-            rows.append(self.embed_images(frames, batch_size=batch_size, workers=1).mean(axis=0))
-            if on_progress is not None:
-                on_progress(index + 1, len(videos))
-        return _unit(_stacked([row[None] for row in rows], (self.dim,)))
+        videos = listed(videos, "videos", _VIDEO_NDIM)
+        check_integer("num_frames", num_frames, 1, self._limits.video_frames)
+        workers = check_integer("workers", workers, 1, MAX_WORKERS)
+        decode = partial(decode_frames, num_frames=num_frames, limits=self._limits)
+        rows = np.zeros((len(videos), self.dim), np.float32)
+        with closing(run_ahead(decode, videos, workers=workers)) as decoded:
+            for index, frames in enumerate(decoded):
+                if not isinstance(frames, InputError):
+                    # No engine call waits for the resizing of the frames.
+                    vectors = self.embed_images(frames, batch_size=batch_size, workers=1)
+                    rows[index] = vectors.mean(axis=0)
+                elif on_error is None:
+                    raise InputError(f"video {index}: {frames}")
+                else:
+                    on_error(index, frames)
+                if on_progress is not None:
+                    on_progress(index + 1, len(videos))
+        return unit(rows)
 
     def classify(
         self,
@@ -229,6 +261,7 @@ class Embedder(LoadedModel):
         *,
         workers: int | None = None,
         on_progress: Progress | None = None,
+        on_error: OnError | None = None,
     ) -> Float32:
         """Zero-shot probabilities of labels.
 
@@ -239,6 +272,7 @@ class Embedder(LoadedModel):
                 None uses the labels alone.
             workers: as for `embed_images`.
             on_progress: called with the number done and the total, first of texts, then of images.
+            on_error: as for `embed_images`; the row of an unusable image is zero.
 
         Returns:
             float32 (N, L), rows that sum to 1.
@@ -249,11 +283,14 @@ class Embedder(LoadedModel):
             BackendError: the engine failed, or the embedder is closed.
         """
         weights = self.embed_labels(labels, templates, on_progress=on_progress)
-        embeddings = self.embed_images(images, workers=workers, on_progress=on_progress)
+        embeddings = self.embed_images(
+            images, workers=workers, on_progress=on_progress, on_error=on_error
+        )
         logits = self.logit_scale * (embeddings @ weights.T)
         logits -= logits.max(axis=1, keepdims=True)
         odds = np.exp(logits)
         probabilities: Float32 = odds / odds.sum(axis=1, keepdims=True)
+        probabilities[~embeddings.any(axis=1)] = 0  # rows of unusable images
         return probabilities
 
     def embed_labels(
@@ -265,12 +302,12 @@ class Embedder(LoadedModel):
     ) -> Float32:
         """Embeds labels as unit vectors for zero-shot use, float32 (L, D); see `classify`."""
         check_process(self._process)
-        labels = _listed(labels, "labels")
-        templates = ["{}"] if templates is None else _listed(templates, "templates")
+        labels = listed(labels, "labels")
+        templates = ["{}"] if templates is None else listed(templates, "templates")
         tokens = self._require_tokenizer().encode_labels(labels, templates)
         rows = self._batches(tokens, None, on_progress, self._tokens)
-        vectors = _unit(_stacked(rows, (self.dim,)))
-        return _unit(vectors.reshape(len(labels), len(templates), -1).mean(axis=1))
+        vectors = unit(stacked(rows, (self.dim,)))
+        return unit(vectors.reshape(len(labels), len(templates), -1).mean(axis=1))
 
     def features(
         self,
@@ -280,6 +317,7 @@ class Embedder(LoadedModel):
         batch_size: int | None = None,
         workers: int | None = None,
         on_progress: Progress | None = None,
+        on_error: OnError | None = None,
     ) -> Float32:
         """Dense features of a block, without class token and final norm.
 
@@ -289,6 +327,7 @@ class Embedder(LoadedModel):
             batch_size: images per engine call, 1 to 256; None for `self.batch_size`.
             workers: as for `embed_images`.
             on_progress: as for `embed_images`.
+            on_error: as for `embed_images`.
 
         Returns:
             float32 (N, h, w, C).
@@ -311,6 +350,7 @@ class Embedder(LoadedModel):
             batch_size=batch_size,
             workers=workers,
             on_progress=on_progress,
+            on_error=on_error,
         )
         grid = vision.grid_of(self.image_spec.height, self.image_spec.width)
         return tokens[:, int(vision.use_cls_token) :].reshape(-1, *grid, vision.width)
@@ -324,7 +364,7 @@ class Embedder(LoadedModel):
         """
         check_process(self._process)
         run = partial(self._run, contract.PIXELS, contract.PIXELS_F32, output=contract.EMBEDDING)
-        return np.concatenate(list(self._batches(_array(pixels), batch_size, None, run)))
+        return np.concatenate(list(self._batches(nonempty_array(pixels), batch_size, None, run)))
 
     def encode_tokens(self, tokens: NDArray[np.int64], *, batch_size: int | None = None) -> Float32:
         """Returns the output of the reference's `encode_text(normalize=False)`, float32 (N, D).
@@ -334,7 +374,9 @@ class Embedder(LoadedModel):
             batch_size: rows per engine call, 1 to 256; None for `self.batch_size`.
         """
         check_process(self._process)
-        return np.concatenate(list(self._batches(_array(tokens), batch_size, None, self._tokens)))
+        return np.concatenate(
+            list(self._batches(nonempty_array(tokens), batch_size, None, self._tokens))
+        )
 
     @property
     def dim(self) -> int:
@@ -368,7 +410,7 @@ class Embedder(LoadedModel):
         on_error: OnError | None = None,
     ) -> Float32:
         """One output of a graph for all images; zeros for unusable ones."""
-        _check_items(images, "images", _IMAGE_NDIM)
+        check_items(images, "images", _IMAGE_NDIM)
         size = self._batch_size(batch_size)
         if workers is None:
             workers = default_workers()
@@ -397,7 +439,7 @@ class Embedder(LoadedModel):
                 done += len(batch)
                 if on_progress is not None:
                     on_progress(done, done if total is None else total)
-        return _stacked(rows, shape)
+        return stacked(rows, shape)
 
     def _tokens(self, tokens: Array) -> Array:
         text = self._config.text
@@ -443,58 +485,3 @@ class Embedder(LoadedModel):
                 "use encode_tokens()"
             )
         return self._tokenizer
-
-
-def _check_items(items: object, name: str, item_ndim: int = 0) -> None:
-    """InputError for a single item where several are expected."""
-    one = isinstance(items, str | bytes | os.PathLike)
-    one |= isinstance(items, np.ndarray) and items.ndim <= item_ndim
-    if one or not isinstance(items, Iterable):
-        raise InputError(f"{name} must be a list, not one {type(items).__name__}")
-
-
-def _listed(items: Iterable[Any], name: str, item_ndim: int = 0) -> list[Any]:
-    _check_items(items, name, item_ndim)
-    return list(items)
-
-
-def _array(values: Any) -> Array:
-    """Rows as an array; InputError for a ragged list, or one without rows."""
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        array = np.empty(0)
-    if array.ndim == 0 or array.dtype == object or len(array) == 0:
-        raise InputError("expected an array of at least one row")
-    return array
-
-
-def _check_agreement(
-    package: Package, config: PeConfig, image: ImageSpec, text: TextSpec | None
-) -> None:
-    """InputError or PackageError unless the manifest's parts fit the architecture."""
-    check_graphs(package.manifest.content.graphs, config, image.height, image.width)
-    if config.text is None or text is None:
-        require(not (config.text or text), "either the architecture or the processing lacks texts")
-        return
-    if text.context_length != config.text.context_length:
-        raise InputError("the architecture and the text processing differ in context length")
-    if text.tokenizer is not None and config.text.vocab_size != VOCAB_SIZE:
-        raise InputError(f"{text.tokenizer} is not for a vocabulary of {config.text.vocab_size}")
-
-
-def _tokenizer(text: TextSpec | None, limits: Limits) -> ClipTokenizer | None:
-    if text is None or text.tokenizer is None:
-        return None
-    return ClipTokenizer(context_length=text.context_length, limits=limits)
-
-
-def _stacked(parts: Iterable[Float32], shape: tuple[int, ...]) -> Float32:
-    """One array of all parts, (N, *shape); N may be 0."""
-    return np.concatenate([np.empty((0, *shape), np.float32), *parts])
-
-
-def _unit(rows: Float32) -> Float32:
-    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    unit: Float32 = rows / np.maximum(norms, np.float32(1e-12))
-    return unit

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
-from typing import ParamSpec, Self, TypeVar, Unpack
+from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from perception_rt.families import PLM
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.reader import Package
 from perception_rt.processing.image import ImageSource
+from perception_rt.processing.image_loader import OnError
 from perception_rt.processing.image_options import Background
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.processing.video import VideoSource
@@ -179,11 +180,23 @@ class Generator(LoadedModel):
         self._preprocessor.check(request)
         return self._start(self._preprocessor.prepare(request))
 
-    def generate_batch(self, requests: Sequence[Request]) -> list[Result]:
+    @overload
+    def generate_batch(self, requests: Sequence[Request]) -> list[Result]: ...
+
+    @overload
+    def generate_batch(
+        self, requests: Sequence[Request], *, on_error: OnError
+    ) -> list[Result | None]: ...
+
+    def generate_batch(
+        self, requests: Sequence[Request], *, on_error: OnError | None = None
+    ) -> Any:
         """Answers several questions together, as many at a time as fit into memory.
 
         Args:
             requests: the questions; there may be more than the queue holds.
+            on_error: called with the index and the error of each unusable request, in order. Its
+                result is None, and the others are answered. None raises the error instead.
 
         Returns:
             Results in the order of the requests.
@@ -193,20 +206,36 @@ class Generator(LoadedModel):
             CapacityError: a request does not fit into `kv_bytes`.
             BackendError: as `generate`, for the first request that failed.
         """
-        for index, request in enumerate(check_list("requests", requests)):
-            with _numbered(index):
-                self._preprocessor.check(request)
-        self._thread.check_open()
-        handles: list[Handle] = []
-        try:
+        requests = check_list("requests", requests)
+        if on_error is None:
             for index, request in enumerate(requests):
                 with _numbered(index):
-                    state = self._preprocessor.prepare(request)
-                handles.append(self._start(state, wait=True))
-            return [handle.result() for handle in handles]
+                    self._preprocessor.check(request)
+        self._thread.check_open()
+        handles: list[Handle | None] = []
+        try:
+            for index, request in enumerate(requests):
+                state = self._prepared(index, request, on_error)
+                handles.append(None if state is None else self._start(state, wait=True))
+            return [None if handle is None else handle.result() for handle in handles]
         finally:
             for handle in handles:
-                handle.cancel()
+                if handle is not None:
+                    handle.cancel()
+
+    def _prepared(
+        self, index: int, request: Request, on_error: OnError | None
+    ) -> RequestState | None:
+        """A request of a batch; None if it is unusable and `on_error` was told."""
+        try:
+            if on_error is not None:
+                self._preprocessor.check(request)
+            return self._preprocessor.prepare(request)
+        except InputError as error:
+            if on_error is None:
+                raise InputError(f"request {index}: {error}") from None
+            on_error(index, error)
+            return None
 
     def score(
         self,
