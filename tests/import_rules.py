@@ -166,9 +166,12 @@ _EXPORT = {
 }
 
 _COMMANDS = {
+    "perception_rt.bulk": Part(
+        uses=LAYER_2, libraries=("numpy",), lazy=("runtime",), lazy_libraries=("pyarrow",)
+    ),
     "perception_rt.cli": Part(
         uses=LAYER_1,
-        lazy=("cli", "export", "package", "processing", "runtime"),
+        lazy=("bulk", "cli", "export", "package", "processing", "runtime"),
         lazy_libraries=("numpy", "PIL"),
     ),
     "perception_rt.cli.report": Part(
@@ -235,6 +238,7 @@ _BENCHMARKED = Part(
     uses=(
         *TORCH_SIDE,
         *SHARED_BY_BENCHMARKS,
+        "bulk",
         "export",
         "runtime",
         "training.arguments",

@@ -32,9 +32,15 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses, with the package moved to the front if an option would swallow it."""
         positions = [action for action in self._actions if not action.option_strings]
-        if args is not None and [action.dest for action in positions] == ["package"]:
+        names = [action.dest for action in positions]
+        if args is not None and names[:1] == ["package"]:
             args = self._package_first(list(args))
-        return super().parse_known_args(args, namespace)
+        namespace, rest = super().parse_known_args(args, namespace)
+        if "sources" in names:  # argparse takes none that follow an option
+            late = [value for value in rest if not value.startswith("-")]
+            namespace.sources = [*namespace.sources, *late]
+            rest = [value for value in rest if value.startswith("-")]
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         """Prints how the command is used, and ends the program with status 2."""

@@ -21,12 +21,11 @@ from perception_rt.cli.arguments import (
     package_arguments,
     question_arguments,
 )
+from perception_rt.cli.embed import EmbedCommand, add_embed_arguments
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
 from perception_rt.errors import InputError, PerceptionError, escaped
 from perception_rt.families import PE, PLM, Family, get_family
 from perception_rt.progress import Progress
-
-_SHOWN_COSINES = 8
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -128,15 +127,10 @@ def _add_encoder_commands(commands: Any) -> None:
     embed = _command(
         commands, "embed", _embed, "embed images, texts or videos",
         'perception-rt embed demo:pe --image a.jpg b.jpg --text "a red three" --out rows.npy',
-        "perception-rt embed demo:pe --video clip.mp4 --num-frames 8 --json",
+        "perception-rt embed demo:pe photos/ --out rows/ --skip-errors",
+        "perception-rt embed demo:pe 'shards/*.tar' --out rows.parquet --resume",
     )  # fmt: skip
-    package_arguments(embed)
-    list_argument(embed, "--image", "FILE")
-    list_argument(embed, "--text", "TEXT")
-    list_argument(embed, "--video", "FILE")
-    embed.add_argument("--num-frames", type=int, default=8, help="frames per video (default: 8)")
-    embed.add_argument("--out", metavar="FILE.npy", help="array to write, float32 (N, D): images, "
-                       "then texts, then videos")  # fmt: skip
+    add_embed_arguments(embed)
 
     classify = _command(
         commands, "classify", _classify, "choose between labels for images",
@@ -271,39 +265,10 @@ def _demo(options: argparse.Namespace) -> int:
     return run_demo(options)
 
 
-def _embed(options: argparse.Namespace) -> None:
-    import numpy as np
-
-    if not options.image + options.text + options.video:
-        raise InputError("nothing to embed: give --image, --text or --video")
-    out = None if options.out is None else _output(options.out, ".npy")
+def _embed(options: argparse.Namespace) -> int:
+    command = EmbedCommand(options)
     with Progress() as progress, _load(options, progress) as engine:
-        parts = []
-        if options.image:
-            count = progress.counter("images")
-            parts.append(engine.embed_images(options.image, on_progress=count))
-        if options.text:
-            parts.append(engine.embed_texts(options.text, on_progress=progress.counter("texts")))
-        if options.video:
-            parts.append(
-                engine.embed_videos(
-                    options.video,
-                    num_frames=options.num_frames,
-                    on_progress=progress.counter("videos"),
-                )
-            )
-    rows = np.concatenate(parts)
-    names = [*options.image, *options.text, *options.video]
-    if out is not None:
-        np.save(out, rows)
-    if options.json:
-        vectors = None if out is not None else rows.tolist()
-        _print_json({"items": names, "dim": rows.shape[1], "embeddings": vectors})
-        return
-    cosines = rows @ rows.T
-    for index, name in enumerate(names):
-        shown = " ".join(f"{cosine:.3f}" for cosine in cosines[index, :_SHOWN_COSINES])
-        print(f"{escaped(name)}: dim {rows.shape[1]}, cosines {shown}")
+        return command.run(engine, progress)
 
 
 def _classify(options: argparse.Namespace) -> None:

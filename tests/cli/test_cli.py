@@ -76,7 +76,7 @@ def test_embed_classify_features(tiny_package: Path, photo: str, tmp_path: Path,
     npy = tmp_path / "rows.npy"
     embed = ["embed", package, "--image", photo, "--text", "a cat", "--out", str(npy)]
     assert main(embed) == 0
-    assert "cosines 1.000" in capsys.readouterr().out
+    assert "  a cat" in (table := capsys.readouterr().out) and table.count("1.000") == 2
     assert np.load(npy).shape == (2, 32)
     assert main(["embed", package, "--text", "a cat", "--json"]) == 0
     result = _json(capsys)
@@ -262,7 +262,9 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     assert options["chat"] == package | question | {"--json"}
     assert options["demo"] == {"--out", "--json"}
     assert options["embed"] == package | {
-        "--image", "--text", "--video", "--num-frames", "--out", "--json"
+        "--image", "--text", "--video", "--num-frames", "--out", "--json", "--from", "--column",
+        "--dtype", "--resume", "--skip-errors", "--part", "--shard-size", "--batch-size",
+        "--workers",
     }  # fmt: skip
     assert options["classify"] == package | {"--image", "--label", "--template", "--json"}
     assert options["features"] == package | {"--image", "--layer", "--out", "--json"}

@@ -1,0 +1,128 @@
+"""Reads the content of items, and finds it again by an item's source name."""
+
+import json
+import os
+from pathlib import Path
+from typing import Self
+
+from perception_rt.bulk.listing import Item
+from perception_rt.bulk.parquet import ImageColumn
+from perception_rt.bulk.sources import TEXTS, Sources
+from perception_rt.errors import InputError
+from perception_rt.limits import DEFAULT_LIMITS, Limits
+from perception_rt.processing.files import open_regular_file
+
+_FIELDS = ("text", "caption")
+
+
+class Contents:
+    """Reads items; keeps the last Parquet file open. Use it as a context manager.
+
+    Args:
+        column: column of Parquet files, or field of `.jsonl` lines; None for the usual names.
+        limits: bounds on encoded bytes.
+    """
+
+    def __init__(self, column: str | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._column = column
+        self._limits = limits
+        self._cells: tuple[str, ImageColumn] | None = None
+
+    def image(self, item: Item) -> str | bytes:
+        """A path, or encoded bytes; InputError if there are none."""
+        if item.form == "file":
+            return item.file
+        if item.form == "cell":
+            return self._open(item.path).read(item.offset)
+        if item.form == "missing":
+            raise InputError("the row names no file")
+        return self._span(item, self._limits.image_bytes)
+
+    def text(self, item: Item) -> str:
+        """A text; InputError if it is too long, or the line is not one."""
+        if item.form == "inline":
+            return item.source
+        line = self._span(item, self._limits.text_bytes).rstrip(b"\r\n")
+        try:
+            text = line.decode("utf-8-sig" if item.offset == 0 else "utf-8")
+        except UnicodeDecodeError:
+            raise InputError("the text is not UTF-8") from None
+        return _json_text(text, self._column) if item.form == "json" else text
+
+    def _span(self, item: Item, most: int) -> bytes:
+        if item.size > most + 2:  # a line break is not part of a text
+            raise InputError(f"{item.size} bytes; the limit is {most}")
+        with open_regular_file(item.path, repr(item.path)) as file:
+            try:
+                file.seek(item.offset)
+                data = bytearray()
+                while len(data) < item.size and (more := file.read(item.size - len(data))):
+                    data += more
+            except OSError as error:
+                raise InputError(f"{item.path!r:.200} cannot be read: {error.strerror}") from None
+        if len(data) < item.size:
+            raise InputError(f"{item.path!r:.200} became shorter")
+        return bytes(data)
+
+    def _open(self, path: str) -> ImageColumn:
+        if self._cells is None or self._cells[0] != path:
+            self.close()
+            self._cells = path, ImageColumn(path, self._column)
+        return self._cells[1]
+
+    def close(self) -> None:
+        """Closes the open file."""
+        cells, self._cells = self._cells, None
+        if cells is not None:
+            cells[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def image_of(source: str, column: str | None = None) -> str | bytes | None:
+    """Finds an image by the `source` of a result: its path, or its bytes.
+
+    Args:
+        source: as `Item.source`.
+        column: as for `Contents`.
+
+    Returns:
+        None if the source is not an image that can be read: a text, a video, or a file that is
+        gone.
+    """
+    if os.path.isfile(source):  # noqa: PTH113 - a text may be no valid path
+        return source
+    path, separator, name = source.partition("#")
+    while separator and not os.path.isfile(path):  # noqa: PTH113
+        more, separator, name = name.partition("#")
+        path = f"{path}#{more}"
+    ending = Path(path).suffix.lower()
+    if not separator or ending.removeprefix(".") in TEXTS:
+        return None
+    try:
+        with Contents(column) as contents:
+            if ending == ".parquet" and name.isdecimal():
+                return contents.image(Item("image", source, "cell", path, int(name)))
+            items = Sources(paths=(path,)).items()
+            item = next((i for i in items if i.source == source), None)
+            return None if item is None or ending != ".tar" else contents.image(item)
+    except InputError:
+        return None
+
+
+def _json_text(line: str, field: str | None) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise InputError("the line is not JSON") from None
+    if isinstance(value, dict):
+        names = _FIELDS if field is None else (field,)
+        value = next((value[name] for name in names if name in value), None)
+    if not isinstance(value, str):
+        wanted = " or ".join(_FIELDS) if field is None else field
+        raise InputError(f"the line is neither a string nor an object with {wanted!r:.80}")
+    return value
