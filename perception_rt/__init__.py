@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from perception_rt.runtime.generation.handle import Handle
     from perception_rt.runtime.generator import Generator
     from perception_rt.runtime.load import load
+    from perception_rt.runtime.messages import chat_request
     from perception_rt.runtime.request import (
         Exchange,
         GenerationProgress,
@@ -48,6 +49,7 @@ _LAZY = {
     "Result": "perception_rt.runtime.request",
     "Score": "perception_rt.runtime.request",
     "Timings": "perception_rt.runtime.request",
+    "chat_request": "perception_rt.runtime.messages",
     "draw_box": "perception_rt.processing.boxes",
     "format_box": "perception_rt.processing.boxes",
     "load": "perception_rt.runtime.load",
@@ -74,6 +76,7 @@ __all__ = [
     "Score",
     "Timings",
     "__version__",
+    "chat_request",
     "draw_box",
     "format_box",
     "load",

@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
@@ -43,7 +43,8 @@ from perception_rt.processing.tiles import TileSpec
 from perception_rt.records import check_integer
 
 Frame: TypeAlias = NDArray[np.uint8]
-VideoSource: TypeAlias = str | os.PathLike[str] | Frame
+_File: TypeAlias = io.FileIO | io.BytesIO
+VideoSource: TypeAlias = str | os.PathLike[str] | bytes | Frame
 
 
 class FrameDecoder(Protocol):
@@ -109,8 +110,8 @@ def decode_frames(
     three times and decodes it twice if its packets are not its frames.
 
     Args:
-        source: path of an MP4/MOV, Matroska/WebM, AVI or MPEG-TS file, or uint8 (T, H, W, 3) RGB
-            frames.
+        source: path or bytes of an MP4/MOV, Matroska/WebM, AVI or MPEG-TS file, or uint8
+            (T, H, W, 3) RGB frames.
         num_frames: number of frames to return.
         limits: bounds on file size, duration, frame size and `num_frames`.
         decoder: decodes the selected frames instead of PyAV where it can.
@@ -211,12 +212,18 @@ class _Plan:
 def _load(source: VideoSource, plan: _Plan, limits: Limits) -> list[Frame]:
     if isinstance(source, np.ndarray):
         return _from_array(source, plan, limits)
-    if not isinstance(source, str | os.PathLike):
-        raise InputError(f"a video must be a path or an array, not {type(source).__name__}")
-    path, name = path_name(source, "video")
+    if not isinstance(source, str | os.PathLike | bytes):
+        raise InputError(f"a video must be a path, bytes or an array, not {type(source).__name__}")
+    if isinstance(source, bytes):
+        name, size = "video", len(source)
+        opened: AbstractContextManager[_File] = nullcontext(io.BytesIO(source))
+    else:
+        path, name = path_name(source, "video")
+        opened = open_regular_file(path, name)
     av = _import_av()
-    with open_regular_file(path, name) as file:
-        size = os.fstat(file.fileno()).st_size
+    with opened as file:
+        if isinstance(file, io.FileIO):
+            size = os.fstat(file.fileno()).st_size
         if size > limits.video_bytes:
             raise InputError(f"{name} has {size} bytes; the limit is {limits.video_bytes} bytes")
         try:
@@ -271,9 +278,9 @@ def _check_size(width: int, height: int, num_frames: int, name: str, limits: Lim
 
 
 class VideoReader:
-    """An open video file. Each pass reads it from the start."""
+    """An open video, a file or bytes. Each pass reads it from the start."""
 
-    def __init__(self, av: ModuleType, file: io.FileIO, name: str, limits: Limits) -> None:
+    def __init__(self, av: ModuleType, file: _File, name: str, limits: Limits) -> None:
         self._av = av
         self._file = file
         self._name = name
@@ -386,7 +393,8 @@ class VideoReader:
 
     def _decode_by(self, plan: _Plan, total: int, indices: list[int]) -> dict[int, Frame] | None:
         """The finished frames by index from the plan's other decoder; None if it cannot."""
-        if plan.decoder is None or not self._indexable:
+        file = self._file
+        if plan.decoder is None or not self._indexable or not isinstance(file, io.FileIO):
             return None
         with closing(self._frames(plan.held)) as decoded:
             first = next(decoded, None)
@@ -396,9 +404,9 @@ class VideoReader:
         if is_mirrored(how):
             return None
         wanted = sorted(set(indices))
-        self._file.seek(0)
+        file.seek(0)
         try:
-            frames = plan.decoder(self._file, stream=self._stream, total=total, indices=wanted)
+            frames = plan.decoder(file, stream=self._stream, total=total, indices=wanted)
         except Exception:
             return None
         shape = (first.width, first.height, 3) if how[0] else (first.height, first.width, 3)

@@ -217,7 +217,7 @@ class Embedder(LoadedModel):
         """Embeds videos as unit vectors: the normalised mean of unit frame embeddings.
 
         Args:
-            videos: paths, or uint8 (T, H, W, 3) RGB frames.
+            videos: paths or bytes of files, or uint8 (T, H, W, 3) RGB frames.
             num_frames: frames per video, at equal distances, including the first and the last.
             batch_size: frames per engine call, 1 to 256; None for `self.batch_size`.
             workers: threads that decode, each the frames of a video ahead of its use, 1 to 64; 1

@@ -31,6 +31,7 @@ from perception_rt.runtime.load_options import (
     LoadOptions,
     open_model,
 )
+from perception_rt.runtime.messages import Message, chat_request
 from perception_rt.runtime.request import (
     Exchange,
     GeneratorStats,
@@ -163,6 +164,32 @@ class Generator(LoadedModel):
             PerceptionError: as `generate`. Errors of the engine come from the iterator.
         """
         return _pieces(self.submit(Request(prompt, **options)))
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[RequestOptions]) -> Result:
+        """Answers the last message of a conversation in the form of OpenAI's chat API.
+
+        Use `chat_request` with `submit` to get the answer piece by piece.
+
+        Args:
+            messages: dictionaries with `role` and `content`, such as `{"role": "user", "content":
+                [{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
+                {"type": "text", "text": "What is this?"}]}`. `{"type": "image", "image": ...}`
+                holds anything that `Request.images` takes. System texts come first and replace the
+                system text of the training; then users and assistants alternate.
+            **options: the fields of `Request` other than prompt, images, videos, history, system
+                and literal.
+
+        Returns:
+            As `generate`.
+
+        Raises:
+            PerceptionError: as `generate`; an InputError names the message that is unusable.
+        """
+        handle = self.submit(chat_request(messages, **options))
+        try:
+            return handle.result()
+        finally:
+            handle.cancel()
 
     def submit(self, request: Request) -> Handle:
         """Starts a request and returns at once, after opening its images and videos.

@@ -87,7 +87,8 @@ class Request:
             or has a mark per tile. Without images and videos, marks are text. No other text is
             special.
         images: paths, encoded JPEG, PNG or WebP bytes, Pillow images, or uint8 (H, W, 3) RGB.
-        videos: paths, or uint8 (T, H, W, 3) RGB frames; without marks they follow the images.
+        videos: paths or bytes of files, or uint8 (T, H, W, 3) RGB frames; without marks they follow
+            the images.
         history: earlier exchanges of the conversation, oldest first.
         max_new_tokens: most tokens of the answer.
         temperature: divides the logits. 0 always takes the likeliest token; top_k, top_p and seed
@@ -116,6 +117,7 @@ class Request:
         repetition_penalty: divides positive logits of the tokens of prompt and answer so far, and
             multiplies negative ones, before temperature, as in transformers. Above 1 repeats less,
             1 changes nothing; from 0.01 to 100.
+        system: system text in place of the one of the training; None for that one.
     """
 
     prompt: str
@@ -137,6 +139,7 @@ class Request:
     lookup_tokens: Sequence[int] | None = None
     literal: bool = False
     repetition_penalty: float = 1.0
+    system: str | None = None
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
@@ -164,6 +167,7 @@ class RequestOptions(TypedDict, total=False):
     lookup_tokens: Sequence[int] | None
     literal: bool
     repetition_penalty: float
+    system: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,6 +373,8 @@ def _check_conversation(request: Request, limits: Limits) -> None:
             f"history has {len(request.history)} exchanges; the limit is {limits.history_turns}"
         )
     size = _text_bytes("prompt", request.prompt)
+    if request.system is not None:
+        size += _text_bytes("system", request.system)
     for index, exchange in enumerate(request.history):
         where = f"history {index}: "
         if not isinstance(exchange, Exchange):

@@ -236,7 +236,7 @@ def test_paths_are_named_as_typed(tmp_path, monkeypatch):
     assert message_of("no.mp4") == f"video 'no.mp4' cannot be read: {os.strerror(2)}"
     assert message_of("http://localhost/v.mp4").startswith("video 'http://localhost/v.mp4' cannot")
     assert message_of(".") == "video '.' is not a regular file"
-    assert message_of(None) == "a video must be a path or an array, not NoneType"
+    assert message_of(None) == "a video must be a path, bytes or an array, not NoneType"
     if hasattr(os, "mkfifo"):
         os.mkfifo("pipe")
         assert message_of("pipe") == "video 'pipe' is not a regular file"
@@ -255,3 +255,12 @@ def test_without_pyav_files_need_an_install_and_arrays_do_not(tmp_path, monkeypa
     with pytest.raises(BackendError, match=r'pip install "perception_rt\[video\]"'):
         load_video(path, num_frames=2)
     assert load_video(np.zeros((4, 8, 8, 3), np.uint8), num_frames=2).shape == (2, 8, 8, 3)
+
+
+def test_bytes_are_decoded_like_their_file(tmp_path):
+    path = write_video(tmp_path / "v.mp4", frames=4)
+    data = path.read_bytes()
+    np.testing.assert_array_equal(load_video(data, num_frames=3), load_video(path, num_frames=3))
+    assert message_of(b"no video") == "video is damaged or is not a video"
+    with pytest.raises(InputError, match=f"video has {len(data)} bytes; the limit is 10 bytes"):
+        load_video(data, num_frames=1, limits=Limits(video_bytes=10))

@@ -256,7 +256,8 @@ class RequestPreprocessor:
         parts: list[Exchange | Request] = [*request.history, request]
         items = sum(len(part.images) + len(part.videos) for part in parts)
         self._check_tiles(items)
-        turns: list[Turn] = []
+        system = request.system
+        turns = [] if system is None else [Turn("system", (system,))]
         tiles: list[Array] = []
         for index, part in enumerate(parts):
             where = "" if part is request else f"history {index}: "
