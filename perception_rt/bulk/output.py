@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -133,6 +134,7 @@ class Output:
             )
         self._lock = _Lock()
         self._range = range(0)
+        self._owned = False  # whether no other process may write here
 
     @property
     def errors_path(self) -> Path:
@@ -189,19 +191,18 @@ class Output:
         """
         self._job, self._range = job, range(job.shards) if part is None else job.part(part)
         found = self.recorded()
-        if found is not None:
-            if not resume and part is None:
-                raise InputError(
-                    f"{str(self.path)!r:.200} exists: --resume completes it, or give another --out"
-                )
-            self._check_same(found)
         if self.is_complete:
+            self._check(found, resume=resume)
             return
         self.folder.mkdir(exist_ok=True)
         alone = self._lock.take(self.folder, shared=part is not None)
         if alone:
             for left in self.folder.glob(f".*{TEMPORARY}"):
                 left.unlink(missing_ok=True)
+        self._owned = part is None
+        if self._owned and not self._present():
+            found = None  # the job ended before its first shard
+        self._check(found, resume=resume or part is not None)
         if found is None:
             record = {"version": _VERSION, **asdict(job)}
             text = json.dumps(record, indent=2) + "\n"
@@ -244,7 +245,12 @@ class Output:
         return totals
 
     def close(self) -> None:
-        """Lets other processes write here."""
+        """Lets other processes write here; removes what a job without any shard has begun."""
+        if self._owned and not self.is_complete and not self._present():
+            with suppress(OSError):
+                (self.folder / JOB_FILE).unlink(missing_ok=True)
+                self.folder.rmdir()
+        self._owned = False
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -270,7 +276,14 @@ class Output:
             raise InputError(f"{str(path)!r:.200} belongs to another job: remove it")
         return head
 
-    def _check_same(self, found: dict[str, Any]) -> None:
+    def _check(self, found: dict[str, Any] | None, *, resume: bool) -> None:
+        """InputError if the output is another job's, or is not to be resumed."""
+        if found is None:
+            return
+        if not resume:
+            raise InputError(
+                f"{str(self.path)!r:.200} exists: --resume completes it, or give another --out"
+            )
         own = {"version": _VERSION, **asdict(self._job)}
         other = [name for name in own if found.get(name) != own[name]]
         if other:

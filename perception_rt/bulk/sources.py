@@ -16,6 +16,7 @@ from perception_rt.bulk.listing import Item, Kind
 from perception_rt.bulk.parquet import ImageColumn
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS
+from perception_rt.processing.files import open_regular_file
 
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 # Image formats on request, and their endings.
@@ -168,6 +169,7 @@ class _Lister:
     def _tar(self, path: str) -> Iterator[Item]:
         """Images of an uncompressed tar, such as a webdataset shard, by their place in it."""
         found = False
+        _check_file(path)
         try:
             for member in tar_members(path):
                 if member.isreg() and not member.issparse() and self._is_image(member.name):
@@ -220,9 +222,15 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError
 
 
+def _check_file(path: str) -> None:
+    """InputError unless a path is a regular file, which can be read at any place."""
+    open_regular_file(path, repr(path)).close()
+
+
 def _lines(path: str, form: str) -> Iterator[Item]:
     """Texts of a file, one per line that is not blank."""
     found = False
+    _check_file(path)
     try:
         with Path(path).open("rb") as file:
             for number, (offset, line, size) in enumerate(_sized_lines(file), 1):

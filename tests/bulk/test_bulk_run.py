@@ -1,7 +1,11 @@
 """Bulk jobs: rows equal those of the embedder, errors are kept, and any part can be done again."""
 
+import errno
 import json
+import os
 import threading
+import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +335,74 @@ def test_batches_do_not_depend_on_the_part(engine: prt.Embedder, tmp_path: Path)
     assert json.loads((tmp_path / "o" / "job.json").read_text())["shard_items"] == 8
     with Output(tmp_path / "o") as output:
         assert output.recorded() is not None
+
+
+def test_a_job_without_shards_leaves_nothing(
+    engine: prt.Embedder, photos: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("pyarrow")
+    for out in (tmp_path / "rows", tmp_path / "rows.npy"):
+        with pytest.raises(InputError, match="item 3"):
+            embed_sources(engine, sources(photos), out, options(skip_errors=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    # Killed before its first shard, it is begun anew, with any settings.
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "job.json").write_text('{"items": 7}')
+    assert embed_sources(engine, sources(photos), tmp_path / "rows", SMALL).rows == 18
+
+
+def test_a_full_disk_ends_the_job_and_leaves_whole_shards(
+    engine: prt.Embedder, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = os.fsync
+
+    def full(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 3:  # the second shard
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    out = tmp_path / "rows.npy"
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        embed_sources(engine, sources(photos), out, SMALL)
+    assert sorted(path.name for path in (tmp_path / "rows.npy.parts").iterdir()) == [
+        "job.json", "part-00000.npz"
+    ]  # fmt: skip
+    assert embed_sources(engine, sources(photos), out, options(resume=True)).rows == 18
+
+
+class Zeros:
+    """An engine that decodes nothing."""
+
+    batch_size, dim = 8, 4
+
+    class manifest:  # noqa: N801
+        id = "sha256:0"
+
+        class content:  # noqa: N801
+            name = "zeros"
+
+    def embed_images(self, images: Iterable[Any], **_: object) -> np.ndarray:
+        return np.zeros((sum(1 for _ in images), 4), np.float32)
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "rows.jsonl", "rows"])
+def test_memory_does_not_grow_with_the_number_of_items(tmp_path: Path, name: str) -> None:
+    if name == "rows":
+        pytest.importorskip("pyarrow")
+    peaks = []
+    for count in (1000, 10_000):
+        lines = tmp_path / f"{count}.txt"
+        lines.write_text("".join(f"folder/{index:05}.jpg\n" for index in range(count)))
+        tracemalloc.start()
+        folder = tmp_path / f"out{count}"
+        folder.mkdir()
+        totals = embed_sources(
+            Zeros(), Sources(lists=(str(lines),)), folder / name, BulkOptions(shard_items=256)
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert totals.rows == count
+    assert peaks[1] - peaks[0] < 100_000  # the sources alone are 600,000 bytes
