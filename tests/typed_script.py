@@ -11,12 +11,17 @@ from perception_rt.package.manifest import Manifest
 
 Rows = NDArray[np.float32]
 
+
+def report(index: int, error: prt.InputError) -> None:
+    print(index, error)
+
+
 pe = prt.Embedder.load("pe-demo", threads=2)
 assert_type(pe, prt.Embedder)
 assert_type(pe.embed_images(["cat.jpg"], workers=2), Rows)
 assert_type(pe.embed_images([b"bytes", np.zeros((8, 8, 3), np.uint8)]), Rows)
 assert_type(pe.embed_images(name for name in ("a.jpg", "b.jpg")), Rows)
-assert_type(pe.embed_texts(["a cat"]), Rows)
+assert_type(pe.embed_texts(["a cat"], on_error=report), Rows)
 assert_type(pe.embed_videos(["clip.mp4"]), Rows)
 assert_type(pe.classify(["cat.jpg"], ["cat", "dog"]), Rows)
 assert_type(pe.embed_labels(["cat"]), Rows)
@@ -36,6 +41,8 @@ with prt.Generator.load("plm-demo", kv_bytes=2**30) as plm:
     assert_type(answer.tokens, tuple[int, ...])
     assert_type(answer.timings.ttft_s, float | None)
     assert_type(plm.generate_batch([prt.Request("Read the digits.")]), list[prt.Result])
+    some = plm.generate_batch([prt.Request("Read.")], on_error=report)
+    assert_type(some, list[prt.Result | None])
     for piece in plm.stream("Hello"):
         assert_type(piece, str)
     assert_type(plm.submit(prt.Request("Hello")), prt.Handle)

@@ -13,6 +13,7 @@ from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.processing.files import open_regular_file
 
 _FIELDS = ("text", "caption")
+_TAR_VIDEO_BYTES = 256 * 1024 * 1024  # a video in a tar is read into memory
 
 
 class Contents:
@@ -38,6 +39,12 @@ class Contents:
             raise InputError("the row names no file")
         return self._span(item, self._limits.image_bytes)
 
+    def video(self, item: Item) -> str | bytes:
+        """A path, or the bytes of a tar's member; InputError if it is too large for memory."""
+        if item.form == "file":
+            return item.file
+        return self._span(item, min(self._limits.video_bytes, _TAR_VIDEO_BYTES))
+
     def text(self, item: Item) -> str:
         """A text; InputError if it is too long, or the line is not one."""
         if item.form == "inline":
@@ -50,7 +57,8 @@ class Contents:
         return _json_text(text, self._column) if item.form == "json" else text
 
     def _span(self, item: Item, most: int) -> bytes:
-        if item.size > most + 2:  # a line break is not part of a text
+        line_break = 2 if item.kind == "text" else 0
+        if item.size > most + line_break:
             raise InputError(f"{item.size} bytes; the limit is {most}")
         with open_regular_file(item.path, repr(item.path)) as file:
             try:

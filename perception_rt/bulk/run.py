@@ -250,9 +250,11 @@ class _Call:
             return self._engine.embed_images(images, workers=options.workers, **more)
         if kind == "text":
             return self._engine.embed_texts(list(self._each(self._contents.text)), **more)
-        paths = [item.file for item in self._items]
         return self._engine.embed_videos(
-            paths, num_frames=job.num_frames, workers=_VIDEO_WORKERS, **more
+            self._each(self._contents.video),
+            num_frames=job.num_frames,
+            workers=_VIDEO_WORKERS,
+            **more,
         )
 
     def _each(self, read: Callable[[Item], Any]) -> Iterator[Any]:

@@ -167,29 +167,28 @@ class _Lister:
                 yield Item(kind, path)
 
     def _tar(self, path: str) -> Iterator[Item]:
-        """Images of an uncompressed tar, such as a webdataset shard, by their place in it."""
+        """Images and videos of an uncompressed tar, such as a webdataset shard, in its order."""
         found = False
         _check_file(path)
         try:
             for member in tar_members(path):
-                if member.isreg() and not member.issparse() and self._is_image(member.name):
+                kind = self._kind(member.name)
+                if kind is not None and member.isreg() and not member.issparse():
                     found = True
                     place = (path, member.offset_data, member.size)
-                    yield Item("image", f"{path}#{member.name}", "span", *place)
+                    yield Item(kind, f"{path}#{member.name}", "span", *place)
         except OSError as error:
             raise InputError(f"tar {path!r:.200} cannot be read: {error.strerror}") from None
         except (tarfile.TarError, ValueError, OverflowError, RecursionError):
             raise InputError(f"{path!r:.200} is damaged, or not an uncompressed tar file") from None
         if not found:
-            raise InputError(f"tar {path!r:.200} has no image")
+            raise InputError(f"tar {path!r:.200} has no image or video")
 
     def _kind(self, path: str) -> Kind | None:
-        if self._is_image(path):
+        ending = _ending(path)
+        if ending in self._images:
             return "image"
-        return "video" if _ending(path) in VIDEOS else None
-
-    def _is_image(self, path: str) -> bool:
-        return _ending(path) in self._images
+        return "video" if ending in VIDEOS else None
 
 
 class _HeaderFile(io.FileIO):

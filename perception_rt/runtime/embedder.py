@@ -217,12 +217,14 @@ class Embedder(LoadedModel):
         """Embeds videos as unit vectors: the normalised mean of unit frame embeddings.
 
         Args:
-            videos: paths or bytes of files, or uint8 (T, H, W, 3) RGB frames.
+            videos: paths or bytes of files, or uint8 (T, H, W, 3) RGB frames. An iterator is read
+                `workers` videos ahead.
             num_frames: frames per video, at equal distances, including the first and the last.
             batch_size: frames per engine call, 1 to 256; None for `self.batch_size`.
             workers: threads that decode, each the frames of a video ahead of its use, 1 to 64; 1
                 decodes in the calling thread.
-            on_progress: called after each video with the number of videos done and the total.
+            on_progress: called after each video with the number of videos done and the total, as
+                for `embed_images`.
             on_error: as for `embed_images`.
 
         Returns:
@@ -234,24 +236,27 @@ class Embedder(LoadedModel):
         """
         check_process(self._process)
         self._require_pooled()
-        videos = listed(videos, "videos", _VIDEO_NDIM)
+        check_items(videos, "videos", _VIDEO_NDIM)
+        if isinstance(videos, Sized):
+            videos = list(videos)  # callbacks may change the list
         check_integer("num_frames", num_frames, 1, self._limits.video_frames)
         workers = check_integer("workers", workers, 1, MAX_WORKERS)
         decode = partial(decode_frames, num_frames=num_frames, limits=self._limits)
-        rows = np.zeros((len(videos), self.dim), np.float32)
+        rows: list[Float32] = []
         with closing(run_ahead(decode, videos, workers=workers)) as decoded:
             for index, frames in enumerate(decoded):
                 if not isinstance(frames, InputError):
                     # No engine call waits for the resizing of the frames.
                     vectors = self.embed_images(frames, batch_size=batch_size, workers=1)
-                    rows[index] = vectors.mean(axis=0)
+                    rows.append(vectors.mean(axis=0, keepdims=True))
                 elif on_error is None:
                     raise InputError(f"video {index}: {frames}")
                 else:
                     on_error(index, frames)
+                    rows.append(np.zeros((1, self.dim), np.float32))
                 if on_progress is not None:
-                    on_progress(index + 1, len(videos))
-        return unit(rows)
+                    on_progress(index + 1, len(videos) if isinstance(videos, Sized) else index + 1)
+        return unit(stacked(rows, (self.dim,)))
 
     def classify(
         self,

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
@@ -85,13 +85,13 @@ def usable_tokens(
 
 
 def run_ahead(
-    work: Callable[[_T], _R], items: Sequence[_T], *, workers: int
+    work: Callable[[_T], _R], items: Iterable[_T], *, workers: int
 ) -> Generator[_R | InputError, None, None]:
     """Yields the result of `work` for each item, or its InputError, in order.
 
     Args:
         work: called in a thread.
-        items: its arguments.
+        items: its arguments, taken by the calling thread.
         workers: threads, and results that wait at most; with 1, `work` is called in this thread
             when the iterator comes to the item.
     """
@@ -102,7 +102,7 @@ def run_ahead(
         except InputError as error:
             return error.with_traceback(None)
 
-    if min(workers, len(items)) <= 1:
+    if workers == 1 or (isinstance(items, Sized) and len(items) <= 1):
         yield from map(attempt, items)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix=THREAD_NAME)

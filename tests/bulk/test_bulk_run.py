@@ -24,6 +24,9 @@ KINDS = ("rows", "rows.parquet", "rows.npy", "rows.jsonl")
 SMALL = BulkOptions(shard_items=8, workers=1, skip_errors=True)
 
 
+FILES = Path(__file__).parents[1] / "processing" / "files"
+
+
 class StopError(Exception):
     """Ends a job as a signal would."""
 
@@ -406,3 +409,18 @@ def test_memory_does_not_grow_with_the_number_of_items(tmp_path: Path, name: str
         tracemalloc.stop()
         assert totals.rows == count
     assert peaks[1] - peaks[0] < 100_000  # the sources alone are 600,000 bytes
+
+
+def test_videos_in_tars_are_read_from_memory(engine: prt.Embedder, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    video = FILES / "m_hflip.mp4"
+    members = {"a.mp4": video.read_bytes(), "b.mkv": b"no video", "a.jpg": jpeg(0)}
+    write_tar(tmp_path / "s.tar", members)
+    tar = Sources(paths=(str(tmp_path / "s.tar"), str(video)))
+    totals = embed_sources(engine, tar, tmp_path / "rows.npy", options(num_frames=2))
+    assert totals == Totals(items=4, rows=3, errors=1)
+    _, names, rows = read(tmp_path / "rows.npy")
+    assert [Path(name).name for name in names] == ["s.tar#a.mp4", "s.tar#a.jpg", "m_hflip.mp4"]
+    np.testing.assert_array_equal(rows[0], engine.embed_videos([video], num_frames=2)[0])
+    np.testing.assert_array_equal(rows[0], rows[2])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []

@@ -65,6 +65,8 @@ def test_videos(pe: prt.Embedder, workers: int) -> None:
     assert not rows[[1, 3]].any()
     alone = [pe.embed_videos([v], num_frames=2)[0] for v in (videos[0], videos[2], videos[4])]
     np.testing.assert_array_equal(rows[[0, 2, 4]], alone)
+    lazy = pe.embed_videos(iter(videos), num_frames=2, workers=workers, on_error=Errors())
+    np.testing.assert_array_equal(lazy, rows)
     with pytest.raises(InputError, match=r"^video 1: .*absent.mp4"):
         pe.embed_videos(videos, num_frames=2, workers=workers)
     assert not any(t.name.startswith(THREAD_NAME) for t in threading.enumerate())
