@@ -28,9 +28,10 @@ def add_embed_arguments(embed: CommandParser) -> None:
     list_argument(embed, "--image", "FILE")
     list_argument(embed, "--text", "TEXT")
     list_argument(embed, "--video", "FILE")
-    list_argument(
-        embed, "--from", "LIST", help="file of paths, one per line, or - for standard input"
-    )
+    embed.add_argument(
+        "--from", action="append", default=[], metavar="LIST", help="file of paths, one per line, "
+        "or - for standard input; may be repeated"
+    )  # fmt: skip
     embed.add_argument(
         "--column", metavar="NAME", help="column of Parquet files with bytes or paths, or field of "
         ".jsonl lines"
@@ -165,7 +166,7 @@ class EmbedCommand:
         progress.step("listing items")
 
         def count(done: int, total: int, errors: int) -> None:
-            failed = f", {errors:,} errors" if errors else ""
+            failed = f", {_errors(errors)}" if errors else ""
             progress.count(f"{done:,} of {total:,} items{failed}", done, total)
 
         totals = embed_sources(
@@ -181,7 +182,7 @@ class EmbedCommand:
         else:
             line = f"{options.out}: {totals.rows:,} rows of {engine.dim} {options.dtype}"
             if errors_file is not None:
-                line += f"; {totals.errors:,} errors in {errors_file}"
+                line += f"; {_errors(totals.errors)} in {errors_file}"
             print(escaped(line))
             if self._part is None and 0 < totals.rows <= MAX_TABLE:
                 self._show(_read(options.out))
@@ -299,6 +300,10 @@ def _kind(out: str) -> str:
     if not path.parent.is_dir():
         raise InputError(f"cannot write {out!r:.80}: its folder is missing")
     return output_kind(path, out)
+
+
+def _errors(count: int) -> str:
+    return "1 error" if count == 1 else f"{count:,} errors"
 
 
 def _errors_path(out: str) -> Path:

@@ -82,6 +82,13 @@ def test_paths_come_from_standard_input(photos: Path, monkeypatch, capsys) -> No
     )
 
 
+def test_a_list_takes_no_source_that_follows(photos: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "list").write_text(f"{photos / '00001.jpg'}\n")
+    arguments = ("--from", tmp_path / "list", PACKAGE, photos / "00002.jpg", "--json")
+    items = json.loads(run(capsys, *arguments)[1])["items"]
+    assert items == [str(photos / "00002.jpg"), str(photos / "00001.jpg")]
+
+
 def test_named_items_write_sources_too(photos: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "rows.npy"
     for _ in range(2):  # an earlier file is replaced
