@@ -135,6 +135,7 @@ class Output:
         self._lock = _Lock()
         self._range = range(0)
         self._owned = False  # whether no other process may write here
+        self._made = False  # whether the folder is new
 
     @property
     def errors_path(self) -> Path:
@@ -194,6 +195,7 @@ class Output:
         if self.is_complete:
             self._check(found, resume=resume)
             return
+        self._made = not self.folder.exists()
         self.folder.mkdir(exist_ok=True)
         alone = self._lock.take(self.folder, shared=part is not None)
         if alone:
@@ -249,7 +251,8 @@ class Output:
         if self._owned and not self.is_complete and not self._present():
             with suppress(OSError):
                 (self.folder / JOB_FILE).unlink(missing_ok=True)
-                self.folder.rmdir()
+                if self._made:
+                    self.folder.rmdir()
         self._owned = False
         self._lock.release()
 
@@ -300,11 +303,12 @@ class Output:
         Other parts may end at the same time. The shards are looked at again after each writing, so
         the last process to write has seen all.
         """
-        found: dict[int, Totals] | None = None
-        while found is None or found.keys() != self._present():
-            found = {}
+        found: dict[int, Totals] = {}
+        seen: set[int] | None = None
+        while seen != (present := self._present()):
+            seen, found = present, {}
             with replacing(self.errors_path) as file:
-                for number in sorted(self._present()):
+                for number in sorted(present):
                     head = self._head(number)
                     if head is not None:
                         file.writelines(error.line().encode("ascii") for error in head.errors)
@@ -339,7 +343,7 @@ def _sum(counts: Iterable[Totals]) -> Totals:
 
 
 class _Lock:
-    """A lock on a folder, which ends with the process; without `fcntl`, there is none."""
+    """A lock on a folder, which ends with the process; some systems have none."""
 
     def __init__(self) -> None:
         self._fd: int | None = None
@@ -355,15 +359,17 @@ class _Lock:
         except ImportError:  # not POSIX
             return not shared
         self._fd = os.open(folder, os.O_RDONLY)
-        alone = _try_lock(self._fd, fcntl.LOCK_EX)
-        if shared:
+        try:
+            alone = _try_lock(self._fd, fcntl.LOCK_EX)
+            if not shared and alone:
+                return True
             # Another part has it alone for the moment of its start.
-            for _ in range(_LOCK_TRIES):
+            for _ in range(_LOCK_TRIES if shared else 0):
                 if _try_lock(self._fd, fcntl.LOCK_SH):
                     return alone
                 time.sleep(_LOCK_WAIT_S)
-        elif alone:
-            return True
+        except OSError:  # a network file system without locks of folders
+            return not shared
         raise InputError(f"another process writes {str(folder)!r:.200}")
 
     def release(self) -> None:
@@ -378,6 +384,6 @@ def _try_lock(fd: int, kind: int) -> bool:
 
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True
