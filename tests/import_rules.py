@@ -73,6 +73,8 @@ _FOUNDATION = {
         lazy_libraries=("av", "pillow_heif", "sentencepiece", "tiktoken", "tokenizers"),
     ),
     "perception_rt.package": Part(uses=LAYER_1),
+    # Above the runtime; `package.names` finds it by name when a package on a hub is named.
+    "perception_rt.hub": Part(uses=(*LAYER_1, "package"), lazy_libraries=("huggingface_hub",)),
     "perception_rt.models": Part(uses=LAYER_1, libraries=("torch",)),
     "perception_rt.checkpoint": Part(
         uses=(*LAYER_1, "models", "processing"),
@@ -172,7 +174,7 @@ _COMMANDS = {
     ),
     "perception_rt.cli": Part(
         uses=LAYER_1,
-        lazy=("bulk", "cli", "export", "package", "processing", "runtime"),
+        lazy=("bulk", "cli", "export", "hub", "package", "processing", "runtime"),
         lazy_libraries=("numpy", "PIL"),
     ),
     "perception_rt.cli.report": Part(
@@ -269,6 +271,7 @@ IMPORT_BY_TABLE = {
     "perception_rt.checkpoint.source",
     "perception_rt.export.build",
     "perception_rt.families",
+    "perception_rt.package.names",
     "perception_rt.runtime.load",
     "perception_rt.runtime.session",
 }

@@ -83,9 +83,11 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def is_package(value: str) -> bool:
-    """Whether an argument names a shipped demo, or a folder that has a manifest."""
+    """Whether an argument names a shipped demo, a package on a hub, or a folder with a manifest."""
     from perception_rt.package.manifest import MANIFEST_FILE
 
+    if value.startswith("hf:"):
+        return True
     try:
         return value in package_paths() or (Path(value) / MANIFEST_FILE).is_file()
     except (OSError, ValueError):
@@ -108,7 +110,10 @@ def list_argument(
 
 def package_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the package, and the options of all commands that run one."""
-    parser.add_argument("package", metavar="DIR", help="an engine package, or demo:pe or demo:plm")
+    parser.add_argument(
+        "package", metavar="DIR", help="an engine package, or demo:pe, demo:plm or "
+        "hf:org/name@revision"
+    )  # fmt: skip
     parser.add_argument(
         "--backend", default="auto", help="backend to run on (default: the package's own)"
     )

@@ -9,8 +9,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from perception_rt.cli.embed import EmbedCommand, add_embed_arguments
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
 from perception_rt.errors import InputError, PerceptionError, escaped
 from perception_rt.families import PE, PLM, Family, get_family
-from perception_rt.progress import Progress
+from perception_rt.progress import Progress, is_terminal
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -109,6 +109,7 @@ def main_parser() -> argparse.ArgumentParser:
     _add_encoder_commands(commands)
     _add_question_commands(commands)
     _add_package_commands(commands)
+    _add_hub_commands(commands)
     return parser
 
 
@@ -207,6 +208,26 @@ def _add_package_commands(commands: Any) -> None:
         "perception-rt doctor", "perception-rt doctor my-package",
     )  # fmt: skip
     doctor.add_argument("package", metavar="DIR", nargs="?")
+
+
+def _add_hub_commands(commands: Any) -> None:
+    push = _command(
+        commands, "push", _push, "upload a package to a hub",
+        "perception-rt push my-package org/name", "perception-rt push my-package org/name@int8",
+    )  # fmt: skip
+    push.add_argument("package", metavar="DIR")
+    push.add_argument("name", metavar="ORG/NAME", help="the repository, with @BRANCH for a branch")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--message", metavar="TEXT", help="first line of the commit's message")
+
+    pull = _command(
+        commands, "pull", _pull, "fetch a package from a hub and verify it",
+        "perception-rt pull org/name", "perception-rt pull org/name@int8 --out my-package",
+    )  # fmt: skip
+    pull.add_argument("name", metavar="ORG/NAME", help="the repository, with @REVISION for a "
+                      "branch, tag or commit")  # fmt: skip
+    pull.add_argument("--out", metavar="DIR", help="folder to make (default: one in the cache)")
+    pull.add_argument("--expect", metavar="ID", help="refuse any other package id")
 
 
 def _command(
@@ -354,6 +375,46 @@ def _verify(options: argparse.Namespace) -> None:
         _print_json({"ok": True, "id": manifest.id, "bytes": total})
     else:
         print(f"ok: {len(manifest.content.files)} files, {total:,} bytes, {manifest.id}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from perception_rt.hub import push
+
+    with _hub_progress("verifying and uploading"):
+        pushed = push(
+            options.package, options.name, private=options.private, message=options.message
+        )
+    if options.json:
+        _print_json({"name": str(pushed.name), "id": pushed.id})
+    else:
+        print(f"{pushed.name} {pushed.id}")
+
+
+def _pull(options: argparse.Namespace) -> None:
+    from perception_rt.hub import pull
+    from perception_rt.package.reader import read_manifest
+
+    with _hub_progress("fetching and verifying"):
+        folder = pull(options.name, options.out, options.expect)
+    manifest = read_manifest(folder)
+    if options.json:
+        _print_json({"package": str(folder), "id": manifest.id})
+    else:
+        print(escaped(f"{folder} {manifest.id}"))
+
+
+@contextmanager
+def _hub_progress(step: str) -> Iterator[None]:
+    """Leaves a terminal to huggingface_hub's bars; elsewhere, shows our own lines without bars."""
+    if is_terminal(sys.stderr):
+        yield
+        return
+    from perception_rt.hub import hide_bars
+
+    hide_bars()
+    with Progress() as progress:
+        progress.step(step)
+        yield
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -15,8 +15,8 @@ from perception_rt.families import FAMILIES
 from perception_rt.limits import DEFAULT_LIMITS
 from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec, TensorSpec
-from perception_rt.package.demo_cache import locate
 from perception_rt.package.manifest import MANIFEST_FILE, Content, Manifest
+from perception_rt.package.names import locate
 from perception_rt.package.onnx_scan import GraphScan, scan_graph
 from perception_rt.package.reader import open_package, verify_package
 from perception_rt.plm_config import PlmConfig

@@ -6,42 +6,34 @@ with the id of the shipped manifest. A damaged copy is replaced.
 """
 
 import hashlib
-import os
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeGuard
 
 from perception_rt.demo import package_paths
 from perception_rt.errors import InputError, PackageError
 from perception_rt.package.manifest import MANIFEST_FILE, Manifest, parse
+from perception_rt.package.user_cache import make_private, user_cache
 
-_PREFIX = "demo:"
 _WORK = ".copy-"  # begins the names of folders of copies that are being made
 _STALE_S = 3600.0
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
-def locate(
-    path: str | os.PathLike[str], expect: str | None = None
-) -> tuple[str | os.PathLike[str], str | None]:
-    """Replaces the name of a demo by its folder and its id; returns anything else as it is.
+def locate(path: str, expect: str | None = None) -> tuple[Path, str | None]:
+    """Replaces the name of a demo by its folder and its id.
 
     Args:
-        path: a path, or "demo:pe" or "demo:plm".
+        path: "demo:pe" or "demo:plm".
         expect: the required package id; None for any.
 
     Raises:
         InputError: there is no demo of this name.
         PackageError: the demo is not installed whole, or cannot be copied.
     """
-    if not is_demo(path):
-        return path, expect
     demos = package_paths()
     if path not in demos:
         raise InputError(f"unknown demo {path!a:.60}; known are {' and '.join(demos)}")
@@ -53,44 +45,20 @@ def locate(
             f"{path} is not in this installation: {error.strerror}: reinstall perception_rt"
         ) from None
     manifest = parse(data)
-    return _usable(
-        path, shipped, manifest, _digests(data, manifest)
-    ), expect if expect is not None else manifest.id
-
-
-def is_demo(path: str | os.PathLike[str]) -> TypeGuard[str]:
-    """Whether a path is the name of a demo; a Path, or a folder of another such name, is not."""
-    if not isinstance(path, str) or not path.startswith(_PREFIX):
-        return False
-    return path in package_paths() or not os.path.lexists(path)
+    folder = _usable(path, shipped, manifest, _digests(data, manifest))
+    return folder, manifest.id if expect is None else expect
 
 
 def cache_folder() -> Path:
-    """Folder of the copies: `perception_rt/demo` below $XDG_CACHE_HOME or the system's own cache.
-
-    Raises:
-        OSError: there is no home directory.
-    """
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        if Path(given).is_absolute():
-            base = Path(given)
-        elif sys.platform == "win32":
-            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Caches"
-        else:
-            base = Path.home() / ".cache"
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
-    return base / "perception_rt" / "demo"
+    """Folder of the copies; OSError if there is no home directory."""
+    return user_cache("demo")
 
 
 def _usable(name: str, shipped: Path, manifest: Manifest, digests: Mapping[str, str]) -> Path:
     """A folder with the demo: its copy, or what was installed if that can be opened in place."""
     try:
         folder = cache_folder()
-        _make_private(folder)
+        make_private(folder)
         copy = folder / f"{shipped.name}-{manifest.digest.rpartition(':')[2][:16]}"
         if not _is_whole(copy, digests):
             _copy(shipped, copy, digests)
@@ -109,20 +77,6 @@ def _digests(data: bytes, manifest: Manifest) -> dict[str, str]:
     """SHA-256 of each file of a package, its manifest included."""
     files = {name: entry.sha256 for name, entry in manifest.content.files.items()}
     return {**files, MANIFEST_FILE: hashlib.sha256(data).hexdigest()}
-
-
-def _make_private(folder: Path) -> None:
-    """Makes a folder for this user alone; PermissionError if others can write to it."""
-    for parent in (*reversed(folder.parents), folder):
-        if not parent.exists():
-            parent.mkdir(mode=0o700, exist_ok=True)
-    info = folder.lstat()
-    if not stat.S_ISDIR(info.st_mode):
-        raise NotADirectoryError(None, "it is not a folder", str(folder))
-    if hasattr(os, "geteuid") and (
-        info.st_uid != os.geteuid() or info.st_mode & _WRITABLE_BY_OTHERS
-    ):
-        raise PermissionError(None, "others can write to it", str(folder))
 
 
 def _is_whole(folder: Path, digests: Mapping[str, str]) -> bool:

@@ -17,9 +17,9 @@ from typing import Self, TypeVar
 from perception_rt.errors import PackageError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package.contract import GraphSpec
-from perception_rt.package.demo_cache import locate
 from perception_rt.package.folders import Folder, open_folder, read_blocks
 from perception_rt.package.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
+from perception_rt.package.names import locate
 from perception_rt.package.onnx_scan import check_graph
 from perception_rt.targets import ONNX
 
@@ -195,7 +195,8 @@ def open_package(
     """Opens a package and checks everything except file contents, which `Package` checks on use.
 
     Args:
-        path: the package directory, or "demo:pe" or "demo:plm" for a shipped model.
+        path: the package directory, or a name: "demo:pe" or "demo:plm" for a shipped model,
+            "hf:org/name@revision" for a package on a hub.
         expect: required package id, `sha256:...`; None accepts any. The manifest in the package
             shows damage; only an id from elsewhere shows a deliberate exchange.
         limits: bounds on the manifest and the number of files.

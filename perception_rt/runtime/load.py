@@ -40,7 +40,8 @@ def load(
     ignores them.
 
     Args:
-        path: the package directory, or "demo:pe" or "demo:plm" for a shipped model.
+        path: the package directory, or a name: "demo:pe" or "demo:plm" for a shipped model,
+            "hf:org/name@revision" for a package on a hub.
         backend: "auto" runs each graph on the backend that it was exported for. A name runs all
             graphs on that backend, which must be able to: "onnxruntime" can run those of
             "tensorrt".

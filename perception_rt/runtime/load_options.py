@@ -76,7 +76,8 @@ def open_model(
     """Opens a package and verifies all its bytes; closes it if the block raises.
 
     Args:
-        path: the package directory, or "demo:pe" or "demo:plm" for a shipped model.
+        path: the package directory, or a name: "demo:pe" or "demo:plm" for a shipped model,
+            "hf:org/name@revision" for a package on a hub.
         options: the backend and device to check, the expected id and the limits.
         family: the family that the package must be of; None for any.
 

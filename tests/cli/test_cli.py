@@ -249,7 +249,7 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert commands == [
         "demo", "embed", "classify", "features", "generate", "chat", "inspect", "verify", "refit",
-        "doctor",
+        "doctor", "push", "pull",
     ]  # fmt: skip
     options = {name: options_of(capsys, main, name) for name in commands}
     package = {"--backend", "--device", "--threads", "--expect", "--formats", "--background"}
@@ -270,6 +270,8 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     assert options["features"] == package | {"--image", "--layer", "--out", "--json"}
     assert options["inspect"] == options["doctor"] == {"--json"}
     assert options["verify"] == {"--expect", "--json"}
+    assert options["push"] == {"--private", "--message", "--json"}
+    assert options["pull"] == {"--out", "--expect", "--json"}
     assert options["refit"] == {
         "--weights", "--out", "--force", "--expect", "--calibration", "--json",
         "--ema", "--adapter",
