@@ -48,9 +48,10 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     _reopen_closed()
     try:
         options = parser.parse_args(arguments)
-        for stream in (sys.stdin, sys.stdout):
-            if isinstance(stream, io.TextIOWrapper):  # print "?" for characters it cannot encode
-                stream.reconfigure(errors="replace")
+        # Print "?" for characters that cannot be encoded; find bytes that are no text.
+        for stream, errors in ((sys.stdout, "replace"), (sys.stdin, "surrogateescape")):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=errors)
         status = options.command(options) or 0
         sys.stdout.flush()
         return status

@@ -95,14 +95,25 @@ def read_prompt(prompt: str) -> str:
         InputError: standard input has no text.
     """
     if prompt != "-":
-        return prompt
+        return _decoded(prompt, "the question")
     # A longer text is refused like any other.
     text = sys.stdin.read(DEFAULT_LIMITS.text_bytes + 1)
     if len(text) <= DEFAULT_LIMITS.text_bytes:
         text = text.rstrip("\r\n")
     if not text:
         raise InputError("--prompt - reads the question from standard input, which is empty")
-    return text
+    return _decoded(text, "standard input")
+
+
+def _decoded(text: str, what: str) -> str:
+    """A text without a byte order mark; InputError if bytes of it could not be decoded."""
+    wrong = next((c for c in text if "\udc80" <= c <= "\udcff"), None)
+    if wrong is not None:
+        raise InputError(
+            f"{what} is not text: it has the byte 0x{ord(wrong) - 0xDC00:02x}, which could not be "
+            "decoded; write it in UTF-8"
+        )
+    return text.removeprefix("\ufeff")
 
 
 def chat(engine: "Generator", options: Namespace) -> None:
@@ -177,7 +188,7 @@ class _Conversation:
         elif line.startswith("/"):
             raise InputError(f"unknown command {line!r:.60}; known are {_COMMANDS}; see /help")
         elif line:
-            self._answer(line, interruptible)
+            self._answer(_decoded(line, "standard input"), interruptible)
 
     def _opened(self, file: str) -> "ImageSource":
         from perception_rt.processing.image import decode_image

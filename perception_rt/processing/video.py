@@ -10,6 +10,7 @@ Legend: T frames, H height, W width, n selected frames, S tile side in pixels.
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class FrameDecoder(Protocol):
 
 # No playlists: they would make the decoder open the files that they name.
 _CONTAINERS = "mov,matroska,avi,mpegts"
+_READABLE = "MP4, MOV, Matroska, WebM, AVI and MPEG-TS files"
 _LOSSY = "mpegts"  # a broadcast: a lost packet is part of it, and no sign of a truncated file
 _TIMED = ("mov", "matroska")  # packets say when they are shown; AVI has them in decoding order
 _MAX_FPS = 240  # bounds the number of packets, together with `Limits.video_seconds`
@@ -232,7 +234,9 @@ def _load(source: VideoSource, plan: _Plan, limits: Limits) -> list[Frame]:
             raise
         except Exception:
             # FFmpeg's errors name its internals, and damage can cause any of them.
-            raise InputError(f"{name} is damaged or is not a video") from None
+            raise InputError(
+                f"{name} is damaged or is not a video: {_READABLE} can be read"
+            ) from None
 
 
 def _import_av() -> ModuleType:
@@ -290,7 +294,7 @@ class VideoReader:
         self._lossy = False
         self._concealed = False  # whether frames are taken that the decoder knows to be damaged
         self._indexable = False  # by the order of the packets' times
-        self._stream = 0  # index among all streams
+        self._stream: int | None = None  # index among all streams
 
     def read(self, plan: _Plan) -> list[Frame]:
         """Returns the selected frames, each uint8 (H, W, 3)."""
@@ -323,12 +327,28 @@ class VideoReader:
         )
 
     def _video_stream(self, container: Any) -> Any:
+        """The first video stream; no cover picture, and no single picture beside a video."""
         cover = self._av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & cover]
         if not streams:
             only = ", only a cover picture" if container.streams.video else ""
             raise InputError(f"{self._name} has no video stream{only}")
-        return streams[0]
+        if len(streams) > 1 and self._stream is None:
+            at = self._file.tell()  # `container` reads on from here
+            self._stream = self._moving()
+            self._file.seek(at)
+        return next((s for s in streams if s.index == self._stream), streams[0])
+
+    def _moving(self) -> int | None:
+        """Index of the first stream with two packets; a picture may not be marked as one."""
+        with self._open() as container:
+            first, *others = container.streams.video
+            packets: Counter[int] = Counter()
+            for packet in container.demux(first, *others):
+                packets[packet.stream.index] += packet.size > 0
+                if packets[first.index] > 1:  # usually at the start of the file
+                    break
+        return min((index for index, count in packets.items() if count > 1), default=None)
 
     def count_packets(self, held: int) -> tuple[int, float]:
         """Counts the packets that are shown, and checks sizes and duration.
@@ -404,6 +424,7 @@ class VideoReader:
         if is_mirrored(how):
             return None
         wanted = sorted(set(indices))
+        assert self._stream is not None  # since the packets were counted
         file.seek(0)
         try:
             frames = plan.decoder(file, stream=self._stream, total=total, indices=wanted)

@@ -58,6 +58,8 @@ class LoadOptions:
             _check_cores(self.threads)
         if self.cache_dir is not None:
             _check_path("cache_dir", self.cache_dir)
+            if not os.fspath(self.cache_dir):  # would be the working directory
+                raise InputError("cache_dir is empty; name a directory, such as '.'")
         if type(self.cache) is not bool:
             raise InputError(f"cache must be True or False, not {describe(self.cache)}")
         if not isinstance(self.limits, Limits | None):

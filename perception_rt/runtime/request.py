@@ -329,7 +329,7 @@ def check_request(
 
 def check_bool(name: str, value: object) -> None:
     """InputError unless a value is True or False."""
-    if type(value) is not bool:
+    if not isinstance(value, bool | np.bool_):
         raise InputError(f"{name} must be True or False, not {describe(value)}")
 
 

@@ -210,7 +210,7 @@ class Sessions:
             session.close()
 
 
-class _NotCopiedError(BackendError, TypeError):
+class NotCopiedError(BackendError, TypeError):
     """A TypeError too, as Python raises for other objects that cannot be pickled."""
 
 
@@ -249,7 +249,7 @@ class LoadedModel:
         """Refuses to be pickled or copied, with a BackendError that is a TypeError too."""
         name = type(self).__name__
         article = "an" if name[0] in "AEIOU" else "a"
-        raise _NotCopiedError(
+        raise NotCopiedError(
             f"{article} {name} cannot be pickled or copied. Threads can share this one; to use the "
             "model in another process, pass the package's path and call perception_rt.load there; "
             "for a second engine in this process, load the package again"

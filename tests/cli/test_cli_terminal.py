@@ -282,6 +282,32 @@ def test_the_prompt_may_be_on_standard_input(capsys: Any, monkeypatch: pytest.Mo
     fails(capsys, command, "the limit is 65536", run=main)
 
 
+def test_a_question_that_is_not_text_is_refused(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(data: bytes) -> io.TextIOWrapper:
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="strict")
+
+    command = ["generate", "demo:plm", "--prompt"]
+    for text in ("Grüße", "Hi"):
+        data = text.encode("utf-16")
+        monkeypatch.setattr(sys, "stdin", given(data))
+        fails(capsys, [*command, "-"], "standard input is not text: it has the byte 0x", run=main)
+    monkeypatch.setattr(sys, "stdin", given(b""))
+    fails(capsys, [*command, "\udcff?"], "the question is not text: it has the byte 0xff", run=main)
+    tokens = []
+    for data in (b"Hi", b"\xef\xbb\xbfHi\r\n"):  # Windows marks UTF-8
+        monkeypatch.setattr(sys, "stdin", given(data))
+        assert main([*command, "-", "--max-new-tokens", "4", "--json"]) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert tokens[0] == tokens[1]
+    monkeypatch.setattr(sys, "stdin", given(b"caf\xe9?\nHi\n"))
+    assert main(["chat", "demo:plm", "--max-new-tokens", "4", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1
+    assert "standard input is not text: it has the byte 0xe9" in captured.err
+
+
 def test_a_missing_package_is_not_damaged(tmp_path: Path, capsys: Any) -> None:
     absent = str(tmp_path / "absent")
     (tmp_path / "file").write_text("x")

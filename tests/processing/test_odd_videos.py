@@ -68,6 +68,23 @@ def test_a_cover_picture_is_not_a_video(tmp_path):
         load_video(write_audio(tmp_path / "audio.mp4"), num_frames=2)
 
 
+def test_a_picture_before_the_video_is_not_taken_for_it(tmp_path):
+    path = tmp_path / "both.mkv"
+    with av.open(str(path), "w") as container:
+        picture = container.add_stream("mjpeg", rate=10)
+        picture.width, picture.height, picture.pix_fmt = 80, 80, "yuvj420p"
+        video = container.add_stream("mpeg4", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        for stream, count in ((picture, 1), (video, 12)):
+            for i in range(count):
+                pixels = np.full((stream.height, stream.width, 3), 20 * i, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+    frames = load_video(path, num_frames=12)
+    assert frames.shape == (12, 48, 64, 3)
+    assert np.all(np.diff(frames.mean((1, 2, 3))) > 10)
+
+
 def test_a_lost_packet_costs_frames_not_the_file():
     frames = decode_frames(FILES / "lost.ts", num_frames=1024)
     distinct = 1 + sum(not np.array_equal(a, b) for a, b in pairwise(frames))

@@ -227,7 +227,10 @@ def test_what_is_not_a_video_is_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "still.gif")
     for name in ("list.m3u8", "list.ffconcat", "text.mp4", "empty.mp4", "still.png", "still.gif"):
         path = str(tmp_path / name)
-        assert message_of(path) == f"video {path!r} is damaged or is not a video"
+        assert message_of(path) == (
+            f"video {path!r} is damaged or is not a video: MP4, MOV, Matroska, WebM, AVI and "
+            "MPEG-TS files can be read"
+        )
     assert "has no video stream" in message_of(write_audio(tmp_path / "audio.mp4"))
 
 

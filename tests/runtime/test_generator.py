@@ -430,6 +430,7 @@ def test_a_deadline_gives_what_there_is(plm: Generator) -> None:
         ({"feature_cache_bytes": -1}, "feature_cache_bytes"),
         ({"prefix_cache_bytes": 1.5}, "prefix_cache_bytes"),
         ({"cache_dir": 5}, "cache_dir"),
+        ({"cache_dir": ""}, "cache_dir is empty; name a directory"),
         ({"threads": 10**3}, "threads is 1000, but this process may use"),
         ({"limits": 5}, "limits must be a Limits or None, not 5"),
     ],

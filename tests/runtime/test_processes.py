@@ -109,3 +109,13 @@ def test_engines_are_neither_pickled_nor_copied(package: Path) -> None:
                 attempt(engine)
             assert type(engine).__name__ in str(caught.value)
             assert isinstance(caught.value, TypeError)  # as other objects that cannot be pickled
+
+
+def test_a_running_request_is_neither_pickled_nor_copied() -> None:
+    with prt.load("demo:plm", threads=1) as plm:
+        handle = plm.submit(prt.Request("Hello", max_new_tokens=2))
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(BackendError, match="a Handle cannot be pickled or copied"):
+                attempt(handle)
+        result = handle.result()
+    assert pickle.loads(pickle.dumps(result)) == copy.deepcopy(result) == result

@@ -99,6 +99,8 @@ def test_numbers_of_numpy_are_numbers(plm: Generator, package: Path) -> None:
     sizes = {"kv_bytes": 2**24, "max_batch": 2, "threads": 1, "feature_cache_bytes": 2**20}
     with prt.load(package, **{name: np.int64(size) for name, size in sizes.items()}) as other:
         assert other.generate("a", **plain).tokens == plm.generate("a", **plain).tokens
+    yes = plm.generate("a", ignore_eos=np.bool_(True), literal=np.False_, max_new_tokens=3)
+    assert yes.tokens == plm.generate("a", ignore_eos=True, max_new_tokens=3).tokens
 
 
 @pytest.mark.parametrize("lookup", [False, True])

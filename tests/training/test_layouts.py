@@ -161,6 +161,16 @@ def test_other_records_have_a_reason(record: Json, reason: str, tmp_path: Path) 
         reading(record, tmp_path)
 
 
+def test_an_empty_list_of_images_is_a_sample_of_text(tmp_path: Path) -> None:
+    text = [Turn("user", ("What?",)), Turn("assistant", ("Red.",))]
+    for layout in ({"messages": said("What?", "Red.")}, {"question": "What?", "answer": "Red."}):
+        turns, tiles = reading({"images": [], **layout}, tmp_path)
+        assert turns == text and tiles.shape == (0, 8, 8, 3)
+    for record in ({"text": "a"}, {"conversations": said("<image>What?", "Red.")}):
+        with pytest.raises(SampleError, match="the list of images is empty"):
+            reading({"images": [], **record}, tmp_path)
+
+
 # Paths
 
 

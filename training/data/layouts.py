@@ -96,6 +96,13 @@ def read_layout(record: Mapping[str, Any]) -> Conversation:
         if role != expected:
             raise SampleError("human and assistant do not alternate", f"turn {index}")
         texts.append(_text(value, role, index))
+    beside = first_of(record, IMAGE_KEYS)
+    if (
+        isinstance(beside, list)
+        and not beside
+        and any(IMAGE_MARK in text or not text.strip() for text in texts[::2])
+    ):  # else it says that the sample is text alone
+        raise SampleError("the list of images is empty")
     images, video = _media(record, items)
     return Conversation(system=system, texts=tuple(texts), images=images, video=video)
 
@@ -167,8 +174,6 @@ def _media(record: Mapping[str, Any], items: Sequence[_Item]) -> tuple[tuple[Any
         raise SampleError("a record has both an image and a video")
     images = beside if isinstance(beside, list) else [] if beside is None else [beside]
     videos = video if isinstance(video, list) else [] if video is None else [video]
-    if beside is not None and not images:
-        raise SampleError("the list of images is empty")
     if items:
         images = _filled(items, "image", images)
         videos = _filled(items, "video", videos)

@@ -2,10 +2,12 @@
 
 import weakref
 from collections.abc import Iterator
+from typing import NoReturn, SupportsIndex
 
 from perception_rt.runtime.generation.request_state import RequestState
 from perception_rt.runtime.generation.worker import SchedulerThread
 from perception_rt.runtime.request import Result
+from perception_rt.runtime.session import NotCopiedError
 
 
 class Handle:
@@ -20,6 +22,13 @@ class Handle:
         self._state = state
         self._finalizer = weakref.finalize(self, state.cancel)
         self._finalizer.atexit = False
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuses to be pickled or copied, with a BackendError that is a TypeError too."""
+        raise NotCopiedError(
+            "a Handle cannot be pickled or copied, since its request runs in this process. Pass "
+            "what result() returns instead"
+        )
 
     @property
     def done(self) -> bool:
