@@ -39,6 +39,10 @@ class CapacityError(PerceptionError):
     """A request exceeds the memory, the queue or the context length; a smaller one may fit."""
 
 
+class QueueFullError(CapacityError):
+    """Too many requests wait already; the same request may be accepted later."""
+
+
 def describe(value: object) -> str:
     """Shows a rejected argument in a message: a plain number itself, anything else by its type."""
     if type(value) is int and value.bit_length() > 64:

@@ -168,6 +168,14 @@ _EXPORT = {
     ),
 }
 
+_SERVE = {
+    "perception_rt.serve": Part(
+        uses=(*LAYER_2, "runtime"),
+        libraries=("numpy", "PIL", "prometheus_client", "starlette", "uvicorn"),
+        lazy=("serve",),
+    ),
+}
+
 _COMMANDS = {
     "perception_rt.bulk": Part(
         uses=LAYER_2, libraries=("numpy",), lazy=("runtime",), lazy_libraries=("pyarrow",)
@@ -176,6 +184,11 @@ _COMMANDS = {
         uses=LAYER_1,
         lazy=("bulk", "cli", "export", "hub", "package", "processing", "runtime"),
         lazy_libraries=("numpy", "PIL"),
+    ),
+    "perception_rt.cli.serve": Part(
+        uses=(*LAYER_1, "cli.arguments"),
+        lazy=("serve",),
+        lazy_libraries=("prometheus_client", "starlette", "uvicorn"),
     ),
     "perception_rt.cli.report": Part(
         uses=(*LAYER_1, "package"), lazy=("runtime",), lazy_libraries=("onnxruntime",)
@@ -262,7 +275,7 @@ _BENCHMARKS = {
 }
 
 # The longest name that fits a module is its part; a module that no name fits is an error.
-PARTS = {**_FOUNDATION, **_RUNTIME, **_EXPORT, **_COMMANDS, **_TRAINING, **_BENCHMARKS}
+PARTS = {**_FOUNDATION, **_RUNTIME, **_SERVE, **_EXPORT, **_COMMANDS, **_TRAINING, **_BENCHMARKS}
 
 # Modules that import by names from a table: `_LAZY`, `TARGETS` or `FAMILIES`.
 IMPORT_BY_TABLE = {

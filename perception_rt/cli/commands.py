@@ -23,6 +23,7 @@ from perception_rt.cli.arguments import (
 )
 from perception_rt.cli.embed import EmbedCommand, add_embed_arguments
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
+from perception_rt.cli.serve import add_serve
 from perception_rt.errors import InputError, PerceptionError, escaped
 from perception_rt.families import PE, PLM, Family, get_family
 from perception_rt.progress import Progress, is_terminal
@@ -111,6 +112,7 @@ def main_parser() -> argparse.ArgumentParser:
     _add_question_commands(commands)
     _add_package_commands(commands)
     _add_hub_commands(commands)
+    add_serve(commands)
     return parser
 
 

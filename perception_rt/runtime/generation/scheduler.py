@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from perception_rt.errors import CapacityError
+from perception_rt.errors import CapacityError, QueueFullError
 from perception_rt.package.contract import CHUNK_TOKENS
 from perception_rt.runtime.cache.kv_pool import KvPool
 from perception_rt.runtime.generation.model_runner import ModelRunner
@@ -87,7 +87,7 @@ class Scheduler:
     def check_queue(self) -> None:
         """CapacityError if the queue is full."""
         if self.full:
-            raise CapacityError(f"{self._max_queued} requests wait already, which is the limit")
+            raise QueueFullError(f"{self._max_queued} requests wait already, which is the limit")
 
     def step(self) -> None:
         """Does one piece of work for every request that has memory."""

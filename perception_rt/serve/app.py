@@ -1,0 +1,84 @@
+"""The Starlette application: routes, errors, and what happens at the end."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from perception_rt.errors import PerceptionError
+from perception_rt.serve.body import read_json, unless_gone
+from perception_rt.serve.chat import complete
+from perception_rt.serve.embeddings import embed
+from perception_rt.serve.failures import ApiError, ClientGone, answer_error, as_api_error
+from perception_rt.serve.guard import Guard
+from perception_rt.serve.metrics import CONTENT_TYPE
+from perception_rt.serve.service import Service
+from perception_rt.serve.vision import classify, features
+
+Answer = Callable[[Service, dict[str, Any], Request], Awaitable[Response]]
+
+
+def make_app(service: Service) -> Starlette:
+    """Builds the application, which closes the service when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            service.close()
+
+    async def failed(request: Request, error: Exception) -> Response:
+        if not isinstance(error, ClientGone | HTTPException):
+            service.metrics.failed(as_api_error(error).code)
+        return await answer_error(request, error)
+
+    async def alive(_: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(_: Request) -> Response:
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def models(_: Request) -> Response:
+        data = [service.models.describe(model) for model in service.models]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def model(request: Request) -> Response:
+        found = service.models.get(request.path_params["name"])
+        return JSONResponse(service.models.describe(found))
+
+    def posted(path: str, answer: Answer) -> Route:
+        async def endpoint(request: Request) -> Response:
+            with service.budget.reserve() as reserved:
+                body = await read_json(request, service.max_body_bytes, reserved)
+                return await unless_gone(request, _started(answer(service, body, request)))
+
+        return Route(path, endpoint, methods=["POST"])
+
+    errors = (ApiError, ClientGone, PerceptionError, HTTPException, Exception)
+    return Starlette(
+        routes=[
+            Route("/health", alive),
+            Route("/ready", alive),
+            Route("/metrics", metrics),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            posted("/v1/embeddings", embed),
+            posted("/v1/chat/completions", complete),
+            posted("/v1/classify", classify),
+            posted("/v1/features", features),
+        ],
+        middleware=[Middleware(Guard, service=service)],
+        exception_handlers=dict.fromkeys(errors, failed),
+        lifespan=lifespan,
+    )
+
+
+async def _started(answer: Awaitable[Response]) -> Response:
+    return await answer

@@ -1,0 +1,163 @@
+"""What the server refuses: the status, OpenAI's class of error, and the message."""
+
+import json
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import openai
+import pytest
+from server_process import metric, picture_url, question
+
+CHAT = {"model": "PLM-Demo", "messages": question("Is there a 4?")}
+TEXT = {"model": "PE-Demo", "input": "a red three"}
+
+
+def test_classes_of_errors_of_the_client(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'; there are PE-Demo"):
+        client.embeddings.create(model="gpt", input="a")
+    with pytest.raises(openai.BadRequestError, match="PLM-Demo is a language model: use /v1/chat"):
+        client.embeddings.create(model="PLM-Demo", input="a")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**CHAT, temperature=-1)
+    assert caught.value.body == {
+        "message": "temperature must be a finite number of at least 0, not -1",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_value",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"messages": []}, "messages must be a list of at least one"),
+        ({"messages": question("a", "read")[0]["content"]}, "role must be one of"),
+        ({"model": None}, "model must be a string"),
+        ({"model": "PE-Demo"}, "PE-Demo is an encoder: use /v1/embeddings"),
+        ({"n": 2}, "this value of n is not supported"),
+        ({"logprobs": True}, "this value of logprobs is not supported"),
+        ({"tools": [{}]}, "this value of tools is not supported"),
+        ({"unknown": 1}, "unknown field unknown"),
+        ({"stream": 1}, "stream must be true or false"),
+        ({"stream_options": {}}, "stream_options is an object for stream=true only"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens and max_tokens"),
+        ({"max_tokens": 0}, "max_new_tokens must be"),
+        ({"max_tokens": 5000}, "the context has 1024"),
+        ({"top_p": 2}, "top_p must be a finite number from 0 to 1, not 2"),
+        ({"seed": -1}, "seed must be"),
+        ({"stop": [""]}, "stop must hold strings"),
+        ({"lookup": "yes"}, "lookup must be True or False, not a str"),
+        ({"lookup": True, "temperature": 1}, "lookup is for temperature 0 only"),
+        ({"max_tiles": 99}, "max_tiles must be"),
+    ],
+)
+def test_bad_questions_are_400(base: str, more: dict[str, Any], said: str) -> None:
+    answer = httpx.post(f"{base}/v1/chat/completions", json=CHAT | more)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"input": None}, "give either input or messages"),
+        ({"input": []}, "input must be a string or a list of strings"),
+        ({"input": [1, 2]}, "token ids are not accepted"),
+        ({"input": [[1, 2]]}, "token ids are not accepted"),
+        ({"input": ["a", 1]}, "input must be a string or a list of strings"),
+        ({"input": ["a"] * 2049}, "input has 2049 items; the limit is 2048"),
+        ({"encoding_format": "hex"}, "encoding_format must be float or base64"),
+        ({"dimensions": 8}, "PE-Demo has 64 dimensions"),
+        ({"modality": "audio"}, "modality must be one of text, image, video"),
+        ({"modality": "image"}, "input 0: the image URL 'a red three' is refused"),
+        ({"modality": "image", "input": "/etc/passwd"}, "the image URL '/etc/passwd' is refused"),
+        ({"modality": "image", "input": "data:image/png;base64,AAAA"}, "image 0"),
+        ({"modality": "image", "input": "http://127.0.0.1/"}, "is refused: send the image itself"),
+        ({"input": None, "messages": question("a", "read")}, "one text, one image or one video"),
+    ],
+)
+def test_bad_inputs_are_400(base: str, more: dict[str, Any], said: str) -> None:
+    answer = httpx.post(f"{base}/v1/embeddings", json=TEXT | more)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+def test_classify_and_features_name_bad_fields(base: str) -> None:
+    def message(route: str, **body: Any) -> str:
+        answer = httpx.post(f"{base}/v1/{route}", json={"model": "PE-Demo", **body})
+        assert answer.status_code == 400
+        return str(answer.json()["error"]["message"])
+
+    url = picture_url("digit_3")
+    assert message("classify", labels=["a"]) == "images must be a list of at least one string"
+    assert message("classify", images=[url]) == "labels must be a list of at least one string"
+    assert "templates" in message("classify", images=[url], labels=["a"], templates=["no"])
+    assert "layer" in message("features", image=url, layer=99)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "the body is not valid JSON at byte"),
+        (b"[" * 100_000, "the body is not valid JSON"),
+        (b'{"model": NaN}', "the body is not valid JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "the body is not valid JSON"),
+        (b"\xff\xfe", "the body is not valid JSON"),
+        (b"[1]", "the body must be a JSON object"),
+        (b"", "the body is not valid JSON"),
+    ],
+)
+def test_malformed_json(base: str, body: bytes, said: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{base}/v1/embeddings", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    assert said in answer.json()["error"]["message"]
+
+
+def test_other_content_types_paths_methods_and_hosts(base: str) -> None:
+    data = json.dumps(TEXT)
+    answer = httpx.post(
+        f"{base}/v1/embeddings", content=data, headers={"Content-Type": "text/plain"}
+    )
+    assert answer.status_code == 415
+    assert httpx.get(f"{base}/v1/other").json()["error"]["code"] == "not_found"
+    assert httpx.get(f"{base}/v1/embeddings").json()["error"]["code"] == "method_not_allowed"
+    answer = httpx.get(f"{base}/v1/models", headers={"Host": "evil.example"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+
+
+def test_large_bodies_are_413_and_counted(client: openai.OpenAI, base: str) -> None:
+    before = metric(base, "perception_rt_errors_total", code="request_too_large")
+    with pytest.raises(openai.APIStatusError, match="more than 1048576 bytes") as caught:
+        client.embeddings.create(model="PE-Demo", input="a" * 2_000_000)
+    assert caught.value.status_code == 413
+    assert metric(base, "perception_rt_errors_total", code="request_too_large") == before + 1
+
+
+def test_chunked_bodies_are_counted_while_read(base: str) -> None:
+    def endless() -> Any:
+        for _ in range(200):
+            yield b" " * 65536
+
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client() as http:
+        try:
+            answer = http.post(f"{base}/v1/embeddings", content=endless(), headers=headers)
+        except httpx.TransportError:  # the server stopped reading
+            return
+    assert answer.status_code == 413
+
+
+def test_garbage_and_half_requests_do_no_harm(base: str) -> None:
+    address = urlsplit(base)
+    assert address.hostname is not None
+    for sent in (
+        b"\x00\x01garbage\r\n\r\n",
+        b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+    ):
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            connection.sendall(sent)
+    assert httpx.get(f"{base}/health").json() == {"status": "ok"}
