@@ -156,6 +156,8 @@ class PlmFacts:
         new = "rope_parameters" in text
         field = "rope_parameters" if new else "rope_scaling"
         rope = text.section(field, {})
+        if new:
+            _refuse_older(text, rope)
         base = rope if "rope_theta" in rope else text
         if "rope_theta" in base:
             self._add("rope_theta", base, "rope_theta", float)
@@ -199,6 +201,21 @@ class PlmFacts:
             raise root.error(
                 f"vision_use_cls_token is {has_token}, and class_token of the tower is "
                 f"{tower.use_cls_token}; they must be equal"
+            )
+
+
+def _refuse_older(text: Section, rope: Section) -> None:
+    """InputError unless fields of an older release say what `rope_parameters` does."""
+    older = dict(text.section("rope_scaling", {}).content)
+    older = {"rope_type" if name == "type" else name: value for name, value in older.items()}
+    if "rope_theta" in text:
+        older.setdefault("rope_theta", text.content["rope_theta"])
+    for name, value in older.items():
+        if rope.content.get(name, value) != value:
+            raise text.error(
+                f"{rope.name(name)} is {rope.content[name]!r:.60}, and {value!r:.60} in "
+                f"{text.name('rope_scaling')} or {text.name('rope_theta')}, the names of older "
+                "releases; remove one"
             )
 
 
