@@ -81,6 +81,12 @@ def find_tensors(content: object, file: str, *, ema: bool) -> FoundTensors:
     found = dict(_state_dicts(content, ()))
     averaged = {path: tensors for path, tensors in found.items() if _is_averaged(path)}
     models = {p: t for p, t in found.items() if p not in averaged and _CALLBACKS not in p}
+    nameless = _nameless(content)
+    if ema and nameless and not averaged:
+        raise CheckpointError(
+            f"{file}: the EMA weights {listed(nameless)} are a list without names: copy them into "
+            "the model, as with the averaging library's copy_to(), and save its state_dict()"
+        )
     taken = (averaged or models) if ema else (models or averaged)
     if not taken:
         taken = {(): content}
@@ -100,8 +106,19 @@ def find_tensors(content: object, file: str, *, ema: bool) -> FoundTensors:
             raise CheckpointError(
                 f"{file} must hold a dictionary of tensors; {key!a:.80} is not a tensor"
             )
-    left_out = () if path in averaged else tuple(".".join(path) for path in averaged)
+    left_out = () if path in averaged else (*(".".join(path) for path in averaged), *nameless)
     return FoundTensors(tensors=tensors, averaged=path in averaged, left_out=left_out)
+
+
+def _nameless(content: Mapping[object, object]) -> list[str]:
+    """Entries with an averaged copy that is a list, as that of torch_ema."""
+    return [
+        f"{key}.{inner}"
+        for key, value in content.items()
+        if isinstance(key, str) and _is_averaged([key]) and isinstance(value, dict)
+        for inner, copy in value.items()
+        if isinstance(copy, list) and copy and all(isinstance(item, Tensor) for item in copy)
+    ]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -210,6 +210,17 @@ def test_an_averaged_model_of_torch(tmp_path):
     assert_holds(tmp_path / "both.pt", ema=True)
 
 
+def test_averaged_weights_without_names(tmp_path):
+    """Those of torch_ema and diffusers: a list in the order of the parameters."""
+    shadow = {"decay": 0.9, "num_updates": 3, "shadow_params": list(stored(seed=2).values())}
+    torch.save({"model": stored(), "ema": shadow}, tmp_path / "a.pt")
+    assert assert_holds(tmp_path / "a.pt").notes == [
+        "left out EMA weights, which --ema selects: ema.shadow_params"
+    ]
+    with pytest.raises(CheckpointError, match=r"a\.pt: .* ema\.shadow_params are a list without"):
+        open_checkpoint(tmp_path / "a.pt", CLIP, ema=True)
+
+
 def test_weights_that_are_averaged_only_and_not_at_all(tmp_path):
     torch.save({"ema": stored(), "epoch": 1}, tmp_path / "only.pt")
     assert assert_holds(tmp_path / "only.pt").notes == ["averaged weights (EMA)"]
