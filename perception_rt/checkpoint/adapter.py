@@ -33,6 +33,7 @@ _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.\w+)?\.weight")
 _COPY = re.compile(r"(?P<path>.+)\.base_layer\.weight")  # PEFT's of a head that has an update
 _PACKED = ".in_proj_weight"
 _LISTED = 3
+_MERGE = "merge the adapter with peft's merge_and_unload() and export the result"
 _LLAMA = "model.layers."  # of a decoder that was trained alone
 
 
@@ -150,6 +151,8 @@ class AdaptedWeights:
 
 def _weights_file(folder: Path) -> Path:
     """The file with the matrices; CheckpointError if the folder is not one of an adapter."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file: pass the adapter's folder, {folder.parent}")
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
         below = sorted(p.parent.name for p in folder.glob(f"*/{ADAPTER_CONFIG_NAME}"))
         hint = f"; pass one of its folders {', '.join(below[:_LISTED])}" if below else ""
@@ -210,14 +213,17 @@ def _pairs(
 
 
 def _not_lora(key: str) -> str:
-    return f"{key!a:.100} is not a LoRA matrix of a linear layer"
+    return f"{key!a:.100} is not a LoRA matrix of a linear layer: {_MERGE}"
 
 
 def _shape(headers: Mapping[str, Header], path: str, a: str, b: str) -> Shape:
     """Shape (out, in) of B @ A."""
     first, second = headers[a].shape, headers[b].shape
     if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
-        raise CheckpointError(f"{path!a:.100} has lora_A {first} and lora_B {second}")
+        raise CheckpointError(
+            f"{path!a:.100} has lora_A {first} and lora_B {second}, which is no linear layer: "
+            f"{_MERGE}"
+        )
     return second[0], first[1]
 
 

@@ -252,7 +252,10 @@ def test_what_cannot_be_merged_is_refused(tmp_path, layers, settings, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"x.lora_magnitude_vector": torch.zeros(2)}, "is not a LoRA matrix of a linear layer"),
+        (
+            {"x.lora_magnitude_vector": torch.zeros(2)},
+            "is not a LoRA matrix of a linear layer: merge the",
+        ),
         ({"model.embed_tokens.lora_embedding_A": torch.zeros(2, 2)}, "is not a LoRA matrix"),
         ({"layers.0.attention.wo.bias": torch.zeros(2)}, "is not a LoRA matrix"),
         ({"layers.0.attention.wo.lora_A.weight": torch.zeros(2, DIM)}, "has lora_A or lora_B only"),
@@ -261,7 +264,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path, layers, settings, message):
                 "layers.0.attention.wo.lora_A.weight": torch.zeros(2, DIM),
                 "layers.0.attention.wo.lora_B.weight": torch.zeros(DIM, 3),
             },
-            r"has lora_A \(2, \d+\) and lora_B \(\d+, 3\)",
+            r"has lora_A \(2, \d+\) and lora_B \(\d+, 3\), which is no linear layer: merge the",
         ),
         ({"a.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, "is dtype I8"),
     ],
@@ -309,6 +312,10 @@ def test_folders_that_are_no_adapters(tmp_path):
     )
     with pytest.raises(CheckpointError, match="git lfs pull"):
         AdaptedWeights(Base({}), tmp_path / "first", PLM.config)
+    with pytest.raises(
+        CheckpointError, match=r"\.bin is a file: pass the adapter's folder, .*first"
+    ):
+        AdaptedWeights(Base({}), tmp_path / "first" / "adapter_model.bin", PLM.config)
 
 
 def test_an_adapter_is_not_a_checkpoint(tmp_path):
