@@ -58,6 +58,7 @@ _TEMPLATES = (
 )
 _CONSOLIDATED = "consolidated.pth"
 _CONSOLIDATED_PART = re.compile(r"consolidated\.(\d\d)\.pth")
+_SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 _INDEX_BYTES = 64 * 1024 * 1024
 _SHARDS = 1024
 _LISTED = 5
@@ -159,6 +160,12 @@ def _in_directory(directory: Path) -> WeightFiles:
             f"{', '.join(SUFFIXES)}"
         )
     names = ", ".join(file.name for file in found[:_LISTED])
+    if all(_SHARD.search(file.name) for file in single):
+        lost = TORCH_INDEX_NAME if is_torch_file(single[0]) else INDEX_NAME
+        raise CheckpointError(
+            f"directory {directory} has {len(single)} shards of one model, {single[0].name} and so "
+            f"on, without their index: put {lost} beside them"
+        )
     more = ", ..." if len(found) > _LISTED else ""
     raise CheckpointError(
         f"directory {directory} has {len(found)} weight files and no {INDEX_NAME}: pass one of "
@@ -323,6 +330,7 @@ def find_tiles(path: Path | str, tile_size: int) -> TileSpec:
     data = content.get("data") if isinstance(content, dict) else None
     given = data if isinstance(data, dict) else {}
     fields = {ours: given[theirs] for theirs, ours in _TILE_FIELDS.items() if theirs in given}
+    facts = None
     hub = find_hub_config(path)
     if hub is not None and hub.is_plm:
         facts = ProcessorFacts(path, tile_size)
@@ -336,7 +344,14 @@ def find_tiles(path: Path | str, tile_size: int) -> TileSpec:
             if fact is None and ours not in fields and ours != "max_frames":
                 raise required(facts.name(theirs))
         fields |= {ours: fact.value for ours, fact in facts.found.items()}
-    return TileSpec.from_dict({"tile_size": tile_size, **fields})
+    try:
+        return TileSpec.from_dict({"tile_size": tile_size, **fields})
+    except InputError as error:
+        text = str(error)
+        for theirs, ours in _TILE_FIELDS.items():
+            text = text.replace(f"image.{ours} ", f"{theirs} ")
+        source = CONFIG_NAME if facts is None else facts.file
+        raise InputError(f"{source}: {text}") from None
 
 
 def find_tokenizer(path: Path | str) -> Path | None:

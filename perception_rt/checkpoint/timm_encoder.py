@@ -73,6 +73,7 @@ _FIXED: Mapping[str, Any] = {
     "qk_norm": False,
     "attn_only_layer_scale": False,
     "rope_mrope_section": None,
+    "features_only": False,
 }
 # Arguments without an effect on inference.
 _IGNORED = frozenset(

@@ -25,6 +25,7 @@ from perception_rt.checkpoint.locate import (
     find_config,
     parse_architecture,
     refuse_adapter,
+    weight_files,
 )
 from perception_rt.config import PeConfig
 from perception_rt.demo import LICENSE_NOTE, config_path, language_model_path, weights_path
@@ -89,8 +90,9 @@ def _described(given: Config | None, source: str, path: Path, *, with_text: bool
     refuse_adapter(path)
     config = find_config(path) if found is None else found.config
     if config is None:
+        weight_files(path)  # says so if there is nothing at the path, or more than one model
         hub = find_hub_config(path)
-        beside = "no params.json, config.json or model.json is beside it"
+        beside = "no params.json, config.json, open_clip_config.json or model.json is beside it"
         if hub is not None:
             beside = f"{hub.file.name} beside it describes {hub.label}, which is no PE or PLM"
         raise InputError(f"--checkpoint needs --config, the architecture as JSON: {beside}")

@@ -153,6 +153,7 @@ def test_a_folder_of_open_clip(tmp_path: Path) -> None:
     [
         ({"architecture": "resnet50"}, "architecture 'resnet50' is not one of timm's Perception"),
         ({"model_args": {"swiglu_mlp": True}}, "model_args.swiglu_mlp must be False, not True"),
+        ({"model_args": {"features_only": True}}, "features_only must be False, not True"),
         ({"model_args": {"depht": 2}}, "unknown fields model_args.depht; known are"),
         ({"model_args": {"num_classes": 5}}, "num_classes 512 contradicts model_args.num_classes"),
         ({"model_args": {"rope_grid_offset": 0}}, "model_args.rope_grid_offset must be 1, not 0"),

@@ -72,6 +72,20 @@ def test_files_of_older_releases(folder: Path) -> None:
     assert read(folder).decoder == replace(unscaled, high_freq_factor=32.0)
 
 
+def test_rope_under_names_of_two_releases(folder: Path) -> None:
+    """transformers takes one of them silently, and not always the newer one."""
+    put(folder, CONFIG, "text_config.rope_theta", 500000.0)
+    put(folder, CONFIG, "text_config.rope_scaling", {"type": "llama3", "factor": 32.0})
+    assert read(folder) == MODEL
+    put(folder, CONFIG, "text_config.rope_scaling", {"rope_type": "llama3", "factor": 8.0})
+    with pytest.raises(InputError, match=r"rope_parameters\.factor is 32\.0, and 8\.0 in .*remove"):
+        read(folder)
+    put(folder, CONFIG, "text_config.rope_scaling", None)
+    put(folder, CONFIG, "text_config.rope_theta", 1e4)
+    with pytest.raises(InputError, match=r"rope_theta is 500000\.0, and 10000\.0 in text_config"):
+        read(folder)
+
+
 ARGS = "vision_config.model_args"
 
 
@@ -302,8 +316,10 @@ def test_tiles_have_no_default(folder: Path, field: str) -> None:
     [
         ("image_processor.tile_size", 448,
          "tile_size is 448, and the image size of the vision tower is 56; they must be equal"),
-        ("image_processor.vision_input_type", "square", r"mode must be one of"),
-        ("image_processor.max_num_tiles", 0, "max_tiles must be an integer from 1"),
+        ("image_processor.vision_input_type", "square",
+         r"^processor_config\.json: vision_input_type must be one of"),
+        ("image_processor.max_num_tiles", 0,
+         r"^processor_config\.json: max_num_tiles must be an integer from 1"),
         ("image_processor.resample", 5, r"image_processor\.resample is 5, which is no filter"),
         ("image_processor.rescale_factor", 1.0, "rescale_factor is 1.0; only 1/255 is supported"),
         ("image_processor.do_normalize", False, "do_normalize is False; only True is supported"),
@@ -429,6 +445,15 @@ def test_a_head_that_is_missing_or_there(tmp_path: Path, names: str) -> None:
     assert torch.equal(
         open_checkpoint(model, read(model)).load("output.weight"), torch.ones(1256, 128)
     )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_without_their_index(tmp_path: Path, suffix: str) -> None:
+    for number in (1, 2):
+        (tmp_path / f"model-{number:05d}-of-00002{suffix}").write_bytes(b"x")
+    message = r"has 2 shards of one model, .* put \w+\.\w+\.index\.json beside them"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path, MODEL)
 
 
 def test_shards_of_torch(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from perception_rt.cli import export_main
 from perception_rt.cli.export import export_parser
-from perception_rt.errors import ExportError, InputError
+from perception_rt.errors import CheckpointError, ExportError, InputError
 from perception_rt.export import ExportOptions, export, plan
 from perception_rt.export.components.plm import PlmExport
 from perception_rt.export.options import parse_image_size, parse_taps, parse_target
@@ -171,3 +171,20 @@ print(*{"numpy", "torch", "onnx"} & set(sys.modules))
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
+    """Nothing at the path is said before a missing configuration is."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / "two" / name).write_bytes(b"x")
+    for name, message in (
+        ("absent.pt", "no weights file at .*absent"),
+        ("empty", "directory .*empty has no weights"),
+        ("two", "has 2 weight files .* pass one of a.pt, b.pt"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            export(ExportOptions(checkpoint=tmp_path / name, out=tmp_path / "p"))
+    with pytest.raises(InputError, match=r"needs --config, .* open_clip_config\.json or model"):
+        export(ExportOptions(checkpoint=tmp_path / "two" / "a.pt", out=tmp_path / "p"))
