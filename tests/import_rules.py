@@ -178,7 +178,7 @@ _SERVE = {
 
 _COMMANDS = {
     "perception_rt.bulk": Part(
-        uses=LAYER_2, libraries=("numpy",), lazy=("runtime",), lazy_libraries=("pyarrow",)
+        uses=LAYER_2, libraries=("numpy",), lazy=("runtime",), lazy_libraries=("pyarrow", "usearch")
     ),
     "perception_rt.cli": Part(
         uses=LAYER_1,

@@ -61,13 +61,21 @@ class Result:
         Raises:
             InputError: a file is damaged, or belongs to another package.
         """
-        if self.path.is_dir():
-            for shard in _shards(self.path):
-                yield from self._parquet(shard)
-        elif self.path.suffix == ".parquet":
-            yield from self._parquet(self.path)
+        if self.is_parquet:
+            for path in self.files:
+                yield from self._parquet(path)
         else:
             yield from (_npy_blocks if self.path.suffix == ".npy" else _jsonl_blocks)(self)
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether `files` are Parquet files."""
+        return self.path.is_dir() or self.path.suffix == ".parquet"
+
+    @property
+    def files(self) -> list[Path]:
+        """Files with the rows, in order."""
+        return _shards(self.path) if self.path.is_dir() else [self.path]
 
     def _parquet(self, path: Path) -> Iterator[Block]:
         head = ParquetShards().head(path)
@@ -177,16 +185,28 @@ def _parquet_blocks(path: Path, dim: int) -> Iterator[Block]:
         raise InputError(f"{str(path)!r:.200} is damaged") from None
 
 
-def _npy_blocks(result: Result) -> Iterator[Block]:
+def mapped_rows(result: Result) -> NDArray[Any]:
+    """Maps the rows (N, D) of a `.npy` result into memory; InputError if it is damaged."""
     try:
-        rows = np.lib.format.open_memmap(result.path, mode="r")
-        with ids_path(result.path).open(encoding="utf-8", newline="\n") as file:
-            names = file.read().split("\n")[:-1]
+        rows: NDArray[Any] = np.lib.format.open_memmap(result.path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise InputError(f"{str(result.path)!r:.200} cannot be read: {reason}") from None
-    if rows.dtype.name not in DTYPES or rows.shape != (len(names), result.dim):
-        raise InputError(f"{str(result.path)!r:.200} does not fit its sources and its dimension")
+    if rows.dtype.name not in DTYPES or rows.ndim != 2 or rows.shape[1] != result.dim:
+        raise _misfit(result)
+    return rows
+
+
+def _npy_blocks(result: Result) -> Iterator[Block]:
+    rows, path = mapped_rows(result), ids_path(result.path)
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            names = file.read().split("\n")[:-1]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise InputError(f"{str(path)!r:.200} cannot be read: {reason}") from None
+    if len(rows) != len(names):
+        raise _misfit(result)
     for start in range(0, len(rows), _BLOCK_ROWS):
         part = np.asarray(rows[start : start + _BLOCK_ROWS])
         ids = np.arange(start, start + len(part))
@@ -228,6 +248,10 @@ def _read_meta(out: Path) -> dict[str, Any]:
 
 def _meta(origin: dict[str, Any]) -> bytes:
     return json.dumps(origin, indent=2).encode("ascii") + b"\n"
+
+
+def _misfit(result: Result) -> InputError:
+    return InputError(f"{str(result.path)!r:.200} does not fit its sources and its dimension")
 
 
 def _line(source: str) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from perception_rt.demo import package_paths
-from perception_rt.errors import escaped
+from perception_rt.errors import InputError, escaped
 
 _NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")  # argparse takes these for values
 
@@ -36,10 +36,15 @@ class CommandParser(argparse.ArgumentParser):
         if args is not None and names[:1] == ["package"]:
             args = self._package_first(list(args))
         namespace, rest = super().parse_known_args(args, namespace)
-        if "sources" in names:  # argparse takes none that follow an option
+        last = positions[-1] if positions else None
+        if last is not None and last.nargs in ("*", "?"):  # argparse takes none after an option
             late = [value for value in rest if not value.startswith("-")]
-            namespace.sources = [*namespace.sources, *late]
-            rest = [value for value in rest if value.startswith("-")]
+            if last.nargs == "*":
+                setattr(namespace, last.dest, [*getattr(namespace, last.dest), *late])
+                rest = [value for value in rest if value.startswith("-")]
+            elif len(late) == 1 and getattr(namespace, last.dest) is None:
+                setattr(namespace, last.dest, late[0])
+                rest.remove(late[0])
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:
@@ -114,6 +119,11 @@ def package_arguments(parser: argparse.ArgumentParser) -> None:
         "package", metavar="DIR", help="an engine package, or demo:pe, demo:plm or "
         "hf:org/name@revision"
     )  # fmt: skip
+    engine_arguments(parser)
+
+
+def engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of all commands that run a package."""
     parser.add_argument(
         "--backend", default="auto", help="backend to run on (default: the package's own)"
     )
@@ -130,6 +140,16 @@ def package_arguments(parser: argparse.ArgumentParser) -> None:
         "--background", metavar="COLOUR", help="colour behind transparent pixels, such as white or "
         "#ffffff (default: alpha is dropped)"
     )  # fmt: skip
+
+
+def output_path(option: str, path: str, ending: str) -> Path:
+    """Checks, before any work, that the file of an option can be written."""
+    out = Path(path)
+    if out.suffix != ending:
+        raise InputError(f"{option} must end in {ending}, not {path!r:.80}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f"cannot write {path!r:.80}: its folder is missing, or it is a folder")
+    return out
 
 
 def question_arguments(parser: argparse.ArgumentParser) -> None:

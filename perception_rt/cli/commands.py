@@ -18,11 +18,18 @@ from perception_rt._version import __version__
 from perception_rt.cli.arguments import (
     CommandParser,
     list_argument,
+    output_path,
     package_arguments,
     question_arguments,
 )
 from perception_rt.cli.embed import EmbedCommand, add_embed_arguments
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
+from perception_rt.cli.search import (
+    SearchCommand,
+    add_index_arguments,
+    add_search_arguments,
+    run_index,
+)
 from perception_rt.cli.serve import add_serve
 from perception_rt.errors import InputError, PerceptionError, escaped
 from perception_rt.families import PE, PLM, Family, get_family
@@ -109,6 +116,7 @@ def main_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
     _add_demo(commands)
     _add_encoder_commands(commands)
+    _add_search_commands(commands)
     _add_question_commands(commands)
     _add_package_commands(commands)
     _add_hub_commands(commands)
@@ -156,6 +164,21 @@ def _add_encoder_commands(commands: Any) -> None:
     features.add_argument("--image", required=True, metavar="FILE")
     features.add_argument("--layer", type=int, default=-1, help="block index (default: -1)")
     features.add_argument("--out", required=True, metavar="FILE.png", help="image to write")
+
+
+def _add_search_commands(commands: Any) -> None:
+    search = _command(
+        commands, "search", _search, "find the items of an embed result nearest to a query",
+        'perception-rt search rows/ "a red three" --package demo:pe',
+        "perception-rt search rows.npy --image digit.png --package demo:pe -k 50 --html page.html",
+    )  # fmt: skip
+    add_search_arguments(search)
+
+    index = _command(
+        commands, "index", run_index, "build an index of an embed result, and measure its recall",
+        "perception-rt index rows/", "perception-rt index rows/ --queries texts.npy",
+    )  # fmt: skip
+    add_index_arguments(index)
 
 
 def _add_question_commands(commands: Any) -> None:
@@ -295,6 +318,12 @@ def _embed(options: argparse.Namespace) -> int:
         return command.run(engine, progress)
 
 
+def _search(options: argparse.Namespace) -> None:
+    command = SearchCommand(options)
+    with Progress() as progress, _load(options, progress) as engine:
+        command.run(engine, progress)
+
+
 def _classify(options: argparse.Namespace) -> None:
     with Progress() as progress, _load(options, progress) as engine:
         probabilities = engine.classify(
@@ -318,7 +347,7 @@ def _features(options: argparse.Namespace) -> None:
     from perception_rt.processing.image_options import image_options
     from perception_rt.processing.pca import side_by_side
 
-    out = _output(options.out, ".png")
+    out = output_path("--out", options.out, ".png")
     with Progress() as progress, _load(options, progress) as engine:
         count = progress.counter("images")
         (dense,) = engine.features([options.image], options.layer, on_progress=count)
@@ -434,16 +463,6 @@ def _doctor(options: argparse.Namespace) -> int:
         for note in notes:
             print(escaped(f"{options.package}: {note}"))
     return 2 if any(note.startswith(UNUSABLE) for note in notes) else 0
-
-
-def _output(path: str, ending: str) -> Path:
-    """Checks, before any work, that a file can be written."""
-    out = Path(path)
-    if out.suffix != ending:
-        raise InputError(f"--out must end in {ending}, not {path!r:.80}")
-    if not out.parent.is_dir() or out.is_dir():
-        raise InputError(f"cannot write {path!r:.80}: its folder is missing, or it is a folder")
-    return out
 
 
 def _print_json(value: Any) -> None:

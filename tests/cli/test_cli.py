@@ -248,8 +248,8 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         main(["--help"])
     commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert commands == [
-        "demo", "embed", "classify", "features", "generate", "chat", "inspect", "verify", "refit",
-        "doctor", "push", "pull",
+        "demo", "embed", "classify", "features", "search", "index", "generate", "chat", "inspect",
+        "verify", "refit", "doctor", "push", "pull", "serve",
     ]  # fmt: skip
     options = {name: options_of(capsys, main, name) for name in commands}
     package = {"--backend", "--device", "--threads", "--expect", "--formats", "--background"}
@@ -268,6 +268,10 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     }  # fmt: skip
     assert options["classify"] == package | {"--image", "--label", "--template", "--json"}
     assert options["features"] == package | {"--image", "--layer", "--out", "--json"}
+    assert options["search"] == package | {
+        "--package", "--image", "-k", "--html", "--column", "--exact", "--approximate", "--json",
+    }  # fmt: skip
+    assert options["index"] == {"--queries", "--threads", "--json"}
     assert options["inspect"] == options["doctor"] == {"--json"}
     assert options["verify"] == {"--expect", "--json"}
     assert options["push"] == {"--private", "--message", "--json"}
