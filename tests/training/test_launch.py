@@ -21,6 +21,19 @@ PLAN = str(jobs.CONFIGS / "plm_1b_stage1.yaml")
 Tiny = Callable[..., TrainConfig]
 
 
+@pytest.mark.parametrize("name", ["file", "file/run", "a" * 300])
+def test_an_output_folder_that_cannot_be_made_is_named_first(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(train, "process_group", None)
+    assert main([str(TINY), "--set", f"run.out_dir={tmp_path / name}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: run.out_dir '{tmp_path}")
+    assert line.endswith("name another folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

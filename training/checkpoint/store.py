@@ -7,6 +7,7 @@ of ranks. Checkpoints contain no code. This module knows nothing of tasks.
 """
 
 import errno
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -249,15 +250,33 @@ def require_startable(config: TrainConfig) -> None:
     """Finds out without a process group whether a run may start or be resumed.
 
     Raises:
-        InputError: `out_dir` holds a run that is not to be resumed.
+        InputError: `out_dir` holds a run that is not to be resumed, or is no folder that can be
+            made or written to.
         CheckpointError: the run to be resumed computes something else.
     """
+    _require_folder(Path(config.run.out_dir))
     folder = Path(config.run.out_dir) / FOLDER
     names = names_of(folder)
     if names and not config.run.resume:
         raise _used(config.run.out_dir)
     if names and _has_whole_recipe(folder / names[0]):
         _same_settings(folder / names[0], config)
+
+
+def _require_folder(out_dir: Path) -> None:
+    """InputError if a folder cannot be made, or not be written to."""
+    try:
+        nearest = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+        problem = "" if os.access(nearest, os.W_OK | os.X_OK) else "it cannot be written to"
+        problem = problem if nearest.is_dir() else "it is not a folder"
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        nearest = out_dir
+        problem = getattr(error, "strerror", None) or "not a path"
+    if problem:
+        raise InputError(
+            f"run.out_dir {str(out_dir)!r:.200} cannot be used: {str(nearest)!r:.200}: {problem}; "
+            "name another folder"
+        )
 
 
 def _has_whole_recipe(folder: Path) -> bool:
