@@ -7,7 +7,7 @@ from typing import Any
 from perception_rt.checkpoint.json_fields import as_object
 from perception_rt.checkpoint.json_files import folder_of, read_json
 from perception_rt.checkpoint.open_clip_config import open_clip_encoder
-from perception_rt.checkpoint.timm_encoder import Encoder, timm_encoder
+from perception_rt.checkpoint.timm_encoder import WRAPPER, Encoder, timm_encoder
 from perception_rt.config import PeConfig, VisionConfig
 from perception_rt.errors import InputError
 
@@ -68,7 +68,8 @@ def _library(name: str, values: object) -> str | None:
     fields = values if isinstance(values, Mapping) else {}
     if name == OPEN_CLIP_CONFIG or "model_cfg" in fields:
         return OPEN_CLIP_CONFIG
-    return TIMM_CONFIG if "architecture" in fields and "model_type" not in fields else None
+    is_timm = fields.get("model_type", WRAPPER) == WRAPPER
+    return TIMM_CONFIG if "architecture" in fields and is_timm else None
 
 
 def _chosen(path: Path, folder: Path) -> str:

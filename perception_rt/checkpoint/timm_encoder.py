@@ -101,6 +101,15 @@ _IMAGE_KNOWN = (
     "first_conv", "classifier", "license", "description", "origin_url", "paper_name", "paper_ids",
     "notes",
 )  # fmt: skip
+# transformers' model around one of timm, and the fields that it adds to the file.
+WRAPPER = "timm_wrapper"
+_WRAPPER_FIELDS = frozenset(
+    {
+        "model_type", "architectures", "do_pooling", "dtype", "torch_dtype", "initializer_range",
+        "transformers_version", "problem_type",
+    }
+)  # fmt: skip
+_WRAPPER_BASE = "TimmWrapperModel"  # has no classes, whatever the file says
 # What timm uses where `pretrained_cfg` lacks a field.
 _DEFAULT_IMAGE: Mapping[str, Any] = {
     "interpolation": "bicubic",
@@ -132,6 +141,8 @@ def timm_encoder(data: Mapping[str, Any]) -> Encoder:
         InputError: names a field that is unknown, contradicts another one, or has a value that is
             not supported.
     """
+    if data.get("model_type") == WRAPPER:
+        data = _unwrapped(data)
     nested = "pretrained_cfg" in data
     refuse_unknown(data, _ROOT_KNOWN if nested else (*_ROOT_KNOWN, *_IMAGE_KNOWN))
     pretrained = as_object(data["pretrained_cfg"] if nested else data, "pretrained_cfg")
@@ -152,6 +163,17 @@ def timm_encoder(data: Mapping[str, Any]) -> Encoder:
     if arguments.get("dynamic_img_size") and size is not None:
         side = square_side(size, "pretrained_cfg.input_size")
     return Encoder(config=PeConfig(vision=vision), image=_image(pretrained, side))
+
+
+def _unwrapped(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The content without what transformers adds when it saves a model of timm."""
+    if data.get("pretrained_cfg") is None:
+        raise InputError(
+            "pretrained_cfg is missing, which has the preprocessing: copy it from the config.json "
+            "of the timm model that this one was made from"
+        )
+    inner = {key: value for key, value in data.items() if key not in _WRAPPER_FIELDS}
+    return inner | ({"num_classes": 0} if data.get("architectures") == [_WRAPPER_BASE] else {})
 
 
 def timm_tower(architecture: object, arguments: Mapping[str, Any], where: str) -> VisionConfig:

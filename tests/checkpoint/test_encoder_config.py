@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from perception_rt.archs import PE_MODELS
 from perception_rt.checkpoint.encoder_config import check_agreement, find_encoder
+from perception_rt.checkpoint.names import to_layout
+from perception_rt.checkpoint.source import expected_tensors, open_checkpoint
 from perception_rt.checkpoint.timm_encoder import MODELS, timm_tower
 from perception_rt.config import PeConfig, TextConfig
 from perception_rt.errors import CheckpointError, InputError
@@ -298,6 +302,30 @@ def test_a_text_tower_that_is_not_wanted_may_be_any(tmp_path: Path) -> None:
     found = find_encoder(tmp_path, with_text=False)
     assert found is not None
     assert found.config.text is None
+
+
+def test_a_model_of_timm_that_transformers_saved(tmp_path: Path) -> None:
+    timm = changed(TIMM, model_args={"depth": 1})
+    saved = changed(
+        timm, model_type="timm_wrapper", architectures=["TimmWrapperForImageClassification"],
+        do_pooling=True, dtype="float32", initializer_range=0.02, transformers_version="5.24.0",
+        num_classes=5, label_names=["a", "b", "c", "d", "e"],
+    )  # fmt: skip
+    found = read(write(tmp_path, saved))
+    assert found == read(write(tmp_path, changed(timm, num_classes=5)))
+    shapes = {name: tuple(shape) for name, shape in expected_tensors(found.config).items()}
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    keyed = {f"timm_model.{k}": v for k, v in to_layout(tensors, "timm", None).items()}
+    save_file(keyed, tmp_path / "model.safetensors")
+    open_checkpoint(tmp_path, found.config)
+    # The base model has no classes, although transformers notes some.
+    bare = read(write(tmp_path, changed(saved, architectures=["TimmWrapperModel"])))
+    assert bare == read(write(tmp_path, changed(timm, num_classes=0)))
+    write(tmp_path, changed(saved, pretrained_cfg=...))
+    with pytest.raises(
+        InputError, match=r"^config\.json: pretrained_cfg is missing, .* copy it from"
+    ):
+        find_encoder(tmp_path)
 
 
 def test_files_that_describe_no_encoder(tmp_path: Path) -> None:
