@@ -99,6 +99,7 @@ def weight_files(path: Path) -> WeightFiles:
         )
         if found.paths[0].name.endswith(".index.json") and found.paths[0].is_file():
             found = WeightFiles(label=found.label, paths=_shards(found.paths[0]))
+        _refuse_shard(path)
         absent = [file for file in found.paths if not file.is_file()]
         for file in found.paths if not absent else ():
             refuse_pointer(file)
@@ -112,6 +113,13 @@ def weight_files(path: Path) -> WeightFiles:
             f"{found.label}"
         )
     return found
+
+
+def _refuse_shard(path: Path) -> None:
+    """CheckpointError for one of several shards whose index is beside it."""
+    index = path.with_name(TORCH_INDEX_NAME if is_torch_file(path) else INDEX_NAME)
+    if _SHARD.search(path.name) and index.is_file():
+        raise CheckpointError(f"{path.name} is one shard of a model: pass {index}, or its folder")
 
 
 def check_run(path: Path) -> None:

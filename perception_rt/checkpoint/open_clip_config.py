@@ -124,7 +124,8 @@ def open_clip_encoder(data: Mapping[str, Any], *, with_text: bool) -> Encoder:
     refuse_unknown(data, ("model_cfg", "preprocess_cfg"))
     model = as_object(data.get("model_cfg"), "model_cfg")
     refuse_unknown(model, _MODEL_KNOWN, "model_cfg.")
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model]
+    required = ("embed_dim", "vision_cfg", *(("text_cfg",) if with_text else ()))
+    missing = [key for key in required if key not in model]
     if missing:
         raise InputError(f"missing fields {', '.join(f'model_cfg.{key}' for key in missing)}")
     check_integer("model_cfg.embed_dim", model["embed_dim"], 1)

@@ -297,11 +297,14 @@ def test_towers_that_timm_makes(arguments: dict[str, Any], fields: dict[str, Any
 
 
 def test_a_text_tower_that_is_not_wanted_may_be_any(tmp_path: Path) -> None:
-    data = changed(OPEN_CLIP, model_cfg__text_cfg={"hf_model_name": "bert"})
-    write(tmp_path, data, "open_clip_config.json")
-    found = find_encoder(tmp_path, with_text=False)
-    assert found is not None
-    assert found.config.text is None
+    for text in ({"hf_model_name": "bert"}, ...):
+        data = changed(OPEN_CLIP, model_cfg__text_cfg=text)
+        write(tmp_path, data, "open_clip_config.json")
+        found = find_encoder(tmp_path, with_text=False)
+        assert found is not None
+        assert found.config.text is None
+    with pytest.raises(InputError, match=r"missing fields model_cfg\.text_cfg"):
+        find_encoder(tmp_path)
 
 
 def test_a_model_of_timm_that_transformers_saved(tmp_path: Path) -> None:

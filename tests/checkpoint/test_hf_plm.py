@@ -447,15 +447,6 @@ def test_a_head_that_is_missing_or_there(tmp_path: Path, names: str) -> None:
     )
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_shards_without_their_index(tmp_path: Path, suffix: str) -> None:
-    for number in (1, 2):
-        (tmp_path / f"model-{number:05d}-of-00002{suffix}").write_bytes(b"x")
-    message = r"has 2 shards of one model, .* put \w+\.\w+\.index\.json beside them"
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tmp_path, MODEL)
-
-
 def test_shards_of_torch(tmp_path: Path) -> None:
     model = copy_folder(tmp_path / "model")
     stored = load_file(model / "model.safetensors")

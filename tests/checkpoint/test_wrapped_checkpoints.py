@@ -339,6 +339,19 @@ def test_a_folder_with_one_file_and_with_several(tmp_path):
     assert_holds(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_without_their_index(tmp_path, suffix):
+    for number in (1, 2):
+        (tmp_path / f"model-{number:05d}-of-00002{suffix}").write_bytes(b"x")
+    message = r"has 2 shards of one model, .* put \w+\.\w+\.index\.json beside them"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path, PLM)
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is one shard of a model: pass .*\.index\.json, or"):
+        open_checkpoint(tmp_path / f"model-00001-of-00002{suffix}", PLM)
+
+
 def test_a_distributed_checkpoint_comes_with_the_command_that_converts_it(tmp_path):
     (tmp_path / ".metadata").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"dcp_to_torch .* model\.pt makes a file"):
