@@ -140,6 +140,7 @@ REFUSED = [
     ("temperature", np.float32("nan"), "not nan"),
     ("temperature", 1j, "a complex"),
     ("top_k", np.uint64(2**63), "not 9223372036854775808"),
+    ("system", 5, "system must be a string, not 5"),
     ("literal", 1, "not 1"),
     ("literal", None, "a NoneType"),
     ("repetition_penalty", 0, "from 0.01 to 100, not 0"),
