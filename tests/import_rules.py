@@ -110,6 +110,11 @@ _RUNTIME = {
         ),
         libraries=("numpy",),
     ),
+    "perception_rt.runtime.generation.constraint": Part(
+        uses=(*LAYER_1, "processing", "runtime.request"),
+        libraries=("numpy",),
+        lazy_libraries=("llguidance",),
+    ),
     # Decides what runs; only `model_runner` touches engines, arrays and caches of contents.
     "perception_rt.runtime.generation.scheduler": Part(
         uses=(

@@ -190,6 +190,10 @@ class Tokenizer:
             data += self._spelling.get(token, b"")
         return bytes(data)
 
+    def spellings(self) -> list[bytes]:
+        """Returns the bytes of every id; control tokens and unused ids have none."""
+        return [self._spelling.get(token, b"") for token in range(self.vocab_size)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; invalid UTF-8 becomes U+FFFD. Errors as `decode_bytes`."""
         return self.decode_bytes(ids).removeprefix(self.prefix).decode("utf-8", errors="replace")

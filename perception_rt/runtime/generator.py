@@ -4,7 +4,7 @@ Legend: T tokens, n tiles, S tile side in pixels, V vocabulary.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any, ParamSpec, Self, TypeVar, Unpack, overload
@@ -165,7 +165,13 @@ class Generator(LoadedModel):
         """
         return _pieces(self.submit(Request(prompt, **options)))
 
-    def chat(self, messages: Sequence[Message], **options: Unpack[RequestOptions]) -> Result:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        response_format: Mapping[str, Any] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Result:
         """Answers the last message of a conversation in the form of OpenAI's chat API.
 
         Use `chat_request` with `submit` to get the answer piece by piece.
@@ -176,6 +182,8 @@ class Generator(LoadedModel):
                 {"type": "text", "text": "What is this?"}]}`. `{"type": "image", "image": ...}`
                 holds anything that `Request.images` takes. System texts come first and replace the
                 system text of the training; then users and assistants alternate.
+            response_format: `{"type": "json_object"}` for an answer in JSON, or `{"type":
+                "json_schema", "json_schema": {"schema": {...}}}` for one that follows a schema.
             **options: the fields of `Request` other than prompt, images, videos, history, system
                 and literal.
 
@@ -185,7 +193,7 @@ class Generator(LoadedModel):
         Raises:
             PerceptionError: as `generate`; an InputError names the message that is unusable.
         """
-        handle = self.submit(chat_request(messages, **options))
+        handle = self.submit(chat_request(messages, response_format=response_format, **options))
         try:
             return handle.result()
         finally:

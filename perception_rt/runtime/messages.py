@@ -116,18 +116,61 @@ def decode_data_url(kind: str, url: str, most_bytes: int) -> bytes:
         raise InputError(f"the data URL of the {kind} is not valid base64") from None
 
 
-def chat_request(messages: Sequence[Message], **options: Unpack[RequestOptions]) -> Request:
+def chat_request(
+    messages: Sequence[Message],
+    *,
+    response_format: Mapping[str, Any] | None = None,
+    **options: Unpack[RequestOptions],
+) -> Request:
     """Makes a request of a conversation in OpenAI's form, for `Generator.submit`.
 
     Args:
         messages: see `parse_messages`; `{"type": "image", "image": ...}` may hold anything that
             `Request.images` takes, and the same for videos.
+        response_format: see `parse_response_format`; None for any answer.
         **options: the fields of `Request` that messages do not determine.
 
     Raises:
-        InputError: a message is unusable.
+        InputError: a message or the response format is unusable.
     """
+    schema = None if response_format is None else parse_response_format(response_format)
+    if schema is not None:
+        if options.get("json_schema") is not None:
+            raise InputError("json_schema cannot be given beside response_format")
+        options["json_schema"] = schema
     return parse_messages(messages, MediaReader(sources=True)).request(**options)
+
+
+def parse_response_format(value: object) -> dict[str, Any] | None:
+    """Returns the JSON schema that a response format of OpenAI's chat API asks for.
+
+    Args:
+        value: `{"type": "text"}`, `{"type": "json_object"}` for any object, or `{"type":
+            "json_schema", "json_schema": {"schema": {...}}}`. A schema is always followed, with
+            `strict` or without.
+
+    Returns:
+        The schema for `Request.json_schema`; None for text.
+
+    Raises:
+        InputError: it is something else.
+    """
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping) and kind == "text":
+        return None
+    if isinstance(value, Mapping) and kind == "json_object":
+        return {"type": "object"}
+    if not isinstance(value, Mapping) or kind != "json_schema":
+        raise InputError(
+            'response_format must be {"type": ...} with text, json_object or json_schema'
+        )
+    named = value.get("json_schema")
+    schema = named.get("schema") if isinstance(named, Mapping) else None
+    if not isinstance(schema, dict):
+        raise InputError(
+            'response_format of type json_schema must have "json_schema": {"schema": {...}}'
+        )
+    return schema
 
 
 def parse_messages(messages: object, reader: MediaReader) -> Conversation:

@@ -4,6 +4,7 @@ Bounds that depend on a model are arguments. Images, videos and texts are checke
 opened.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from perception_rt.limits import Limits
 from perception_rt.processing.boxes import Box, parse_boxes
 from perception_rt.processing.image import ImageSource
 from perception_rt.processing.video import VideoSource
-from perception_rt.records import INTEGER_BOUND, check_integer, plain_number
+from perception_rt.records import INTEGER_BOUND, check_integer, check_text, plain_number
 
 Array = np.ndarray[Any, Any]
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -37,6 +38,7 @@ _NUMBERS = (
     "repetition_penalty",
 )
 _PENALTIES = (0.01, 100)
+CONSTRAINTS = ("json_schema", "choices", "regex")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,12 @@ class Request:
             multiplies negative ones, before temperature, as in transformers. Above 1 repeats less,
             1 changes nothing; from 0.01 to 100.
         system: system text in place of the one of the training; None for that one.
+        json_schema: JSON schema that the answer follows, as a dictionary. The answer is spelled as
+            `json.dumps` does, unless the schema has `x-guidance`, and its members come in the
+            order of the schema.
+        choices: texts, one of which is the answer.
+        regex: regular expression that matches the whole answer, in the syntax of Rust's `regex`
+            crate, without look-around.
     """
 
     prompt: str
@@ -140,6 +148,9 @@ class Request:
     literal: bool = False
     repetition_penalty: float = 1.0
     system: str | None = None
+    json_schema: dict[str, Any] | None = None
+    choices: Sequence[str] | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:
@@ -168,6 +179,9 @@ class RequestOptions(TypedDict, total=False):
     literal: bool
     repetition_penalty: float
     system: str | None
+    json_schema: dict[str, Any] | None
+    choices: Sequence[str] | None
+    regex: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,6 +337,7 @@ def check_request(
     for name in ("lookup", "ignore_eos", "literal"):
         check_bool(name, getattr(request, name))
     _check_lookup(request, vocab_size, max_length)
+    _check_constraint(request, limits)
     if request.on_progress is not None and not callable(request.on_progress):
         raise InputError(f"on_progress must be callable, not {describe(request.on_progress)}")
 
@@ -363,6 +378,38 @@ def _check_lookup(request: Request, vocab_size: int, max_length: int) -> None:
     check_ids("lookup_tokens", request.lookup_tokens, vocab_size, max_length)
     if not request.lookup:
         raise InputError("lookup_tokens need lookup=True")
+
+
+def _check_constraint(request: Request, limits: Limits) -> None:
+    """Checks type and size of the constraint; whether it has a meaning is checked by its library.
+
+    The check of `json_schema` bounds its depth too, since JSON of a cyclic or very deep dictionary
+    cannot be written.
+    """
+    given = [name for name in CONSTRAINTS if getattr(request, name) is not None]
+    if not given:
+        return
+    if len(given) > 1:
+        raise InputError(f"{given[0]} and {given[1]} cannot both be given")
+    if request.ignore_eos:
+        raise InputError(f"{given[0]} cannot be followed with ignore_eos, which has no end")
+    if request.regex is not None:
+        check_text("regex", request.regex, limits.text_bytes)
+    elif request.choices is not None:
+        choices = check_list("choices", request.choices)
+        if not choices or not all(isinstance(text, str) and text for text in choices):
+            raise InputError("choices must be a list of at least one text, none of them empty")
+        check_text("choices", "".join(choices), limits.text_bytes)
+    else:
+        if not isinstance(request.json_schema, dict):
+            shown = describe(request.json_schema)
+            raise InputError(f"json_schema must be a dictionary, not {shown}")
+        try:
+            text = json.dumps(request.json_schema, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise InputError(f"json_schema cannot be written as JSON: {reason:.200}") from None
+        check_text("json_schema", text, limits.text_bytes)
 
 
 def _check_conversation(request: Request, limits: Limits) -> None:

@@ -9,7 +9,7 @@ import pytest
 import perception_rt as prt
 from perception_rt.demo import pictures_path
 from perception_rt.limits import Limits
-from perception_rt.runtime.messages import MediaReader, parse_messages
+from perception_rt.runtime.messages import MediaReader, parse_messages, parse_response_format
 
 SAME = "Do both images show the same number?"
 REMOTE = MediaReader()
@@ -155,3 +155,28 @@ def test_options_beside_messages(plm: prt.Generator) -> None:
         plm.chat([user(text("a"))], images=[picture("read")])
     with pytest.raises(prt.InputError, match="system must be a string, not 3"):
         plm.generate("a", system=3)
+
+
+def test_an_answer_has_the_format_that_is_asked_for(plm: prt.Generator) -> None:
+    schema = {"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 2}
+    named = {"type": "json_schema", "json_schema": {"name": "ones", "schema": schema}}
+    messages = [user(text("Is there a 4?"))]
+    assert plm.chat(messages, response_format=named).text == "[1, 1]"
+    plain = plm.chat(messages, response_format={"type": "text"}, max_new_tokens=4)
+    assert plain.tokens == plm.chat(messages, max_new_tokens=4).tokens
+    request = prt.chat_request(messages, response_format={"type": "json_object"})
+    assert request.json_schema == {"type": "object"}
+    with pytest.raises(prt.InputError, match="beside response_format"):
+        prt.chat_request(messages, response_format=named, json_schema=schema)
+
+
+@pytest.mark.parametrize("value", ["text", {}, {"type": "xml"}, {"type": ["text"]}])
+def test_unknown_response_formats_are_refused(value: object) -> None:
+    with pytest.raises(prt.InputError, match="text, json_object or json_schema"):
+        parse_response_format(value)
+
+
+@pytest.mark.parametrize("value", [None, {}, {"schema": "x"}, {"schema": None}])
+def test_a_response_format_needs_its_schema(value: object) -> None:
+    with pytest.raises(prt.InputError, match='must have "json_schema"'):
+        parse_response_format({"type": "json_schema", "json_schema": value})

@@ -69,6 +69,9 @@ def check(limits: Limits = DEFAULT_LIMITS, **changes: object) -> None:
         {"max_tiles": np.int16(2), "num_frames": np.uint64(2)},
         {"temperature": np.float32(0.5), "top_p": np.float64(0.5), "deadline_s": np.float16(2)},
         {"repetition_penalty": np.float32(1.5), "temperature": np.int64(1)},
+        {"json_schema": {}},
+        {"choices": ("a", "b"), "lookup": True},
+        {"regex": "a" * 65536},
     ],
 )
 def test_accepted(changes: dict) -> None:
@@ -164,6 +167,18 @@ REFUSED = [
     ("history", [Exchange(prompt="a", answer="b", videos="x")], "history 0: videos must be"),
     ("history", [Exchange(prompt="a", answer="b", literal=2)], "history 0: literal must be True"),
     ("history", [Exchange(prompt="", answer="")] * 257, "257 exchanges; the limit is 256"),
+    ("system", 3, "a string, not 3"),
+    ("json_schema", "{}", "a dictionary, not a str"),
+    ("json_schema", {"const": {1, 2}}, "cannot be written as JSON: Object of type set"),
+    ("json_schema", {"const": math.nan}, "cannot be written as JSON"),
+    ("json_schema", {"const": "a" * 65536}, "the limit is 65536"),
+    ("choices", [], "at least one text"),
+    ("choices", "yes", "a list, not a str"),
+    ("choices", ["a", ""], "none of them empty"),
+    ("choices", ["a", 3], "at least one text"),
+    ("choices", ["a" * 40_000] * 2, "80000 bytes in UTF-8; the limit is 65536"),
+    ("regex", 3, "a string, not 3"),
+    ("regex", "a" * 65537, "65537 bytes in UTF-8; the limit is 65536"),
 ]
 
 

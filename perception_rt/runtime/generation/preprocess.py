@@ -33,6 +33,7 @@ from perception_rt.processing.tiles import TileSpec, load_tiles
 from perception_rt.processing.video import VideoSource, load_frames
 from perception_rt.records import check_integer, check_text
 from perception_rt.runtime.cache.feature_cache import feature_key
+from perception_rt.runtime.generation.constraint import ConstraintCompiler
 from perception_rt.runtime.generation.detokenizer import TextStream
 from perception_rt.runtime.generation.prompt_lookup import PromptLookup
 from perception_rt.runtime.generation.request_state import RequestState
@@ -92,6 +93,8 @@ class RequestPreprocessor:
             self.tokenizer = _tokenizer(package, config, limits)
         except InputError as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
+        tokenizer = self.tokenizer
+        self._constraints = None if tokenizer is None else ConstraintCompiler(tokenizer)
         self._name = content.name
         self._package_id = package.manifest.id
         self._config = config
@@ -122,11 +125,14 @@ class RequestPreprocessor:
         """Opens the images and videos of a request that passed `check`, and encodes its prompt.
 
         Raises:
-            InputError: an image, a video or a text is unusable, or all together are too long.
-            BackendError: the library that a video needs is not installed.
+            InputError: an image, a video, a text or a constraint is unusable, or all together are
+                too long.
+            BackendError: the library that a video or a constraint needs is not installed.
         """
         called_at = self._clock()
         tokenizer = self._required_tokenizer()
+        assert self._constraints is not None
+        constraint = self._constraints.compile(request)
         prompt, tiles = self._prompt(tokenizer, request)
         self._check_length(len(prompt.ids), request.max_new_tokens)
         is_image = prompt.ids == self._config.image_token_id
@@ -153,6 +159,7 @@ class RequestPreprocessor:
                 allowed=self._allowed,
                 repetition_penalty=request.repetition_penalty,
                 seen=None if request.repetition_penalty == 1 else self._seen(prompt.ids),
+                constraint=constraint,
             ),
             end_ids=frozenset() if request.ignore_eos else tokenizer.end_ids,
             spell=tokenizer.decode_bytes,

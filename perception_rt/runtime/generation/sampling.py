@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from perception_rt.errors import BackendError
+from perception_rt.runtime.generation.constraint import Constraint
 
 Array = np.ndarray[Any, Any]
 
@@ -28,6 +29,7 @@ class Sampler:
         allowed: Array | None = None,
         repetition_penalty: float = 1.0,
         seen: Array | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Creates a sampler that applies penalty, temperature, top_k and top_p in this order.
 
@@ -42,6 +44,7 @@ class Sampler:
                 negative ones; 1 changes nothing.
             seen: bool (V,), True for the tokens of the prompt; the chosen ones are added. Needed
                 for a penalty.
+            constraint: what the answer must follow; it is told each token. None for no constraint.
         """
         self._temperature = temperature
         self._top_k = top_k
@@ -49,12 +52,13 @@ class Sampler:
         self._allowed = allowed
         self._penalty = repetition_penalty
         self._seen = None if repetition_penalty == 1 or seen is None else seen.copy()
+        self._constraint = constraint
         self._rng = np.random.default_rng(seed)
 
     @property
     def greedy(self) -> bool:
         """Whether it always takes the allowed token with the largest logit."""
-        return self._temperature == 0 and self._seen is None
+        return self._temperature == 0 and self._seen is None and self._constraint is None
 
     def choose(self, logits: Array) -> int:
         """Returns the next token id, the lowest one among equals, and counts it as seen.
@@ -64,6 +68,7 @@ class Sampler:
 
         Raises:
             BackendError: a logit is NaN or infinite, or no token is allowed.
+            InputError: the constraint cannot be followed.
         """
         if self._seen is not None:
             scores, logits = logits[self._seen], logits.copy()
@@ -73,12 +78,16 @@ class Sampler:
         token = self._choose(logits)
         if self._seen is not None:
             self._seen[token] = True
+        if self._constraint is not None:
+            self._constraint.accept(token)
         return token
 
     def _choose(self, logits: Array) -> int:
         """The next token id, from logits after the penalty."""
         if self._allowed is not None:
             logits = np.where(self._allowed, logits, -np.inf)
+        if self._constraint is not None:
+            logits = np.where(self._constraint.allowed(), logits, -np.inf)
         likeliest = int(np.argmax(logits))  # the index of a NaN, if there is one
         if not np.isfinite(logits[likeliest]):
             raise BackendError("the model gave logits that no token can be chosen from")
