@@ -355,11 +355,10 @@ def find_tiles(path: Path | str, tile_size: int) -> TileSpec:
     try:
         return TileSpec.from_dict({"tile_size": tile_size, **fields})
     except InputError as error:
-        text = str(error)
-        for theirs, ours in _TILE_FIELDS.items():
-            text = text.replace(f"image.{ours} ", f"{theirs} ")
         source = CONFIG_NAME if facts is None else facts.file
-        raise InputError(f"{source}: {text}") from None
+        concerned = [t for t, ours in _TILE_FIELDS.items() if f"image.{ours} " in str(error)]
+        names = "".join(f" ({name})" for name in concerned)
+        raise InputError(f"{source}{names}: {error}") from None
 
 
 def find_tokenizer(path: Path | str) -> Path | None:
