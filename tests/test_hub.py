@@ -30,7 +30,7 @@ PLM_ID = read_manifest(PLM).id
 PLM_FILES = {path.name: path.read_bytes() for path in PLM.iterdir()}
 OTHER = "sha256:" + "0" * 64
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx2")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:httpx.*")
 
 
 @pytest.fixture(scope="module")
