@@ -30,10 +30,12 @@ from perception_rt.bulk.search import (
     exact_search,
 )
 from perception_rt.errors import BackendError, InputError
+from perception_rt.records import check_integer
 
 RECALL_K = 10
 MAX_QUERIES = 200  # of the recall
-CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 128, 128
+CONNECTIVITY = 16
+EXPANSION, MAX_EXPANSION = 128, 4096
 _VERSION = 1
 _TIE = 1e-6  # two scores this close count as equal
 
@@ -75,6 +77,7 @@ def build_index(
     result: Result,
     queries: Result | None = None,
     *,
+    expansion: int = EXPANSION,
     threads: int = 0,
     on_progress: RowProgress | None = None,
 ) -> IndexReport:
@@ -84,18 +87,22 @@ def build_index(
         result: the result.
         queries: another result of the same package, whose first rows are the queries of the
             recall. None for rows of the result, which then do not count as their own neighbours.
+        expansion: candidates kept while a row is added or searched; more of them give a higher
+            recall and take more time.
         threads: threads that build; 0 for one per core. The graph depends on their timing.
         on_progress: called with the number of rows added so far.
 
     Raises:
-        InputError: the result has no rows or is damaged, or `queries` is of another package.
+        InputError: the expansion is unusable, the result has no rows or is damaged, or `queries` is
+            of another package.
         BackendError: usearch is not installed.
     """
+    expansion = check_integer("expansion", expansion, 1, MAX_EXPANSION)
     usearch = _usearch()
     if queries is not None:
         check_package(queries, result.package, result.model)
     marks = _fingerprint(result)
-    index, added = empty_index(usearch, result.dim), 0
+    index, added = empty_index(usearch, result.dim, expansion), 0
     for _, _, rows in result.blocks():
         keys = np.arange(added, added + len(rows), dtype=np.uint64)
         index.add(keys, rows.astype(np.float32), threads=threads)
@@ -114,8 +121,9 @@ def build_index(
         recall=recall,
     )  # fmt: skip
     record = {
-        **asdict(report), "path": path.name, "version": _VERSION, "usearch": usearch.__version__,
-        "package": result.package, "dim": result.dim, "fingerprint": marks,
+        **asdict(report), "path": path.name, "version": _VERSION, "expansion": expansion,
+        "usearch": usearch.__version__, "package": result.package, "dim": result.dim,
+        "fingerprint": marks,
     }  # fmt: skip
     write_bytes(facts, json.dumps(record, indent=2).encode("ascii") + b"\n")
     return report
@@ -139,7 +147,7 @@ def _search(
 ) -> list[list[Hit]]:
     # float16 changes the order of near neighbours: more are fetched than are returned.
     count = min(2 * k, len(index))
-    index.expansion_search = max(EXPANSION_SEARCH, 2 * count)
+    index.expansion_search = max(index.expansion_search, 2 * count)
     keys = [[int(key) for key in index.search(q, count, threads=threads).keys] for q in queries]
     found = rows_at(result, [key for of_query in keys for key in of_query])
     hits: list[list[Hit]] = []
@@ -205,6 +213,7 @@ def _open(result: Result) -> Any:
     index = empty_index(usearch, result.dim)
     try:
         index.view(str(path))
+        index.expansion_search = int(facts["expansion"])
     except Exception:  # usearch raises what its C++ throws
         index = None
     if index is None or len(index) != facts.get("rows") or index.ndim != result.dim:
@@ -226,11 +235,11 @@ def _facts_path(result: Result) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def empty_index(usearch: Any, dim: int) -> Any:
+def empty_index(usearch: Any, dim: int, expansion: int = EXPANSION) -> Any:
     """An index without rows, of the module `usearch`."""
     return usearch.index.Index(
         ndim=dim, metric="ip", dtype="f16", connectivity=CONNECTIVITY,
-        expansion_add=EXPANSION_ADD, expansion_search=EXPANSION_SEARCH,
+        expansion_add=expansion, expansion_search=expansion,
     )  # fmt: skip
 
 

@@ -41,6 +41,10 @@ def add_index_arguments(index: CommandParser) -> None:
         "(default: rows of OUT)"
     )  # fmt: skip
     index.add_argument(
+        "--expansion", type=int, default=128, metavar="N", help="candidates kept while a row is "
+        "added or searched; more of them give a higher recall (default: 128)"
+    )  # fmt: skip
+    index.add_argument(
         "--threads", type=int, default=0, metavar="N", help="threads (default: one per core)"
     )
 
@@ -149,8 +153,9 @@ def run_index(options: argparse.Namespace) -> None:
     with Progress() as progress:
         total, count = count_rows(result), progress.counter("rows")
         report = build_index(
-            result, queries, threads=threads, on_progress=lambda done: count(done, total)
-        )
+            result, queries, expansion=options.expansion, threads=threads,
+            on_progress=lambda done: count(done, total),
+        )  # fmt: skip
     facts = {
         "index": str(report.path), "rows": report.rows, "size_bytes": report.size_bytes,
         "recall": report.recall, "k": report.k, "queries": report.queries,

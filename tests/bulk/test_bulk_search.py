@@ -203,6 +203,18 @@ def test_recall_with_other_queries(indexed: Result, tmp_path: Path, queries) -> 
         build_index(indexed, other)
 
 
+def test_expansion_raises_the_recall(tmp_path: Path) -> None:
+    pytest.importorskip("usearch")
+    drawn = np.random.default_rng(2).normal(size=(1500, 64))
+    result = write(tmp_path / "rows.npy", unit(drawn).astype(np.float32))
+    low = build_index(result, expansion=2, threads=1).recall
+    assert low < 0.9 < build_index(result, expansion=512, threads=1).recall
+    (hits,) = indexed_search(result, drawn[:1], 5)
+    assert hits == exact_search(result, drawn[:1], 5)[0]
+    with pytest.raises(InputError, match="expansion must be"):
+        build_index(result, expansion=0)
+
+
 def test_an_old_index_is_refused(indexed: Result, queries) -> None:
     shard = indexed.files[-1]
     status = shard.stat()

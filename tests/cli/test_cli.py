@@ -271,7 +271,7 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     assert options["search"] == package | {
         "--package", "--image", "-k", "--html", "--column", "--exact", "--approximate", "--json",
     }  # fmt: skip
-    assert options["index"] == {"--queries", "--threads", "--json"}
+    assert options["index"] == {"--queries", "--expansion", "--threads", "--json"}
     assert options["inspect"] == options["doctor"] == {"--json"}
     assert options["verify"] == {"--expect", "--json"}
     assert options["push"] == {"--private", "--message", "--json"}
