@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from perception_rt.errors import PerceptionError
@@ -17,6 +17,7 @@ from perception_rt.serve.chat import complete
 from perception_rt.serve.embeddings import embed
 from perception_rt.serve.failures import ApiError, ClientGone, answer_error, as_api_error
 from perception_rt.serve.guard import Guard
+from perception_rt.serve.json_response import AsciiJson
 from perception_rt.serve.metrics import CONTENT_TYPE
 from perception_rt.serve.service import Service
 from perception_rt.serve.vision import classify, features
@@ -40,18 +41,18 @@ def make_app(service: Service) -> Starlette:
         return await answer_error(request, error)
 
     async def alive(_: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return AsciiJson({"status": "ok"})
 
     async def metrics(_: Request) -> Response:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def models(_: Request) -> Response:
         data = [service.models.describe(model) for model in service.models]
-        return JSONResponse({"object": "list", "data": data})
+        return AsciiJson({"object": "list", "data": data})
 
     async def model(request: Request) -> Response:
         found = service.models.get(request.path_params["name"])
-        return JSONResponse(service.models.describe(found))
+        return AsciiJson(service.models.describe(found))
 
     def posted(path: str, answer: Answer) -> Route:
         async def endpoint(request: Request) -> Response:

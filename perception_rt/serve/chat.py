@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from perception_rt.runtime.generation.handle import Handle
 from perception_rt.runtime.messages import parse_messages
@@ -17,6 +17,7 @@ from perception_rt.runtime.request import Request, Result
 from perception_rt.serve.events import EventStream
 from perception_rt.serve.failures import ApiError, as_api_error
 from perception_rt.serve.fields import Fields
+from perception_rt.serve.json_response import AsciiJson
 from perception_rt.serve.models import ChatModel
 from perception_rt.serve.service import Service
 
@@ -75,7 +76,7 @@ async def complete(service: Service, body: dict[str, Any], _: HttpRequest) -> Re
     answer = _Answer(service, call.model, handle)
     if call.stream:
         return EventStream(answer.events(with_usage=call.with_usage))
-    return JSONResponse(await answer.whole())
+    return AsciiJson(await answer.whole())
 
 
 def _parse(service: Service, body: dict[str, Any]) -> _Call:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from perception_rt.errors import InputError
 from perception_rt.records import check_integer
 from perception_rt.runtime.messages import parse_messages
 from perception_rt.serve.failures import ApiError
 from perception_rt.serve.fields import Fields
+from perception_rt.serve.json_response import AsciiJson
 from perception_rt.serve.models import EmbeddingModel
 from perception_rt.serve.service import Service
 
@@ -49,8 +50,10 @@ async def embed(service: Service, body: dict[str, Any], _: HttpRequest) -> Respo
     """
     fields = Fields(body)
     model = service.models.embedding(fields.take("model"))
-    encoding = fields.take("encoding_format") or "float"
-    if encoding not in _FORMATS:
+    encoding = fields.take("encoding_format")
+    if encoding is None:
+        encoding = "float"
+    elif encoding not in _FORMATS:
         raise ApiError(400, "encoding_format must be float or base64", param="encoding_format")
     dimensions = fields.take("dimensions")
     if dimensions not in (None, model.engine.dim):
@@ -66,7 +69,9 @@ async def embed(service: Service, body: dict[str, Any], _: HttpRequest) -> Respo
     if given is None:
         items = await service.in_thread(_of_messages, service, messages)
     else:
-        items = await service.in_thread(_of_input, service, given, modality or "text")
+        items = await service.in_thread(
+            _of_input, service, given, "text" if modality is None else modality
+        )
     rows, tokens = await _rows(service, model, items, frames)
     return await service.in_thread(_response, model.name, rows, encoding, tokens)
 
@@ -131,4 +136,4 @@ def _response(name: str, rows: NDArray[np.float32], encoding: str, tokens: int) 
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
+    return AsciiJson({"object": "list", "data": data, "model": name, "usage": usage})

@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from perception_rt.errors import (
     BackendError,
@@ -13,6 +13,7 @@ from perception_rt.errors import (
     PerceptionError,
     QueueFullError,
 )
+from perception_rt.serve.json_response import AsciiJson
 
 GONE = 499  # the client disconnected; only metrics see this status
 RETRY_AFTER_S = 1
@@ -57,14 +58,14 @@ class ApiError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> AsciiJson:
         """The response, with headers that the status asks for."""
         headers = {}
         if self.status == 429:
             headers["Retry-After"] = str(RETRY_AFTER_S)
         elif self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(), self.status, headers=headers)
+        return AsciiJson(self.body(), self.status, headers=headers)
 
 
 class ClientGone(Exception):  # noqa: N818 - no error: the client left

@@ -18,6 +18,7 @@ from perception_rt.serve.options import ServeOptions, read_key_digests
 _OPTIONS_VARIABLE = "PERCEPTION_RT_SERVE"
 _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _BACKLOG = 256
+_KEEP_ALIVE_S = 75  # longer than clients and proxies keep connections, so that they close first
 _CONNECTIONS = 16  # per request in progress
 
 
@@ -91,6 +92,7 @@ def _config(options: ServeOptions, app: str | Callable[[], Starlette]) -> uvicor
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         limit_concurrency=_CONNECTIONS * options.max_requests,
         timeout_graceful_shutdown=options.drain_s,
     )

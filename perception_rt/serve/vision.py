@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 from PIL import Image
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from perception_rt.errors import InputError
 from perception_rt.processing.pca import principal_colors
 from perception_rt.records import check_integer
 from perception_rt.serve.failures import ApiError
 from perception_rt.serve.fields import Fields
+from perception_rt.serve.json_response import AsciiJson
 from perception_rt.serve.models import EmbeddingModel
 from perception_rt.serve.service import Service
 
@@ -46,7 +47,7 @@ async def classify(service: Service, body: dict[str, Any], _: HttpRequest) -> Re
         {"object": "classification", "index": index, "probabilities": row}
         for index, row in enumerate(rows.tolist())
     ]
-    return JSONResponse({"object": "list", "data": data, "labels": labels, "model": model.name})
+    return AsciiJson({"object": "list", "data": data, "labels": labels, "model": model.name})
 
 
 async def features(service: Service, body: dict[str, Any], _: HttpRequest) -> Response:
@@ -65,7 +66,7 @@ async def features(service: Service, body: dict[str, Any], _: HttpRequest) -> Re
     images = await service.in_thread(_images, service, urls)
     (dense,) = await _in_engine_thread(model, lambda: model.engine.features(images, layer))
     picture = await service.in_thread(_picture, dense)
-    return JSONResponse(
+    return AsciiJson(
         {
             "object": "features",
             "model": model.name,

@@ -161,3 +161,30 @@ def test_garbage_and_half_requests_do_no_harm(base: str) -> None:
         with socket.create_connection((address.hostname, address.port)) as connection:
             connection.sendall(sent)
     assert httpx.get(f"{base}/health").json() == {"status": "ok"}
+
+
+ODD: list[Any] = [
+    0, -1, 10**30, 1e308, True, "", "\ud800", "<image>", [], [[]], [None], {}, {"a": 1}, {"": {}},
+    [{"role": "user", "content": "\ud800"}], "data:image/png;base64,", ["data:,"],
+]  # fmt: skip
+IMAGE = [picture_url("digit_3")]
+ROUTES: list[tuple[str, dict[str, Any], str]] = [
+    ("chat/completions", CHAT, "messages stream stream_options stop seed top_k max_tokens tools n"),
+    ("chat/completions", CHAT, "temperature top_p lookup max_tiles response_format \ud800"),
+    ("embeddings", TEXT, "model input messages modality dimensions encoding_format num_frames"),
+    ("classify", {"model": "PE-Demo", "images": IMAGE, "labels": ["a"]}, "images labels templates"),
+    ("features", {"model": "PE-Demo", "image": IMAGE[0]}, "model image layer"),
+]
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route[2].split()[0])
+def test_odd_values_are_never_a_mistake_of_the_server(
+    base: str, route: tuple[str, dict[str, Any], str]
+) -> None:
+    path, body, names = route
+    with httpx.Client(base_url=f"{base}/v1/", timeout=60) as http:
+        for name in names.split():
+            for value in ODD:
+                data = json.dumps(body | {name: value}).encode()
+                answer = http.post(path, content=data, headers={"Content-Type": "application/json"})
+                assert answer.status_code in (200, 400, 404), (name, value, answer.text)
