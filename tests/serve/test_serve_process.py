@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from server_process import metric, question, running
+from server_process import metric, question, running, until
 
 from perception_rt.cli import main
 
@@ -23,13 +23,6 @@ LONG = {
 
 
 HEADERS = {"Authorization": "Bearer second-secret"}
-
-
-def until(condition: Any) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_keys_departures_queue_and_drain(tmp_path: Path) -> None:
