@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from perception_rt.runtime.generation.handle import Handle
-from perception_rt.runtime.messages import parse_messages
+from perception_rt.runtime.messages import parse_messages, parse_response_format
 from perception_rt.runtime.request import Request, Result
 from perception_rt.serve.events import EventStream
 from perception_rt.serve.failures import ApiError, as_api_error
@@ -32,6 +32,8 @@ _OPTIONS = (
     "lookup",
     "repetition_penalty",
     "ignore_eos",
+    "choices",
+    "regex",
 )
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Fields of OpenAI's API that are accepted with a value that changes nothing.
@@ -46,7 +48,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
 }
 _REASONS = {"stop": "stop", "length": "length", "deadline": "length", "cancelled": "stop"}
 
@@ -100,6 +101,9 @@ def _parse(service: Service, body: dict[str, Any]) -> _Call:
     stop = fields.take("stop")
     if stop is not None:
         options["stop"] = [stop] if isinstance(stop, str) else stop
+    response_format = fields.take("response_format")
+    if response_format is not None:
+        options["json_schema"] = parse_response_format(response_format)
     fields.ignore(*_IGNORED)
     for name, values in _NEUTRAL.items():
         fields.only(name, values)

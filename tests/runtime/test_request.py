@@ -167,7 +167,6 @@ REFUSED = [
     ("history", [Exchange(prompt="a", answer="b", videos="x")], "history 0: videos must be"),
     ("history", [Exchange(prompt="a", answer="b", literal=2)], "history 0: literal must be True"),
     ("history", [Exchange(prompt="", answer="")] * 257, "257 exchanges; the limit is 256"),
-    ("system", 3, "a string, not 3"),
     ("json_schema", "{}", "a dictionary, not a str"),
     ("json_schema", {"const": {1, 2}}, "cannot be written as JSON: Object of type set"),
     ("json_schema", {"const": math.nan}, "cannot be written as JSON"),

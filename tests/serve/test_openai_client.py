@@ -1,8 +1,11 @@
 """The `openai` client against `perception-rt serve`: answers and vectors equal Python's."""
 
 import base64
+import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import av
 import httpx
@@ -163,6 +166,40 @@ def test_seeds_repeat(client: openai.OpenAI, plm: prt.Generator) -> None:
         max_new_tokens=12,
     )  # fmt: skip
     assert ask(5) == ask(5) == expected.text != ask(6)
+
+
+def test_answers_follow_a_schema_choices_or_an_expression(
+    client: openai.OpenAI, plm: prt.Generator
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}, "s": {"enum": ["a"]}},
+        "required": ["n", "s"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "found", "schema": schema}}
+
+    def ask(seed: int, **fields: Any) -> str:
+        found = client.chat.completions.create(
+            model="PLM-Demo", messages=question("Is there a 4?"), temperature=1, seed=seed, **fields
+        )
+        assert found.choices[0].finish_reason == "stop"
+        return found.choices[0].message.content or ""
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda seed: ask(seed, response_format=form), range(100)))
+    for answer in answers:
+        value = json.loads(answer)
+        assert list(value) == ["n", "s"] and 0 <= value["n"] <= 9 and value["s"] == "a"
+    python = plm.generate("Is there a 4?", json_schema=schema, temperature=1, seed=3)
+    assert answers[3] == python.text
+    assert ask(0, extra_body={"choices": ["one", "two"]}) in ("one", "two")
+    assert re.fullmatch("[0-9]{2}", ask(0, extra_body={"regex": "[0-9]{2}"}))
+    chunks = client.chat.completions.create(
+        model="PLM-Demo", messages=question("Is there a 4?"), stream=True, response_format=form
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == plm.generate("Is there a 4?", json_schema=schema).text
 
 
 def test_classify_and_features(base: str, pe: prt.Embedder) -> None:

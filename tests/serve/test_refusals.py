@@ -51,6 +51,10 @@ def test_classes_of_errors_of_the_client(client: openai.OpenAI) -> None:
         ({"lookup": "yes"}, "lookup must be True or False, not a str"),
         ({"lookup": True, "temperature": 1}, "lookup is for temperature 0 only"),
         ({"max_tiles": 99}, "max_tiles must be"),
+        ({"response_format": "json"}, "with text, json_object or json_schema"),
+        ({"response_format": {"type": "json_schema"}}, 'must have "json_schema"'),
+        ({"regex": "("}, "regex cannot be used: unclosed group"),
+        ({"choices": []}, "choices must be a list of at least one text"),
     ],
 )
 def test_bad_questions_are_400(base: str, more: dict[str, Any], said: str) -> None:
