@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Timings,
     )
 
-_COMMANDS = "/image FILE, /reset and /quit"
+_COMMANDS = "/image FILE, /clear, /help and /quit"
 _HELP = """\
 /image FILE  add an image to the next question
 /clear       forget the conversation (also /reset)
@@ -186,7 +186,7 @@ class _Conversation:
         elif line == "/help":
             print(_HELP, file=sys.stderr)
         elif line.startswith("/"):
-            raise InputError(f"unknown command {line!r:.60}; known are {_COMMANDS}; see /help")
+            raise InputError(f"unknown command {line!r:.60}; known are {_COMMANDS}")
         elif line:
             self._answer(_decoded(line, "standard input"), interruptible)
 

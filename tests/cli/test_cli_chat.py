@@ -179,7 +179,7 @@ def test_errors_are_a_line_and_the_chat_goes_on(chat, plm: Generator, picture: s
         errors,
         (
             "image 'nowhere.png' cannot be read",
-            "unknown command '/dance'; known are /image FILE, /reset and /quit",
+            "unknown command '/dance'; known are /image FILE, /clear, /help and /quit",
             "unknown command '/image'",
             "the context has 8192",
             "2 <image> or <video> marks for 1",
