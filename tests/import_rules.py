@@ -181,13 +181,22 @@ _SERVE = {
     ),
 }
 
+_RAY = {
+    "perception_rt.ray": Part(
+        uses=(*LAYER_2, "bulk", "runtime"),
+        libraries=("numpy",),
+        lazy=("serve",),
+        lazy_libraries=("ray",),
+    ),
+}
+
 _COMMANDS = {
     "perception_rt.bulk": Part(
         uses=LAYER_2, libraries=("numpy",), lazy=("runtime",), lazy_libraries=("pyarrow", "usearch")
     ),
     "perception_rt.cli": Part(
         uses=LAYER_1,
-        lazy=("bulk", "cli", "export", "hub", "package", "processing", "runtime"),
+        lazy=("bulk", "cli", "export", "hub", "package", "processing", "ray", "runtime"),
         lazy_libraries=("numpy", "PIL"),
     ),
     "perception_rt.cli.serve": Part(
@@ -280,7 +289,16 @@ _BENCHMARKS = {
 }
 
 # The longest name that fits a module is its part; a module that no name fits is an error.
-PARTS = {**_FOUNDATION, **_RUNTIME, **_SERVE, **_EXPORT, **_COMMANDS, **_TRAINING, **_BENCHMARKS}
+PARTS = {
+    **_FOUNDATION,
+    **_RUNTIME,
+    **_SERVE,
+    **_RAY,
+    **_EXPORT,
+    **_COMMANDS,
+    **_TRAINING,
+    **_BENCHMARKS,
+}
 
 # Modules that import by names from a table: `_LAZY`, `TARGETS` or `FAMILIES`.
 IMPORT_BY_TABLE = {

@@ -25,21 +25,36 @@ from perception_rt.records import check_choice, check_integer
 Float32 = NDArray[np.float32]
 # Items done, items in all, errors so far.
 BulkProgress: TypeAlias = Callable[[int, int, int], None]
+# Items done and errors so far, of one shard.
+BatchProgress: TypeAlias = Callable[[int, int], None]
+# Yields the shards of some numbers, in any order; may report the progress of the next one.
+ShardMaker: TypeAlias = Callable[
+    [Job, Listing, Sequence[int], BatchProgress], Iterator[tuple[int, Shard]]
+]
 
 MAX_SHARD_ITEMS = 2**20
 MAX_PARTS = 2**20
 _VIDEO_WORKERS = 2  # each holds the frames of a video
 
 
-class Engine(Protocol):
-    """What a job needs of `perception_rt.Embedder`."""
+class Model(Protocol):
+    """What a job needs to be planned."""
 
-    manifest: Any
-    batch_size: int
+    @property
+    def manifest(self) -> Any:
+        """Manifest of the package."""
+
+    @property
+    def batch_size(self) -> int:
+        """Items per engine call, by default."""
 
     @property
     def dim(self) -> int:
         """Channels of a row."""
+
+
+class Engine(Model, Protocol):
+    """What a job needs of `perception_rt.Embedder` to make shards."""
 
     def embed_images(self, images: Iterable[Any], **options: Any) -> Float32:
         """Embeds images."""
@@ -119,21 +134,58 @@ def embed_sources(
         BackendError: the engine failed, or pyarrow is needed and not installed.
     """
     options = BulkOptions() if options is None else options
+    with Contents(sources.column) as contents:
+
+        def make_shards(
+            job: Job, listing: Listing, missing: Sequence[int], on_batch: BatchProgress
+        ) -> Iterator[tuple[int, Shard]]:
+            for number in missing:
+                start, stop = job.items_of(number)
+                items = listing.read(start, stop)
+                yield (
+                    number,
+                    embed_shard(engine, contents, items, start, job, options, on_batch=on_batch),
+                )
+
+        return write_shards(engine, make_shards, sources, out, options, on_progress=on_progress)
+
+
+def write_shards(
+    model: Model,
+    make_shards: ShardMaker,
+    sources: Sources,
+    out: str | os.PathLike[str],
+    options: BulkOptions,
+    *,
+    on_progress: BulkProgress | None = None,
+) -> Totals:
+    """Plans the job of `embed_sources`, and writes shards that a function makes.
+
+    Args:
+        model: facts about the encoder.
+        make_shards: makes the shards that are missing.
+        sources: as for `embed_sources`.
+        out: as for `embed_sources`.
+        options: as for `embed_sources`.
+        on_progress: called when `make_shards` reports a batch.
+
+    Raises:
+        PerceptionError: as for `embed_sources`.
+    """
     with Output(out) as output:
         if options.part is not None and output.path != output.folder:
             raise InputError("parts need a folder as output: they write its shards together")
         with Listing(sources.items(), _existing_parent(output.path)) as listing:
             if not len(listing):
                 raise InputError("nothing to embed: the sources have no items")
-            job = make_job(engine, listing, options, output.recorded())
+            job = make_job(model, listing, options, output.recorded())
             output.begin(job, resume=options.resume, part=options.part)
-            with Contents(sources.column) as contents:
-                _embed_missing(engine, listing, contents, output, job, options, on_progress)
+            _write_missing(make_shards, listing, output, job, options, on_progress)
             return output.finish()
 
 
 def make_job(
-    engine: Engine, listing: Listing, options: BulkOptions, recorded: dict[str, Any] | None
+    engine: Model, listing: Listing, options: BulkOptions, recorded: dict[str, Any] | None
 ) -> Job:
     """The job of an engine and items; sizes that are not given are those recorded."""
     recorded = {} if recorded is None else recorded
@@ -168,7 +220,7 @@ def embed_shard(
     job: Job,
     options: BulkOptions,
     *,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: BatchProgress | None = None,
 ) -> Shard:
     """Embeds consecutive items.
 
@@ -271,10 +323,9 @@ class _Call:
         self._fail(self._first + index, self._reasons.pop(index, error))
 
 
-def _embed_missing(
-    engine: Engine,
+def _write_missing(
+    make_shards: ShardMaker,
     listing: Listing,
-    contents: Contents,
     output: Output,
     job: Job,
     options: BulkOptions,
@@ -282,21 +333,18 @@ def _embed_missing(
 ) -> None:
     missing = output.missing()
     shards = range(job.shards) if options.part is None else job.part(options.part)
-    sizes = {number: job.items_of(number) for number in shards}
-    total = sum(stop - start for start, stop in sizes.values())
-    done = total - sum(sizes[number][1] - sizes[number][0] for number in missing)
+    sizes = {number: stop - start for number in shards for start, stop in [job.items_of(number)]}
+    total = sum(sizes.values())
+    done = total - sum(sizes[number] for number in missing)
     errors = 0
-    for number in missing:
-        start, stop = sizes[number]
 
-        def report(count: int, failed: int, done: int = done, errors: int = errors) -> None:
-            if on_progress is not None:
-                on_progress(done + count, total, errors + failed)
+    def report(count: int, failed: int) -> None:
+        if on_progress is not None:
+            on_progress(done + count, total, errors + failed)
 
-        items = listing.read(start, stop)
-        shard = embed_shard(engine, contents, items, start, job, options, on_batch=report)
+    for number, shard in make_shards(job, listing, missing, report):
         output.write(number, shard)
-        done, errors = done + stop - start, errors + len(shard.errors)
+        done, errors = done + sizes[number], errors + len(shard.errors)
 
 
 def _existing_parent(out: Path) -> Path | None:

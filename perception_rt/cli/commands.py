@@ -314,6 +314,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _embed(options: argparse.Namespace) -> int:
     command = EmbedCommand(options)
+    if command.on_cluster:
+        with Progress() as progress:
+            return command.run_on_cluster(progress)
     with Progress() as progress, _load(options, progress) as engine:
         return command.run(engine, progress)
 

@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,10 @@ def add_embed_arguments(embed: CommandParser) -> None:
     embed.add_argument("--shard-size", type=int, metavar="N", help="items per shard (1024)")
     embed.add_argument("--batch-size", type=int, metavar="N", help="items per engine call")
     embed.add_argument("--workers", type=int, metavar="N", help="threads that decode images")
+    embed.add_argument(
+        "--ray", nargs="?", const="auto", metavar="ADDRESS", help="run the job on a Ray cluster: "
+        "the one of this machine, or ADDRESS, or local for a new one here"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +86,7 @@ class EmbedCommand:
             "--skip-errors": options.skip_errors,
             "--part": options.part is not None,
             "--shard-size": options.shard_size is not None,
+            "--ray": options.ray is not None,
         }
         given = [name for name, value in flags.items() if value]
         listed = options.sources or self._lists
@@ -94,7 +101,9 @@ class EmbedCommand:
     def run(self, engine: Any, progress: Progress) -> int:
         """Embeds, writes and prints; returns the exit status."""
         if self._bulk:
-            return self._run_bulk(engine, progress)
+            from perception_rt.bulk.run import embed_sources
+
+            return self._run_bulk(progress, partial(embed_sources, engine))
         if self._options.sources or self._lists:
             found = self._embed_listed(engine, progress)
         else:
@@ -159,8 +168,36 @@ class EmbedCommand:
             shard = embed_shard(engine, contents, items, 0, job, options, on_batch=report)
         return _Rows(names=shard.sources, rows=shard.rows)
 
-    def _run_bulk(self, engine: Any, progress: Progress) -> int:
-        from perception_rt.bulk.run import embed_sources
+    @property
+    def on_cluster(self) -> bool:
+        """Whether the job runs on a cluster, by `run_on_cluster`."""
+        return self._options.ray is not None
+
+    def run_on_cluster(self, progress: Progress) -> int:
+        """As `run`, by the workers of a cluster."""
+        from perception_rt.ray.job import embed_sources
+
+        options = self._options
+        load = {
+            "backend": options.backend,
+            "device": options.device,
+            "threads": options.threads,
+            "expect": options.expect,
+            "formats": options.formats,
+            "background": options.background,
+        }
+
+        def embed(*arguments: Any, **more: Any) -> Any:
+            with redirect_stdout(sys.stderr):  # Ray prints there when a worker dies
+                return embed_sources(
+                    options.package, *arguments, address=options.ray, load=load, **more
+                )
+
+        return self._run_bulk(progress, embed)
+
+    def _run_bulk(self, progress: Progress, embed: Callable[..., Any]) -> int:
+        """Runs a job by a function that takes sources, output and options."""
+        from perception_rt.bulk.output import Output
 
         options = self._options
         progress.step("listing items")
@@ -169,18 +206,17 @@ class EmbedCommand:
             failed = f", {_errors(errors)}" if errors else ""
             progress.count(f"{done:,} of {total:,} items{failed}", done, total)
 
-        totals = embed_sources(
-            engine, self._sources(), options.out, self._bulk_options(), on_progress=count
-        )
+        totals = embed(self._sources(), options.out, self._bulk_options(), on_progress=count)
         progress.stop()
         errors_file = str(_errors_path(options.out)) if totals.errors else None
+        dim = (Output(options.out).recorded() or {})["dim"]
         if options.json:
             _print_json({
                 "out": options.out, "count": totals.items, "rows": totals.rows,
-                "errors": totals.errors, "errors_file": errors_file, "dim": engine.dim,
+                "errors": totals.errors, "errors_file": errors_file, "dim": dim,
             })  # fmt: skip
         else:
-            line = f"{options.out}: {totals.rows:,} rows of {engine.dim} {options.dtype}"
+            line = f"{options.out}: {totals.rows:,} rows of {dim} {options.dtype}"
             if errors_file is not None:
                 line += f"; {_errors(totals.errors)} in {errors_file}"
             print(escaped(line))
