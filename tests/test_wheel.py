@@ -97,6 +97,7 @@ def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel: Path) 
         DEMO.replace(".safetensors", ".json"),
         *(f"perception_rt/demo/packages/{name}/manifest.json" for name in ("pe", "plm")),
         "perception_rt/demo/pictures/pictures.json",
+        *(f"perception_rt/serve/static/page.{kind}" for kind in ("html", "css", "js")),
     }
     assert needed - names == set()
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "perception_rt").rglob("*.py")}

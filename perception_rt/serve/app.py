@@ -19,6 +19,7 @@ from perception_rt.serve.failures import ApiError, ClientGone, answer_error, as_
 from perception_rt.serve.guard import Guard
 from perception_rt.serve.json_response import AsciiJson
 from perception_rt.serve.metrics import CONTENT_TYPE
+from perception_rt.serve.page import page_routes
 from perception_rt.serve.service import Service
 from perception_rt.serve.vision import classify, features
 
@@ -65,6 +66,7 @@ def make_app(service: Service) -> Starlette:
     errors = (ApiError, ClientGone, PerceptionError, HTTPException, Exception)
     return Starlette(
         routes=[
+            *page_routes(),
             Route("/health", alive),
             Route("/ready", alive),
             Route("/metrics", metrics),

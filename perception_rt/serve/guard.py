@@ -8,10 +8,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perception_rt.serve.failures import GONE, ApiError
+from perception_rt.serve.page import PAGE_PATHS
 from perception_rt.serve.service import Service
 
 # Anyone may see these.
-OPEN_PATHS = ("/", "/health", "/ready")
+OPEN_PATHS = (*PAGE_PATHS, "/health", "/ready")
 ROUTES = (
     *OPEN_PATHS,
     "/metrics",
