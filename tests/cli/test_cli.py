@@ -264,7 +264,7 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     assert options["embed"] == package | {
         "--image", "--text", "--video", "--num-frames", "--out", "--json", "--from", "--column",
         "--dtype", "--resume", "--skip-errors", "--part", "--shard-size", "--batch-size",
-        "--workers",
+        "--workers", "--ray",
     }  # fmt: skip
     assert options["classify"] == package | {"--image", "--label", "--template", "--json"}
     assert options["features"] == package | {"--image", "--layer", "--out", "--json"}
