@@ -54,7 +54,7 @@ _TIMEOUT_S = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What one request brought.
+    """Result of one request.
 
     Attributes:
         ms: milliseconds to the first text of a chat, or to the complete answer.

@@ -318,7 +318,7 @@ def _download(name: Name, listing: _Listing, file: str, folder: Path) -> Path:
 
 
 def _ask(name: Name) -> _Listing:
-    """What the hub says about a revision: one request, which is not repeated if it fails."""
+    """Asks the hub about a revision, in one request that is not repeated if it fails."""
     info = (
         _library()
         .HfApi()

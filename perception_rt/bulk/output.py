@@ -39,7 +39,7 @@ class Job:
         package: id of the package.
         model: name of its model.
         dim: channels of a row.
-        dtype: of the rows on disk.
+        dtype: data type of the rows on disk, "float32" or "float16".
         items: number of items.
         sources: digest of the items.
         shard_items: items per shard.

@@ -38,7 +38,7 @@ _VIDEO_WORKERS = 2  # each holds the frames of a video
 
 
 class Model(Protocol):
-    """What a job needs to be planned."""
+    """The properties of an embedder that planning a job needs."""
 
     @property
     def manifest(self) -> Any:
@@ -54,7 +54,7 @@ class Model(Protocol):
 
 
 class Engine(Model, Protocol):
-    """What a job needs of `perception_rt.Embedder` to make shards."""
+    """The part of `perception_rt.Embedder` that a job uses."""
 
     def embed_images(self, images: Iterable[Any], **options: Any) -> Float32:
         """Embeds images."""

@@ -25,7 +25,7 @@ _MARGIN = 1e-5
 
 
 class QueryEngine(Protocol):
-    """What a query needs of `perception_rt.Embedder`."""
+    """The part of `perception_rt.Embedder` that a query uses."""
 
     manifest: Any
 

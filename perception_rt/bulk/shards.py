@@ -50,7 +50,7 @@ class Shard:
         ids: int64 (N), ascending.
         sources: N names.
         rows: float32 or float16 (N, D).
-        errors: of the items without a row.
+        errors: one error per item without a row.
     """
 
     start: int

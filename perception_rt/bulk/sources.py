@@ -36,7 +36,7 @@ _LINE_BYTES = 64 * 1024  # longest line of a list of paths
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What a job embeds, in this order.
+    """Inputs of a job, embedded in this order.
 
     Attributes:
         paths: files, folders and globs.

@@ -36,6 +36,18 @@ _VISION_KNOWN = (
     # Replaced by the named model.
     "layers", "width", "head_width", "mlp_ratio", "patch_size",
 )  # fmt: skip
+# Fields of the blocks of both towers that we support one value of.
+_BLOCK_FIXED: Mapping[str, Any] = {
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "block_type": None,
+    "qk_norm": False,
+    "scaled_cosine_attn": False,
+    "scale_heads": False,
+    "scale_attn_inner": False,
+    "scale_attn": False,
+    "scale_fc": False,
+}
 # open_clip's own towers have these, and a named one ignores them.
 _VISION_FIXED: Mapping[str, Any] = {
     "image_seq_len": None,
@@ -48,15 +60,7 @@ _VISION_FIXED: Mapping[str, Any] = {
     "final_ln_after_pool": False,
     "pool_type": "tok",
     "output_tokens": False,
-    "act_kwargs": None,
-    "norm_kwargs": None,
-    "block_type": None,
-    "qk_norm": False,
-    "scaled_cosine_attn": False,
-    "scale_heads": False,
-    "scale_attn_inner": False,
-    "scale_attn": False,
-    "scale_fc": False,
+    **_BLOCK_FIXED,
 }
 # Fields of `text_cfg` that we support one value of.
 _TEXT_FIXED: Mapping[str, Any] = {
@@ -71,16 +75,8 @@ _TEXT_FIXED: Mapping[str, Any] = {
     "pad_id": 0,
     "no_causal_mask": False,
     "proj_type": "linear",
-    "act_kwargs": None,
-    "norm_kwargs": None,
     "norm_type": None,
-    "block_type": None,
-    "qk_norm": False,
-    "scaled_cosine_attn": False,
-    "scale_heads": False,
-    "scale_attn_inner": False,
-    "scale_attn": False,
-    "scale_fc": False,
+    **_BLOCK_FIXED,
 }
 _TEXT_DEFAULTS: Mapping[str, Any] = {
     "context_length": 77,

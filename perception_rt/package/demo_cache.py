@@ -80,7 +80,7 @@ def _digests(data: bytes, manifest: Manifest) -> dict[str, str]:
 
 
 def _is_whole(folder: Path, digests: Mapping[str, str]) -> bool:
-    """Whether a folder has these files and no other, none of them a link."""
+    """Whether a folder holds exactly these files, and no links."""
     try:
         found = dict(_files(folder))
         return found.keys() == digests.keys() and all(

@@ -177,7 +177,7 @@ class Package:
         self._verified[file] = state
 
     def _state(self, file: str, fd: int) -> _State:
-        """What changes whenever somebody writes to a file."""
+        """Size and times of a file; a write changes at least one."""
         try:
             info = os.fstat(fd)
         except OSError as error:

@@ -18,7 +18,7 @@ _OnError = Callable[[int, InputError], None]
 
 
 class _Batches:
-    """What both classes do around the engine: reads the columns, and adds the results."""
+    """Base of both classes: reads input columns and adds result columns."""
 
     def __init__(self, output: str, skip_errors: bool) -> None:
         self._output = output

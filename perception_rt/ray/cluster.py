@@ -26,8 +26,8 @@ def connected(address: str) -> Iterator[Any]:
     """Yields the module `ray`, connected; a connection that exists is used and kept.
 
     Args:
-        address: of a cluster; "auto" for the one that `RAY_ADDRESS` names or that runs on this
-            machine, or "local" to start one here, which listens on the loopback interface only.
+        address: address of a cluster; "auto" takes the one in `RAY_ADDRESS` or on this machine;
+            "local" starts one here, which listens on the loopback interface only.
 
     Raises:
         BackendError: Ray is not installed, or there is no such cluster.

@@ -44,7 +44,7 @@ class _Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
-    """What each task needs to know: `load` is JSON, so that engines can be cached by place."""
+    """Settings of every task. `load` is JSON, so that it can be the key of a cached engine."""
 
     package: str
     load: str

@@ -58,7 +58,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaReader:
-    """What a message may name as an image or a video.
+    """Reads the images and videos in a message.
 
     Attributes:
         sources: whether parts may hold what `Request.images` and `Request.videos` take. Never for

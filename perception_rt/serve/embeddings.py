@@ -30,7 +30,7 @@ _NUM_FRAMES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Items:
-    """What to embed.
+    """Inputs of one embedding request, all of one modality.
 
     Attributes:
         modality: "text", "image" or "video".

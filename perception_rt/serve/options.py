@@ -18,7 +18,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What to serve, to whom, and within which bounds.
+    """Settings of the server.
 
     Attributes:
         packages: paths of packages, or names of demos.

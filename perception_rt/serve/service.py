@@ -1,4 +1,4 @@
-"""What all routes of one process share: models, threads, metrics and bounds."""
+"""State shared by the routes of one process: models, threads, metrics and bounds."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable

@@ -104,7 +104,7 @@ def test_every_container_in_every_file(tmp_path, suffix):
 
 
 def lightning(**more):
-    """What Lightning's Trainer saves."""
+    """A checkpoint as Lightning's Trainer saves it."""
     moments = {"exp_avg": torch.zeros(2, 2), "exp_avg_sq": torch.zeros(2, 2), "step": 3}
     return {
         "epoch": 1, "global_step": 10, "pytorch-lightning_version": "2.5.0",

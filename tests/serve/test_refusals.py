@@ -1,4 +1,4 @@
-"""What the server refuses: the status, OpenAI's class of error, and the message."""
+"""Refused requests: the status, OpenAI's class of error, and the message."""
 
 import json
 import socket
