@@ -1,7 +1,9 @@
 """Times our models in PyTorch on a GPU, eager and compiled, for comparison with engines."""
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -128,23 +130,27 @@ def decoder_rows(bench: Bench, name: str, config: DecoderConfig, peak: Row) -> I
         return decoder.head(decoder.norm(hidden[:, -1:])).argmax(-1)
 
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=bench.device)
+
+    def answer(step: Callable[..., Tensor]) -> tuple[Tensor, float]:
+        """Token ids of the steps after the prompt, and their seconds."""
+        token, found = forward(ids, cache.slots[:prompt]), []
+        bench.wait()
+        started = time.perf_counter()
+        for index in range(steps):
+            token = step(token, cache.slots[prompt + index : prompt + index + 1]).clone()
+            found.append(token)
+        bench.wait()
+        return torch.cat(found, dim=1), time.perf_counter() - started
+
     weights = decoder_weights(config) * (2 if bench.dtype == torch.float16 else 4)
     answers = []
     for how in ("eager", "torch.compile"):
         compiled = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
         step = forward if how == "eager" else compiled
         first = bench.seconds(lambda: forward(ids, cache.slots[:prompt]), 3)
-
-        def answer(step: Callable[..., Tensor] = step) -> Tensor:
-            token, found = forward(ids, cache.slots[:prompt]), []
-            for index in range(steps):
-                token = step(token, cache.slots[prompt + index : prompt + index + 1]).clone()
-                found.append(token)
-            return torch.cat(found, dim=1)
-
-        answers.append(answer())
-        # Without the time of the prompt.
-        seconds = (bench.seconds(answer, 3) - first) / steps
+        runs = [answer(step) for _ in range(5)]  # the first two compile
+        answers.append(runs[-1][0])
+        seconds = median(seconds for _, seconds in runs[2:]) / steps
         yield {
             "model": name,
             "how": how,

@@ -309,12 +309,13 @@ def test_a_block_of_stop_requests_leaves_nothing(fails: bool) -> None:
     def held() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
-    before, running = held(), threading.active_count()
+    before, running = held(), threading.enumerate()
     for _ in range(3):
         with suppress(ZeroDivisionError), stop_requests():
             assert held() > before
             1 / (0 if fails else 1)
-    assert (held(), threading.active_count()) == (before, running)
+    assert held() == before
+    assert set(threading.enumerate()) <= set(running)  # those of earlier tests may end meanwhile
     assert signal.set_wakeup_fd(-1) == -1
 
 
