@@ -190,6 +190,15 @@ _RAY = {
     ),
 }
 
+_EVALUATION = {
+    # A probe is trained with torch; other libraries are compared with.
+    "perception_rt.evaluation": Part(
+        uses=(*LAYER_2, "bulk", "runtime"),
+        libraries=("numpy", "PIL"),
+        lazy_libraries=("torch",),
+    ),
+}
+
 _COMMANDS = {
     "perception_rt.bulk": Part(
         uses=LAYER_2, libraries=("numpy",), lazy=("runtime",), lazy_libraries=("pyarrow", "usearch")
@@ -294,6 +303,7 @@ PARTS = {
     **_RUNTIME,
     **_SERVE,
     **_RAY,
+    **_EVALUATION,
     **_EXPORT,
     **_COMMANDS,
     **_TRAINING,

@@ -124,7 +124,7 @@ def _answers(bench: Bench, package: Path, device: str, peak: Row) -> Row:
         ids = np.random.default_rng(0).integers(0, 256, prompt)
         ids[ids == image] = image + 1
         first = bench.seconds(lambda: engine.generate_tokens(ids, max_new_tokens=1), 3)
-        # Between tokens, not the difference of a long and a short answer, which noise turns negative.
+        # From gaps between tokens: a long answer less a short one may be negative by noise.
         answer = engine.generate("x" * prompt, max_new_tokens=1 + steps, ignore_eos=True)
         gap = answer.timings.per_token_s
         assert gap is not None  # two tokens or more
