@@ -205,7 +205,17 @@ _COMMANDS = {
     ),
     "perception_rt.cli": Part(
         uses=LAYER_1,
-        lazy=("bulk", "cli", "export", "hub", "package", "processing", "ray", "runtime"),
+        lazy=(
+            "bulk",
+            "cli",
+            "evaluation",
+            "export",
+            "hub",
+            "package",
+            "processing",
+            "ray",
+            "runtime",
+        ),
         lazy_libraries=("numpy", "PIL"),
     ),
     "perception_rt.cli.serve": Part(
@@ -316,6 +326,7 @@ IMPORT_BY_TABLE = {
     "perception_rt",
     "perception_rt.checkpoint.source",
     "perception_rt.export.build",
+    "perception_rt.evaluation.tasks",
     "perception_rt.families",
     "perception_rt.package.names",
     "perception_rt.runtime.load",

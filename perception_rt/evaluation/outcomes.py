@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perception_rt.bulk.listing import Item
+
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Columns = Mapping[str, Float64]
-# What opens as an image: a path or encoded bytes.
-Picture = str | bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,8 @@ class Outcomes:
         columns: float64 (N,) figures of the items by name, such as "correct" with 0 and 1.
         groups: class or kind of each item, for the results per class; empty if there are none.
         vectors: float32 (N, D) unit embeddings, or None.
-        pictures: image of each item; empty if there are none.
+        pictures: image or video of each item, which `bulk.contents.Contents` reads when a sheet is
+            drawn or the data are hashed; empty if there are none.
     """
 
     ids: Sequence[str]
@@ -59,7 +60,7 @@ class Outcomes:
     columns: Columns
     groups: Sequence[str] = ()
     vectors: Float32 | None = None
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[Item] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,8 +75,11 @@ class TaskResult:
             tasks.
         metrics: figures that are computed of each part.
         settings: how the task was run, JSON values for the report: prompts, templates, k.
+        classes: names of the classes, in order, if `expected` and `answers` are such names: the
+            report then has a confusion matrix. Empty for tasks of another kind.
     """
 
     parts: Mapping[str, Outcomes]
     metrics: Sequence[Metric]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    classes: Sequence[str] = ()

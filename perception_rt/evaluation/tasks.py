@@ -1,26 +1,45 @@
 """Tasks as data: name, family, function and the options that each takes."""
 
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
 
 from perception_rt.errors import InputError
-from perception_rt.families import PE, Family
+from perception_rt.families import PE, Family, import_named
+
+# The noun of what is counted, such as "images", the number done and the total.
+OnProgress: TypeAlias = Callable[[str, int, int], None]
+
+
+def _option(text: str, metavar: str = "") -> Any:
+    """A field of `TaskOptions`: its help, and how the command line names its value."""
+    return field(default=None, metadata={"help": text, "metavar": metavar})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
     """Options of tasks; None leaves an option out, and a task refuses those that it does not take.
 
-    Attributes:
-        classes: file of class names, one per line or a JSON list, in the order of the class
-            numbers; or "imagenet".
-        templates: file of templates, one per line or a JSON list, each with one `{}`; or
-            "imagenet".
+    The command line has a flag for each field: `--num-frames` for `num_frames`.
     """
 
-    classes: Path | str | None = None
-    templates: Path | str | None = None
+    classes: str | None = _option(
+        "class names: a text file with one per line, or a JSON list, in the order of the class "
+        "numbers; or imagenet", "FILE",
+    )  # fmt: skip
+    templates: str | None = _option(
+        "sentences with {} for the class name: a text file with one per line, or a JSON list; or "
+        "imagenet", "FILE",
+    )  # fmt: skip
+    train_data: str | None = _option("examples with labels, as DATA", "DATA")
+    k: int | None = _option("nearest neighbours that vote (default: 20)", "K")
+    temperature: float | None = _option(
+        "temperature of the votes: lower favours the nearest (default: 0.07)", "T"
+    )
+    dual_softmax: bool | None = _option(
+        "rank by a softmax over both directions, which needs all queries at once"
+    )
+    num_frames: int | None = _option("frames per video (default: 8)", "N")
 
     def given(self) -> dict[str, Any]:
         """Options that are not None, by name."""
@@ -36,8 +55,8 @@ class Task:
         name: name on the command line.
         family: family of the packages that it evaluates.
         text: one line for the help.
-        run: "module:function" called with the loaded package, the path of the data, `TaskOptions`
-            and `on_progress`, which returns a `TaskResult`.
+        run: "module:function" called with the loaded package, the path of the data as a string,
+            `TaskOptions` and an `OnProgress`, which returns a `TaskResult`.
         options: fields of `TaskOptions` that it takes.
     """
 
@@ -47,14 +66,52 @@ class Task:
     run: str
     options: tuple[str, ...] = ()
 
+    def check(self, options: TaskOptions) -> None:
+        """InputError if an option is given that the task does not take."""
+        unknown = [name for name in options.given() if name not in self.options]
+        if unknown:
+            flags = ", ".join(map(flag, self.options)) or "none"
+            raise InputError(f"{self.name} does not take {flag(unknown[0])}; it takes {flags}")
+
+    def function(self) -> Callable[..., Any]:
+        """The function that `run` names."""
+        found: Callable[..., Any] = import_named(self.run)
+        return found
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field of `TaskOptions`."""
+    return f"--{name.replace('_', '-')}"
+
 
 _TASKS: tuple[Task, ...] = (
     Task(
         name="zero-shot",
         family=PE,
-        text="classify images by class names and templates",
+        text="classify images or videos by class names and templates",
         run="perception_rt.evaluation.zero_shot:run",
-        options=("classes", "templates"),
+        options=("classes", "templates", "num_frames"),
+    ),
+    Task(
+        name="retrieval",
+        family=PE,
+        text="find images or videos by their captions, and captions by their images",
+        run="perception_rt.evaluation.retrieval:run",
+        options=("dual_softmax", "num_frames"),
+    ),
+    Task(
+        name="knn",
+        family=PE,
+        text="classify by the nearest labelled examples",
+        run="perception_rt.evaluation.neighbours:run",
+        options=("train_data", "classes", "k", "temperature", "num_frames"),
+    ),
+    Task(
+        name="linear-probe",
+        family=PE,
+        text="classify by logistic regression on frozen embeddings",
+        run="perception_rt.evaluation.linear_probe:run",
+        options=("train_data", "classes", "num_frames"),
     ),
 )
 TASKS = {task.name: task for task in _TASKS}
