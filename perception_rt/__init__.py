@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from perception_rt.processing.image import ImageSpec
     from perception_rt.runtime.embedder import Embedder
     from perception_rt.runtime.generation.handle import Handle
+    from perception_rt.runtime.generation.messages import chat_request
     from perception_rt.runtime.generator import Generator
     from perception_rt.runtime.load import load
-    from perception_rt.runtime.messages import chat_request
     from perception_rt.runtime.request import (
         Exchange,
         GenerationProgress,
@@ -49,7 +49,7 @@ _LAZY = {
     "Result": "perception_rt.runtime.request",
     "Score": "perception_rt.runtime.request",
     "Timings": "perception_rt.runtime.request",
-    "chat_request": "perception_rt.runtime.messages",
+    "chat_request": "perception_rt.runtime.generation.messages",
     "draw_box": "perception_rt.processing.boxes",
     "format_box": "perception_rt.processing.boxes",
     "load": "perception_rt.runtime.load",

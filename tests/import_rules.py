@@ -90,7 +90,7 @@ _RUNTIME = {
     ),
     "perception_rt.runtime.native_calls": Part(uses=LAYER_1),
     "perception_rt.runtime.request": Part(uses=LAYER_2, libraries=("numpy",)),
-    "perception_rt.runtime.messages": Part(uses=(*LAYER_2, "runtime.request")),
+    "perception_rt.runtime.embedding": Part(uses=LAYER_2, libraries=("numpy",)),
     "perception_rt.runtime.load_options": Part(uses=(*LAYER_2, "runtime.session")),
     "perception_rt.runtime.session": Part(
         uses=(*LAYER_2, "runtime.cache", "runtime.cuda", "runtime.native_calls"),
@@ -110,6 +110,7 @@ _RUNTIME = {
         ),
         libraries=("numpy",),
     ),
+    "perception_rt.runtime.generation.messages": Part(uses=(*LAYER_2, "runtime.request")),
     "perception_rt.runtime.generation.constraint": Part(
         uses=(*LAYER_1, "processing", "runtime.request"),
         libraries=("numpy",),
@@ -223,6 +224,7 @@ _COMMANDS = {
         lazy=("serve",),
         lazy_libraries=("prometheus_client", "starlette", "uvicorn"),
     ),
+    "perception_rt.cli.models": Part(uses=LAYER_1, lazy=("checkpoint", "export")),
     "perception_rt.cli.report": Part(
         uses=(*LAYER_1, "package"), lazy=("runtime",), lazy_libraries=("onnxruntime",)
     ),

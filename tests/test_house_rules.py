@@ -14,6 +14,8 @@ PACKAGES = ("perception_rt", "training", "benchmarks", "examples")
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_COLUMNS = 100
+# Modules at the top of a folder; what belongs together has a folder of its own.
+MAX_MODULES = {"training": 16, "perception_rt/runtime": 9, "perception_rt/export": 8}
 # A file with such a name has no subject, so it gathers everything.
 BANNED_NAMES = ("util", "utils", "helper", "helpers", "common", "misc", "manager", "base")
 
@@ -66,6 +68,11 @@ def test_documents_are_at_most_100_columns_wide() -> None:
 def test_sources_are_ascii() -> None:
     # Tests hold texts in other scripts as data.
     assert [relative(p) for p in SOURCES if not p.read_bytes().isascii()] == []
+
+
+@pytest.mark.parametrize(("folder", "most"), MAX_MODULES.items())
+def test_folders_have_few_modules_at_the_top(folder: str, most: int) -> None:
+    assert len(list((ROOT / folder).glob("*.py"))) <= most
 
 
 def test_every_module_has_a_docstring() -> None:

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from perception_rt.archs import PE_MODELS, PLM_MODELS
 from perception_rt.families import Config
 from perception_rt.plm_config import PlmConfig
 
@@ -15,14 +16,16 @@ class ListModels(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Prints one line per model."""
         try:
-            from perception_rt.export.listing import list_models
+            from perception_rt.checkpoint.source import expected_tensors
+            from perception_rt.export.plan import demo_configs
         except ModuleNotFoundError as error:
             parser.error(f"--list needs {error.name}: pip install 'perception_rt[export]'")
         rows = [_HEADER]
-        for model in list_models():
-            side = model.config.vision.image_size
-            size = f"{side}x{side}"
-            rows.append((model.name, _rounded(model.parameters), size, *_text(model.config)))
+        models: dict[str, Config] = {**PE_MODELS, **PLM_MODELS, **demo_configs()}
+        for name, config in models.items():
+            parameters = sum(shape.numel() for shape in expected_tensors(config).values())
+            side = config.vision.image_size
+            rows.append((name, _rounded(parameters), f"{side}x{side}", *_text(config)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -27,7 +27,7 @@ from perception_rt.processing.image_loader import OnError, default_workers, load
 from perception_rt.processing.image_options import Background
 from perception_rt.processing.video import VideoSource, decode_frames
 from perception_rt.records import check_integer
-from perception_rt.runtime.embedder_items import (
+from perception_rt.runtime.embedding.items import (
     Array,
     Float32,
     check_items,
@@ -38,7 +38,7 @@ from perception_rt.runtime.embedder_items import (
     unit,
     usable_tokens,
 )
-from perception_rt.runtime.embedder_package import check_agreement, text_tokenizer
+from perception_rt.runtime.embedding.package_parts import check_agreement, text_tokenizer
 from perception_rt.runtime.load_options import LoadOptions, open_model
 from perception_rt.runtime.native_calls import check_process
 from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent

@@ -23,6 +23,7 @@ from perception_rt.processing.tiles import TileSpec
 from perception_rt.processing.video import VideoSource
 from perception_rt.records import check_integer
 from perception_rt.runtime.generation.handle import Handle
+from perception_rt.runtime.generation.messages import Message, chat_request
 from perception_rt.runtime.generation.pipeline import open_pipeline
 from perception_rt.runtime.generation.request_state import RequestState
 from perception_rt.runtime.load_options import (
@@ -31,7 +32,6 @@ from perception_rt.runtime.load_options import (
     LoadOptions,
     open_model,
 )
-from perception_rt.runtime.messages import Message, chat_request
 from perception_rt.runtime.request import (
     Exchange,
     GeneratorStats,

@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from perception_rt.runtime.generation.handle import Handle
-from perception_rt.runtime.messages import parse_messages, parse_response_format
+from perception_rt.runtime.generation.messages import parse_messages, parse_response_format
 from perception_rt.runtime.request import Request, Result
 from perception_rt.serve.events import EventStream
 from perception_rt.serve.failures import ApiError, as_api_error

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from perception_rt.errors import InputError
 from perception_rt.records import check_integer
-from perception_rt.runtime.messages import parse_messages
+from perception_rt.runtime.generation.messages import parse_messages
 from perception_rt.serve.failures import ApiError
 from perception_rt.serve.fields import Fields
 from perception_rt.serve.json_response import AsciiJson

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from perception_rt.cores import available_cores
 from perception_rt.limits import Limits
 from perception_rt.runtime.generation.handle import Handle
-from perception_rt.runtime.messages import MediaReader
+from perception_rt.runtime.generation.messages import MediaReader
 from perception_rt.runtime.request import Result
 from perception_rt.serve.body import BodyBudget
 from perception_rt.serve.fetch import MediaFetcher

@@ -9,7 +9,11 @@ import pytest
 import perception_rt as prt
 from perception_rt.demo import pictures_path
 from perception_rt.limits import Limits
-from perception_rt.runtime.messages import MediaReader, parse_messages, parse_response_format
+from perception_rt.runtime.generation.messages import (
+    MediaReader,
+    parse_messages,
+    parse_response_format,
+)
 
 SAME = "Do both images show the same number?"
 REMOTE = MediaReader()

@@ -1,0 +1,1 @@
+"""Parts of the embedder: checks of its package and its items."""
