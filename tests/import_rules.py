@@ -328,6 +328,7 @@ IMPORT_BY_TABLE = {
     "perception_rt",
     "perception_rt.checkpoint.source",
     "perception_rt.export.build",
+    "perception_rt.evaluation",
     "perception_rt.evaluation.tasks",
     "perception_rt.families",
     "perception_rt.package.names",

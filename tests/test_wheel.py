@@ -93,6 +93,7 @@ def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel: Path) 
         "perception_rt/__init__.py",
         "perception_rt/py.typed",
         "perception_rt/processing/assets/bpe_simple_vocab_16e6.txt.gz",
+        "perception_rt/evaluation/assets/imagenet.json",
         DEMO,
         DEMO.replace(".safetensors", ".json"),
         *(f"perception_rt/demo/packages/{name}/manifest.json" for name in ("pe", "plm")),
@@ -105,7 +106,11 @@ def test_the_wheel_holds_the_library_and_its_data_and_nothing_else(wheel: Path) 
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"perception_rt"}
     licenses = sorted(n.partition("/licenses/")[2] for n in names if "/licenses/" in n)
-    assert licenses == ["LICENSE", "perception_rt/processing/assets/LICENSE.clip_bpe.txt"]
+    assert licenses == [
+        "LICENSE",
+        "perception_rt/evaluation/assets/LICENSE.open_clip.txt",
+        "perception_rt/processing/assets/LICENSE.clip_bpe.txt",
+    ]
     assert sorted(line.split()[1].partition(">")[0] for line in requirements) == [
         "ftfy",
         "numpy",

@@ -7,7 +7,7 @@ import glob
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +27,7 @@ REQUESTED = {
     "avif": ("avif",),
     "heic": ("heic", "heif"),
 }
+ALL_IMAGES = frozenset((*IMAGES, *(ending for names in REQUESTED.values() for ending in names)))
 VIDEOS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "mts", "m2ts")
 TEXTS = ("txt", "jsonl")
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -169,26 +170,30 @@ class _Lister:
     def _tar(self, path: str) -> Iterator[Item]:
         """Images and videos of an uncompressed tar, such as a webdataset shard, in its order."""
         found = False
-        _check_file(path)
-        try:
-            for member in tar_members(path):
-                kind = self._kind(member.name)
-                if kind is not None and member.isreg() and not member.issparse():
-                    found = True
-                    place = (path, member.offset_data, member.size)
-                    yield Item(kind, f"{path}#{member.name}", "span", *place)
-        except OSError as error:
-            raise InputError(f"tar {path!r:.200} cannot be read: {error.strerror}") from None
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError):
-            raise InputError(f"{path!r:.200} is damaged, or not an uncompressed tar file") from None
+        for member in tar_files(path):
+            kind = self._kind(member.name)
+            if kind is not None:
+                found = True
+                place = (path, member.offset_data, member.size)
+                yield Item(kind, f"{path}#{member.name}", "span", *place)
         if not found:
             raise InputError(f"tar {path!r:.200} has no image or video")
 
     def _kind(self, path: str) -> Kind | None:
-        ending = _ending(path)
-        if ending in self._images:
-            return "image"
-        return "video" if ending in VIDEOS else None
+        return kind_of(path, self._images)
+
+
+def kind_of(path: str, images: Collection[str] = ALL_IMAGES) -> Kind | None:
+    """Kind of a file by the ending of its name; None for one that is neither image nor video.
+
+    Args:
+        path: the file.
+        images: endings of images.
+    """
+    ending = _ending(path)
+    if ending in images:
+        return "image"
+    return "video" if ending in VIDEOS else None
 
 
 class _HeaderFile(io.FileIO):
@@ -219,6 +224,23 @@ def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
         file.seek(tar.offset)
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError
+
+
+def tar_files(path: str) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files of an uncompressed tar, such as a webdataset shard, in its order.
+
+    Raises:
+        InputError: the tar is missing, damaged or compressed.
+    """
+    _check_file(path)
+    try:
+        for member in tar_members(path):
+            if member.isreg() and not member.issparse():
+                yield member
+    except OSError as error:
+        raise InputError(f"tar {path!r:.200} cannot be read: {error.strerror}") from None
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError):
+        raise InputError(f"{path!r:.200} is damaged, or not an uncompressed tar file") from None
 
 
 def _check_file(path: str) -> None:

@@ -23,6 +23,7 @@ from perception_rt.cli.arguments import (
     question_arguments,
 )
 from perception_rt.cli.embed import EmbedCommand, add_embed_arguments
+from perception_rt.cli.evaluate import EvaluateCommand, add_evaluate_arguments
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
 from perception_rt.cli.search import (
     SearchCommand,
@@ -118,6 +119,7 @@ def main_parser() -> argparse.ArgumentParser:
     _add_encoder_commands(commands)
     _add_search_commands(commands)
     _add_question_commands(commands)
+    _add_evaluation_commands(commands)
     _add_package_commands(commands)
     _add_hub_commands(commands)
     add_serve(commands)
@@ -207,6 +209,15 @@ def _add_question_commands(commands: Any) -> None:
     )
     package_arguments(chat)
     question_arguments(chat)
+
+
+def _add_evaluation_commands(commands: Any) -> None:
+    evaluate = _command(
+        commands, "eval", _evaluate, "score a package on a task, alone or against another",
+        "perception-rt eval demo:pe --task zero-shot --data digits/ --out report.json",
+        "perception-rt eval pe-int8 --task zero-shot --data digits/ --against pe-fp32",
+    )  # fmt: skip
+    add_evaluate_arguments(evaluate)
 
 
 def _add_package_commands(commands: Any) -> None:
@@ -325,6 +336,18 @@ def _search(options: argparse.Namespace) -> None:
     command = SearchCommand(options)
     with Progress() as progress, _load(options, progress) as engine:
         command.run(engine, progress)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    command = EvaluateCommand(options)
+    with Progress() as progress:
+
+        def open_package(package: str) -> Any:
+            own = package == options.package
+            named = {"package": package, "expect": options.expect if own else None}
+            return _load(argparse.Namespace(**{**vars(options), **named}), progress, command.family)
+
+        command.run(open_package, progress)
 
 
 def _classify(options: argparse.Namespace) -> None:

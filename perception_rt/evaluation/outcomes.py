@@ -50,8 +50,10 @@ class Outcomes:
         columns: float64 (N,) figures of the items by name, such as "correct" with 0 and 1.
         groups: class or kind of each item, for the results per class; empty if there are none.
         vectors: float32 (N, D) unit embeddings, or None.
+        texts: text of each item, such as a question or a caption; empty if there are none.
         pictures: image or video of each item, which `bulk.contents.Contents` reads when a sheet is
             drawn or the data are hashed; empty if there are none.
+        found: image or video that each answer names, for sheets; empty for answers of other kinds.
     """
 
     ids: Sequence[str]
@@ -60,7 +62,9 @@ class Outcomes:
     columns: Columns
     groups: Sequence[str] = ()
     vectors: Float32 | None = None
+    texts: Sequence[str] = ()
     pictures: Sequence[Item] = ()
+    found: Sequence[Item] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from perception_rt.cli import export_main, main
+from perception_rt.evaluation.tasks import TaskOptions, flag
 
 
 @pytest.fixture
@@ -248,8 +250,8 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         main(["--help"])
     commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert commands == [
-        "demo", "embed", "classify", "features", "search", "index", "generate", "chat", "inspect",
-        "verify", "refit", "doctor", "push", "pull", "serve",
+        "demo", "embed", "classify", "features", "search", "index", "generate", "chat", "eval",
+        "inspect", "verify", "refit", "doctor", "push", "pull", "serve",
     ]  # fmt: skip
     options = {name: options_of(capsys, main, name) for name in commands}
     package = {"--backend", "--device", "--threads", "--expect", "--formats", "--background"}
@@ -272,6 +274,9 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         "--package", "--image", "-k", "--html", "--column", "--exact", "--approximate", "--json",
     }  # fmt: skip
     assert options["index"] == {"--queries", "--expansion", "--threads", "--json"}
+    assert options["eval"] == package | set(map(flag, (f.name for f in fields(TaskOptions)))) | {
+        "--task", "--data", "--against", "--out", "--json",
+    }  # fmt: skip
     assert options["inspect"] == options["doctor"] == {"--json"}
     assert options["verify"] == {"--expect", "--json"}
     assert options["push"] == {"--private", "--message", "--json"}

@@ -1,0 +1,1 @@
+"""Metrics as pure functions on NumPy arrays; docs/evaluation.md says what each was checked with."""
