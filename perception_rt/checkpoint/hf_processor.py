@@ -18,6 +18,11 @@ _OLD_FILES = {
 }
 _GENERATION_JSON = "generation_config.json"
 _STEPS = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True}
+# All fields of a processor that are read.
+_FIELDS = (
+    *_STEPS, "do_center_crop", "rescale_factor", "tile_size", "max_num_tiles", "vision_input_type",
+    "image_mean", "image_std", "resample", "num_frames",
+)  # fmt: skip
 _RESCALE = 1 / 255
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _TRIPLE = tuple[float, float, float]
@@ -133,14 +138,33 @@ def read_end_ids(path: Path, config: Section) -> tuple[int, ...] | None:
 
 
 def _processor(path: Path, name: str) -> Section | None:
-    """An image or video processor's settings; None if no file has them."""
+    """An image or video processor's settings; None if no file has them.
+
+    Raises:
+        InputError: two files have them and differ in a field that both give.
+    """
+    sections = []
     file = find_beside(path, PROCESSOR_JSON)
     if file is not None:
         root = Section(file.name, read_json(file))
         if name in root:
-            return root.section(name)
+            sections.append(root.section(name))
     file = find_beside(path, _OLD_FILES[name])
-    return None if file is None else Section(file.name, read_json(file))
+    if file is not None:
+        sections.append(Section(file.name, read_json(file)))
+    if len(sections) == 2:
+        _check_agreement(*sections)
+    return sections[0] if sections else None
+
+
+def _check_agreement(new: Section, old: Section) -> None:
+    for field in _FIELDS:
+        if field in new and field in old and new.content[field] != old.content[field]:
+            raise new.error(
+                f"{new.name(field)} is {new.content[field]!r:.60}, and "
+                f"{old.content[field]!r:.60} in {old.file}; they must agree: correct or remove "
+                "the file that is out of date"
+            )
 
 
 def _check_steps(processor: Section) -> None:

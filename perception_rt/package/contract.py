@@ -47,6 +47,9 @@ LOGITS = "logits"  # float32 (N, L, V)
 TOP_LOGIT = "top_logit"  # float32 (N, L)
 TOP_ID = "top_id"  # int64 (N, L)
 
+# Tensors in each decoder graph, float32 (longest sequence, E / 2): one row per position.
+ROTARY_TABLES = ("decoder.rope_cos", "decoder.rope_sin")
+
 # Names of dynamic dimensions.
 BATCH = "batch"
 LENGTH = "length"  # T of a decoder

@@ -20,6 +20,7 @@ from perception_rt.package.contract import (
     check_signatures,
     required_graph,
 )
+from perception_rt.package.onnx_scan import scan_graph
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 
 _CACHE_ITEM_BYTES = {"float32": 4, "float16": 2}
@@ -152,6 +153,24 @@ def check_graphs(graphs: Mapping[str, GraphSpec], config: PlmConfig) -> DecoderL
     layout = _read_layout(graphs, config.decoder)
     check_signatures(graphs, plm_signatures(config, layout))
     return layout
+
+
+def check_positions(model: bytes, config: DecoderConfig) -> None:
+    """Compares the positions of a decoder graph's rotary tables with the longest sequence.
+
+    Args:
+        model: bytes of an ONNX graph. Tables inside the graph, which are tiny, are not compared.
+        config: the decoder.
+
+    Raises:
+        PackageError: they differ, or the bytes are not an ONNX model.
+    """
+    for tensor in scan_graph(model).externals:
+        if tensor.name in contract.ROTARY_TABLES and tensor.shape[:1] != (config.max_seqlen,):
+            raise PackageError(
+                f"the architecture has max_seqlen {config.max_seqlen}, and the decoder's table "
+                f"{tensor.name!r} has the shape {tensor.shape}; export the package again"
+            )
 
 
 def _read_layout(graphs: Mapping[str, GraphSpec], config: DecoderConfig) -> DecoderLayout:

@@ -66,6 +66,12 @@ def open_requested(data: bytes, name: str) -> Image.Image:
     return decoder(io.BytesIO(data))
 
 
+def check_decoder(name: str) -> None:
+    """BackendError if the library that decodes a format is not installed."""
+    if name == "heic":
+        _heic_decoder()
+
+
 def _heic_decoder() -> Any:
     try:
         from pillow_heif import HeifImageFile

@@ -7,6 +7,7 @@ from typing import TypeAlias
 from PIL import ImageColor
 
 from perception_rt.errors import InputError, describe
+from perception_rt.processing.formats import check_decoder
 from perception_rt.records import plain_number
 
 RGB: TypeAlias = tuple[int, int, int]
@@ -45,6 +46,7 @@ def image_options(
         background: colour name, "#rrggbb", or red, green and blue from 0 to 255.
 
     Raises:
+        BackendError: the library that decodes a format is not installed.
         InputError: a format or a colour is unknown.
     """
     return ImageOptions(
@@ -64,6 +66,7 @@ def _formats(formats: Iterable[str]) -> frozenset[str]:
         if known not in FORMATS_ON_REQUEST + _ALWAYS:
             shown = f"{name!r:.60}" if isinstance(name, str) else describe(name)
             raise InputError(f"formats must be of {list(FORMATS_ON_REQUEST)}, not {shown}")
+        check_decoder(known)
         found.add(known)
     return frozenset(found - set(_ALWAYS))
 

@@ -14,6 +14,7 @@ from perception_rt.package.reader import Package, open_package
 from perception_rt.package.trust import is_remembered
 from perception_rt.processing.image_options import Background, ImageOptions, image_options
 from perception_rt.records import INTEGER_BOUND, check_integer
+from perception_rt.runtime.request import check_bool
 from perception_rt.runtime.session import AUTO, check_backends
 
 MAX_THREADS = 1024
@@ -60,8 +61,7 @@ class LoadOptions:
             _check_path("cache_dir", self.cache_dir)
             if not os.fspath(self.cache_dir):  # would be the working directory
                 raise InputError("cache_dir is empty; name a directory, such as '.'")
-        if type(self.cache) is not bool:
-            raise InputError(f"cache must be True or False, not {describe(self.cache)}")
+        check_bool("cache", self.cache)
         if not isinstance(self.limits, Limits | None):
             raise InputError(f"limits must be a Limits or None, not {describe(self.limits)}")
 

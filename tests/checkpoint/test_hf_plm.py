@@ -72,6 +72,18 @@ def test_files_of_older_releases(folder: Path) -> None:
     assert read(folder).decoder == replace(unscaled, high_freq_factor=32.0)
 
 
+def test_processors_of_two_releases_must_agree(folder: Path) -> None:
+    file = "preprocessor_config.json"
+    settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    for content in (settings, {"max_num_tiles": None, "image_processor_type": "Other"}):
+        (folder / file).write_text(json.dumps(content))
+        assert find_tiles(folder, 56).max_tiles == 36
+    (folder / file).write_text(json.dumps(settings | {"max_num_tiles": 9}))
+    message = r"image_processor\.max_num_tiles is 36, and 9 in preprocessor_config\.json; they must"
+    with pytest.raises(InputError, match=message):
+        find_tiles(folder, 56)
+
+
 def test_rope_under_names_of_two_releases(folder: Path) -> None:
     """transformers takes one of them silently, and not always the newer one."""
     put(folder, CONFIG, "text_config.rope_theta", 500000.0)

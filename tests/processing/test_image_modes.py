@@ -23,7 +23,7 @@ from perception_rt.processing.image import (
     resize_image,
 )
 from perception_rt.processing.image_loader import load_images
-from perception_rt.processing.image_options import FORMATS_ON_REQUEST, image_options
+from perception_rt.processing.image_options import FORMATS_ON_REQUEST, ImageOptions, image_options
 from perception_rt.processing.tiles import TileSpec, load_tiles
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pe_modes.npz"
@@ -266,7 +266,7 @@ def test_gif_transparency_and_16_bit_tiff():
 
 def test_names_of_formats():
     assert image_options("gif, TIF").formats == {"gif", "tiff"}
-    assert image_options(["HEIF", "png"]).formats == {"heic"}
+    assert image_options(["JPG", "png"]).formats == set()
     assert image_options("").formats == set()
     for bad in ("webm", ["gif", 3], 7):
         with pytest.raises(InputError, match="formats must be"):
@@ -278,14 +278,20 @@ def test_heic_needs_its_library(monkeypatch):
     with pytest.raises(InputError, match="is a HEIC image, which is accepted on request only"):
         decode_image(header)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(BackendError, match=r'pip install "perception_rt\[heic\]"'):
-        decode_image(header, options=image_options("heic"))
+    for action in (
+        lambda: image_options("gif,heic"),
+        lambda: decode_image(header, options=ImageOptions(formats=frozenset({"heic"}))),
+    ):
+        with pytest.raises(BackendError, match=r'pip install "perception_rt\[heic\]"'):
+            action()
+    assert image_options("gif").formats == {"gif"}
 
 
 def test_heic():
     pytest.importorskip("pillow_heif")
     data = (Path(__file__).parent / "files" / "turned.heic").read_bytes()
-    options = image_options("heic")
+    options = image_options(["HEIF"])
+    assert options.formats == {"heic"}
     image = decode_image(data, options=options)
     assert image.size == (48, 64)  # stored as 64x48
     assert np.abs(np.subtract(image.getpixel((42, 5)), 255)).max() < 12  # the white corner

@@ -1,13 +1,19 @@
-"""Fixtures for tests of the runtime: packages with engines, and a fake GPU that runs them."""
+"""Fixtures for tests of the runtime: packages with engines, a fake GPU, a language model."""
 
 import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_plm import LONG_PLM, write_plm
 from gpu_bench import Bench, make_bench, use_bench
 
 from perception_rt.config import PeConfig
+from perception_rt.limits import Limits
+from perception_rt.package.reader import open_package
+from perception_rt.runtime.generation.preprocess import RequestPreprocessor
+from perception_rt.runtime.generator import Generator
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +36,24 @@ def frozen_heap() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model on the reference backend."""
+    return write_plm(tmp_path_factory.mktemp("plm") / "plm", config=LONG_PLM)
+
+
+@pytest.fixture(scope="module")
+def plm(package: Path) -> Iterator[Generator]:
+    with Generator.load(package) as plm:
+        yield plm
+
+
+@pytest.fixture(scope="module")
+def preprocessor(package: Path) -> RequestPreprocessor:
+    """A preprocessor without a generator."""
+    with open_package(package) as opened:
+        return RequestPreprocessor(
+            opened, LONG_PLM, limits=Limits(), cached=True, clock=time.monotonic
+        )

@@ -1,8 +1,11 @@
 """A tiny "plm" package for the reference backend: a manifest and placeholder files."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from perception_rt.config import VisionConfig
 from perception_rt.package.contract import GraphSpec
@@ -29,6 +32,14 @@ CONFIG = PlmConfig(
     pooling_ratio=2,
     image_token_id=319,
 )
+
+
+# Prompts of many tiles, each of four tokens, fit.
+LONG_PLM = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=2048), pooling_ratio=1)
+
+
+def picture(seed: int, height: int = 40, width: int = 30) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def graph_specs(

@@ -1,45 +1,24 @@
 """The public methods of a language model: results, errors and caches."""
 
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_plm import CONFIG, write_plm
+from fake_plm import LONG_PLM, picture, write_plm
 from soak import eventually
 
 import perception_rt as prt
 from perception_rt.errors import CapacityError, InputError, PackageError
 from perception_rt.limits import Limits
-from perception_rt.package.reader import open_package
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.runtime.generation.preprocess import RequestPreprocessor
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Exchange, GenerationProgress, Request
 
-PLM = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=2048), pooling_ratio=1)
-IMAGE_ID = PLM.image_token_id
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_plm(tmp_path_factory.mktemp("plm") / "plm", config=PLM)
-
-
-@pytest.fixture(scope="module")
-def plm(package: Path):
-    with prt.load(package) as plm:
-        yield plm
-
-
-@pytest.fixture(scope="module")
-def preprocessor(package: Path) -> RequestPreprocessor:
-    """A preprocessor without a generator."""
-    with open_package(package) as opened:
-        return RequestPreprocessor(opened, PLM, limits=Limits(), cached=True, clock=time.monotonic)
+IMAGE_ID = LONG_PLM.image_token_id
 
 
 @pytest.fixture
@@ -47,10 +26,6 @@ def fresh(package: Path):
     """A generator with empty caches."""
     with prt.load(package) as plm:
         yield plm
-
-
-def picture(seed: int, height: int = 40, width: int = 30) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def clip(seed: int, frames: int = 3) -> np.ndarray:
@@ -366,7 +341,7 @@ def test_pictures_and_their_pixels_are_not_the_same_key(preprocessor: RequestPre
 def test_a_package_without_tokenizer_takes_ids_only(
     tmp_path: Path, plm: Generator, preprocessor: RequestPreprocessor
 ) -> None:
-    with prt.load(write_plm(tmp_path / "plm", config=PLM, text=None)) as bare:
+    with prt.load(write_plm(tmp_path / "plm", config=LONG_PLM, text=None)) as bare:
         for seed in range(40):  # some answers would end early
             ids = np.random.default_rng(seed).integers(0, 300, 9)
             tokens = bare.generate_tokens(ids, max_new_tokens=40)
@@ -451,4 +426,4 @@ def test_a_package_whose_parts_differ_is_refused(tmp_path: Path) -> None:
         ("images", {"image": {"tile_size": "28"}}),
     ):
         with pytest.raises(PackageError):
-            prt.load(write_plm(tmp_path / name, config=PLM, **changes))
+            prt.load(write_plm(tmp_path / name, config=LONG_PLM, **changes))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 import perception_rt as prt
 from perception_rt.cli import main
-from perception_rt.errors import InputError
+from perception_rt.errors import BackendError, InputError
 from perception_rt.processing.image import decode_image
 from perception_rt.processing.image_options import image_options
 from perception_rt.processing.video import decode_frames
@@ -66,6 +67,15 @@ def test_bad_options_are_found_first(name: str) -> None:
         prt.load(PACKAGES / name, background="no such")
     with pytest.raises(InputError, match="formats must be of"):
         prt.load(PACKAGES / name, formats=["svg"])
+
+
+@pytest.mark.parametrize("name", ["pe", "plm"])
+def test_a_format_without_its_library_is_found_at_load(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(BackendError, match=r'pip install "perception_rt\[heic\]"'):
+        prt.load(PACKAGES / name, formats=["heic"])
 
 
 @pytest.mark.parametrize("mode", ["P", "1"])

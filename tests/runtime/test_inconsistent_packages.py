@@ -165,6 +165,8 @@ def one_token(content: dict[str, Any]) -> None:
         ("plm", architecture(dim=64, n_heads=2)),
         ("plm", architecture(vocab_size=4000)),
         ("plm", architecture(pooling_ratio=2)),
+        ("plm", architecture(max_seqlen=255)),
+        ("plm", architecture(max_seqlen=4096)),
         ("plm", lambda c: c["processing"]["image"].update(tile_size=56)),
     ],
 )

@@ -1,44 +1,19 @@
 """Marks as text, NumPy's numbers and the repetition penalty, from a request to its answer."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_plm import CONFIG, write_plm
+from fake_plm import LONG_PLM, picture
 
 import perception_rt as prt
 from perception_rt.errors import InputError
-from perception_rt.limits import Limits
-from perception_rt.package.reader import open_package
 from perception_rt.runtime.generation.preprocess import RequestPreprocessor
 from perception_rt.runtime.generator import Generator
 from perception_rt.runtime.request import Exchange, Request
 
-PLM = replace(CONFIG, decoder=replace(CONFIG.decoder, max_seqlen=2048), pooling_ratio=1)
-IMAGE_ID = PLM.image_token_id
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_plm(tmp_path_factory.mktemp("plm") / "plm", config=PLM)
-
-
-@pytest.fixture(scope="module")
-def plm(package: Path):
-    with prt.load(package) as plm:
-        yield plm
-
-
-@pytest.fixture(scope="module")
-def preprocessor(package: Path) -> RequestPreprocessor:
-    with open_package(package) as opened:
-        return RequestPreprocessor(opened, PLM, limits=Limits(), cached=True, clock=time.monotonic)
-
-
-def picture(seed: int, height: int = 40, width: int = 30) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+IMAGE_ID = LONG_PLM.image_token_id
 
 
 def text_of(ids: np.ndarray) -> bytes:
@@ -97,7 +72,8 @@ def test_numbers_of_numpy_are_numbers(plm: Generator, package: Path) -> None:
     ids = plm.generate_tokens([1, 2], max_new_tokens=np.int64(4))
     assert ids == plm.generate_tokens([1, 2], max_new_tokens=4)
     sizes = {"kv_bytes": 2**24, "max_batch": 2, "threads": 1, "feature_cache_bytes": 2**20}
-    with prt.load(package, **{name: np.int64(size) for name, size in sizes.items()}) as other:
+    numpy_sizes = {name: np.int64(size) for name, size in sizes.items()}
+    with prt.load(package, cache=np.True_, **numpy_sizes) as other:
         assert other.generate("a", **plain).tokens == plm.generate("a", **plain).tokens
     yes = plm.generate("a", ignore_eos=np.bool_(True), literal=np.False_, max_new_tokens=3)
     assert yes.tokens == plm.generate("a", ignore_eos=True, max_new_tokens=3).tokens

@@ -14,7 +14,7 @@ import numpy as np
 
 from perception_rt.errors import InputError, PackageError
 from perception_rt.package import contract
-from perception_rt.package.plm_graphs import CacheShape, check_graphs
+from perception_rt.package.plm_graphs import CacheShape, check_graphs, check_positions
 from perception_rt.package.reader import Package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.runtime.cache.kv_block import CacheBlock
@@ -25,7 +25,7 @@ from perception_rt.runtime.session import (
     choose_backend,
     shared_backend,
 )
-from perception_rt.targets import get_target
+from perception_rt.targets import ONNX, get_target
 
 Array = np.ndarray[Any, Any]
 
@@ -60,6 +60,10 @@ class PlmEngine:
         try:
             self.config = PlmConfig.from_dict(content.architecture)
             layout = check_graphs(content.graphs, self.config)
+            parts = [contract.decoder_part(index) for index in range(len(layout.parts))]
+            for spec in map(content.graphs.__getitem__, parts):
+                if spec.kind == ONNX:
+                    check_positions(package.read(spec.file), self.config.decoder)
         except (InputError, PackageError) as error:
             raise PackageError(f"package {package.name!r}: {error}") from None
         decoder = self.config.decoder
@@ -71,7 +75,6 @@ class PlmEngine:
             head_dim=decoder.head_dim,
             dtype=layout.cache_dtype,
         )
-        parts = [contract.decoder_part(index) for index in range(len(self._parts))]
         target = get_target(shared_backend(content, parts, backend))
         self._make_block = block_maker(target.name, device)
         is_whole = layout.fixed_slots or self._make_block is not None
