@@ -2,6 +2,7 @@
 # make test      lint, types and tests, as CI runs them (ten minutes on two cores)
 # make lint      lint and types only
 # make demo-packages  make the shipped packages and pictures of the demo again
+# make browser   test the web page in Chromium, as CI does (needs chromium and chromedriver)
 # make engines   build TensorRT engines of whole encoders, as CI does (no GPU needed)
 # make clean     remove the environment and everything that was built
 #
@@ -19,7 +20,7 @@ SOURCES := perception_rt training benchmarks examples tests
 # One process per core, each with one thread. A file stays in one process, and so do its fixtures.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-packages test lint engines clean
+.PHONY: help demo demo-packages test lint browser engines clean
 .NOTPARALLEL:
 
 help:
@@ -45,6 +46,15 @@ test: lint
 engines: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m slow tests/export/test_tensorrt.py \
 	  -k "encoders and not L14-336-fp8 and not L14-448-fp8"
+
+# Without the check, pytest would skip every test.
+browser: $(VENV)/.installed-test
+	@{ command -v chromium || command -v google-chrome; } >/dev/null && \
+	  command -v chromedriver >/dev/null || { \
+	  echo "make browser needs Chromium and its driver: on Debian, install chromium and" \
+	    "chromium-driver" >&2; \
+	  exit 1; }
+	$(VENV)/bin/python -m pytest -m slow tests/serve/test_web_page.py
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check $(SOURCES)

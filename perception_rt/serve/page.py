@@ -12,6 +12,9 @@ _FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/boxes.js": ("boxes.js", "text/javascript"),
+    "/client.js": ("client.js", "text/javascript"),
+    "/dom.js": ("dom.js", "text/javascript"),
 }
 PAGE_PATHS = tuple(_FILES)
 # Images and videos are shown from memory (blob:) or from answers (data:).

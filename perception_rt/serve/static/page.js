@@ -1,85 +1,15 @@
 // The page of `perception-rt serve`. It speaks to the server's own routes and to nothing else.
 
-const $ = (id) => document.getElementById(id);
-const KEY = "perception_rt.key";
-const BOX = /\[\s*(\d{3})\s*,\s*(\d{3})\s*,\s*(\d{3})\s*,\s*(\d{3})\s*\]/g;
+import { boxesOf } from "./boxes.js";
+import { call, events, setKey } from "./client.js";
+import { $, make } from "./dom.js";
 
-let media = []; // {file, kind, url, frame} of the images and videos shown
-let key = sessionStorage.getItem(KEY) ?? "";
+const MOST_MIB = 128; // of all files: browsers crash with texts of several hundred MiB
 
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
+let media = []; // {file, kind, url, frame, name, seen} of the images and videos shown
+let turns = []; // the conversation: see `newTurn`
 
-// Requests
-
-/** Sends a request; asks for an API key as often as the server wants another one. */
-async function call(path, body, signal) {
-  for (;;) {
-    const headers = key ? { Authorization: `Bearer ${key}` } : {};
-    const options = { headers, signal };
-    if (body) {
-      headers["Content-Type"] = "application/json";
-      Object.assign(options, { method: "POST", body: JSON.stringify(body) });
-    }
-    const response = await fetch(path, options);
-    if (response.ok) return response;
-    if (response.status !== 401) throw new Error(await reason(response));
-    await askForKey(key !== "");
-  }
-}
-
-async function reason(response) {
-  try {
-    return (await response.json()).error.message;
-  } catch {
-    return `status ${response.status}`;
-  }
-}
-
-let asking = null; // one dialog, whoever waits for it
-
-function askForKey(wrong) {
-  asking ??= new Promise((resolve, reject) => {
-    let given = false;
-    if (wrong) $("key-note").textContent = "The server does not accept this key.";
-    $("key-form").onsubmit = (event) => {
-      event.preventDefault();
-      setKey($("key").value.trim());
-      given = true;
-      $("key").value = "";
-      $("key-dialog").close();
-    };
-    $("key-dialog").onclose = () => {
-      asking = null;
-      $("key-button").hidden = false;
-      if (given) resolve();
-      else reject(new Error("This server needs an API key."));
-    };
-    $("key-dialog").showModal();
-  });
-  return asking;
-}
-
-function setKey(value) {
-  key = value;
-  sessionStorage.setItem(KEY, key);
-}
-
-/** Data of server-sent events, each of which ends with an empty line. */
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const parts = (text + value).split("\n\n");
-    text = parts.pop();
-    for (const part of parts) yield part.replace(/^data: /, "");
-  }
-}
+// Images and videos
 
 function dataUrl(file) {
   return new Promise((resolve, reject) => {
@@ -90,8 +20,6 @@ function dataUrl(file) {
   });
 }
 
-// Images and videos
-
 function add(files) {
   showError("");
   for (const file of files) {
@@ -100,54 +28,74 @@ function add(files) {
       showError(`${file.name} is neither an image nor a video`);
       continue;
     }
+    const bytes = media.reduce((sum, item) => sum + item.file.size, file.size);
+    if (bytes > MOST_MIB * 2 ** 20) {
+      showError(`${file.name} is too large: the page sends ${MOST_MIB} MiB of files at most`);
+      continue;
+    }
     const url = URL.createObjectURL(file);
     const view = kind === "image" ? make("img", { alt: file.name }) : make("video");
     Object.assign(view, { src: url, controls: true, muted: true });
-    const item = { file, kind, url, frame: make("div", { className: "frame" }, view) };
+    const name = make("span");
+    const frame = make("div", { className: "frame" }, view);
+    const item = { file, kind, url, frame, name, seen: true };
+    view.onerror = () => {
+      item.seen = false;
+      changed();
+    };
     const remove = make("button", { type: "button", textContent: "Remove" });
     remove.setAttribute("aria-label", `Remove ${file.name}`);
-    const caption = make("figcaption", { className: "note" }, make("span", {}, file.name), remove);
+    const caption = make("figcaption", { className: "note" }, name, remove);
     const row = make("li", {}, make("figure", {}, item.frame, caption));
     remove.onclick = () => drop(item, row);
     media.push(item);
     $("shown").append(row);
   }
-  drawBoxes("");
-  $("clear").hidden = media.length < 2;
+  changed();
 }
 
 function drop(item, row) {
   URL.revokeObjectURL(item.url);
   row.remove();
   media = media.filter((other) => other !== item);
-  drawBoxes("");
-  $("clear").hidden = media.length < 2;
+  changed();
   $("files").focus();
 }
 
-/** Images as data URLs; an error if there are none, or if one is a video. */
-async function images(most = Infinity) {
+/** Updates what depends on the images and videos shown. Beside others, images have numbers. */
+function changed() {
+  const found = media.filter((item) => item.kind === "image");
+  for (const { file, name, seen } of media) {
+    name.textContent = seen ? file.name : `${file.name} (this browser cannot show it)`;
+  }
+  if (media.length > 1) found.forEach(({ name }, i) => name.prepend(`Image ${i + 1}: `));
+  $("clear").hidden = media.length < 2;
+  drawBoxes();
+}
+
+/** The images shown; an error if there are none or too many. */
+function images(most = Infinity) {
   const found = media.filter((item) => item.kind === "image");
   if (!found.length) throw new Error("Choose an image first.");
   if (found.length > most) throw new Error("Choose one image only.");
-  return Promise.all(found.map((item) => dataUrl(item.file)));
+  return found;
 }
 
-/** Draws the boxes of an answer; with several images, it does not say which one they are in. */
-function drawBoxes(answer) {
+/** Draws the boxes of the last answer, and says under it why some are not drawn. */
+function drawBoxes() {
   for (const old of document.querySelectorAll(".box")) old.remove();
-  if (media.length !== 1 || media[0].kind !== "image") return;
-  let number = 0;
-  for (const match of answer.matchAll(BOX)) {
-    const [x1, y1, x2, y2] = match.slice(1).map(Number);
-    if (x2 < x1 || y2 < y1) continue;
-    const label = make("span", {}, String(++number));
-    const box = make("div", { className: "box", title: match[0] }, label);
-    box.style.left = `${x1 / 10}%`;
-    box.style.top = `${y1 / 10}%`;
-    box.style.width = `${(x2 - x1) / 10}%`;
-    box.style.height = `${(y2 - y1) / 10}%`;
-    media[0].frame.append(box);
+  const turn = turns.at(-1);
+  if (!turn) return;
+  const { boxes, note } = boxesOf(turn);
+  turn.boxNote.textContent = note;
+  for (const { item, corners, number, text } of boxes) {
+    const [x1, y1, x2, y2] = corners.map((value) => value / 10);
+    const box = make("div", { className: "box", title: text }, make("span", {}, String(number)));
+    box.style.left = `${x1}%`;
+    box.style.top = `${y1}%`;
+    box.style.width = `${x2 - x1}%`;
+    box.style.height = `${y2 - y1}%`;
+    item.frame.append(box);
   }
 }
 
@@ -155,20 +103,68 @@ function drawBoxes(answer) {
 
 const lines = (text) => text.split("\n").map((line) => line.trim()).filter(Boolean);
 
-async function ask(form, signal) {
-  const asked = [...media];
+/**
+ * A question and its answer.
+ *
+ * Images and videos are sent once, with the first question after they were added; `about` are those
+ * of the latest question that brought some. `images` are all images by number.
+ */
+function newTurn(question) {
+  const sent = new Set(turns.flatMap((turn) => turn.added));
+  const added = media.filter((item) => !sent.has(item));
+  const turn = {
+    question,
+    added,
+    about: added.length ? added : (turns.at(-1)?.about ?? []).filter((i) => media.includes(i)),
+    images: media.filter((item) => item.kind === "image"),
+    answer: "",
+    text: make("p", { className: "answer" }),
+    note: make("p", { className: "note" }),
+    boxNote: make("p", { className: "note" }),
+  };
+  const names = added.map((item) => item.file.name).join(", ");
+  const asked = make("p", { className: "question" }, question);
+  const files = make("p", { className: "note", hidden: !names }, names);
+  turn.row = make("li", {}, asked, files, turn.text, turn.note, turn.boxNote);
+  return turn;
+}
+
+/** The messages of a turn with these of its images and videos. */
+async function messagesOf({ question, answer }, items) {
   const content = await Promise.all(
-    asked.map(async ({ file, kind }) => ({
+    items.map(async ({ file, kind }) => ({
       type: `${kind}_url`,
       [`${kind}_url`]: { url: await dataUrl(file) },
     })),
   );
-  content.push({ type: "text", text: form.question.value.trim() });
-  $("answer").textContent = $("usage").textContent = "";
-  drawBoxes("");
+  content.push({ type: "text", text: question });
+  return [{ role: "user", content }, { role: "assistant", content: answer }];
+}
+
+async function ask(form, signal, sent) {
+  const turn = newTurn(form.question.value.trim());
+  if (!turn.question) throw new Error("Write a question first.");
+  setTurns([...turns, turn]);
+  form.question.value = "";
+  try {
+    await answer(turn, form, signal, sent);
+  } catch (error) {
+    turn.note.textContent = error.name === "AbortError" ? "Stopped" : "Incomplete";
+    if (!turn.answer && turns.includes(turn)) {
+      setTurns(turns.filter((other) => other !== turn));
+      form.question.value ||= turn.question;
+    }
+    throw error;
+  }
+}
+
+async function answer(turn, form, signal, sent) {
+  // What was removed from the page is no longer sent.
+  sent.push(...turns.map(({ added }) => added.filter((item) => media.includes(item))));
+  const messages = await Promise.all(turns.map((each, i) => messagesOf(each, sent[i])));
   const body = {
     model: form.model.value,
-    messages: [{ role: "user", content }],
+    messages: messages.flat().slice(0, -1),
     max_tokens: form.most.valueAsNumber,
     temperature: form.temperature.valueAsNumber,
     stream: true,
@@ -176,25 +172,36 @@ async function ask(form, signal) {
   };
   const response = await call("v1/chat/completions", body, signal);
   for await (const data of events(response)) {
-    if (data === "[DONE]") break;
     const { error, choices, usage } = JSON.parse(data);
     if (error) throw new Error(error.message);
     const choice = choices[0];
-    if (choice?.delta.content) $("answer").append(choice.delta.content);
-    if (choice?.finish_reason === "length") $("usage").textContent = "Cut off. ";
+    if (choice?.delta.content) {
+      turn.answer += choice.delta.content;
+      turn.text.append(choice.delta.content);
+      $("talk").scrollTop = $("talk").scrollHeight;
+      drawBoxes();
+    }
+    if (choice?.finish_reason === "length") turn.note.textContent = "Cut off. ";
     if (usage) {
       const { prompt_tokens, completion_tokens } = usage;
-      $("usage").append(`Tokens: ${prompt_tokens} read, ${completion_tokens} written`);
+      turn.note.append(`Tokens: ${prompt_tokens} read, ${completion_tokens} written`);
     }
-    const same = asked.length === media.length && asked.every((item, i) => item === media[i]);
-    if (same) drawBoxes($("answer").textContent);
   }
 }
 
-async function classify(form, signal) {
-  const shown = media.filter((item) => item.kind === "image");
-  const labels = lines(form.labels.value);
-  const body = { model: form.model.value, images: await images(), labels };
+function setTurns(list) {
+  turns = list;
+  $("talk").replaceChildren(...turns.map((turn) => turn.row));
+  $("talk").scrollTop = $("talk").scrollHeight;
+  $("ask").elements.restart.disabled = !turns.length;
+  drawBoxes();
+}
+
+async function classify(form, signal, sent) {
+  const shown = images();
+  sent.push(shown);
+  const urls = await Promise.all(shown.map((item) => dataUrl(item.file)));
+  const body = { model: form.model.value, images: urls, labels: lines(form.labels.value) };
   const templates = lines(form.templates.value);
   if (templates.length) body.templates = templates;
   const answer = await (await call("v1/classify", body, signal)).json();
@@ -213,8 +220,9 @@ function bar([label, value]) {
   return make("div", { className: "bar" }, make("span", {}, label), progress, percent);
 }
 
-async function features(form, signal) {
-  const [image] = await images(1);
+async function features(form, signal, sent) {
+  sent.push(images(1));
+  const image = await dataUrl(sent[0][0].file);
   const body = { model: form.model.value, image, layer: form.layer.valueAsNumber };
   const answer = await (await call("v1/features", body, signal)).json();
   const alt = "The three largest principal components of the features as red, green and blue";
@@ -234,20 +242,31 @@ function connect(id, task) {
     event.preventDefault();
     if (button.disabled) return;
     const abort = new AbortController();
+    const sent = []; // lists of images and videos, one per question
     button.disabled = true;
     form.setAttribute("aria-busy", "true");
     if (stop) Object.assign(stop, { disabled: false, onclick: () => abort.abort() });
     showError("");
     try {
+      if (!form.elements.model.value) await listModels();
       if (!form.elements.model.value) throw new Error("The server has no model for this.");
-      await task(form.elements, abort.signal);
+      await task(form.elements, abort.signal, sent);
     } catch (error) {
-      if (error.name !== "AbortError") showError(error.message);
+      if (error.name !== "AbortError") showError(withName(error.message, sent));
     } finally {
       button.disabled = false;
       form.removeAttribute("aria-busy");
       if (stop) stop.disabled = true;
     }
+  });
+}
+
+/** A message of the server with the name of a file instead of its number in the request. */
+function withName(message, sent) {
+  const number = /^(?:history (\d+): )?(image|video) (\d+)(?=: )/;
+  return message.replace(number, (found, question, kind, index) => {
+    const items = question ? sent[question] : sent.at(-1);
+    return items?.filter((item) => item.kind === kind)[index]?.file.name ?? found;
   });
 }
 
@@ -288,8 +307,6 @@ async function listModels() {
     list.replaceChildren(...fitting.map(({ id }) => make("option", { value: id }, id)));
     list.disabled = !fitting.length;
   }
-  const chat = data.some((model) => model.family === $("ask").elements.model.dataset.family);
-  select(chat ? tabs[0] : tabs[1]);
 }
 
 const area = $("drop");
@@ -320,6 +337,12 @@ $("ask").elements.question.onkeydown = (event) => {
   event.preventDefault();
   $("ask").requestSubmit();
 };
+$("ask").elements.restart.onclick = () => {
+  $("ask").elements.stop.click();
+  setTurns([]);
+  showError("");
+  $("ask").elements.question.focus();
+};
 $("key-button").onclick = () => {
   setKey("");
   listModels().catch((error) => showError(error.message));
@@ -329,4 +352,6 @@ connect("ask", ask);
 connect("classify", classify);
 connect("features", features);
 select(tabs[0]);
-listModels().catch((error) => showError(error.message));
+listModels()
+  .then(() => select($("ask").elements.model.value ? tabs[0] : tabs[1]))
+  .catch((error) => showError(error.message));
