@@ -113,8 +113,9 @@ _RUNTIME = {
         libraries=("numpy",),
     ),
     "perception_rt.runtime.generation.messages": Part(uses=(*LAYER_2, "runtime.request")),
+    "perception_rt.runtime.generation.json_closer": Part(libraries=("numpy",)),
     "perception_rt.runtime.generation.constraint": Part(
-        uses=(*LAYER_1, "processing", "runtime.request"),
+        uses=(*LAYER_1, "processing", "runtime.generation.json_closer", "runtime.request"),
         libraries=("numpy",),
         lazy_libraries=("llguidance",),
     ),

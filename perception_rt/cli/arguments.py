@@ -132,6 +132,11 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, help="threads per engine call (default: one per physical core)"
     )
     parser.add_argument("--expect", metavar="ID", help="refuse any other package id")
+    image_arguments(parser)
+
+
+def image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for opening images."""
     parser.add_argument(
         "--formats", metavar="NAMES", default="", help="further image formats to accept: any of "
         "gif,bmp,tiff,avif,heic"

@@ -3,10 +3,19 @@
 import argparse
 from typing import Any
 
-from perception_rt.cli.arguments import CommandParser
+from perception_rt.cli.arguments import CommandParser, image_arguments
 from perception_rt.errors import BackendError, InputError
 
 _HELP = "serve packages over HTTP with OpenAI's routes"
+_LOAD_OPTIONS = (
+    "backend",
+    "device",
+    "threads",
+    "max_batch",
+    "cache_dir",
+    "formats",
+    "background",
+)
 
 
 def add_serve(commands: Any) -> None:
@@ -31,6 +40,7 @@ def add_serve(commands: Any) -> None:
         "together (default: 8)"
     )  # fmt: skip
     parser.add_argument("--cache-dir", metavar="DIR", help="private folder for caches")
+    image_arguments(parser)
 
 
 def _add_address(parser: CommandParser) -> None:
@@ -91,10 +101,7 @@ def _serve(options: argparse.Namespace) -> None:
     from perception_rt.serve.options import ServeOptions
     from perception_rt.serve.server import serve
 
-    load: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("backend", "device", "threads", "max_batch", "cache_dir")
-    }
+    load: dict[str, Any] = {name: getattr(options, name) for name in _LOAD_OPTIONS}
     serve(
         ServeOptions(
             packages=tuple(options.packages),

@@ -19,6 +19,7 @@ from perception_rt.serve.failures import ApiError, ClientGone, answer_error, as_
 from perception_rt.serve.guard import Guard
 from perception_rt.serve.json_response import AsciiJson
 from perception_rt.serve.metrics import CONTENT_TYPE
+from perception_rt.serve.models import ChatModel
 from perception_rt.serve.page import page_routes
 from perception_rt.serve.service import Service
 from perception_rt.serve.vision import classify, features
@@ -45,6 +46,10 @@ def make_app(service: Service) -> Starlette:
         return AsciiJson({"status": "ok"})
 
     async def metrics(_: Request) -> Response:
+        for model in service.models:
+            if isinstance(model, ChatModel):
+                # A cancelled request gives its row back after its response has ended.
+                service.metrics.load(model.name, model.engine.stats)
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def models(_: Request) -> Response:

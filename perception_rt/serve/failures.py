@@ -87,10 +87,11 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's log has its traceback")
 
 
-async def answer_error(_: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
     """Exception handler of the application."""
     if isinstance(error, ClientGone):
         return Response(status_code=GONE)
     if isinstance(error, HTTPException):
-        error = ApiError(error.status_code, str(error.detail))
+        shown = f"{request.method} {request.url.path[:80]}"
+        error = ApiError(error.status_code, f"{error.detail}: {shown}")
     return as_api_error(error).response()

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import llguidance
+import numpy as np
 import pytest
 
 import perception_rt as prt
+from perception_rt.runtime.generation.json_closer import JsonCloser
 
 SCHEMA = {
     "type": "object",
@@ -56,6 +58,41 @@ def test_a_hundred_sampled_answers_follow_the_schema(plm: prt.Generator) -> None
     assert {result.finish_reason for result in results} == {"stop"}
     assert all(follows_schema(result.text) for result in results)
     assert len({result.text for result in results}) > 15
+
+
+def test_answers_end_without_bounds_on_numbers_and_strings(plm: prt.Generator) -> None:
+    free = {name: {"type": name} for name in ("string", "integer", "number")}
+    free["a"] = {"type": "array", "items": {"type": "integer"}, "minItems": 2}
+    schema = {"type": "object", "properties": free, "required": list(free)}
+    schema["additionalProperties"] = False
+    for form in (schema, {"type": "object"}):
+        requests = [
+            prt.Request(ASKED, json_schema=form, temperature=float(seed > 0), seed=seed)
+            for seed in range(20)
+        ]
+        for result in plm.generate_batch(requests):
+            assert result.finish_reason == "stop" and isinstance(json.loads(result.text), dict)
+
+
+def test_the_closing_token_of_json() -> None:
+    spellings = [b'"', b"}", b"]", b",", b"{", b"a", b"\\", b'": [1', b'"}', b""]
+    ids = {data: token for token, data in enumerate(spellings)}
+
+    def closer(text: list[bytes], *allowed: bytes) -> bytes | None:
+        found = JsonCloser(spellings, ids)
+        for data in text:
+            found.push(ids[data])
+        token = found.closer(np.isin(np.arange(len(spellings)), [ids[data] for data in allowed]))
+        return None if token is None else spellings[token]
+
+    everything = spellings[:-1]
+    assert closer([b"{", b'"', b"a"], *everything) == b'"'
+    assert closer([b"{", b'"', b"a", b"\\", b'"'], *everything) == b'"'
+    assert closer([b"{", b'"', b"a", b"\\"], b"a") is None
+    assert closer([b"{", b'"', b"a", b'": [1'], *everything) == b"}"
+    assert closer([b"{", b'"', b"a", b'": [1'], b"]", b",") == b"]"
+    assert closer([b"{", b'"', b"a", b'": [1'], b",", b"a") == b","
+    assert closer([b"{", b'"', b'"}'], b"a", b'"') is None
 
 
 @pytest.mark.parametrize(
@@ -125,6 +162,16 @@ def test_refused(plm: prt.Generator, fields: dict, message: str) -> None:
     requests = [prt.Request(ASKED, max_new_tokens=1), prt.Request(ASKED, **fields)]
     with pytest.raises(prt.InputError, match=f"request 1: .*{message}"):
         plm.generate_batch(requests)
+
+
+def test_choices_may_be_many(plm: prt.Generator) -> None:
+    choices = [f"choice {number}" for number in range(5000)]
+    assert plm.generate(ASKED, choices=choices, temperature=1.0, seed=1).text in choices
+
+
+def test_a_schema_without_an_answer_is_refused_before_it_runs(plm: prt.Generator) -> None:
+    with pytest.raises(prt.InputError, match="json_schema cannot be followed: no token"):
+        plm.submit(prt.Request(ASKED, json_schema={"$ref": "#"}))
 
 
 def test_a_schema_without_a_bottom_is_refused(plm: prt.Generator) -> None:

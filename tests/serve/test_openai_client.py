@@ -31,10 +31,17 @@ def test_text_embeddings(client: openai.OpenAI, pe: prt.Embedder, form: str | No
     rows = [item.embedding for item in found.data]
     if form == "base64":
         rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
+    assert found.data[1].index == 1
     np.testing.assert_allclose(rows, pe.embed_texts(TEXTS), atol=1e-6)
     assert found.usage.prompt_tokens == 5 + 6
     one = client.embeddings.create(model="PE-Demo", input=TEXTS[0], dimensions=pe.dim)
     np.testing.assert_allclose(one.data[0].embedding, pe.embed_texts(TEXTS)[0], atol=1e-6)
+
+
+def test_as_many_texts_as_are_accepted(client: openai.OpenAI, pe: prt.Embedder) -> None:
+    texts = [f"{number} is a number" for number in range(2048)]
+    found = client.embeddings.create(model="PE-Demo", input=texts)
+    np.testing.assert_allclose([d.embedding for d in found.data], pe.embed_texts(texts), atol=1e-5)
 
 
 def test_image_embeddings_in_both_forms(client: openai.OpenAI, pe: prt.Embedder, base: str) -> None:

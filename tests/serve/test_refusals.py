@@ -1,16 +1,26 @@
 """Refused requests: the status, OpenAI's class of error, and the message."""
 
+import asyncio
 import json
 import socket
+import sys
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
-from server_process import metric, picture_url, question
+from server_process import metric, picture_url, question, until
+
+from perception_rt.errors import InputError
+from perception_rt.runtime.generation.constraint import Constraint
+from perception_rt.runtime.generator import Generator
+from perception_rt.serve.app import make_app
+from perception_rt.serve.options import ServeOptions
+from perception_rt.serve.service import Service
 
 CHAT = {"model": "PLM-Demo", "messages": question("Is there a 4?")}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}
 TEXT = {"model": "PE-Demo", "input": "a red three"}
 
 
@@ -27,6 +37,58 @@ def test_classes_of_errors_of_the_client(client: openai.OpenAI) -> None:
         "param": None,
         "code": "invalid_value",
     }
+
+
+def test_a_strange_host_is_permission_denied(client: openai.OpenAI) -> None:
+    named = client.with_options(default_headers={"Host": "evil.example"})
+    with pytest.raises(openai.PermissionDeniedError, match="must name this machine"):
+        named.models.list()
+
+
+def test_a_client_that_gives_up_is_cancelled(client: openai.OpenAI, base: str) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.1).chat.completions.create(
+            **CHAT, max_tokens=900, extra_body={"ignore_eos": True}
+        )
+    until(lambda: metric(base, "perception_rt_running_requests") == 0)
+
+
+def test_failures_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: a missing library, a mistake of ours, and a failure during a stream."""
+    service = Service(ServeOptions(packages=("demo:plm",), load={"threads": 1}))
+    transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
+
+    async def check() -> None:
+        http = httpx.AsyncClient(transport=transport)
+        client = openai.AsyncOpenAI(
+            base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=http
+        )
+        ask = client.chat.completions.create
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "llguidance", None)
+            with pytest.raises(openai.InternalServerError, match="choices needs llguidance") as no:
+                await ask(**CHAT, extra_body={"choices": ["a"]})
+            assert no.value.status_code == 503
+        with monkeypatch.context() as patch:
+            patch.setattr(Generator, "submit", lambda *_: 1 / 0)
+            with pytest.raises(openai.InternalServerError, match="internal error") as mistake:
+                await ask(**CHAT)
+            assert mistake.value.status_code == 500
+        with monkeypatch.context() as patch:
+            patch.setattr(Constraint, "accept", _fail)
+            with pytest.raises(openai.APIError, match="too complex") as cut:
+                async for _ in await ask(**CHAT, stream=True, extra_body={"choices": ["a", "b"]}):
+                    pass
+            assert cut.value.code == "invalid_value"
+
+    try:
+        asyncio.run(check())
+    finally:
+        service.close()
+
+
+def _fail(*_: Any) -> None:
+    raise InputError("too complex")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +115,7 @@ def test_classes_of_errors_of_the_client(client: openai.OpenAI) -> None:
         ({"max_tiles": 99}, "max_tiles must be"),
         ({"response_format": "json"}, "with text, json_object or json_schema"),
         ({"response_format": {"type": "json_schema"}}, 'must have "json_schema"'),
+        ({"response_format": SCHEMA, "stream": True}, "json_schema cannot be followed: no token"),
         ({"regex": "("}, "regex cannot be used: unclosed group"),
         ({"choices": []}, "choices must be a list of at least one text"),
     ],
@@ -126,7 +189,8 @@ def test_other_content_types_paths_methods_and_hosts(base: str) -> None:
         f"{base}/v1/embeddings", content=data, headers={"Content-Type": "text/plain"}
     )
     assert answer.status_code == 415
-    assert httpx.get(f"{base}/v1/other").json()["error"]["code"] == "not_found"
+    error = httpx.get(f"{base}/v1/other").json()["error"]
+    assert (error["code"], error["message"]) == ("not_found", "Not Found: GET /v1/other")
     assert httpx.get(f"{base}/v1/embeddings").json()["error"]["code"] == "method_not_allowed"
     answer = httpx.get(f"{base}/v1/models", headers={"Host": "evil.example"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")

@@ -12,6 +12,7 @@ import numpy as np
 
 from perception_rt.errors import BackendError, InputError
 from perception_rt.processing.llm_tokenizer import Tokenizer
+from perception_rt.runtime.generation.json_closer import JsonCloser
 from perception_rt.runtime.request import CONSTRAINTS, Request
 
 if TYPE_CHECKING:
@@ -27,13 +28,31 @@ _REASON_CHARS = 300
 class Constraint:
     """The constraint of one answer, and how far the answer has come."""
 
-    def __init__(self, name: str, matcher: "LLMatcher", tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        name: str,
+        matcher: "LLMatcher",
+        tokenizer: Tokenizer,
+        closer: JsonCloser | None = None,
+    ) -> None:
+        """Starts before the first token.
+
+        Args:
+            name: field of the request, for messages.
+            matcher: of the grammar.
+            tokenizer: of the model.
+            closer: finds where JSON can be closed; None for another constraint.
+
+        Raises:
+            InputError: as `allowed`.
+        """
         self._name = name
         self._matcher = matcher
         self._vocab_size = tokenizer.vocab_size
         self._ends = np.zeros(tokenizer.vocab_size, np.bool_)
         self._ends[list(tokenizer.end_ids)] = True
-        self._check()
+        self._closer = closer
+        self.allowed()  # now, so that a grammar without any answer is refused at once
 
     def allowed(self) -> Array:
         """Returns which tokens may come next, bool (V,): only end tokens after a whole answer.
@@ -41,6 +60,7 @@ class Constraint:
         Raises:
             InputError: the grammar is too complex, or no token continues the answer.
         """
+        self._check()
         if self._matcher.is_stopped():
             return self._ends
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -48,11 +68,33 @@ class Constraint:
         mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
         return mask.astype(np.bool_)
 
+    def apply(self, logits: Array) -> Array:
+        """Removes the tokens that may not come next; InputError as `allowed`.
+
+        Where JSON is not complete, the token that closes a value is at least as likely as the end
+        of the answer was.
+
+        Args:
+            logits: float (V,).
+
+        Returns:
+            Float (V,), -inf for removed tokens.
+        """
+        allowed = self.allowed()
+        masked = np.where(allowed, logits, -np.inf)
+        if self._closer is not None and not allowed[self._ends].any():
+            token = self._closer.closer(allowed)
+            if token is not None:
+                masked[token] = max(masked[token], logits[self._ends].max())
+        return masked
+
     def accept(self, token: int) -> None:
         """Takes the next token of the answer; InputError as `allowed`."""
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
             self._check()
+            if self._closer is not None:
+                self._closer.push(token)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -64,6 +106,7 @@ class ConstraintCompiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._source: _TokenSource | None = None
         self._vocabulary: LLTokenizer | None = None
 
     def compile(self, request: Request) -> Constraint | None:
@@ -82,8 +125,9 @@ class ConstraintCompiler:
             raise BackendError(
                 f'{name} needs llguidance: pip install "perception_rt[guided]"'
             ) from None
-        if self._vocabulary is None:  # made twice if two threads are here: both are the same
-            source = _TokenSource(self._tokenizer)
+        # Made twice if two threads are here: both are the same.
+        source = self._source = self._source or _TokenSource(self._tokenizer)
+        if self._vocabulary is None:
             self._vocabulary = llguidance.LLTokenizer(
                 llguidance.TokenizerWrapper(source), eos_token=sorted(self._tokenizer.end_ids)
             )
@@ -93,7 +137,9 @@ class ConstraintCompiler:
         )
         if matcher.is_error():
             raise InputError(f"{name} cannot be used: {_reason(matcher)}")
-        return Constraint(name, matcher, self._tokenizer)
+        is_json = request.json_schema is not None
+        closer = JsonCloser(source.tokens, source.ids) if is_json else None
+        return Constraint(name, matcher, self._tokenizer, closer)
 
     def _grammar(self, request: Request) -> str:
         """The answer after the prefix of the vocabulary, in llguidance's format for grammars."""
@@ -106,7 +152,8 @@ class ConstraintCompiler:
             except (ValueError, RecursionError) as error:
                 raise InputError(f"json_schema cannot be used: {error}") from None
         elif request.choices is not None:
-            rule = "start: " + " | ".join(map(json.dumps, request.choices))
+            # One terminal, which has no bound on the number of its alternatives.
+            rule = "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, request.choices))
             text = json.dumps({"grammars": [{"lark_grammar": rule}]})
         else:
             assert request.regex is not None
@@ -129,8 +176,8 @@ class _TokenSource:
         self.eos_token_id = min(tokenizer.end_ids)
         self.special_token_ids = sorted({*tokenizer.controls.values(), *tokenizer.end_ids})
         self._tokenizer = tokenizer
-        self._ids = {data: i for i, data in enumerate(self.tokens) if data}
-        self._longest = max(map(len, self._ids))
+        self.ids = {data: i for i, data in enumerate(self.tokens) if data}
+        self._longest = max(map(len, self.ids))
 
     def __call__(self, data: bytes) -> list[int]:
         """Encodes text that the grammar leaves no choice about."""
@@ -148,10 +195,10 @@ class _TokenSource:
         at = 0
         while at < len(data):
             pieces = (data[at : at + size] for size in range(self._longest, 0, -1))
-            piece = next((piece for piece in pieces if piece in self._ids), None)
+            piece = next((piece for piece in pieces if piece in self.ids), None)
             if piece is None:
                 break
-            ids.append(self._ids[piece])
+            ids.append(self.ids[piece])
             at += len(piece)
         return ids
 

@@ -20,7 +20,10 @@ from perception_rt.runtime.request import Exchange, Request, RequestOptions
 Message: TypeAlias = Mapping[str, Any]
 Fetch: TypeAlias = Callable[[str, int], bytes]
 
-_DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
+_DATA_URL = re.compile(
+    r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[^;,]*)*;base64,",
+    re.ASCII | re.IGNORECASE,
+)
 _WEB_URL = re.compile(r"https?://", re.ASCII | re.IGNORECASE)
 _MARKS = {"image": IMAGE_MARK, "video": VIDEO_MARK}
 _SYSTEM_ROLES = ("system", "developer")
@@ -104,7 +107,7 @@ def decode_data_url(kind: str, url: str, most_bytes: int) -> bytes:
             f"the {kind} URL {url[:40]!r} is refused: send the {kind} itself as a data URL, "
             f"data:{kind}/...;base64,..."
         )
-    media_type = found["type"] or ""
+    media_type = (found["type"] or "").lower()
     if media_type.partition("/")[0] not in (kind, "", "application"):
         raise InputError(f"a data URL of type {media_type[:40]!r} is no {kind}")
     size = (len(url) - found.end()) // 4 * 3

@@ -87,7 +87,7 @@ class Sampler:
         if self._allowed is not None:
             logits = np.where(self._allowed, logits, -np.inf)
         if self._constraint is not None:
-            logits = np.where(self._constraint.allowed(), logits, -np.inf)
+            logits = self._constraint.apply(logits)
         likeliest = int(np.argmax(logits))  # the index of a NaN, if there is one
         if not np.isfinite(logits[likeliest]):
             raise BackendError("the model gave logits that no token can be chosen from")
