@@ -4,6 +4,7 @@
 # make demo-packages  make the shipped packages and pictures of the demo again
 # make browser   test the web page in Chromium, as CI does (needs chromium and chromedriver)
 # make engines   build TensorRT engines of whole encoders, as CI does (no GPU needed)
+# make ray       test a Ray cluster of two workers on this machine, as CI does (three minutes)
 # make clean     remove the environment and everything that was built
 #
 # Each command first installs what it needs into .venv, again only after pyproject.toml changed.
@@ -20,7 +21,7 @@ SOURCES := perception_rt training benchmarks examples tests
 # One process per core, each with one thread. A file stays in one process, and so do its fixtures.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo demo-packages test lint browser engines clean
+.PHONY: help demo demo-packages test lint browser engines ray clean
 .NOTPARALLEL:
 
 help:
@@ -56,6 +57,9 @@ browser: $(VENV)/.installed-test
 	  exit 1; }
 	$(VENV)/bin/python -m pytest -m slow tests/serve/test_web_page.py
 
+ray: $(VENV)/.installed-ray
+	$(VENV)/bin/python -m pytest -m slow tests/ray_cluster
+
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
@@ -71,6 +75,11 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -e ".[dev]"
 	@touch $@ $(VENV)/.installed-demo
+
+# Not a part of `dev`: Ray brings about 50 packages that no other test needs.
+$(VENV)/.installed-ray: $(VENV)/.installed-test
+	$(PIP) install -e ".[ray]"
+	@touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -1,16 +1,17 @@
 """Classes for `ray.data.Dataset.map_batches`, each of whose workers loads the package once."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, describe
+from perception_rt.ray.arguments import check_names, keywords
 from perception_rt.records import check_choice
 from perception_rt.runtime.embedder import Embedder
 from perception_rt.runtime.generator import Generator
-from perception_rt.runtime.request import Request
+from perception_rt.runtime.request import Request, RequestOptions
 
 KINDS = ("image", "text", "video")
 ERROR = "error"
@@ -20,20 +21,36 @@ _OnError = Callable[[int, InputError], None]
 class _Batches:
     """Base of both classes: reads input columns and adds result columns."""
 
-    def __init__(self, output: str, skip_errors: bool) -> None:
+    def __init__(self, column: str, output: str, skip_errors: bool) -> None:
+        self._from = column
         self._output = output
         self._skip_errors = skip_errors
 
     def _column(self, batch: dict[str, Any], name: str) -> list[Any]:
         if not isinstance(batch, dict):
-            raise InputError('batches must be dicts of arrays: batch_format="numpy"')
+            raise InputError(
+                f'a batch must be a dict of arrays, not {describe(batch)}: batch_format="numpy"'
+            )
         if name not in batch:
             raise InputError(f"the batch has no column {name!r:.80}; it has {', '.join(batch)}")
         return [_plain(value) for value in batch[name]]
 
     def _run(self, batch: dict[str, Any], run: Callable[[_OnError | None], Any]) -> dict[str, Any]:
+        if self._output in batch:
+            raise InputError(
+                f"the batch has a column {self._output!r:.80} already: choose another by output"
+            )
         if not self._skip_errors:
-            return {**batch, self._output: run(None)}
+            try:
+                return {**batch, self._output: run(None)}
+            except InputError as error:
+                raise InputError(
+                    f"column {self._from!r:.80}: {error}; skip_errors keeps the job going"
+                ) from None
+        if ERROR in batch:
+            raise InputError(
+                f"the batch has a column {ERROR!r} already, and skip_errors adds it: rename it"
+            )
         errors: dict[int, str] = {}
 
         def on_error(index: int, error: InputError) -> None:
@@ -54,7 +71,7 @@ class Embed(_Batches):
         column: column with images (paths, encoded bytes or uint8 (H, W, 3) arrays), texts, or
             videos (paths or bytes).
         kind: "image", "text" or "video".
-        output: column to add, float32 (N, D).
+        output: new column, float32 (N, D).
         num_frames: frames per video.
         skip_errors: whether an unusable item gets a zero row and its reason in the column "error",
             which is empty for the others, instead of ending the job.
@@ -62,7 +79,7 @@ class Embed(_Batches):
             Ray gives to the worker.
 
     Raises:
-        PerceptionError: an argument is unusable, or the package cannot be loaded.
+        PerceptionError: an argument is unknown or unusable, or the package cannot be loaded.
     """
 
     def __init__(
@@ -76,11 +93,11 @@ class Embed(_Batches):
         skip_errors: bool = False,
         **load: Any,
     ) -> None:
-        super().__init__(output, skip_errors)
+        super().__init__(column, output, skip_errors)
         check_choice("kind", kind, KINDS)
         self._kind = kind
-        self._from = column
         self._num_frames = num_frames
+        check_names("Embed", load, keywords(Embedder.load))
         load.setdefault("threads", _own_cpus())
         self._workers = load["threads"]
         self._engine = Embedder.load(package, **load)
@@ -89,8 +106,8 @@ class Embed(_Batches):
         """Embeds a batch of NumPy columns.
 
         Raises:
-            InputError: the batch has no such column, or an item is unusable and `skip_errors` is
-                false.
+            InputError: a column is missing or there already, or an item is unusable and
+                `skip_errors` is false.
         """
         items = self._column(batch, self._from)
         return self._run(batch, lambda on_error: self._embed(items, on_error))
@@ -112,14 +129,15 @@ class Answer(_Batches):
         package: path or name of a language model package, which every worker can read.
         column: column of prompts.
         images: column with an image, a list of images or None for each prompt; None for no images.
-        output: column to add.
+        output: new column.
         skip_errors: whether an unusable request gets an empty answer and its reason in the column
             "error", which is empty for the others, instead of ending the job.
-        request: further fields of `Request`, such as `{"max_new_tokens": 64}`.
+        request: fields of `Request` for all prompts, such as `{"max_new_tokens": 64}`; neither
+            `prompt` nor `images`.
         **load: as for `Embed`.
 
     Raises:
-        PerceptionError: an argument is unusable, or the package cannot be loaded.
+        PerceptionError: an argument is unknown or unusable, or the package cannot be loaded.
     """
 
     def __init__(
@@ -133,10 +151,10 @@ class Answer(_Batches):
         request: dict[str, Any] | None = None,
         **load: Any,
     ) -> None:
-        super().__init__(output, skip_errors)
-        self._from = column
+        super().__init__(column, output, skip_errors)
         self._images = images
-        self._more = {} if request is None else dict(request)
+        self._more = {} if request is None else _request_fields(request)
+        check_names("Answer", load, keywords(Generator.load))
         load.setdefault("threads", _own_cpus())
         self._engine = Generator.load(package, **load)
 
@@ -144,8 +162,8 @@ class Answer(_Batches):
         """Answers a batch of NumPy columns together.
 
         Raises:
-            InputError: the batch has no such column, or a request is unusable and `skip_errors` is
-                false.
+            InputError: a column is missing or there already, or a request is unusable and
+                `skip_errors` is false.
         """
         prompts = self._column(batch, self._from)
         if self._images is None:
@@ -169,6 +187,14 @@ class Answer(_Batches):
 def _plain(value: Any) -> Any:
     """A cell as the engines take it: Ray's strings and bytes may be NumPy scalars."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _request_fields(fields: object) -> dict[str, Any]:
+    """Fields of `Request` that all prompts share; their values are checked with the first batch."""
+    if not isinstance(fields, Mapping):
+        raise InputError(f"request must be a dict of fields of Request, not {describe(fields)}")
+    check_names("request", fields, RequestOptions.__annotations__.keys() - {"images"})
+    return dict(fields)
 
 
 def _images(value: Any) -> tuple[Any, ...]:

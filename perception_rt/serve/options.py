@@ -68,8 +68,15 @@ class ServeOptions:
         return self.host in _LOOPBACK
 
     def to_json(self) -> str:
-        """The options as JSON."""
-        return json.dumps(asdict(self))
+        """The options as JSON.
+
+        Raises:
+            InputError: a value, such as an argument in `load`, has no JSON form.
+        """
+        try:
+            return json.dumps(asdict(self))
+        except TypeError as error:
+            raise InputError(f"options of the server must be plain values: {error}") from None
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -33,11 +33,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 KILL = """
-import os, signal, sys
+import os, re, signal, threading
+from contextlib import suppress
+from pathlib import Path
 import psutil
 from perception_rt.bulk.run import BulkOptions
 from perception_rt.bulk.sources import Sources
-from perception_rt.errors import InputError, PerceptionError
+from perception_rt.errors import BackendError, InputError, PerceptionError
+from perception_rt.limits import Limits
 from perception_rt.ray import embed_sources
 
 killed, seen = [], []
@@ -66,13 +69,50 @@ else:
     raise AssertionError("no error")
 again = BulkOptions(shard_items=32, skip_errors=True, resume=os.path.exists("strict"))
 embed_sources("demo:pe", photos, "strict", again)
+for package, load, message in (
+    ("nowhere", {}, "worker on .*: nowhere: no engine package"),
+    ("demo:plm", {}, "PLM-Demo is a language model"),
+    ("demo:pe", {"expect": "sha256:" + "0" * 64}, "worker on .*expected 'sha256:0"),
+    ("demo:pe", {"background": "blurple"}, "background must be .* not 'blurple'"),
+    ("demo:pe", {"threads": 3}, "needs 3 CPUs, .* more than 2: use fewer threads"),
+    ("demo:pe", {"device": "cuda"}, "needs 1 GPUs, .*add a machine"),
+    ("demo:pe", {"formats": (name for name in ("gif",))}, "load cannot be sent to workers"),
+    ("demo:pe", {"limits": Limits(image_pixels=10)}, "the limit is 10"),
+):
+    try:
+        embed_sources(package, photos, "none", load=load)
+    except PerceptionError as error:
+        assert re.search(message, str(error)), (message, error)
+    else:
+        raise AssertionError(message)
+    assert not os.path.exists("none"), message
+embed_sources("demo:pe", photos, "given", options, load={
+    "cache_dir": Path.cwd(), "background": (1, 2, 3), "limits": Limits(),
+})
+
+# One worker after another is killed, until Ray gives up; resume completes the result.
+ended = threading.Event()
+
+def kill_all():
+    while not ended.wait(0.01):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if process.name().startswith("ray::_make_shar"):
+                    process.kill()
+
+killer = threading.Thread(target=kill_all)
+killer.start()
 try:
-    embed_sources("nowhere", photos, "none")
-except PerceptionError as error:
-    assert "nowhere" in str(error), error
+    embed_sources("demo:pe", photos, "again", options)
+except BackendError as error:
+    assert "resume" in str(error), error
 else:
     raise AssertionError("no error")
-assert not os.path.exists("none")
+finally:
+    ended.set()
+    killer.join()
+options = BulkOptions(skip_errors=True, shard_items=32, resume=os.path.exists("again"))
+embed_sources("demo:pe", photos, "again", options)
 print("done")
 """
 
@@ -89,7 +129,8 @@ def test_killed_workers_lose_nothing_and_rows_equal_the_local_ones(
     local = contents(tmp_path / "local")
     assert len(local) == 34
     assert contents(tmp_path / "cluster") == local
-    assert contents(tmp_path / "strict") == local
+    for name in ("strict", "given", "again"):
+        assert contents(tmp_path / name) == local, name
 
 
 def test_command_on_a_new_local_cluster(tmp_path: Path) -> None:
@@ -105,6 +146,14 @@ def test_command_on_a_new_local_cluster(tmp_path: Path) -> None:
         "1",
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for address, message in (("localhost:1", "Connection refused"), ("a b", "Invalid address")):
+        ended = subprocess.run(
+            [*command, "--out", "none", "--ray", address], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert ended.returncode == 2 and f"no Ray cluster at '{address}'" in ended.stderr
+        assert message in ended.stderr, ended.stderr
+        assert not (tmp_path / "none").exists()
     lines = []
     for more in (["--out", "cluster.npy", "--ray", "local"], ["--out", "local.npy"]):
         ended = subprocess.run(
@@ -118,21 +167,58 @@ def test_command_on_a_new_local_cluster(tmp_path: Path) -> None:
 
 
 DATA = """
+import threading
+from contextlib import suppress
 import numpy as np
+import psutil
 import ray
 import perception_rt as prt
 from perception_rt.ray import Answer, Embed
 
 ray.data.DataContext.get_current().enable_progress_bars = False
-photos = ray.data.read_binary_files("photos", include_paths=True)
-rows = photos.map_batches(
-    Embed, fn_constructor_args=("demo:pe", "bytes"), batch_size=8,
-    compute=ray.data.ActorPoolStrategy(size=2),
-).select_columns(["path", "embedding"]).sort("path").take_all()
+def embedded(photos, **more):
+    return photos.map_batches(
+        Embed, fn_constructor_args=("demo:pe", "bytes"), fn_constructor_kwargs=more, batch_size=8,
+        compute=ray.data.ActorPoolStrategy(size=2),
+    )
+
+killed = []
+
+def kill_both():  # each while it embeds a batch
+    while len(killed) < 2 and not ended.wait(0.01):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                name = process.name()
+                if name.startswith("ray::MapWorker") and process.pid not in killed:
+                    if ".submit" in process.cmdline()[0]:
+                        killed.append(process.pid)
+                        process.kill()
+
+ended = threading.Event()
+killer = threading.Thread(target=kill_both)
+killer.start()
+photos = ray.data.read_binary_files("photos", include_paths=True, override_num_blocks=20)
+rows = embedded(photos).select_columns(["path", "embedding"]).take_all()
+ended.set()
+killer.join()
+assert len(killed) == 2, killed
+rows.sort(key=lambda row: row["path"])
+assert len({row["path"] for row in rows}) == len(rows) == 1000
 with prt.load("demo:pe", threads=1) as engine:
     expected = engine.embed_images([row["path"] for row in rows])
-assert len(rows) == 40
-assert np.array_equal(np.stack([row["embedding"] for row in rows]), expected)
+assert np.stack([row["embedding"] for row in rows]).tobytes() == expected.tobytes()
+
+empty = photos.filter(lambda row: False)
+assert embedded(empty, skip_errors=True).take_all() == []
+bad = ray.data.from_items([{"bytes": b"no image"}, {"bytes": open(rows[0]["path"], "rb").read()}])
+found = embedded(bad, skip_errors=True).take_all()
+assert sorted(bool(row["error"]) for row in found) == [False, True]
+try:
+    embedded(bad).take_all()
+except Exception as error:
+    assert "column 'bytes': image" in str(error) and "skip_errors" in str(error), error
+else:
+    raise AssertionError("no error")
 
 prompts = [f"Say {word}" for word in ("one", "two", "three", "four")]
 answers = ray.data.from_items([{"prompt": prompt} for prompt in prompts]).map_batches(
@@ -148,16 +234,19 @@ print("done")
 """
 
 
-def test_map_batches_embeds_and_answers(tmp_path: Path) -> None:
-    write_photos(tmp_path / "photos", 40)
+def test_map_batches_embeds_and_answers_though_workers_are_killed(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 1000)
     assert "done" in run_on_cluster(DATA, tmp_path, cpus=4)
 
 
 SERVE = """
-import json
+import base64
 import socket
+from pathlib import Path
 import httpx
 import numpy as np
+import openai
+from openai import OpenAI
 from ray import serve
 import perception_rt as prt
 from perception_rt.ray import build_app
@@ -165,6 +254,21 @@ from perception_rt.ray import build_app
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
+for wrong, message in (
+    ({"colour": 1}, "build_app has no 'colour'; known are api_key_file"),
+    ({"load": {"thread": 1}}, "load has no 'thread'"),
+    ({"packages": "demo:pe"}, "packages must be a list, not a str"),
+    ({"batch_window_ms": "x"}, "batch_window_ms must be float, not str"),
+    ({"replicas": 0}, "replicas must be an integer of at least 1, not 0"),
+    ({"max_ongoing_requests": -1}, "deployment: "),
+    ({"load": {"cache_dir": Path("x")}}, "must be plain values"),
+):
+    try:
+        build_app({"packages": ["demo:pe"], **wrong})
+    except prt.InputError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
 open("keys", "w").write("secret-of-the-test")
 serve.start(http_options={"host": "127.0.0.1", "port": port})
 serve.run(
@@ -173,29 +277,40 @@ serve.run(
         "replicas": 1,
     })
 )
-client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-assert client.get("/health").json() == {"status": "ok"}
-assert client.get("/v1/models").status_code == 401
-client.headers["Authorization"] = "Bearer secret-of-the-test"
-models = [model["id"] for model in client.get("/v1/models").json()["data"]]
-assert len(models) == 2, models
-pe, plm = models
-answer = client.post("/v1/embeddings", json={"model": pe, "input": ["a dog", "a cat"]})
-rows = np.array([item["embedding"] for item in answer.json()["data"]], np.float32)
+url = f"http://127.0.0.1:{port}"
+web = httpx.Client(base_url=url, timeout=60)
+assert web.get("/health").json() == {"status": "ok"}
+try:
+    OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
+except openai.AuthenticationError:
+    pass
+else:
+    raise AssertionError("no error")
+client = OpenAI(base_url=f"{url}/v1", api_key="secret-of-the-test", max_retries=0)
+pe, plm = [model.id for model in client.models.list()]
+texts = ["a dog", "a cat"]
+rows = [item.embedding for item in client.embeddings.create(model=pe, input=texts).data]
 with prt.load("demo:pe", threads=1) as engine:
-    assert np.allclose(rows, engine.embed_texts(["a dog", "a cat"]), atol=1e-6)
-question = {"model": plm, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-whole = client.post("/v1/chat/completions", json=question).json()
-text = whole["choices"][0]["message"]["content"]
-with client.stream("POST", "/v1/chat/completions", json={**question, "stream": True}) as answer:
-    lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
-assert lines[-1] == "[DONE]"
-pieces = [json.loads(line)["choices"] for line in lines[:-1]]
-assert "".join(c[0]["delta"].get("content") or "" for c in pieces if c) == text
-assert client.post("/v1/embeddings", json={"model": pe}).status_code == 400
-large = {"model": pe, "input": "x" * 2_000_000}
-assert client.post("/v1/embeddings", json=large).status_code == 413
-assert "perception_rt" in client.get("/metrics").text
+    assert np.allclose(np.array(rows, np.float32), engine.embed_texts(texts), atol=1e-6)
+question = {
+    "model": plm, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4,
+}
+text = client.chat.completions.create(**question).choices[0].message.content
+with prt.load("demo:plm", threads=1) as engine:
+    assert text == engine.generate("Hello", max_new_tokens=4).text
+pieces = [part.choices for part in client.chat.completions.create(**question, stream=True)]
+assert "".join(c[0].delta.content or "" for c in pieces if c) == text
+image = "data:image/png;base64," + base64.b64encode(open("photos/0000.png", "rb").read()).decode()
+web.headers["Authorization"] = "Bearer secret-of-the-test"
+for route, body in (
+    ("/v1/classify", {"model": pe, "images": [image], "labels": ["one", "two"]}),
+    ("/v1/features", {"model": pe, "image": image}),
+):
+    answer = web.post(route, json=body)
+    assert answer.status_code == 200, (route, answer.text)
+for wrong, status in (({"model": pe}, 400), ({"model": pe, "input": "x" * 2_000_000}, 413)):
+    assert web.post("/v1/embeddings", json=wrong).status_code == status
+assert "perception_rt" in web.get("/metrics").text
 serve.shutdown()
 print("done")
 """
@@ -203,4 +318,5 @@ print("done")
 
 def test_serve_has_the_routes_of_the_server(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
+    write_photos(tmp_path / "photos", 1)
     assert "done" in run_on_cluster(SERVE, tmp_path)
