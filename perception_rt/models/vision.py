@@ -177,11 +177,13 @@ class VisionTower(nn.Module):
         x = F.pad(self.patchify(pixels), (0, 0, self.num_prefix, 0))
         return self.ln_pre(x if table is None else x + table)
 
-    def run_blocks(self, x: Tensor, rope: Rope | None, taps: Sequence[int]) -> list[Tensor]:
-        """Runs the blocks up to the deepest tap; returns the outputs (N, T, C) of the taps."""
+    def run_blocks(
+        self, x: Tensor, rope: Rope | None, taps: Sequence[int], first: int = 0
+    ) -> list[Tensor]:
+        """Runs the blocks from `first` to the deepest tap; returns the taps' outputs (N, T, C)."""
         outputs: dict[int, Tensor] = {}
-        for index, block in enumerate(self.transformer.resblocks[: max(taps) + 1]):
-            x = block(x, rope=rope)
+        for index in range(first, max(taps) + 1):
+            x = self.transformer.resblocks[index](x, rope=rope)
             if index in taps:
                 outputs[index] = x
         return [outputs[i] for i in taps]

@@ -18,7 +18,7 @@ from perception_rt.targets import ONNX
 # Graphs of a Perception Encoder package. All of them share one weights file.
 VISION = "vision"  # uint8 images -> what the reference's vision `forward` returns
 PIXELS = "pixels"  # the same from already normalised float pixels
-FEATURES = "features"  # uint8 images -> one output per tapped block, no final norm
+FEATURES = "features"  # uint8 images -> tapped blocks, no final norm; see `features_part`
 TEXT = "text"  # token ids -> text features, not normalised
 
 # Graphs of a Perception Language Model package, beside `vision` and `pixels` for tiles. The decoder
@@ -66,12 +66,26 @@ DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
 # Keys of a graph in a manifest.
 _REQUIRED, _OPTIONAL = {"data", "file", "inputs", "outputs"}, {"backend", "kind"}
 _NAME = re.compile(r"[a-z0-9._-]{1,64}")  # backend or kind
+_FEATURES_PART = re.compile(rf"{FEATURES}(_[0-9]+)?")
 _KEYS, _VALUES = "key_cache_", "value_cache_"
 
 
 def tap_name(layer: int) -> str:
     """Output name of the block at a non-negative `layer`."""
     return f"block_{layer}"
+
+
+def features_part(index: int) -> str:
+    """Name of the graph at an index from 0 in the chain of tapped blocks.
+
+    The first takes images, each later one the last block that the graph before it returns.
+    """
+    return FEATURES if index == 0 else f"{FEATURES}_{index}"
+
+
+def graph_kind(graph: str) -> str:
+    """FEATURES for every graph of that chain; the name itself for other graphs."""
+    return FEATURES if _FEATURES_PART.fullmatch(graph) else graph
 
 
 def decoder_part(index: int) -> str:

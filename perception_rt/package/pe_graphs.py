@@ -5,7 +5,8 @@ The exporter builds its graphs to these signatures, and the runtime compares a p
 Legend: N images or texts, H W pixels, T tokens, D embedding channels, C width.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from perception_rt.config import PeConfig, TextConfig
 from perception_rt.errors import PackageError
@@ -17,17 +18,30 @@ from perception_rt.package.contract import (
     check_signatures,
 )
 
+# Indices of the blocks that each graph of the chain `contract.features_part` returns, ascending.
+Segments = Sequence[Sequence[int]]
+
+# More would cost less for the blocks in front, but each graph has threads of its own.
+_MAX_SEGMENTS = 8
+
+
+def cut_taps(taps: Sequence[int]) -> Segments:
+    """Spreads the ascending indices of tapped blocks over at most 8 graphs."""
+    count = min(len(taps), _MAX_SEGMENTS)
+    edges = [len(taps) * i // count for i in range(count + 1)] if count else []
+    return [taps[start:stop] for start, stop in pairwise(edges)]
+
 
 def vision_signatures(
-    config: PeConfig, height: int, width: int, taps: Iterable[int]
+    config: PeConfig, height: int, width: int, segments: Segments
 ) -> dict[str, GraphSignature]:
-    """Signatures of `vision`, `pixels` and, if there are taps, `features`.
+    """Signatures of `vision`, `pixels` and the graphs of the tapped blocks.
 
     Args:
         config: the architecture.
         height: image height in pixels.
         width: image width in pixels.
-        taps: indices of the blocks that `features` returns.
+        segments: the tapped blocks of each graph.
 
     Raises:
         InputError: the patch size does not divide the image size.
@@ -39,13 +53,17 @@ def vision_signatures(
     images = batched(contract.IMAGES_U8, "uint8", height, width, 3)
     pixels = batched(contract.PIXELS_F32, "float32", 3, height, width)
     embedding = batched(contract.EMBEDDING, "float32", *middle, vision.embed_dim)
-    blocks = [batched(contract.tap_name(i), "float32", tokens, vision.width) for i in taps]
     signatures = {
         contract.VISION: GraphSignature(inputs=(images,), outputs=(embedding,)),
         contract.PIXELS: GraphSignature(inputs=(pixels,), outputs=(embedding,)),
     }
-    if blocks:
-        signatures[contract.FEATURES] = GraphSignature(inputs=(images,), outputs=tuple(blocks))
+    source = images
+    for index, taps in enumerate(segments):
+        blocks = [batched(contract.tap_name(i), "float32", tokens, vision.width) for i in taps]
+        signatures[contract.features_part(index)] = GraphSignature(
+            inputs=(source,), outputs=tuple(blocks)
+        )
+        source = blocks[-1]
     return signatures
 
 
@@ -65,18 +83,25 @@ def check_graphs(
         PackageError: a graph is missing, or its inputs or outputs differ from the signature.
         InputError: the patch size does not divide the image size.
     """
-    signatures = vision_signatures(config, height, width, _read_taps(graphs, config))
+    signatures = vision_signatures(config, height, width, read_segments(graphs, config))
     if config.text is not None:
         signatures[contract.TEXT] = text_signature(config.text)
     check_signatures(graphs, signatures)
 
 
-def _read_taps(graphs: Mapping[str, GraphSpec], config: PeConfig) -> list[int]:
-    """Indices of the blocks that `features` returns; an export may leave some or all out."""
-    if contract.FEATURES not in graphs:
-        return []
-    names = {spec.name for spec in graphs[contract.FEATURES].outputs}
-    taps = [i for i in range(config.vision.layers) if contract.tap_name(i) in names]
-    if not taps:
-        raise PackageError(f"graph {contract.FEATURES!r} returns no block of the architecture")
-    return taps
+def read_segments(graphs: Mapping[str, GraphSpec], config: PeConfig) -> Segments:
+    """The tapped blocks of each graph in a package's chain; () for a package without taps.
+
+    Raises:
+        PackageError: a graph returns no block, or one that the graphs before it have passed.
+    """
+    segments: list[list[int]] = []
+    first = 0
+    while (name := contract.features_part(len(segments))) in graphs:
+        names = {spec.name for spec in graphs[name].outputs}
+        taps = [i for i in range(first, config.vision.layers) if contract.tap_name(i) in names]
+        if not taps:
+            raise PackageError(f"graph {name!r} returns no block from {first} on")
+        segments.append(taps)
+        first = taps[-1] + 1
+    return segments

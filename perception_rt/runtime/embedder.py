@@ -20,13 +20,21 @@ from perception_rt.errors import InputError, PackageError
 from perception_rt.families import PE
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package import contract
+from perception_rt.package.pe_graphs import read_segments
 from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec
-from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
+from perception_rt.processing.image_loader import OnError
 from perception_rt.processing.image_options import Background
 from perception_rt.processing.video import VideoSource, decode_frames
 from perception_rt.records import check_integer
+from perception_rt.runtime.embedding.image_graphs import (
+    EMBEDDING,
+    MAX_WORKERS,
+    ImageRunner,
+    Progress,
+    chain_to_block,
+)
 from perception_rt.runtime.embedding.items import (
     Array,
     Float32,
@@ -44,12 +52,9 @@ from perception_rt.runtime.native_calls import check_process
 from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
 
 Int64 = NDArray[np.int64]
-Progress = Callable[[int, int], None]
 
 MAX_BATCH = 256
-MAX_WORKERS = 64
-# Dimensions of the arrays that are one item.
-_IMAGE_NDIM, _VIDEO_NDIM = 3, 4
+_VIDEO_NDIM = 4  # dimensions of an array that is one video
 
 
 class Embedder(LoadedModel):
@@ -83,7 +88,10 @@ class Embedder(LoadedModel):
             threads=options.threads,
             cache_dir=options.cache_dir,
         )
-        self._image_options = options.images
+        self._segments = read_segments(content.graphs, self._config)
+        self._images = ImageRunner(
+            self._sessions, content.graphs, self.image_spec, self._limits, options.images
+        )
 
     @classmethod
     def load(
@@ -154,11 +162,10 @@ class Embedder(LoadedModel):
         """
         check_process(self._process)
         self._require_pooled()
-        rows = self._image_rows(
+        rows = self._images.rows(
             images,
-            contract.VISION,
-            contract.EMBEDDING,
-            batch_size=batch_size,
+            EMBEDDING,
+            batch_size=self._batch_size(batch_size),
             workers=workers,
             on_progress=on_progress,
             on_error=on_error,
@@ -326,6 +333,8 @@ class Embedder(LoadedModel):
     ) -> Float32:
         """Dense features of a block, without class token and final norm.
 
+        Only the blocks up to about the layer run, so one in front costs less.
+
         Args:
             images: as for `embed_images`.
             layer: block index, from the front or, if negative, from the end.
@@ -344,15 +353,13 @@ class Embedder(LoadedModel):
         """
         check_process(self._process)
         vision = self._config.vision
-        name = contract.tap_name(vision.block_index(layer))
-        graph = self.manifest.content.graphs.get(contract.FEATURES)
-        if graph is None or name not in [t.name for t in graph.outputs]:
+        block = vision.block_index(layer)
+        if not any(block in taps for taps in self._segments):
             raise InputError(f"this package was exported without the output of layer {layer}")
-        tokens = self._image_rows(
+        tokens = self._images.rows(
             images,
-            contract.FEATURES,
-            name,
-            batch_size=batch_size,
+            chain_to_block(self._segments, block),
+            batch_size=self._batch_size(batch_size),
             workers=workers,
             on_progress=on_progress,
             on_error=on_error,
@@ -402,49 +409,6 @@ class Embedder(LoadedModel):
     def _run(self, graph: str, source: str, array: Array, *, output: str) -> Float32:
         (result,) = self._sessions[graph].run({source: array}, [output])
         return result
-
-    def _image_rows(
-        self,
-        images: Iterable[ImageSource],
-        graph: str,
-        output: str,
-        *,
-        batch_size: int | None,
-        workers: int | None,
-        on_progress: Progress | None,
-        on_error: OnError | None = None,
-    ) -> Float32:
-        """One output of a graph for all images; zeros for unusable ones."""
-        check_items(images, "images", _IMAGE_NDIM)
-        size = self._batch_size(batch_size)
-        if workers is None:
-            workers = default_workers()
-        workers = check_integer("workers", workers, 1, MAX_WORKERS)
-        loading = load_images(
-            images,
-            self.image_spec,
-            workers=workers,
-            ahead=size + workers,
-            limits=self._limits,
-            options=self._image_options,
-        )
-        spec = self.manifest.content.graphs[graph].output(output)
-        shape = tuple(length for length in spec.shape if isinstance(length, int))
-        total = len(images) if isinstance(images, Sized) else None
-        rows: list[Float32] = []
-        done = 0
-        with closing(loading):
-            while batch := next_batch(loading, size, done, on_error):
-                usable = [index for index, pixels in enumerate(batch) if pixels is not None]
-                part = np.zeros((len(batch), *shape), np.float32)
-                if usable:
-                    pixels = np.stack([pixels for pixels in batch if pixels is not None])
-                    part[usable] = self._run(graph, contract.IMAGES_U8, pixels, output=output)
-                rows.append(part)
-                done += len(batch)
-                if on_progress is not None:
-                    on_progress(done, done if total is None else total)
-        return stacked(rows, shape)
 
     def _tokens(self, tokens: Array) -> Array:
         text = self._config.text

@@ -88,10 +88,11 @@ def test_programs_map_bytes_to_the_towers_float32_outputs(
     assert manifest.content.target.options["builder"] == "tensorrt 11.1"
     with open_package(package) as opened:
         assert opened.read("vision.here.engine") == b"embedding"
-    assert set(library.calls) == {"embedding", "block_0,block_1", "text_embedding"}
+    assert set(library.calls) == {"embedding", "block_0", "block_1", "text_embedding"}
     with prt.load(package, backend="onnxruntime") as cpu:
         wanted = cpu.embed_images(list(PICTURES))
         texts = cpu.embed_texts(TEXTS)
+        dense = cpu.features(list(PICTURES), -1)
     program, options = library.calls["embedding"]
     found = program.module()(torch.from_numpy(PICTURES))
     assert found.dtype == torch.float32
@@ -106,9 +107,13 @@ def test_programs_map_bytes_to_the_towers_float32_outputs(
     ids = torch.from_numpy(ClipTokenizer(context_length=16)(TEXTS))
     np.testing.assert_allclose(F.normalize(program.module()(ids)), texts, atol=5e-3)
     assert options["arg_inputs"][0].max_shape == (64, 16)
-    program, _ = library.calls["block_0,block_1"]
-    blocks = program.module()(torch.from_numpy(PICTURES))
-    assert [tuple(block.shape) for block in blocks] == [(3, 17, 64)] * 2
+    hidden = torch.from_numpy(PICTURES)
+    for name in ("block_0", "block_1"):
+        program, options = library.calls[name]
+        assert options["output_binding_names"] == (name,)
+        (hidden,) = program.module()(hidden)
+    assert hidden.dtype == torch.float32
+    np.testing.assert_allclose(hidden[:, 1:].reshape(dense.shape), dense, atol=2e-2)
 
 
 def test_torch_tensorrt_s_message_is_quoted(

@@ -17,7 +17,7 @@ from perception_rt.package.manifest import canonical_json
 
 PLM = Path(__file__).parents[1] / "compatibility" / "packages" / "plm"
 GRAPHS = {
-    "pe": ("features", "pixels", "text", "vision"),
+    "pe": ("features", "features_1", "pixels", "text", "vision"),
     "plm": ("decoder_0", "embed", "pixels", "vision"),
 }
 IMAGE = np.full((40, 30, 3), 100, np.uint8)
@@ -114,7 +114,7 @@ def test_a_graph_that_does_not_fit_is_refused(
 def test_a_missing_or_unknown_graph_is_refused(
     name: str, tmp_path: Path, sources: dict[str, Path]
 ) -> None:
-    for graph in set(GRAPHS[name]) - {"features"}:
+    for graph in set(GRAPHS[name]) - {"features", "features_1"}:
         dest = tmp_path / graph
         path = changed(sources[name], dest, lambda c, graph=graph: c["graphs"].pop(graph))
         with pytest.raises(PackageError, match=f"no graph '{graph}'"):
@@ -126,6 +126,41 @@ def test_a_missing_or_unknown_graph_is_refused(
     )
     with pytest.raises(PackageError, match="graph 'audio' is none of"):
         prt.load(other)
+
+
+def input_of_another_block(graphs: dict[str, Graph]) -> None:
+    graphs["features_1"]["inputs"][0]["name"] = "block_1"
+    graphs["features_1"]["outputs"] = [{**graphs["features_1"]["outputs"][0], "name": "block_7"}]
+
+
+def a_block_twice(graphs: dict[str, Graph]) -> None:
+    graphs["features_1"]["outputs"][0]["name"] = "block_0"
+    graphs["features_1"]["inputs"][0]["name"] = "block_1"
+
+
+def no_first_graph(graphs: dict[str, Graph]) -> None:
+    del graphs["features"]
+
+
+def images_again(graphs: dict[str, Graph]) -> None:
+    graphs["features_1"]["inputs"] = graphs["features"]["inputs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (input_of_another_block, "graph 'features_1' returns no block from 1 on"),
+        (a_block_twice, "graph 'features_1' returns no block from 1 on"),
+        (no_first_graph, "graph 'features_1' is none of"),
+        (images_again, "graph 'features_1' has an unknown input 'images'|has no input 'block_0'"),
+    ],
+)
+def test_a_chain_of_blocks_that_does_not_fit_is_refused(
+    change: Callable[[dict[str, Graph]], None], words: str, tmp_path: Path, tiny_package: Path
+) -> None:
+    path = changed(tiny_package, tmp_path / "p", lambda content: change(content["graphs"]))
+    with pytest.raises(PackageError, match=words):
+        prt.load(path)
 
 
 def architecture(**fields: Any) -> Callable[[dict[str, Any]], None]:

@@ -23,13 +23,13 @@ def has_engine(graph: str) -> bool:
 
 def whole_range(graph: str) -> tuple[int, int, int]:
     """Least, usual and largest batch of an encoder's graph, for a single profile."""
-    sizes = _SIZES[graph]
+    sizes = _SIZES[contract.graph_kind(graph)]
     return sizes[0][0], sizes[-1][1], sizes[-1][2]
 
 
 def usual_sizes(graph: str) -> Sequence[int]:
     """Usual batch of each profile of an encoder's graph; () for other graphs."""
-    return tuple(usual for _, usual, _ in _SIZES.get(graph, ()))
+    return tuple(usual for _, usual, _ in _SIZES.get(contract.graph_kind(graph), ()))
 
 
 def profiles(graph: str, max_length: int) -> Sequence[Profile]:
@@ -59,5 +59,5 @@ def profiles(graph: str, max_length: int) -> Sequence[Profile]:
             {contract.BATCH: one, contract.LENGTH: (1, 1, steps)},
             {contract.BATCH: one, contract.LENGTH: lengths},
         )
-    sizes = _SIZES[graph]
+    sizes = _SIZES[contract.graph_kind(graph)]
     return tuple({contract.BATCH: size} for size in sizes)

@@ -52,13 +52,14 @@ class TorchTensorRt:
         kinds: Any = import_module("torch_tensorrt")
         dtype = getattr(torch, source.dtype)
         outputs = tuple(output.name for output in spec.outputs)
+        is_chain = contract.graph_kind(graph) == contract.FEATURES
         options = {
             "arg_inputs": (
                 kinds.Input(min_shape=low, opt_shape=usual, max_shape=high, dtype=dtype),
             ),
             # In the structure of `forward`'s arguments and results.
             "arg_input_binding_names": (source.name,),
-            "output_binding_names": outputs if graph == contract.FEATURES else outputs[0],
+            "output_binding_names": outputs if is_chain else outputs[0],
             "require_full_compilation": True,
             "immutable_weights": True,
         }

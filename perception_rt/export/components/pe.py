@@ -11,6 +11,7 @@ from perception_rt.checkpoint.source import WeightSource
 from perception_rt.config import PeConfig, TextConfig
 from perception_rt.export.components.component import (
     JUDGED_IMAGES,
+    Array,
     Component,
     Locate,
     ModelExport,
@@ -26,6 +27,7 @@ from perception_rt.export.components.component import (
 )
 from perception_rt.export.components.parameters import text_parameters, vision_parameters
 from perception_rt.export.components.traced_modules import (
+    HalfBlocks,
     HalfTower,
     Pixels,
     TextGraph,
@@ -40,7 +42,7 @@ from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
 from perception_rt.package import contract
-from perception_rt.package.pe_graphs import text_signature, vision_signatures
+from perception_rt.package.pe_graphs import cut_taps, text_signature, vision_signatures
 from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import MIN_CONTEXT, VOCAB_SIZE, TextSpec
 from perception_rt.processing.image import ImageSpec, Resize, normalize
@@ -49,7 +51,7 @@ _GATE_IMAGES = 2
 
 
 class VisionComponent(Component[ExportPlan]):
-    """The vision tower: graphs `vision` and `pixels` for the embedding, `features` for the taps."""
+    """The vision tower: `vision` and `pixels` for the embedding, a chain of graphs for the taps."""
 
     name = "vision"
 
@@ -76,26 +78,37 @@ class VisionComponent(Component[ExportPlan]):
             last = self.config.layers - 1
             *tapped, tokens = tower.forward_taps(batch, [*taps, last])
             embedding = tower.head(tokens).numpy()
-        # The first and the last tap bracket the others, which the same graph computes on the way.
-        kept = {taps[0]: tapped[0], taps[-1]: tapped[-1]} if taps else {}
         return Reference(
             inputs={
                 contract.VISION: {contract.IMAGES_U8: images},
                 contract.PIXELS: {contract.PIXELS_F32: pixels},
-                contract.FEATURES: {contract.IMAGES_U8: images},
+                contract.FEATURES: {contract.IMAGES_U8: images[:1]},
             },
             outputs={
                 contract.VISION: {contract.EMBEDDING: embedding},
                 contract.PIXELS: {contract.EMBEDDING: embedding},
-                contract.FEATURES: {contract.tap_name(i): t.numpy() for i, t in kept.items()},
+                **self._expected_blocks(tapped),
             },
             measured=measured,
         )
 
+    def _expected_blocks(self, tapped: Sequence[Tensor]) -> dict[str, dict[str, Array]]:
+        """Outputs of the graphs of the taps, for the first image only, since they may be many."""
+        rows = {
+            contract.tap_name(i): x[:1].numpy()
+            for i, x in zip(self.plan.tapped, tapped, strict=True)
+        }
+        return {
+            contract.features_part(index): {
+                name: rows[name] for name in map(contract.tap_name, taps)
+            }
+            for index, taps in enumerate(cut_taps(self.plan.tapped))
+        }
+
     def traced(self) -> TracedComponent:
         """Traces the tower on the plan's patch grid.
 
-        The graphs are `vision` on uint8 images, `pixels` on floats, and `features` for the taps.
+        The graphs are `vision` on uint8 images, `pixels` on floats, and the chain of the taps.
         """
         grid, spec = self.plan.grid, self.plan.image
         graph = VisionGraph(self.config, grid, self.plan.tapped)
@@ -109,16 +122,19 @@ class VisionComponent(Component[ExportPlan]):
 
     def _recipes(self) -> dict[str, Recipe]:
         spec, plan = self.plan.image, self.plan
-        entries = {contract.PIXELS: as_is}
-        layers = self.config.layers
-        whole = layers + (self.config.pool_type == "attn")
-        attentions = {contract.FEATURES: max(plan.tapped, default=0) + 1}
-        signatures = vision_signatures(plan.config, spec.height, spec.width, plan.tapped)
+        images = uint8_images(spec.mean, spec.std)
+        entries = {contract.VISION: images, contract.FEATURES: images}
+        segments = cut_taps(plan.tapped)
+        attentions = {}
+        done = 0
+        for index, segment in enumerate(segments):
+            attentions[contract.features_part(index)] = segment[-1] + 1 - done
+            done = segment[-1] + 1
+        whole = self.config.layers + (self.config.pool_type == "attn")
+        signatures = vision_signatures(plan.config, spec.height, spec.width, segments)
         return {
             name: Recipe.of_signature(
-                signature,
-                entries.get(name, uint8_images(spec.mean, spec.std)),
-                attentions=attentions.get(name, whole),
+                signature, entries.get(name, as_is), attentions=attentions.get(name, whole)
             )
             for name, signature in signatures.items()
         }
@@ -239,8 +255,13 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
             assert config.text is not None
             return HalfTower(_load(TextTower, config.text, self.source, "text."))
         tower = _load(VisionTower, config.vision, self.source, "visual.")
-        taps = self.plan.tapped if graph == contract.FEATURES else ()
-        return HalfTower(tower, Pixels(self.plan.image), taps)
+        images = Pixels(self.plan.image)
+        first = 0
+        for index, taps in enumerate(cut_taps(self.plan.tapped)):
+            if graph == contract.features_part(index):
+                return HalfBlocks(tower, self.plan.grid, taps, first, None if index else images)
+            first = taps[-1] + 1
+        return HalfTower(tower, images)
 
 
 def _load(kind: Any, config: Any, source: WeightSource, prefix: str) -> Any:

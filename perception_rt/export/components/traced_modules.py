@@ -184,26 +184,57 @@ class Pixels(nn.Module):
 
 
 class HalfTower(nn.Module):
-    """A tower in float16, from a graph's input to its float32 outputs.
+    """A tower in float16, from a graph's input to its float32 embedding.
 
     Args:
         tower: a vision or text tower with its weights; converted in place.
         entry: converts the graph's input to the tower's; None if they are the same.
-        taps: blocks whose outputs are returned instead of the embedding.
     """
 
-    def __init__(
-        self, tower: Any, entry: nn.Module | None = None, taps: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tower: Any, entry: nn.Module | None = None) -> None:
         super().__init__()
         self.tower = tower.to(torch.float16)
         self.entry = entry
-        self.taps = tuple(taps)
 
-    def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """uint8 (N, H, W, 3) or int64 (N, T) -> embedding, or (N, T, C) per tapped block."""
-        x = inputs if self.entry is None else self.entry(inputs)
-        if not self.taps:
-            embedding: Tensor = self.tower(x)
-            return embedding.to(torch.float32)
-        return tuple(y.to(torch.float32) for y in self.tower.forward_taps(x, self.taps))
+    def forward(self, inputs: Tensor) -> Tensor:
+        """uint8 (N, H, W, 3) or int64 (N, T) -> embedding."""
+        embedding: Tensor = self.tower(inputs if self.entry is None else self.entry(inputs))
+        return embedding.to(torch.float32)
+
+
+class HalfBlocks(nn.Module):
+    """Consecutive blocks of a vision tower in float16, with float32 outputs.
+
+    Args:
+        tower: the tower with its weights; converted in place.
+        grid: patch rows and columns.
+        taps: blocks whose outputs are returned.
+        first: the first block to run.
+        entry: converts images to the tower's pixels; None if the input is the output of the block
+            before `first`.
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        grid: tuple[int, int],
+        taps: Sequence[int],
+        first: int = 0,
+        entry: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.tower = tower.to(torch.float16)
+        self.grid = grid
+        self.taps = tuple(taps)
+        self.first = first
+        self.entry = entry
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """uint8 (N, H, W, 3) or float32 (N, T, C) -> (N, T, C) per tapped block."""
+        if self.entry is None:
+            x = inputs.to(torch.float16)
+        else:
+            x = self.tower.embed(self.entry(inputs), self.tower.token_table(self.grid))
+        rope = self.tower.rope_table(self.grid)
+        blocks = self.tower.run_blocks(x, rope, self.taps, self.first)
+        return tuple(y.to(torch.float32) for y in blocks)

@@ -35,7 +35,8 @@ class Recipe:
 
     Attributes:
         sources: for each traced input, in order, the graph's input and the function that converts
-            it to the traced one.
+            it to the traced one. An input with the name of a traced output stands for that value:
+            the graph starts there.
         outputs: for each traced output that the graph has, by name, the graph's output.
         attentions: number of attentions without a cache.
         cached_attentions: number of attentions over a key-value cache.
@@ -121,11 +122,17 @@ class Lowering(ABC):
         for parameter, initializer in self.traced.graph.initializers.items():
             self.env[initializer] = self.parameter(self.parameters[parameter])
         inputs = [_value(spec) for spec, _ in recipe.sources]
-        pairs = zip(self.traced.graph.inputs, inputs, recipe.sources, strict=True)
-        for old, new, (_, entry) in pairs:
+        starts = [
+            self.traced.outputs.get(spec.name, traced)
+            for traced, (spec, _) in zip(self.traced.graph.inputs, recipe.sources, strict=True)
+        ]
+        for old, new, (_, entry) in zip(starts, inputs, recipe.sources, strict=True):
             self.env[old] = entry(self, new)
-        for node in self.traced.graph:
-            self.visit(node)
+        nodes = list(self.traced.graph)
+        needed = _live(nodes, [self.traced.outputs[old] for old in recipe.outputs], starts)
+        for node in nodes:
+            if node in needed:
+                self.visit(node)
         results = [
             self.finish(self.env[self.traced.outputs[old]], new)
             for old, new in recipe.outputs.items()
@@ -371,14 +378,16 @@ def _constant_of(node: ir.Node) -> Array:
     return np.asarray(attribute.value, dtype=np.int64)
 
 
-def _live(nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> set[ir.Node]:
-    """Nodes that the results depend on."""
+def _live(
+    nodes: Sequence[ir.Node], results: Sequence[ir.Value], starts: Sequence[ir.Value] = ()
+) -> set[ir.Node]:
+    """Nodes that the results depend on, if the values `starts` are given."""
     needed: set[ir.Node] = set()
     wanted = set(results)
     for node in reversed(nodes):
         if any(v in wanted for v in node.outputs):
             needed.add(node)
-            wanted.update(v for v in node.inputs if v is not None)
+            wanted.update(v for v in node.inputs if v is not None and v not in starts)
     return needed
 
 

@@ -21,7 +21,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from perception_rt.errors import BackendError, InputError
-from perception_rt.package.contract import updated
+from perception_rt.package.contract import FEATURES, graph_kind, updated
 from perception_rt.package.plm_graphs import CacheShape
 from perception_rt.package.reader import Package
 from perception_rt.runtime.backends.onnx_weights import FP8, FP8_BYTES, external_tensors
@@ -155,6 +155,9 @@ def open_session(
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # The graph is a chain of operators; threads work inside each operator.
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    if graph_kind(graph) == FEATURES:
+        # Threads of a graph wait in a busy loop after its run, in which the next of the chain runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     domains = operator_domains(package.manifest.content.backend_of(graph))

@@ -1,0 +1,134 @@
+"""Runs images through a chain of graphs, to an embedding or to the output of a block.
+
+Legend: N images.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from perception_rt.limits import Limits
+from perception_rt.package import contract
+from perception_rt.package.contract import GraphSpec
+from perception_rt.package.pe_graphs import Segments
+from perception_rt.processing.image import ImageSource, ImageSpec
+from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
+from perception_rt.processing.image_options import ImageOptions
+from perception_rt.records import check_integer
+from perception_rt.runtime.embedding.items import Array, Float32, check_items, stacked
+from perception_rt.runtime.session import Sessions
+
+Progress = Callable[[int, int], None]
+
+MAX_WORKERS = 64
+_IMAGE_NDIM = 3  # dimensions of an array that is one image
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One graph of a chain, with the names of its input and of the wanted output."""
+
+    graph: str
+    source: str
+    output: str
+
+
+EMBEDDING = (Step(contract.VISION, contract.IMAGES_U8, contract.EMBEDDING),)
+
+
+def chain_to_block(segments: Segments, index: int) -> list[Step]:
+    """The chain that computes a tapped block, without the graphs behind it."""
+    steps: list[Step] = []
+    source = contract.IMAGES_U8
+    for part, taps in enumerate(segments):
+        output = contract.tap_name(min(index, taps[-1]))
+        steps.append(Step(contract.features_part(part), source, output))
+        if index <= taps[-1]:
+            break
+        source = output
+    return steps
+
+
+def run_chain(sessions: Sessions, steps: Sequence[Step], array: Array) -> Float32:
+    """Runs the graphs one after the other, each on the output of the one before."""
+    for step in steps:
+        (array,) = sessions[step.graph].run({step.source: array}, [step.output])
+    return array
+
+
+class ImageRunner:
+    """Decodes images ahead and runs them through a chain of graphs, batch by batch.
+
+    Args:
+        sessions: opens the package's graphs.
+        graphs: their specs.
+        spec: how images become pixels.
+        limits: bounds on the images.
+        options: formats to accept, and the background.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        graphs: Mapping[str, GraphSpec],
+        spec: ImageSpec,
+        limits: Limits,
+        options: ImageOptions,
+    ) -> None:
+        self._sessions = sessions
+        self._graphs = graphs
+        self._spec = spec
+        self._limits = limits
+        self._options = options
+
+    def rows(
+        self,
+        images: Iterable[ImageSource],
+        steps: Sequence[Step],
+        *,
+        batch_size: int,
+        workers: int | None,
+        on_progress: Progress | None,
+        on_error: OnError | None = None,
+    ) -> Float32:
+        """The last output of a chain for all images; zeros for unusable ones.
+
+        Args:
+            images: as for `Embedder.embed_images`; so are `workers` and the callbacks.
+            steps: the chain.
+            batch_size: images per engine call.
+            workers: threads that decode; None for the default.
+            on_progress: called after each batch.
+            on_error: called for each unusable image.
+        """
+        check_items(images, "images", _IMAGE_NDIM)
+        if workers is None:
+            workers = default_workers()
+        workers = check_integer("workers", workers, 1, MAX_WORKERS)
+        loading = load_images(
+            images,
+            self._spec,
+            workers=workers,
+            ahead=batch_size + workers,
+            limits=self._limits,
+            options=self._options,
+        )
+        result = self._graphs[steps[-1].graph].output(steps[-1].output)
+        shape = tuple(length for length in result.shape if isinstance(length, int))
+        total = len(images) if isinstance(images, Sized) else None
+        rows: list[Float32] = []
+        done = 0
+        with closing(loading):
+            while batch := next_batch(loading, batch_size, done, on_error):
+                usable = [index for index, pixels in enumerate(batch) if pixels is not None]
+                part = np.zeros((len(batch), *shape), np.float32)
+                if usable:
+                    pixels = np.stack([pixels for pixels in batch if pixels is not None])
+                    part[usable] = run_chain(self._sessions, steps, pixels)
+                rows.append(part)
+                done += len(batch)
+                if on_progress is not None:
+                    on_progress(done, done if total is None else total)
+        return stacked(rows, shape)
