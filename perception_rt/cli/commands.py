@@ -226,6 +226,7 @@ def _add_package_commands(commands: Any) -> None:
         "perception-rt inspect demo:pe",
     )  # fmt: skip
     inspect.add_argument("package", metavar="DIR")
+    inspect.add_argument("--expect", metavar="ID", help="refuse any other package id")
 
     verify = _command(
         commands, "verify", _verify, "check every byte of a package",
@@ -415,7 +416,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from perception_rt.cli.report import describe
     from perception_rt.package.reader import read_manifest
 
-    manifest = read_manifest(options.package)
+    manifest = read_manifest(options.package, expect=options.expect)
     if options.json:
         _print_json(manifest.to_dict())
     else:

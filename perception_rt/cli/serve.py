@@ -26,6 +26,7 @@ def add_serve(commands: Any) -> None:
         description=_HELP,
         examples=(
             "perception-rt serve demo:pe demo:plm --port 8000",
+            "perception-rt serve my-package --expect sha256:3f5597a3...",
             "perception-rt serve --name digits=my-package --host 0.0.0.0 --api-key-file keys.txt",
         ),
     )
@@ -52,6 +53,10 @@ def _add_address(parser: CommandParser) -> None:
     parser.add_argument(
         "--name", action="append", default=[], metavar="ID=PKG", help="serve a package under "
         "another model id than its model name"
+    )  # fmt: skip
+    parser.add_argument(
+        "--expect", action="append", default=[], metavar="[PKG=]ID", help="refuse any other "
+        "package id; PKG= tells which of several packages"
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes; each loads every package"
@@ -102,10 +107,12 @@ def _serve(options: argparse.Namespace) -> None:
     from perception_rt.serve.server import serve
 
     load: dict[str, Any] = {name: getattr(options, name) for name in _LOAD_OPTIONS}
+    names = _names(options.name)
     serve(
         ServeOptions(
             packages=tuple(options.packages),
-            names=_names(options.name),
+            names=names,
+            expect=_expected(options.expect, (*options.packages, *names.values())),
             host=options.host,
             port=options.port,
             workers=options.workers,
@@ -128,3 +135,19 @@ def _names(given: list[str]) -> dict[str, str]:
             raise InputError(f"--name must be ID=PKG with an ID of its own, not {item!r:.80}")
         names[name] = path
     return names
+
+
+def _expected(given: list[str], paths: tuple[str, ...]) -> dict[str, str]:
+    """Package id by path; an id alone is that of the only package."""
+    expected: dict[str, str] = {}
+    for item in given:
+        path, equals, package_id = item.rpartition("=")  # a path may contain "="
+        if not equals and len(paths) == 1:
+            path = paths[0]
+        if path not in paths or path in expected:
+            raise InputError(
+                f"--expect must be PKG=ID with a served package of its own, or ID if there is one "
+                f"package, not {item!r:.200}"
+            )
+        expected[path] = package_id
+    return expected

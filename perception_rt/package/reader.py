@@ -223,21 +223,33 @@ def verify_package(path: str | os.PathLike[str], *, expect: str | None = None) -
         return package.manifest
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+def read_manifest(path: str | os.PathLike[str], *, expect: str | None = None) -> Manifest:
     """The manifest of a package, without a look at file contents.
 
+    Args:
+        path: as for `open_package`.
+        expect: required package id, `sha256:...`; None accepts any.
+
     Raises:
-        PackageError: there is no package, or the directory holds a file that is not listed.
+        PackageError: there is no package, it has another id, or the directory holds a file that is
+            not listed.
     """
-    shown = os.fspath(locate(path)[0])
+    path, expect = locate(path, expect)
+    shown = os.fspath(path)
 
     def read(directory: Folder) -> Manifest:
         with ExitStack() as stack:
             manifest = _load_manifest(directory, shown, DEFAULT_LIMITS)
+            _check_id(manifest, shown, expect)
             _open_folders(directory, manifest, shown, stack)
             return manifest
 
     return _in_directory(shown, read)
+
+
+def _check_id(manifest: Manifest, shown: str, expect: str | None) -> None:
+    if expect is not None and manifest.id != expect:
+        raise PackageError(f"{shown}: the package id is {manifest.id}, expected {expect!a:.80}")
 
 
 def _in_directory(shown: str, action: Callable[[Folder], _T]) -> _T:
@@ -271,8 +283,7 @@ def _open_directory(shown: str) -> Folder:
 
 def _open_files(directory: Folder, shown: str, expect: str | None, limits: Limits) -> Package:
     manifest = _load_manifest(directory, shown, limits)
-    if expect is not None and manifest.id != expect:
-        raise PackageError(f"{shown}: the package id is {manifest.id}, expected {expect!a:.80}")
+    _check_id(manifest, shown, expect)
     with ExitStack() as stack, ExitStack() as opened:
         folders = _open_folders(directory, manifest, shown, stack)
         fds: dict[str, int] = {}

@@ -31,9 +31,9 @@ def make_app(service: Service) -> Starlette:
     """Builds the application, which closes the service when it ends."""
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         try:
-            yield
+            yield {"metrics": service.metrics}  # connections count what they refuse
         finally:
             service.close()
 
@@ -43,6 +43,12 @@ def make_app(service: Service) -> Starlette:
         return await answer_error(request, error)
 
     async def alive(_: Request) -> Response:
+        return AsciiJson({"status": "ok"})
+
+    async def ready(_: Request) -> Response:
+        failed = service.health.failed
+        if failed:
+            return AsciiJson({"status": "failed", "models": failed}, 503)
         return AsciiJson({"status": "ok"})
 
     async def metrics(_: Request) -> Response:
@@ -73,7 +79,7 @@ def make_app(service: Service) -> Starlette:
         routes=[
             *page_routes(),
             Route("/health", alive),
-            Route("/ready", alive),
+            Route("/ready", ready),
             Route("/metrics", metrics),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),

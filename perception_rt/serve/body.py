@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import math
+import re
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,8 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 
 from perception_rt.serve.failures import ApiError, ClientGone
 
-_IDLE_S = 30.0  # a client must send something within this time
-_DISCARDED = 8  # an oversized body is read and dropped up to this multiple of the limit
+IDLE_S = 30.0  # a client must send something within this time
+LEAST_RATE = 16 * 1024  # bytes per second, on average, once IDLE_S are over
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a pair, which is no text
 _T = TypeVar("_T")
 
 
@@ -64,44 +68,74 @@ async def read_json(request: Request, most_bytes: int, reserved: _Reserved) -> d
     if kind != "application/json":
         # A page of another origin can send other types without asking first.
         raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
+    length = request.headers.get("content-length", "0")  # h11 lets only digits through
+    if int(length) > most_bytes:
+        raise _too_large(most_bytes)
     parts: list[bytes] = []
-    size = 0
+    end = time.monotonic() + IDLE_S
     try:
         chunks = request.stream()
         while True:
-            chunk = await asyncio.wait_for(anext(chunks, None), _IDLE_S)
+            left = min(IDLE_S, end + reserved.size / LEAST_RATE - time.monotonic())
+            chunk = await asyncio.wait_for(anext(chunks, None), left)
             if chunk is None:
                 break
-            size += len(chunk)
-            if size <= most_bytes:
-                reserved.grow(len(chunk))
-                parts.append(chunk)
-            elif size > _DISCARDED * most_bytes:
-                break
-            else:
-                parts.clear()
+            if reserved.size + len(chunk) > most_bytes:
+                raise _too_large(most_bytes)
+            reserved.grow(len(chunk))
+            parts.append(chunk)
     except ClientDisconnect:
         raise ClientGone from None
     except TimeoutError:
-        raise ApiError(408, f"no more of the body arrived within {_IDLE_S:.0f} s") from None
-    if size > most_bytes:
-        raise ApiError(413, f"the body has more than {most_bytes} bytes, which is the limit")
+        text = f"the body arrived too slowly: nothing within {IDLE_S:g} s, or less than "
+        raise ApiError(408, f"{text}{LEAST_RATE} bytes/s", code="body_timeout") from None
     return _parse(b"".join(parts))
+
+
+def _too_large(most_bytes: int) -> ApiError:
+    return ApiError(413, f"the body has more than {most_bytes} bytes, which is the limit")
 
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        where = f" at byte {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ApiError(400, f"the body is not valid JSON{where}", code="invalid_json") from None
+        text = data.decode()
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite
+        )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise _invalid(f"the body is not valid JSON at character {error.pos}") from None
+    except UnicodeDecodeError as error:
+        raise _invalid(f"the body is not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise _invalid("a string of the body has half of a surrogate pair") from None
+    except RecursionError:
+        raise _invalid("the body is nested too deeply") from None
+    except ValueError as error:
+        raise _invalid(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+        raise _invalid("the body must be a JSON object")
     return value
 
 
-def _refuse(name: str) -> None:
-    raise ValueError(name)
+def _invalid(message: str) -> ApiError:
+    return ApiError(400, message, code="invalid_json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, each of whose names occurs once: programs differ in which of two values counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has the same name twice")
+    return found
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    return value
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

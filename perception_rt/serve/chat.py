@@ -184,11 +184,12 @@ class _Answer:
     async def _pieces(self) -> AsyncGenerator[str | Result]:
         metrics, name, engine = self._service.metrics, self._model.name, self._model.engine
         try:
-            async with aclosing(self._service.pieces(self._handle)) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, Result):
-                        metrics.answered(name, piece)
-                    yield piece
+            with self._service.health.watch(name):
+                async with aclosing(self._service.pieces(self._handle)) as pieces:
+                    async for piece in pieces:
+                        if isinstance(piece, Result):
+                            metrics.answered(name, piece)
+                        yield piece
         finally:
             metrics.load(name, engine.stats)
 

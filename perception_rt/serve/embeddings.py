@@ -16,7 +16,7 @@ from starlette.responses import Response
 from perception_rt.errors import InputError
 from perception_rt.records import check_integer
 from perception_rt.runtime.generation.messages import parse_messages
-from perception_rt.serve.failures import ApiError
+from perception_rt.serve.failures import ApiError, as_api_error
 from perception_rt.serve.fields import Fields
 from perception_rt.serve.json_response import AsciiJson
 from perception_rt.serve.models import EmbeddingModel
@@ -82,9 +82,12 @@ async def _rows(
     """Rows and the number of text tokens."""
     if items.modality == "text":
         tokens = await service.in_thread(model.count_tokens, items.values)
-        return await model.texts.embed(items.values), tokens
+        with service.health.watch(model.name):
+            return await model.texts.embed(items.values), tokens
     if items.modality == "image":
-        return await model.images.embed(items.values), 0
+        with service.health.watch(model.name):
+            return await model.images.embed(items.values), 0
+    # A failure may be a missing library for videos, so it says nothing of the engine.
     return await model.videos.embed([(video, frames) for video in items.values]), 0
 
 
@@ -105,7 +108,8 @@ def _of_input(service: Service, given: Any, modality: object) -> _Items:
             try:
                 read.append(service.media.read_url(str(modality), value))
             except InputError as error:
-                raise ApiError(400, f"input {index}: {error}", param="input") from None
+                code = as_api_error(error).code
+                raise ApiError(400, f"input {index}: {error}", param="input", code=code) from None
         values = read
     return _Items(modality=str(modality), values=values)
 

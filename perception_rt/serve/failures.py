@@ -13,17 +13,16 @@ from perception_rt.errors import (
     PerceptionError,
     QueueFullError,
 )
+from perception_rt.serve.fetch import UrlRefusedError
 from perception_rt.serve.json_response import AsciiJson
 
 GONE = 499  # the client disconnected; only metrics see this status
-RETRY_AFTER_S = 1
 _CODES = {
     400: "invalid_value",
     401: "invalid_api_key",
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
-    408: "timeout",
     413: "request_too_large",
     415: "unsupported_media_type",
     429: "overloaded",
@@ -61,9 +60,7 @@ class ApiError(Exception):
     def response(self) -> AsciiJson:
         """The response, with headers that the status asks for."""
         headers = {}
-        if self.status == 429:
-            headers["Retry-After"] = str(RETRY_AFTER_S)
-        elif self.status == 401:
+        if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return AsciiJson(self.body(), self.status, headers=headers)
 
@@ -76,6 +73,8 @@ def as_api_error(error: Exception) -> ApiError:
     """The answer to an error of the library, or to a mistake of ours."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, UrlRefusedError):
+        return ApiError(400, str(error), code="url_refused")
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error))
     if isinstance(error, InputError | CapacityError):

@@ -74,14 +74,14 @@ def model_paths(options: ServeOptions) -> dict[str, str]:
     """Model id to path of its package, from the manifests alone.
 
     Raises:
-        InputError: two packages have one id.
-        PackageError: a manifest cannot be read.
+        InputError: two packages have one model id.
+        PackageError: a manifest cannot be read, or a package has another id than expected.
     """
     paths = dict(options.names)
     for path in options.packages:
         if path in options.names.values():
             continue
-        name = read_manifest(path).content.name
+        name = read_manifest(path, expect=options.expect.get(path)).content.name
         if name in paths:
             raise InputError(
                 f"two packages have the model id {name!r}: name one with --name ID={path}"
@@ -104,7 +104,7 @@ class Models:
         self._closing = ExitStack()
         with ExitStack() as opened:
             for name, path in model_paths(options).items():
-                engine = load(path, **options.load)
+                engine = load(path, expect=options.expect.get(path), **options.load)
                 opened.callback(engine.close)
                 if isinstance(engine, Generator):
                     self._models[name] = ChatModel(name=name, engine=engine)

@@ -23,6 +23,8 @@ class ServeOptions:
     Attributes:
         packages: paths of packages, or names of demos.
         names: model id to path of a package, for ids other than the packages' model names.
+        expect: path of a package to the package id ("sha256:...") that it must have. Packages with
+            executable engines, such as TensorRT's, need it unless this user exported them here.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
         workers: processes; each loads every package.
@@ -37,6 +39,7 @@ class ServeOptions:
 
     packages: tuple[str, ...]
     names: Mapping[str, str] = field(default_factory=dict)
+    expect: Mapping[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
@@ -51,6 +54,9 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not self.packages and not self.names:
             raise InputError("nothing to serve: name a package")
+        for path in self.expect:
+            if path not in (*self.packages, *self.names.values()):
+                raise InputError(f"an id is expected of {path!r:.200}, which is not served")
         for name, least, most in (
             ("port", 0, 65535),
             ("workers", 1, 256),

@@ -14,6 +14,7 @@ from uvicorn.supervisors import Multiprocess
 from perception_rt.cores import available_cores
 from perception_rt.errors import InputError
 from perception_rt.serve.options import ServeOptions, read_key_digests
+from perception_rt.serve.protocol import BoundedProtocol
 
 _OPTIONS_VARIABLE = "PERCEPTION_RT_SERVE"
 _METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -32,7 +33,7 @@ def serve(options: ServeOptions) -> None:
         KeyboardInterrupt: after SIGINT.
     """
     read_key_digests(options.api_key_file)
-    with _listen(options) as listener:
+    with listen(options) as listener:
         if options.workers == 1:
             _run_one(options, listener)
         else:
@@ -52,10 +53,18 @@ def _app(options: ServeOptions) -> Starlette:
     return make_app(Service(options))
 
 
+class _Workers(Multiprocess):
+    def terminate_all(self) -> None:
+        """Ends the workers; clients that connect from now on are refused, and do not wait."""
+        for listener in self.sockets:
+            listener.close()
+        super().terminate_all()
+
+
 def _run_one(options: ServeOptions, listener: socket.socket) -> None:
     app = _app(options)
     _announce(options, listener)
-    server = uvicorn.Server(_config(options, lambda: app))
+    server = uvicorn.Server(uvicorn_config(options, lambda: app))
     signal.signal(signal.SIGTERM, _nothing)  # uvicorn raises it again after draining
     server.run(sockets=[listener])
 
@@ -65,7 +74,8 @@ def _run_many(options: ServeOptions, listener: socket.socket) -> None:
     from perception_rt.serve.models import model_paths
 
     for path in model_paths(options).values():
-        load(path, **options.load).close()  # an error ends the command, not every worker
+        # An error ends the command, not every worker.
+        load(path, expect=options.expect.get(path), **options.load).close()
     load_options = dict(options.load)
     if load_options.get("threads") is None:
         load_options["threads"] = max(1, available_cores() // options.workers)
@@ -75,18 +85,19 @@ def _run_many(options: ServeOptions, listener: socket.socket) -> None:
         os.environ[_METRICS_VARIABLE] = directory
         os.environ[_OPTIONS_VARIABLE] = shared.to_json()
         _announce(options, listener)
-        config = _config(options, "perception_rt.serve.server:app_of_worker")
-        Multiprocess(config, sockets=[listener]).run()
+        config = uvicorn_config(options, "perception_rt.serve.server:app_of_worker")
+        _Workers(config, sockets=[listener]).run()
 
 
-def _config(options: ServeOptions, app: str | Callable[[], Starlette]) -> uvicorn.Config:
+def uvicorn_config(options: ServeOptions, app: str | Callable[[], Starlette]) -> uvicorn.Config:
+    """Settings of the HTTP server; `app` makes the application, or names what makes it."""
     return uvicorn.Config(
         app,
         factory=True,
         host=options.host,
         port=options.port,
         workers=options.workers,
-        http="h11",
+        http=BoundedProtocol,
         ws="none",
         log_level="warning",
         access_log=False,
@@ -98,7 +109,7 @@ def _config(options: ServeOptions, app: str | Callable[[], Starlette]) -> uvicor
     )
 
 
-def _listen(options: ServeOptions) -> socket.socket:
+def listen(options: ServeOptions) -> socket.socket:
     """A listening socket; InputError if the address cannot be used."""
     try:
         found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)

@@ -14,6 +14,7 @@ from perception_rt.runtime.generation.messages import MediaReader
 from perception_rt.runtime.request import Result
 from perception_rt.serve.body import BodyBudget
 from perception_rt.serve.fetch import MediaFetcher
+from perception_rt.serve.health import Health
 from perception_rt.serve.metrics import Metrics
 from perception_rt.serve.models import Models
 from perception_rt.serve.options import MIB, ServeOptions, read_key_digests
@@ -29,6 +30,7 @@ class Service:
         options: the options it was started with.
         models: the open packages.
         metrics: its metrics.
+        health: notices engines that fail.
         keys: SHA-256 digests of API keys; empty if none is needed.
         media: reads images and videos of requests.
         budget: counts the bytes of bodies.
@@ -44,10 +46,10 @@ class Service:
         self.options = options
         self.keys = read_key_digests(options.api_key_file)
         self.metrics = Metrics()
-        fetcher = MediaFetcher(options.media_hosts) if options.media_hosts else None
+        self.health = Health()
         self.max_body_bytes = options.max_body_mb * MIB
         self.media = MediaReader(
-            fetch=None if fetcher is None else fetcher.fetch,
+            fetch=MediaFetcher(options.media_hosts).fetch,
             limits=Limits(video_bytes=max(self.max_body_bytes, Limits().image_bytes)),
         )
         self.budget = BodyBudget(_BODIES * self.max_body_bytes)

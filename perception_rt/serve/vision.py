@@ -13,7 +13,7 @@ from starlette.responses import Response
 from perception_rt.errors import InputError
 from perception_rt.processing.pca import principal_colors
 from perception_rt.records import check_integer
-from perception_rt.serve.failures import ApiError
+from perception_rt.serve.failures import ApiError, as_api_error
 from perception_rt.serve.fields import Fields
 from perception_rt.serve.json_response import AsciiJson
 from perception_rt.serve.models import EmbeddingModel
@@ -42,7 +42,9 @@ async def classify(service: Service, body: dict[str, Any], _: HttpRequest) -> Re
         templates = Fields({"templates": templates}).texts("templates", MOST_TEMPLATES)
     fields.finish()
     images = await service.in_thread(_images, service, urls)
-    rows = await _in_engine_thread(model, lambda: model.engine.classify(images, labels, templates))
+    rows = await _in_engine_thread(
+        service, model, lambda: model.engine.classify(images, labels, templates)
+    )
     data = [
         {"object": "classification", "index": index, "probabilities": row}
         for index, row in enumerate(rows.tolist())
@@ -64,7 +66,7 @@ async def features(service: Service, body: dict[str, Any], _: HttpRequest) -> Re
     layer = check_integer("layer", -1 if layer is None else layer, -1024)
     fields.finish()
     images = await service.in_thread(_images, service, urls)
-    (dense,) = await _in_engine_thread(model, lambda: model.engine.features(images, layer))
+    (dense,) = await _in_engine_thread(service, model, lambda: model.engine.features(images, layer))
     picture = await service.in_thread(_picture, dense)
     return AsciiJson(
         {
@@ -77,8 +79,9 @@ async def features(service: Service, body: dict[str, Any], _: HttpRequest) -> Re
     )
 
 
-async def _in_engine_thread(model: EmbeddingModel, work: Callable[[], _T]) -> _T:
-    return await asyncio.get_running_loop().run_in_executor(model.thread, work)
+async def _in_engine_thread(service: Service, model: EmbeddingModel, work: Callable[[], _T]) -> _T:
+    with service.health.watch(model.name):
+        return await asyncio.get_running_loop().run_in_executor(model.thread, work)
 
 
 def _images(service: Service, urls: list[str]) -> list[bytes]:
@@ -87,7 +90,8 @@ def _images(service: Service, urls: list[str]) -> list[bytes]:
         try:
             images.append(service.media.read_url("image", url))
         except InputError as error:
-            raise ApiError(400, f"image {index}: {error}", param="images") from None
+            code = as_api_error(error).code
+            raise ApiError(400, f"image {index}: {error}", param="images", code=code) from None
     return images
 
 

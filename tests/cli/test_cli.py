@@ -277,8 +277,8 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     assert options["eval"] == package | set(map(flag, (f.name for f in fields(TaskOptions)))) | {
         "--task", "--data", "--against", "--out", "--json",
     }  # fmt: skip
-    assert options["inspect"] == options["doctor"] == {"--json"}
-    assert options["verify"] == {"--expect", "--json"}
+    assert options["doctor"] == {"--json"}
+    assert options["inspect"] == options["verify"] == {"--expect", "--json"}
     assert options["push"] == {"--private", "--message", "--json"}
     assert options["pull"] == {"--out", "--expect", "--json"}
     assert options["refit"] == {

@@ -106,20 +106,6 @@ def test_urls_that_are_not_fetched(url: str, said: str) -> None:
         fetcher("93.184.215.14")(url)
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
-        "0.0.0.0", "224.0.0.1", "::1", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1",
-        "2002:7f00:1::", "no address",
-    ],
-)  # fmt: skip
-def test_private_addresses_are_never_connected_to(address: str) -> None:
-    for addresses in ((address,), ("93.184.215.14", address)):
-        with pytest.raises(InputError, match="has an address that is not public"):
-            fetcher(*addresses)("https://media.example/a.png")
-
-
 def test_options_travel_as_json() -> None:
     options = ServeOptions(
         packages=("demo:pe",), names={"a": "b"}, media_hosts=("c",), load={"threads": 1}

@@ -47,7 +47,7 @@ class Clients:
         self.urls = [picture_url(name) for name in DIGITS]
         self.messages = [question(text, image) for text, image in QUESTIONS]
 
-    async def run(self, requests: int, seed: int) -> None:
+    async def run(self, requests: int, seed: int, leaving: float = LEAVING) -> None:
         rng = random.Random(seed)
         limits = httpx.Limits(max_connections=CLIENTS)
         async with httpx.AsyncClient(base_url=self.base, timeout=120, limits=limits) as http:
@@ -55,11 +55,11 @@ class Clients:
 
             async def client() -> None:
                 for _ in todo:
-                    await self.one(http, rng)
+                    await self.one(http, rng, leaving)
 
             await asyncio.gather(*(client() for _ in range(CLIENTS)))
 
-    async def one(self, http: httpx.AsyncClient, rng: random.Random) -> None:
+    async def one(self, http: httpx.AsyncClient, rng: random.Random, leaving: float) -> None:
         kind = rng.choice(("chat", "stream", "text", "image"))
         index = rng.randrange(3)
         if kind in ("chat", "stream"):
@@ -70,7 +70,7 @@ class Clients:
             body = {"model": "PE-Demo", **(images if kind == "image" else {"input": TEXTS[index]})}
             path = "/v1/embeddings"
         body["stream"] = True if kind == "stream" else None
-        wait = rng.uniform(0.001, 0.05) if rng.random() < LEAVING else 120
+        wait = rng.uniform(0.001, 0.05) if rng.random() < leaving else 120
         try:
             answer = await asyncio.wait_for(http.post(path, json=body), wait)
         except TimeoutError:
@@ -110,17 +110,32 @@ def test_mixed_clients_some_of_which_leave(pe: prt.Embedder, plm: prt.Generator)
         server = psutil.Process(process.pid)
         asyncio.run(clients.run(REQUESTS // 5, seed=0))  # caches and pools reach their size
         until(lambda: not connected(server))
-        rss, files = server.memory_info().rss, server.num_fds()
+        rss, files, threads = server.memory_info().rss, server.num_fds(), server.num_threads()
         asyncio.run(clients.run(REQUESTS, seed=1))
         assert process.poll() is None
         assert clients.outcomes.wrong == []
-        total = clients.outcomes.good + clients.outcomes.left + clients.outcomes.busy
-        assert total == REQUESTS + REQUESTS // 5
+        sent, outcomes = REQUESTS + REQUESTS // 5, clients.outcomes
+        # None is lost: each is answered, or its client left; the server's counts agree.
+        assert (outcomes.good + outcomes.left, outcomes.busy) == (sent, 0)
+        assert 0.2 * sent < outcomes.left < 0.35 * sent
+        until(lambda: metric(base, "perception_rt_requests_in_progress") == 1)  # this one
+        routes = ("/v1/embeddings", "/v1/chat/completions")
+        answered, departed = (
+            sum(metric(base, "perception_rt_requests_total", route=r, status=s) for r in routes)
+            for s in ("200", "499")
+        )
+        assert outcomes.good <= answered <= sent
+        assert answered + departed <= sent
+        assert metric(base, "perception_rt_errors_total") == 0
         grown = (server.memory_info().rss - rss) / 1024 / REQUESTS
-        print(clients.outcomes, f"{grown:.2f} KiB per request", files, server.num_fds())
+        print(outcomes, f"{answered=} {departed=} {grown:.2f} KiB per request")
+        print(files, server.num_fds(), threads, server.num_threads())
         assert grown < KIB_PER_REQUEST
+        # No row of the cache is in use; the gauges are as of the latest question.
+        asyncio.run(clients.run(CLIENTS, seed=2, leaving=0))
+        assert clients.outcomes.wrong == []
         for name in ("running_requests", "queued_requests"):
             until(lambda name=name: metric(base, f"perception_rt_{name}") == 0)
-        assert metric(base, "perception_rt_requests_in_progress") == 1  # this one
         until(lambda: not connected(server))
         assert server.num_fds() <= files
+        assert server.num_threads() <= threads + 2  # pools may not have reached their size

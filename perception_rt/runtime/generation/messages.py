@@ -316,4 +316,4 @@ def _part(part: object, where: str, role: str, reader: MediaReader) -> tuple[str
     try:
         return media, reader.read_url(media, part.get(kind))
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise type(error)(f"{where}: {error}") from None  # it may be a caller's, from `fetch`
