@@ -80,7 +80,7 @@ def test_ready_is_503_while_an_engine_fails(
     assert (ask(), ready()) == (200, (200, {"status": "ok"}))
     with monkeypatch.context() as broken:
         if path == "/v1/embeddings":
-            broken.setattr(service.models.embedding("PE-Demo").texts, "_run", fail)
+            broken.setattr(service.models.embedding("PE-Demo").texts, "embed", fail)
         else:
             broken.setattr("perception_rt.runtime.generation.handle.Handle.result", fail)
         before = metric(base, "perception_rt_errors_total", code="unavailable")
