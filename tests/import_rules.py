@@ -182,7 +182,7 @@ _EXPORT = {
 _SERVE = {
     "perception_rt.serve": Part(
         uses=(*LAYER_2, "runtime"),
-        libraries=("numpy", "PIL", "prometheus_client", "starlette", "uvicorn"),
+        libraries=("h11", "numpy", "PIL", "prometheus_client", "starlette", "uvicorn"),
         lazy=("serve",),
     ),
 }
