@@ -57,12 +57,16 @@ def question(text: str, *images: str) -> list[Any]:
 
 def metric(base: str, name: str, headers: dict[str, str] | None = None, /, **labels: str) -> float:
     """Sum of a metric's values over all samples with these labels; 0 without one."""
-    text = httpx.get(f"{base}/metrics", headers=headers).text
-    total = 0.0
+    return total(httpx.get(f"{base}/metrics", headers=headers).text, name, **labels)
+
+
+def total(text: str, name: str, /, **labels: str) -> float:
+    """As `metric`, in the text of all metrics."""
+    found = 0.0
     for line in text.splitlines():
         if re.match(rf"{name}[{{ ]", line) and all(f'{k}="{v}"' in line for k, v in labels.items()):
-            total += float(line.rpartition(" ")[2])
-    return total
+            found += float(line.rpartition(" ")[2])
+    return found
 
 
 def until(condition: Callable[[], bool]) -> None:
