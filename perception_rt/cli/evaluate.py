@@ -13,7 +13,7 @@ from perception_rt.families import Family
 from perception_rt.progress import Progress
 
 if TYPE_CHECKING:
-    from perception_rt.evaluation.report import PartReport, Report
+    from perception_rt.evaluation.report.contents import PartReport, Report
     from perception_rt.evaluation.tasks import TaskOptions
 
 _SHOWN_GROUPS = 20
@@ -85,7 +85,7 @@ class EvaluateCommand:
             load: opens a package.
             progress: shows the steps.
         """
-        from perception_rt.evaluation.output import write_report
+        from perception_rt.evaluation.report.output import write_report
         from perception_rt.evaluation.run import make_report, run_task
 
         options, runs = self._options, []

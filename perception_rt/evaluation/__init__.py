@@ -15,16 +15,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perception_rt.evaluation.output import write_report
-    from perception_rt.evaluation.report import Report
+    from perception_rt.evaluation.report.contents import Report
+    from perception_rt.evaluation.report.output import write_report
     from perception_rt.evaluation.run import evaluate
     from perception_rt.evaluation.tasks import TaskOptions
 
 _LAZY = {
-    "Report": "perception_rt.evaluation.report",
+    "Report": "perception_rt.evaluation.report.contents",
     "TaskOptions": "perception_rt.evaluation.tasks",
     "evaluate": "perception_rt.evaluation.run",
-    "write_report": "perception_rt.evaluation.output",
+    "write_report": "perception_rt.evaluation.report.output",
 }
 
 __all__ = ["Report", "TaskOptions", "evaluate", "write_report"]

@@ -3,9 +3,9 @@
 import os
 
 from perception_rt.errors import InputError
-from perception_rt.evaluation.digest import data_digest
-from perception_rt.evaluation.figures import check_same_task, compare, figures, group_figures
-from perception_rt.evaluation.report import PartReport, Report, Run
+from perception_rt.evaluation.data.digest import data_digest
+from perception_rt.evaluation.report.contents import PartReport, Report, Run
+from perception_rt.evaluation.report.figures import check_same_task, compare, figures, group_figures
 from perception_rt.evaluation.tasks import OnProgress, Task, TaskOptions, get_task
 from perception_rt.families import get_family
 from perception_rt.runtime.load import load

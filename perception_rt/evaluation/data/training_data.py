@@ -3,8 +3,8 @@
 import os
 
 from perception_rt.errors import InputError
-from perception_rt.evaluation.class_names import read_classes
-from perception_rt.evaluation.labelled import Labelled, read_labelled
+from perception_rt.evaluation.data.class_names import read_classes
+from perception_rt.evaluation.data.labelled import Labelled, read_labelled
 from perception_rt.evaluation.tasks import TaskOptions
 
 

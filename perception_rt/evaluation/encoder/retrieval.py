@@ -5,8 +5,8 @@ Legend: N items, T captions, D width of embeddings.
 
 import numpy as np
 
-from perception_rt.evaluation.captioned import Captioned, read_captioned
-from perception_rt.evaluation.embeddings import embed_items
+from perception_rt.evaluation.data.captioned import Captioned, read_captioned
+from perception_rt.evaluation.encoder.embeddings import embed_items
 from perception_rt.evaluation.metrics.retrieval import Int64, dual_softmax, first_match_ranks
 from perception_rt.evaluation.outcomes import Float32, Float64, Outcomes, TaskResult, mean_of
 from perception_rt.evaluation.tasks import OnProgress, TaskOptions

@@ -1,6 +1,6 @@
 """The report of an evaluation: figures of one package, or of one against another.
 
-`Report.to_dict` is the content of `report.json`, which `output.write_report` writes.
+`Report.to_dict` is the content of `report.json`, which `write_report` writes.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from perception_rt._version import __version__
-from perception_rt.evaluation.figures import Comparison, Figure, GroupFigures
 from perception_rt.evaluation.metrics.bootstrap import LEVEL, RESAMPLES, SEED
 from perception_rt.evaluation.outcomes import Float64, Outcomes, TaskResult
+from perception_rt.evaluation.report.figures import Comparison, Figure, GroupFigures
 
 SCHEMA = 1
 

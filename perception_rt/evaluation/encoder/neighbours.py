@@ -6,12 +6,12 @@ Legend: N items, T training items.
 import numpy as np
 
 from perception_rt.errors import InputError, describe
-from perception_rt.evaluation.classification import classification_result
-from perception_rt.evaluation.embeddings import embed_items
+from perception_rt.evaluation.data.training_data import read_training
+from perception_rt.evaluation.encoder.classification import classification_result
+from perception_rt.evaluation.encoder.embeddings import embed_items
 from perception_rt.evaluation.metrics.neighbours import neighbour_votes
 from perception_rt.evaluation.outcomes import TaskResult
 from perception_rt.evaluation.tasks import OnProgress, TaskOptions
-from perception_rt.evaluation.training_data import read_training
 from perception_rt.records import check_integer
 from perception_rt.runtime.embedder import Embedder
 

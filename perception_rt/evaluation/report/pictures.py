@@ -9,7 +9,10 @@ from PIL import Image
 from perception_rt.bulk.contents import Contents
 from perception_rt.bulk.listing import Item
 from perception_rt.errors import PerceptionError
-from perception_rt.evaluation.drawing import (
+from perception_rt.evaluation.metrics.classification import confusion_matrix
+from perception_rt.evaluation.outcomes import Metric, Outcomes
+from perception_rt.evaluation.report.contents import PartReport, Report
+from perception_rt.evaluation.report.drawing import (
     RIGHT,
     WRONG,
     Cell,
@@ -17,10 +20,7 @@ from perception_rt.evaluation.drawing import (
     histogram_picture,
     sheet_picture,
 )
-from perception_rt.evaluation.figures import Comparison, item_value
-from perception_rt.evaluation.metrics.classification import confusion_matrix
-from perception_rt.evaluation.outcomes import Metric, Outcomes
-from perception_rt.evaluation.report import PartReport, Report
+from perception_rt.evaluation.report.figures import Comparison, item_value
 from perception_rt.processing.image import decode_image
 from perception_rt.processing.image_options import FORMATS_ON_REQUEST, image_options
 from perception_rt.processing.video import decode_frames

@@ -15,7 +15,7 @@ from perception_rt.bulk.contents import Contents
 from perception_rt.bulk.listing import Item
 from perception_rt.bulk.sources import kind_of, tar_files
 from perception_rt.errors import InputError
-from perception_rt.evaluation.files import read_names, read_text
+from perception_rt.evaluation.data.files import read_names, read_text
 
 _CLASSES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perception_rt.evaluation.labelled import Labelled
+from perception_rt.evaluation.data.labelled import Labelled
 from perception_rt.evaluation.metrics.classification import label_ranks, mean_per_class
 from perception_rt.evaluation.outcomes import Float32, Metric, Outcomes, TaskResult, mean_of
 

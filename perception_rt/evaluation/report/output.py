@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from perception_rt.bulk.atomic import write_bytes
-from perception_rt.evaluation.pictures import draw_pictures
-from perception_rt.evaluation.report import Report
+from perception_rt.evaluation.report.contents import Report
+from perception_rt.evaluation.report.pictures import draw_pictures
 
 
 def write_report(report: Report, out: Path) -> list[Path]:

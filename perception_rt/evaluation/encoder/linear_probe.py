@@ -6,13 +6,13 @@ Legend: N items, T training items, D width of embeddings.
 import numpy as np
 
 from perception_rt.errors import InputError
-from perception_rt.evaluation.classification import classification_result
-from perception_rt.evaluation.embeddings import Float32, embed_items
-from perception_rt.evaluation.labelled import Int64
-from perception_rt.evaluation.logistic import Logistic, fit_logistic
+from perception_rt.evaluation.data.labelled import Int64
+from perception_rt.evaluation.data.training_data import read_training
+from perception_rt.evaluation.encoder.classification import classification_result
+from perception_rt.evaluation.encoder.embeddings import Float32, embed_items
+from perception_rt.evaluation.encoder.logistic import Logistic, fit_logistic
 from perception_rt.evaluation.outcomes import TaskResult
 from perception_rt.evaluation.tasks import OnProgress, TaskOptions
-from perception_rt.evaluation.training_data import read_training
 from perception_rt.runtime.embedder import Embedder
 
 # From strong to weak, so that each fit begins at the one before.

@@ -1,10 +1,10 @@
 """Task: classify images or videos by the names of their classes."""
 
-from perception_rt.evaluation import webdataset
-from perception_rt.evaluation.class_names import read_classes, read_templates
-from perception_rt.evaluation.classification import classification_result
-from perception_rt.evaluation.embeddings import embed_items
-from perception_rt.evaluation.labelled import read_labelled
+from perception_rt.evaluation.data import webdataset
+from perception_rt.evaluation.data.class_names import read_classes, read_templates
+from perception_rt.evaluation.data.labelled import read_labelled
+from perception_rt.evaluation.encoder.classification import classification_result
+from perception_rt.evaluation.encoder.embeddings import embed_items
 from perception_rt.evaluation.outcomes import TaskResult
 from perception_rt.evaluation.tasks import OnProgress, TaskOptions
 from perception_rt.runtime.embedder import Embedder

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from perception_rt.bulk.listing import Item
 from perception_rt.bulk.sources import REQUESTED, Sources, kind_of
 from perception_rt.errors import InputError
-from perception_rt.evaluation import webdataset
-from perception_rt.evaluation.files import read_table
+from perception_rt.evaluation.data import webdataset
+from perception_rt.evaluation.data.files import read_table
 
 Int64 = NDArray[np.int64]
 

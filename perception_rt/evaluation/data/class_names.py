@@ -5,7 +5,7 @@ from functools import cache
 from importlib.resources import files
 
 from perception_rt.errors import InputError
-from perception_rt.evaluation.files import read_names
+from perception_rt.evaluation.data.files import read_names
 
 IMAGENET = "imagenet"
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from perception_rt.bulk.listing import Item
 from perception_rt.bulk.sources import kind_of
 from perception_rt.errors import InputError
-from perception_rt.evaluation import webdataset
-from perception_rt.evaluation.files import read_records, read_table
-from perception_rt.evaluation.labelled import check_items, relative_names
+from perception_rt.evaluation.data import webdataset
+from perception_rt.evaluation.data.files import read_records, read_table
+from perception_rt.evaluation.data.labelled import check_items, relative_names
 
 Int64 = NDArray[np.int64]
 

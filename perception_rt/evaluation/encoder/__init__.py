@@ -1,0 +1,1 @@
+"""Tasks of encoders: zero-shot classification, retrieval, nearest neighbours, linear probe."""

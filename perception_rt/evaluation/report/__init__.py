@@ -1,0 +1,1 @@
+"""Figures of results, and their report: a JSON file with pictures."""
