@@ -147,7 +147,7 @@ def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no folder per class"):
         read_labelled(str(tmp_path / "flat"))
     data = write_folders(tmp_path / "data", 1)
-    with pytest.raises(InputError, match="4 class names, but .* has 3 folders, and 'blue'"):
+    with pytest.raises(InputError, match=r"4 class names, but .* has 3 folders, and 'blue'"):
         read_labelled(str(data), ["a", "b", "c", "d"])
     (data / "empty").mkdir()
     with pytest.raises(InputError, match="empty' has no image or video"):
@@ -192,7 +192,7 @@ def test_missing_and_damaged_tars(tmp_path: Path) -> None:
     (data / "test" / "1.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(InputError, match="damaged"):
         read_labelled(str(data))
-    with pytest.raises(InputError, match="number of shards .*train.* cannot be read"):
+    with pytest.raises(InputError, match=r"number of shards .*train.* cannot be read"):
         read_labelled(str(data), split="train")
 
 
@@ -214,7 +214,7 @@ def test_bad_captions(tmp_path: Path, line: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_captioned(str(file))
     file.write_text("{\n")
-    with pytest.raises(InputError, match="line 1 of .* is not JSON"):
+    with pytest.raises(InputError, match=r"line 1 of .* is not JSON"):
         read_captioned(str(file))
 
 
@@ -227,7 +227,7 @@ def test_bad_lists_of_names(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match="must have strings"):
             read_names(str(tmp_path / name), "class file")
-    with pytest.raises(InputError, match="class file .* cannot be read"):
+    with pytest.raises(InputError, match=r"class file .* cannot be read"):
         read_classes(str(tmp_path / "absent.txt"))
 
 
