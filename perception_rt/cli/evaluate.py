@@ -2,13 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from perception_rt.cli.arguments import CommandParser, output_path, package_arguments
-from perception_rt.errors import escaped
+from perception_rt.errors import InputError, escaped
 from perception_rt.families import Family
 from perception_rt.progress import Progress
 
@@ -38,16 +38,43 @@ def add_evaluate_arguments(parser: CommandParser) -> None:
     for option in fields(TaskOptions):
         takers = ", ".join(task.name for task in TASKS.values() if option.name in task.options)
         help_line = f"{option.metadata['help']} [{takers}]"
-        if "bool" in str(option.type):
+        kind = _kind(option)
+        if kind is bool:
             parser.add_argument(flag(option.name), action="store_const", const=True, help=help_line)
         else:
-            kinds = {"int": int, "float": float}
-            kind: Any = kinds.get(str(option.type).partition(" ")[0], str)
             parser.add_argument(
                 flag(option.name), type=kind, metavar=option.metadata["metavar"], help=help_line
             )
     lines = "\n".join(f"  {task.name:<14}{task.text}" for task in TASKS.values())
     parser.epilog = f"tasks:\n{lines}\n\n{parser.epilog}"
+
+
+def _kind(option: Any) -> Any:
+    """Type of an option's value."""
+    kinds = {"bool": bool, "int": int, "float": float}
+    return kinds.get(str(option.type).partition(" ")[0], str)
+
+
+def named_options(values: Sequence[str]) -> "TaskOptions":
+    """Options of a task from texts such as "k=5".
+
+    Raises:
+        InputError: a text is not NAME=VALUE, a name is unknown, or a value is of the wrong type.
+    """
+    from perception_rt.evaluation.tasks import TaskOptions
+
+    known = {option.name: option for option in fields(TaskOptions)}
+    found: dict[str, Any] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known:
+            raise InputError(f"{text!r:.80} is not NAME=VALUE with a NAME of {', '.join(known)}")
+        kind = _kind(known[name])
+        try:
+            found[name] = value == "true" if kind is bool else kind(value)
+        except ValueError:
+            raise InputError(f"{name} must be of type {kind.__name__}, not {value!r:.60}") from None
+    return TaskOptions(**found)
 
 
 def task_options(options: argparse.Namespace) -> "TaskOptions":

@@ -33,6 +33,7 @@ def export_parser() -> argparse.ArgumentParser:
     _model_arguments(parser)
     _engine_arguments(parser)
     _tensorrt_arguments(parser)
+    _evaluation_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="package to make")
     parser.add_argument("--force", action="store_true", help="replace an existing package")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -165,6 +166,21 @@ def _tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--eval-data", metavar="DATA", help="evaluate the package on these data before it is "
+        "published, and record its scores and the points lost against fp32"
+    )  # fmt: skip
+    parser.add_argument(
+        "--eval-task", default="zero-shot", metavar="TASK",
+        help="task of perception-rt eval (default: zero-shot)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--eval-option", action="append", default=[], metavar="NAME=VALUE",
+        help="option of the task, such as classes=names.txt; may be repeated",
+    )  # fmt: skip
+
+
 def add_refit_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `perception-rt refit`."""
     parser.add_argument("package", metavar="DIR", help="an engine package")
@@ -217,8 +233,18 @@ def run_export(arguments: argparse.Namespace) -> None:
         calibrator=arguments.calibrator,
         force=arguments.force,
     )
-    with Progress() as progress:
-        manifest = export(options, progress.step)
+    if arguments.eval_data is None:
+        if arguments.eval_option:
+            raise InputError("--eval-option needs --eval-data")
+        with Progress() as progress:
+            manifest = export(options, progress.step)
+    else:
+        from perception_rt.cli.export_evaluation import ExportEvaluation
+
+        evaluation = ExportEvaluation(arguments, options)
+        with Progress() as progress:
+            manifest = export(options, progress.step, evaluate=evaluation.evaluator(progress))
+        evaluation.show(manifest)
     _print_made(arguments, manifest)
 
 

@@ -7,13 +7,13 @@ one component in eager, or one layer of a language model, and not several copies
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -65,8 +65,16 @@ from perception_rt.package.trust import remember
 from perception_rt.targets import operator_domains
 from perception_rt.tensorrt_library import gpu_capability
 
+# Called with the folder of a finished package; returns JSON values for its record.
+Evaluator: TypeAlias = Callable[[Path], Mapping[str, Any]]
 
-def export(options: ExportOptions, on_progress: Report | None = None) -> Manifest:
+
+def export(
+    options: ExportOptions,
+    on_progress: Report | None = None,
+    *,
+    evaluate: Evaluator | None = None,
+) -> Manifest:
     """Exports a model as an engine package and publishes it as `options.out`.
 
     Options are checked before weights are downloaded or read. Nothing is published unless the
@@ -75,6 +83,8 @@ def export(options: ExportOptions, on_progress: Report | None = None) -> Manifes
     Args:
         options: the model, how to build it, and where to.
         on_progress: called with one line of text per step.
+        evaluate: called before the package is published; what it returns becomes `evaluation` in
+            the record. If it raises, nothing is published.
 
     Returns:
         The package's manifest; its `id` is the digest of the package's content.
@@ -95,7 +105,7 @@ def export(options: ExportOptions, on_progress: Report | None = None) -> Manifes
         locate = cache(partial(locate_weights, options, report))
         plan = model_export(family).make_plan(options, config, settings, lambda: locate().path)
         plan, source = _open_source(plan, locate(), options, report)
-        return _fill(stage, plan, source, None, report)
+        return _fill(stage, plan, source, None, report, evaluate)
 
 
 def model_export(family: Family) -> type[ModelExport[Any, Any]]:
@@ -157,7 +167,12 @@ def export_package(
 
 
 def _fill(
-    stage: Stage, plan: Plan, source: WeightSource, refit: RefitSource | None, report: Report
+    stage: Stage,
+    plan: Plan,
+    source: WeightSource,
+    refit: RefitSource | None,
+    report: Report,
+    evaluate: Evaluator | None = None,
 ) -> Manifest:
     """Fills a stage with the package, compares it with eager, and publishes it."""
     started = time.monotonic()
@@ -182,6 +197,8 @@ def _fill(
         engines |= _gate_engines(plan, stage, content, written.references, maker, report)
     seconds = time.monotonic() - started
     record = _record(plan, fidelity, latency, written.excluded, seconds)
+    if evaluate is not None:
+        record["evaluation"] = dict(evaluate(stage.directory))
     manifest = _seal(stage, content, record | engines)
     out = stage.publish()
     if plan.engines:

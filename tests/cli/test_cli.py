@@ -244,7 +244,8 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         "--fp8", "--backend", "--target", "--allow-unfused", "--refittable", "--route",
         "--calibration", "--calibrator", "--image-size", "--center-crop", "--taps", "--blocks",
         "--max-length", "--tokenizer", "--out", "--force", "--json", "--version", "--list",
-        "--ema", "--adapter", "--ignore-exif", "--towers",
+        "--ema", "--adapter", "--ignore-exif", "--towers", "--eval-data", "--eval-task",
+        "--eval-option",
     }  # fmt: skip
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -54,16 +54,21 @@ class PartReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; metrics from 0 to 1."""
-        return {
-            "name": self.name,
-            "items": len(self.outcomes),
-            "metrics": [_figure(figure) for figure in self.figures],
+        return self.summary() | {
             "groups": [
                 {"name": group.name, "items": group.items, "metrics": group.values}
                 for group in self.groups
             ],
-            "against": None if self.comparison is None else self._comparison(self.comparison),
             "answers": [self._answer(index) for index in range(len(self.outcomes))],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values without groups and answers."""
+        return {
+            "name": self.name,
+            "items": len(self.outcomes),
+            "metrics": [_figure(figure) for figure in self.figures],
+            "against": None if self.comparison is None else self._comparison(self.comparison),
         }
 
     def _comparison(self, comparison: Comparison) -> dict[str, Any]:
@@ -115,18 +120,27 @@ class Report:
         Args:
             pictures: names of the pictures beside it.
         """
-        against = None if self.against is None else dict(self.against.package)
         return {
             "schema": SCHEMA,
             "version": __version__,
             "task": self.task,
             "package": dict(self.run.package),
-            "against": against,
+            "against": None if self.against is None else dict(self.against.package),
             "data": {"path": self.data, "digest": self.run.digest},
             "settings": dict(self.run.result.settings),
             "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED},
             "parts": [part.to_dict() for part in self.parts],
             "pictures": pictures or [],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values without paths, groups and answers, for the record of a package."""
+        other = None if self.against is None else self.against.package
+        return {
+            "task": self.task,
+            "data": self.run.digest,
+            "against": None if other is None else {k: other[k] for k in ("id", "precision")},
+            "parts": [part.summary() for part in self.parts],
         }
 
 
