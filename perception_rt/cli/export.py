@@ -99,7 +99,10 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", help="onnxruntime or tensorrt; default: the first that has the precision"
     )
     parser.add_argument(
-        "--image-size", metavar="HxW", help="input size of an encoder; default: the model's own"
+        "--image-size",
+        metavar="HxW",
+        help="input size of an encoder, or several separated by "
+        "commas, the default first; default: the model's own",
     )
     parser.add_argument(
         "--center-crop", action="store_true", help="crop an encoder's images; default: squash them"
@@ -200,7 +203,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         from perception_rt.export.build import export
         from perception_rt.export.options import (
             ExportOptions,
-            parse_image_size,
+            parse_image_sizes,
             parse_taps,
             parse_target,
         )
@@ -219,7 +222,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         precision="fp8" if arguments.fp8 else arguments.precision,
         backend=arguments.backend,
         target=None if arguments.target is None else parse_target(arguments.target),
-        image_size=parse_image_size(arguments.image_size) if arguments.image_size else None,
+        image_size=parse_image_sizes(arguments.image_size) if arguments.image_size else None,
         center_crop=arguments.center_crop,
         ignore_exif=arguments.ignore_exif,
         taps=None if arguments.taps is None else parse_taps(arguments.taps),

@@ -18,6 +18,7 @@ from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.package.manifest import MANIFEST_FILE, Content, Manifest
 from perception_rt.package.names import locate
 from perception_rt.package.onnx_scan import GraphScan, scan_graph
+from perception_rt.package.pe_graphs import further_sizes
 from perception_rt.package.reader import open_package, verify_package
 from perception_rt.plm_config import PlmConfig
 from perception_rt.targets import ONNX, TARGETS
@@ -53,6 +54,7 @@ def describe(manifest: Manifest) -> list[str]:
         f"{content.name}  {manifest.id}",
         f"target      {content.target.backend}, {content.target.precision}",
         f"images      {_pairs(image)}",
+        *_describe_sizes(content),
         f"weights     {_pairs(content.weights)}",
         f"versions    {_pairs(content.versions)}",
         *(_describe_plm(content) if _generates(content) else ()),
@@ -87,6 +89,13 @@ def describe(manifest: Manifest) -> list[str]:
 def _generates(content: Content) -> bool:
     family = FAMILIES.get(content.family)
     return family is not None and family.generates
+
+
+def _describe_sizes(content: Content) -> list[str]:
+    """A line about the image sizes besides the default; none if there is one size."""
+    sizes = further_sizes(content.graphs)
+    shown = ", ".join(f"{height}x{width}" for height, width in sizes)
+    return [f"more sizes  {shown}"] if sizes else []
 
 
 def _describe_plm(content: Content) -> list[str]:

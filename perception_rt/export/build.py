@@ -310,12 +310,13 @@ def _write_components(
             report(line)
     for component, reference in zip(components, written.references, strict=True):
         report(f"{component.name}: tracing and writing {plan.precision} graphs")
-        made, measured = component.traced(), reference.measured
+        measured = reference.measured
         formats = component.formats(measured)
         lowered = {
             name: lowering(
                 made.traced, made.parameters, dtype=dtype, formats=formats, measured=measured
             ).lower(name, recipe)
+            for made in component.traced()
             for name, recipe in made.recipes.items()
         }
         graphs = write_graphs(stage, f"{component.name}.data", lowered, places)

@@ -38,7 +38,8 @@ class ExportOptions:
         target: compute capabilities to build TensorRT engines for, such as ("sm89", "sm120"), or
             "here" for this machine's GPU; () builds graphs only; None builds for "here" if the
             backend has engines.
-        image_size: an encoder's (height, width) or side in pixels; None for the model's own.
+        image_size: an encoder's (height, width) or side in pixels, or a list of several (height,
+            width), the default first; None for the model's own.
         center_crop: crop an encoder's images to its aspect ratio instead of squashing them.
         ignore_exif: leave images as they are stored, as the reference does, instead of turning them
             upright by their EXIF orientation.
@@ -71,7 +72,7 @@ class ExportOptions:
     precision: str | None = None
     backend: str | None = None
     target: Sequence[str] | None = None
-    image_size: int | tuple[int, int] | None = None
+    image_size: int | tuple[int, int] | Sequence[tuple[int, int]] | None = None
     center_crop: bool = False
     ignore_exif: bool = False
     taps: Sequence[int] | None = None
@@ -117,10 +118,27 @@ class ExportOptions:
             if type(value) is not int and (value is not None or name == "seed"):
                 raise InputError(f"{name} must be an integer, not {describe(value)}")
         size = self.image_size
-        if not (size is None or type(size) is int or _is_pair(size)):
+        several = isinstance(size, list | tuple) and bool(size) and all(map(_is_pair, size))
+        if not (size is None or type(size) is int or _is_pair(size) or several):
             raise InputError(
-                f"image_size must be a side or (height, width) in pixels, not {describe(size)}"
+                "image_size must be a side or (height, width) in pixels, or a list of such pairs, "
+                f"not {describe(size)}"
             )
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every (height, width) of `image_size`, in its order; () for the model's own."""
+        size = self.image_size
+        if size is None:
+            return ()
+        if isinstance(size, int):
+            return ((size, size),)
+        first, *rest = size
+        if isinstance(first, int):
+            (second,) = rest
+            assert isinstance(second, int)
+            return ((first, second),)
+        return tuple(pair for pair in size if isinstance(pair, tuple))
 
 
 def _items(name: str, values: object, kind: type) -> tuple[object, ...] | None:
@@ -142,6 +160,11 @@ def parse_image_size(text: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(p.isascii() and p.isdigit() and 0 < len(p) < 6 for p in parts):
         raise InputError(f"image size must be HxW or S in pixels, not {text!r:.40}")
     return int(parts[0]), int(parts[-1])
+
+
+def parse_image_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """Parses image sizes separated by commas; see `parse_image_size`."""
+    return tuple(map(parse_image_size, text.split(",")))
 
 
 def parse_taps(text: str) -> tuple[int, ...] | None:

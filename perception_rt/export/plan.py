@@ -33,7 +33,9 @@ from perception_rt.errors import CheckpointError, InputError
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.quantization.formats import Scheme
 from perception_rt.families import FAMILIES, Config, Family, family_of
-from perception_rt.package.contract import DECODER, EMBED, PIXELS, VISION
+from perception_rt.package import contract
+from perception_rt.package.contract import DECODER, EMBED, PIXELS, VISION, GraphSignature
+from perception_rt.package.pe_graphs import Segments, cut_taps, vision_signatures
 from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
@@ -349,11 +351,13 @@ class ExportPlan(Plan):
 
     Attributes:
         image: how images become pixels; height and width decide the patch grid.
+        more_sizes: further image sizes (height, width), ascending.
         taps: indices of the blocks that `features` returns; None for all.
     """
 
     config: PeConfig
     image: ImageSpec
+    more_sizes: tuple[tuple[int, int], ...] = ()
     taps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -361,15 +365,33 @@ class ExportPlan(Plan):
         Plan.__post_init__(self)
         if self.precision == "int4":
             raise InputError("int4 is for language models; an encoder can be int8")
-        _ = self.grid
+        sizes = [(spec.height, spec.width) for spec in self.images]
+        for size in sizes:
+            self.config.vision.grid_of(*size)
+            if sizes.count(size) > 1:
+                raise InputError(f"image size {size[0]}x{size[1]} occurs twice")
         for tap in self.taps or ():
             if self.config.vision.block_index(tap) != tap:
                 raise InputError(f"tap {tap} must be counted from the front")
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Patch rows and columns; InputError unless the patch size divides the image size."""
-        return self.config.vision.grid_of(self.image.height, self.image.width)
+    def images(self) -> tuple[ImageSpec, ...]:
+        """How images become pixels at each size, `image` first."""
+        more = (replace(self.image, height=h, width=w) for h, w in self.more_sizes)
+        return (self.image, *more)
+
+    @property
+    def segments(self) -> Segments:
+        """The tapped blocks of each graph in the chain that returns them."""
+        return cut_taps(self.tapped)
+
+    def image_graphs(self, spec: ImageSpec) -> dict[str, GraphSignature]:
+        """Signatures of the graphs for one of `images`, by name; a chain's graphs in its order."""
+        size = (spec.height, spec.width)
+        signatures = vision_signatures(self.config, *size, self.segments)
+        if spec is self.image:
+            return signatures
+        return {contract.sized(name, size): graph for name, graph in signatures.items()}
 
     @property
     def tapped(self) -> tuple[int, ...]:

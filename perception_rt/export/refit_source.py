@@ -35,6 +35,10 @@ class RefitSource:
 
     def check(self, graph: str, data: bytes) -> None:
         """ExportError unless an ONNX graph has the structure of the package's."""
+        if graph not in self._package.manifest.content.graphs:
+            raise ExportError(
+                f"the package has no graph {graph!r}: it was made by another version; export anew"
+            )
         mine, theirs = structure(data), structure(self._package.read_graph(graph))
         if mine != theirs:
             raise ExportError(

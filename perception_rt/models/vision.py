@@ -54,6 +54,24 @@ class AttentionPooling(nn.Module):
         return (x + self.mlp(self.layernorm(x))).squeeze(1)  # (N, 1, C) -> (N, C)
 
 
+def probe_keys(probe: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """Returns (heads, C): a normed token's product with a row is its logit for the probe.
+
+    It leaves out the key's bias, which adds the same to every token and so nothing to a softmax.
+
+    Args:
+        probe: the learned query of `AttentionPooling`, (1, 1, C).
+        weight: `in_proj_weight` of its attention, (3 * C, C).
+        bias: `in_proj_bias`, (3 * C,).
+        heads: number of heads, D = C / heads.
+    """
+    width = probe.shape[-1]
+    query = F.linear(probe[0], weight[:width], bias[:width])  # (1, C)
+    query = query.reshape(heads, 1, -1) * (width // heads) ** -0.5  # (heads, 1, D)
+    keys = weight[width : 2 * width].reshape(heads, -1, width)  # (C, C) -> (heads, D, C)
+    return (query @ keys).squeeze(1)  # (heads, 1, C) -> (heads, C)
+
+
 def resize_positions(
     table: Tensor, native: int, grid: tuple[int, int], prefix: int, *, as_timm: bool = False
 ) -> Tensor:
@@ -240,6 +258,21 @@ class VisionTower(nn.Module):
         if self.config.output_dim is None:
             return x
         return F.linear(x, self.proj.T, self.proj_bias if self.config.proj_bias else None)
+
+    def attention_maps(self, tokens: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Tokens (N, T, C) of the last block -> the pooling probe's weights (N, heads, T).
+
+        Args:
+            tokens: output of the last block.
+            keys: the result of `probe_keys`; None computes it.
+        """
+        if keys is None:
+            pool = self.attn_pool
+            weight, bias = pool.attn.in_proj_weight, pool.attn.in_proj_bias
+            keys = probe_keys(pool.probe, weight, bias, pool.attn.heads)
+        x = tokens if self.config.norm_after_pool else self.ln_post(tokens)
+        # (N, T, heads) -> (N, heads, T)
+        return F.linear(x, keys).transpose(1, 2).softmax(dim=-1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised float pixels (N, 3, H, W) -> (N, D), or (N, T, D) without pooling."""

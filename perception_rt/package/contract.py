@@ -19,6 +19,7 @@ from perception_rt.targets import ONNX
 VISION = "vision"  # uint8 images -> what the reference's vision `forward` returns
 PIXELS = "pixels"  # the same from already normalised float pixels
 FEATURES = "features"  # uint8 images -> tapped blocks, no final norm; see `features_part`
+ATTENTION = "attention"  # output of the last block -> attention of the pooling probe
 TEXT = "text"  # token ids -> text features, not normalised
 
 # Graphs of a Perception Language Model package, beside `vision` and `pixels` for tiles. The decoder
@@ -37,6 +38,7 @@ LOGIT_POSITIONS = "logit_positions"  # int64 (N, L): indices of the tokens to pr
 
 # Outputs.
 EMBEDDING = "embedding"  # float32 (N, D) of a pooled tower, or (N, T, C) of a tower without pool
+ATTENTION_MAPS = "attention_maps"  # float32 (N, heads of the pooling probe, T)
 TEXT_EMBEDDING = "text_embedding"  # float32 (N, D)
 
 IMAGE_FEATURES = "image_features"  # float32 (N, image tokens per tile, C of the decoder)
@@ -66,7 +68,10 @@ DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
 # Keys of a graph in a manifest.
 _REQUIRED, _OPTIONAL = {"data", "file", "inputs", "outputs"}, {"backend", "kind"}
 _NAME = re.compile(r"[a-z0-9._-]{1,64}")  # backend or kind
-_FEATURES_PART = re.compile(rf"{FEATURES}(_[0-9]+)?")
+_SIDE = "([1-9][0-9]{0,3})"
+_IMAGE_GRAPH = re.compile(
+    rf"({VISION}|{PIXELS}|{FEATURES}|{ATTENTION})(?:_[0-9]+)?(?:_{_SIDE}x{_SIDE})?"
+)
 _KEYS, _VALUES = "key_cache_", "value_cache_"
 
 
@@ -83,9 +88,21 @@ def features_part(index: int) -> str:
     return FEATURES if index == 0 else f"{FEATURES}_{index}"
 
 
+def sized(graph: str, size: tuple[int, int]) -> str:
+    """Name of an encoder's graph for a further image size, (height, width) in pixels."""
+    return f"{graph}_{size[0]}x{size[1]}"
+
+
+def size_of(graph: str) -> tuple[int, int] | None:
+    """The further image size that an encoder's graph is for; None for the package's own."""
+    found = _IMAGE_GRAPH.fullmatch(graph)
+    return None if found is None or found[2] is None else (int(found[2]), int(found[3]))
+
+
 def graph_kind(graph: str) -> str:
-    """FEATURES for every graph of that chain; the name itself for other graphs."""
-    return FEATURES if _FEATURES_PART.fullmatch(graph) else graph
+    """An encoder's graph without part and image size; the name itself for other graphs."""
+    found = _IMAGE_GRAPH.fullmatch(graph)
+    return graph if found is None else found[1]
 
 
 def decoder_part(index: int) -> str:

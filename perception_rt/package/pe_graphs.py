@@ -5,7 +5,7 @@ The exporter builds its graphs to these signatures, and the runtime compares a p
 Legend: N images or texts, H W pixels, T tokens, D embedding channels, C width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from perception_rt.config import PeConfig, TextConfig
@@ -35,7 +35,9 @@ def cut_taps(taps: Sequence[int]) -> Segments:
 def vision_signatures(
     config: PeConfig, height: int, width: int, segments: Segments
 ) -> dict[str, GraphSignature]:
-    """Signatures of `vision`, `pixels` and the graphs of the tapped blocks.
+    """Signatures of `vision`, `pixels`, the graphs of the tapped blocks, and `attention`.
+
+    `attention` needs the last block and a tower that pools by attention.
 
     Args:
         config: the architecture.
@@ -64,6 +66,9 @@ def vision_signatures(
             inputs=(source,), outputs=tuple(blocks)
         )
         source = blocks[-1]
+    if source.name == contract.tap_name(vision.layers - 1) and vision.pool_type == "attn":
+        maps = batched(contract.ATTENTION_MAPS, "float32", vision.attn_pooler_heads, tokens)
+        signatures[contract.ATTENTION] = GraphSignature(inputs=(source,), outputs=(maps,))
     return signatures
 
 
@@ -83,10 +88,26 @@ def check_graphs(
         PackageError: a graph is missing, or its inputs or outputs differ from the signature.
         InputError: the patch size does not divide the image size.
     """
-    signatures = vision_signatures(config, height, width, read_segments(graphs, config))
+    segments = read_segments(graphs, config)
+    further = further_sizes(graphs)
+    if (height, width) in further:
+        raise PackageError(f"image size {height}x{width} occurs twice")
+    signatures = vision_signatures(config, height, width, segments)
+    for size in further:
+        signatures |= {
+            contract.sized(name, size): signature
+            for name, signature in vision_signatures(config, *size, segments).items()
+        }
+    if contract.ATTENTION not in graphs:  # earlier exporters made none
+        signatures.pop(contract.ATTENTION, None)
     if config.text is not None:
         signatures[contract.TEXT] = text_signature(config.text)
     check_signatures(graphs, signatures)
+
+
+def further_sizes(graphs: Iterable[str]) -> list[tuple[int, int]]:
+    """Image sizes (height, width) of a package's graphs besides its own, ascending."""
+    return sorted({size for size in map(contract.size_of, graphs) if size is not None})
 
 
 def read_segments(graphs: Mapping[str, GraphSpec], config: PeConfig) -> Segments:

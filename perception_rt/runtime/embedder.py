@@ -7,10 +7,10 @@ Legend: N items, D embedding channels, L labels, h w grid, C width.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Sized
 from contextlib import closing
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from perception_rt.errors import InputError, PackageError
 from perception_rt.families import PE
 from perception_rt.limits import DEFAULT_LIMITS, Limits
 from perception_rt.package import contract
-from perception_rt.package.pe_graphs import read_segments
 from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec
@@ -29,16 +28,19 @@ from perception_rt.processing.image_options import Background
 from perception_rt.processing.video import VideoSource, decode_frames
 from perception_rt.records import check_integer
 from perception_rt.runtime.embedding.image_graphs import (
-    EMBEDDING,
     MAX_WORKERS,
+    TEXT,
+    ImageChains,
     ImageRunner,
     Progress,
-    chain_to_block,
+    image_chains,
+    run_chain,
 )
 from perception_rt.runtime.embedding.items import (
     Array,
     Float32,
     check_items,
+    in_batches,
     listed,
     nonempty_array,
     run_ahead,
@@ -51,8 +53,6 @@ from perception_rt.runtime.load_options import LoadOptions, open_model
 from perception_rt.runtime.native_calls import check_process
 from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
 
-Int64 = NDArray[np.int64]
-
 MAX_BATCH = 256
 _VIDEO_NDIM = 4  # dimensions of an array that is one video
 
@@ -63,7 +63,7 @@ class Embedder(LoadedModel):
     Each graph opens on first use. Several threads may call methods; a forked child may not.
 
     Attributes:
-        image_spec: image size and preprocessing.
+        image_spec: default image size, and preprocessing.
         batch_size: default number of items per engine call. It is 1 where the results of one call
             depend on each other, as with int8 on ONNX Runtime.
     """
@@ -88,10 +88,8 @@ class Embedder(LoadedModel):
             threads=options.threads,
             cache_dir=options.cache_dir,
         )
-        self._segments = read_segments(content.graphs, self._config)
-        self._images = ImageRunner(
-            self._sessions, content.graphs, self.image_spec, self._limits, options.images
-        )
+        self._chains = image_chains(content.graphs, self._config, self.image_spec)
+        self._images = ImageRunner(self._sessions, content.graphs, self._limits, options.images)
 
     @classmethod
     def load(
@@ -129,6 +127,7 @@ class Embedder(LoadedModel):
         self,
         images: Iterable[ImageSource],
         *,
+        size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
         on_progress: Progress | None = None,
@@ -145,6 +144,7 @@ class Embedder(LoadedModel):
                 to `load`), Pillow images, or uint8 (H, W, 3) RGB arrays. Arrays and Pillow images
                 of an iterator are copied when they are taken from it; a file must stay as it is
                 until its image is embedded.
+            size: one of `self.image_sizes`, (height, width) in pixels; None for the default.
             batch_size: images per engine call, 1 to 256; None for `self.batch_size`.
             workers: threads that decode, 1 to 64; 1 decodes in the calling thread, one image at a
                 time. None for one per CPU core, at most 8.
@@ -162,9 +162,11 @@ class Embedder(LoadedModel):
         """
         check_process(self._process)
         self._require_pooled()
+        chains = self._at(size)
         rows = self._images.rows(
             images,
-            EMBEDDING,
+            chains.embedding,
+            chains.spec,
             batch_size=self._batch_size(batch_size),
             workers=workers,
             on_progress=on_progress,
@@ -208,7 +210,8 @@ class Embedder(LoadedModel):
                 rows[usable] = self._tokens(tokens)
             return rows
 
-        parts = self._batches(list(enumerate(texts)), batch_size, on_progress, embed)
+        size = self._batch_size(batch_size)
+        parts = in_batches(list(enumerate(texts)), size, on_progress, embed)
         return unit(stacked(parts, (self.dim,)))
 
     def embed_videos(
@@ -216,6 +219,7 @@ class Embedder(LoadedModel):
         videos: Iterable[VideoSource],
         *,
         num_frames: int = 8,
+        size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         workers: int = 1,
         on_progress: Progress | None = None,
@@ -227,6 +231,7 @@ class Embedder(LoadedModel):
             videos: paths or bytes of files, or uint8 (T, H, W, 3) RGB frames. An iterator is read
                 `workers` videos ahead.
             num_frames: frames per video, at equal distances, including the first and the last.
+            size: as for `embed_images`.
             batch_size: frames per engine call, 1 to 256; None for `self.batch_size`.
             workers: threads that decode, each the frames of a video ahead of its use, 1 to 64; 1
                 decodes in the calling thread.
@@ -254,7 +259,7 @@ class Embedder(LoadedModel):
             for index, frames in enumerate(decoded):
                 if not isinstance(frames, InputError):
                     # No engine call waits for the resizing of the frames.
-                    vectors = self.embed_images(frames, batch_size=batch_size, workers=1)
+                    vectors = self.embed_images(frames, size=size, batch_size=batch_size, workers=1)
                     rows.append(vectors.mean(axis=0, keepdims=True))
                 elif on_error is None:
                     raise InputError(f"video {index}: {frames}")
@@ -271,6 +276,7 @@ class Embedder(LoadedModel):
         labels: Iterable[str],
         templates: Iterable[str] | None = None,
         *,
+        size: tuple[int, int] | None = None,
         workers: int | None = None,
         on_progress: Progress | None = None,
         on_error: OnError | None = None,
@@ -282,6 +288,7 @@ class Embedder(LoadedModel):
             labels: at least one.
             templates: sentences with `{}` for the label; a label's vector is the mean over them.
                 None uses the labels alone.
+            size: as for `embed_images`.
             workers: as for `embed_images`.
             on_progress: called with the number done and the total, first of texts, then of images.
             on_error: as for `embed_images`; the row of an unusable image is zero.
@@ -296,7 +303,7 @@ class Embedder(LoadedModel):
         """
         weights = self.embed_labels(labels, templates, on_progress=on_progress)
         embeddings = self.embed_images(
-            images, workers=workers, on_progress=on_progress, on_error=on_error
+            images, size=size, workers=workers, on_progress=on_progress, on_error=on_error
         )
         logits = self.logit_scale * (embeddings @ weights.T)
         logits -= logits.max(axis=1, keepdims=True)
@@ -317,7 +324,7 @@ class Embedder(LoadedModel):
         labels = listed(labels, "labels")
         templates = ["{}"] if templates is None else listed(templates, "templates")
         tokens = self._require_tokenizer().encode_labels(labels, templates)
-        rows = self._batches(tokens, None, on_progress, self._tokens)
+        rows = in_batches(tokens, self.batch_size, on_progress, self._tokens)
         vectors = unit(stacked(rows, (self.dim,)))
         return unit(vectors.reshape(len(labels), len(templates), -1).mean(axis=1))
 
@@ -326,6 +333,7 @@ class Embedder(LoadedModel):
         images: Iterable[ImageSource],
         layer: int = -1,
         *,
+        size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
         on_progress: Progress | None = None,
@@ -333,15 +341,8 @@ class Embedder(LoadedModel):
     ) -> Float32:
         """Dense features of a block, without class token and final norm.
 
-        Only the blocks up to about the layer run, so one in front costs less.
-
-        Args:
-            images: as for `embed_images`.
-            layer: block index, from the front or, if negative, from the end.
-            batch_size: images per engine call, 1 to 256; None for `self.batch_size`.
-            workers: as for `embed_images`.
-            on_progress: as for `embed_images`.
-            on_error: as for `embed_images`.
+        Only the blocks up to about the layer run, so one in front costs less. `layer` is a block
+        index, from the front or, if negative, from the end. Other arguments as for `embed_images`.
 
         Returns:
             float32 (N, h, w, C).
@@ -352,31 +353,75 @@ class Embedder(LoadedModel):
             BackendError: the engine failed, or the embedder is closed.
         """
         check_process(self._process)
-        vision = self._config.vision
+        chains, vision = self._at(size), self._config.vision
         block = vision.block_index(layer)
-        if not any(block in taps for taps in self._segments):
+        if block not in chains.taps:
             raise InputError(f"this package was exported without the output of layer {layer}")
         tokens = self._images.rows(
             images,
-            chain_to_block(self._segments, block),
+            chains.block(block),
+            chains.spec,
             batch_size=self._batch_size(batch_size),
             workers=workers,
             on_progress=on_progress,
             on_error=on_error,
         )
-        grid = vision.grid_of(self.image_spec.height, self.image_spec.width)
+        grid = vision.grid_of(chains.spec.height, chains.spec.width)
         return tokens[:, int(vision.use_cls_token) :].reshape(-1, *grid, vision.width)
+
+    def attention_maps(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        size: tuple[int, int] | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        on_progress: Progress | None = None,
+        on_error: OnError | None = None,
+    ) -> Float32:
+        """Attention of the pooling probe to each patch: which patches make up the embedding.
+
+        Arguments as for `features`.
+
+        Returns:
+            float32 (N, heads, h, w). A head's weights sum to 1 together with the class token's,
+            which is left out.
+
+        Raises:
+            InputError: as `features`, or the package has no attention maps.
+            BackendError: the engine failed, or the embedder is closed.
+        """
+        check_process(self._process)
+        chains, vision = self._at(size), self._config.vision
+        if contract.ATTENTION not in self.manifest.content.graphs:
+            raise InputError(
+                "this package has no attention maps: they need a model that pools by attention, "
+                "and an export of the last block (--taps)"
+            )
+        maps = self._images.rows(
+            images,
+            chains.attention(),
+            chains.spec,
+            batch_size=self._batch_size(batch_size),
+            workers=workers,
+            on_progress=on_progress,
+            on_error=on_error,
+        )
+        grid = vision.grid_of(chains.spec.height, chains.spec.width)
+        return maps[..., int(vision.use_cls_token) :].reshape(len(maps), -1, *grid)
 
     def encode_pixels(self, pixels: Float32, *, batch_size: int | None = None) -> Float32:
         """Returns the output of the reference's vision `forward`, float32 (N, D) or (N, T, C).
 
         Args:
-            pixels: float32 (N, 3, H, W), already normalised, at the package's image size.
+            pixels: float32 (N, 3, H, W), already normalised, at an image size of the package.
             batch_size: rows per engine call, 1 to 256; None for `self.batch_size`.
         """
         check_process(self._process)
-        run = partial(self._run, contract.PIXELS, contract.PIXELS_F32, output=contract.EMBEDDING)
-        return np.concatenate(list(self._batches(nonempty_array(pixels), batch_size, None, run)))
+        pixels = nonempty_array(pixels)
+        chains = self._chains.get(pixels.shape[-2:]) or self._at(None)
+        run = partial(run_chain, self._sessions, chains.pixels)
+        return np.concatenate(list(in_batches(pixels, self._batch_size(batch_size), None, run)))
 
     def encode_tokens(self, tokens: NDArray[np.int64], *, batch_size: int | None = None) -> Float32:
         """Returns the output of the reference's `encode_text(normalize=False)`, float32 (N, D).
@@ -386,9 +431,13 @@ class Embedder(LoadedModel):
             batch_size: rows per engine call, 1 to 256; None for `self.batch_size`.
         """
         check_process(self._process)
-        return np.concatenate(
-            list(self._batches(nonempty_array(tokens), batch_size, None, self._tokens))
-        )
+        rows, size = nonempty_array(tokens), self._batch_size(batch_size)
+        return np.concatenate(list(in_batches(rows, size, None, self._tokens)))
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Image sizes (height, width) in pixels that the package has, the default first."""
+        return tuple(self._chains)
 
     @property
     def dim(self) -> int:
@@ -406,9 +455,14 @@ class Embedder(LoadedModel):
         """Frees the engines and closes the package; see `LoadedModel.close`."""
         self._sessions.close()
 
-    def _run(self, graph: str, source: str, array: Array, *, output: str) -> Float32:
-        (result,) = self._sessions[graph].run({source: array}, [output])
-        return result
+    def _at(self, size: tuple[int, int] | None) -> ImageChains:
+        """The chains for an image size; InputError unless the package has it."""
+        if size is None:
+            return self._chains[self.image_sizes[0]]
+        if size not in self.image_sizes:
+            known = ", ".join(f"{height}x{width}" for height, width in self.image_sizes)
+            raise InputError(f"size must be one of this package, {known}, not {size!r:.40}")
+        return self._chains[size]
 
     def _tokens(self, tokens: Array) -> Array:
         text = self._config.text
@@ -418,21 +472,7 @@ class Embedder(LoadedModel):
             raise InputError(f"token ids must be int64, not {tokens.dtype}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < text.vocab_size:
             raise InputError(f"a token id is not in 0 to {text.vocab_size - 1}")
-        return self._run(contract.TEXT, contract.TOKENS, tokens, output=contract.TEXT_EMBEDDING)
-
-    def _batches(
-        self,
-        items: Sequence[Any] | Array,
-        batch_size: int | None,
-        on_progress: Progress | None,
-        run: Callable[[Any], Float32],
-    ) -> Iterator[Float32]:
-        """Results of `run` on parts of at most `batch_size` items."""
-        size = self._batch_size(batch_size)
-        for start in range(0, len(items), size):
-            yield run(items[start : start + size])
-            if on_progress is not None:
-                on_progress(min(start + size, len(items)), len(items))
+        return run_chain(self._sessions, TEXT, tokens)
 
     def _batch_size(self, batch_size: int | None) -> int:
         if batch_size is None:

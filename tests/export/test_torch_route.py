@@ -88,11 +88,18 @@ def test_programs_map_bytes_to_the_towers_float32_outputs(
     assert manifest.content.target.options["builder"] == "tensorrt 11.1"
     with open_package(package) as opened:
         assert opened.read("vision.here.engine") == b"embedding"
-    assert set(library.calls) == {"embedding", "block_0", "block_1", "text_embedding"}
+    assert set(library.calls) == {
+        "embedding",
+        "block_0",
+        "block_1",
+        "attention_maps",
+        "text_embedding",
+    }
     with prt.load(package, backend="onnxruntime") as cpu:
         wanted = cpu.embed_images(list(PICTURES))
         texts = cpu.embed_texts(TEXTS)
         dense = cpu.features(list(PICTURES), -1)
+        maps = cpu.attention_maps(list(PICTURES))
     program, options = library.calls["embedding"]
     found = program.module()(torch.from_numpy(PICTURES))
     assert found.dtype == torch.float32
@@ -113,6 +120,8 @@ def test_programs_map_bytes_to_the_towers_float32_outputs(
         assert options["output_binding_names"] == (name,)
         (hidden,) = program.module()(hidden)
     assert hidden.dtype == torch.float32
+    attended = library.calls["attention_maps"][0].module()(hidden)
+    np.testing.assert_allclose(attended[..., 1:].reshape(maps.shape), maps, atol=1e-3)
     np.testing.assert_allclose(hidden[:, 1:].reshape(dense.shape), dense, atol=2e-2)
 
 

@@ -17,7 +17,7 @@ from perception_rt.package.manifest import canonical_json
 
 PLM = Path(__file__).parents[1] / "compatibility" / "packages" / "plm"
 GRAPHS = {
-    "pe": ("features", "features_1", "pixels", "text", "vision"),
+    "pe": ("attention", "features", "features_1", "pixels", "text", "vision"),
     "plm": ("decoder_0", "embed", "pixels", "vision"),
 }
 IMAGE = np.full((40, 30, 3), 100, np.uint8)
@@ -114,7 +114,7 @@ def test_a_graph_that_does_not_fit_is_refused(
 def test_a_missing_or_unknown_graph_is_refused(
     name: str, tmp_path: Path, sources: dict[str, Path]
 ) -> None:
-    for graph in set(GRAPHS[name]) - {"features", "features_1"}:
+    for graph in set(GRAPHS[name]) - {"attention", "features", "features_1"}:
         dest = tmp_path / graph
         path = changed(sources[name], dest, lambda c, graph=graph: c["graphs"].pop(graph))
         with pytest.raises(PackageError, match=f"no graph '{graph}'"):
@@ -151,7 +151,7 @@ def images_again(graphs: dict[str, Graph]) -> None:
     [
         (input_of_another_block, "graph 'features_1' returns no block from 1 on"),
         (a_block_twice, "graph 'features_1' returns no block from 1 on"),
-        (no_first_graph, "graph 'features_1' is none of"),
+        (no_first_graph, "graph 'attention' is none of"),
         (images_again, "graph 'features_1' has an unknown input 'images'|has no input 'block_0'"),
     ],
 )

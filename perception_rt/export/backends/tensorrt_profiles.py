@@ -12,13 +12,14 @@ _IMAGES = ((1, 1, 1), (2, 2, 2), (3, 4, 4), (5, 8, 8), (9, 16, 16), (17, 37, 37)
 _SIZES = {
     contract.VISION: _IMAGES,
     contract.FEATURES: ((1, 1, 1), (2, 8, 37)),
+    contract.ATTENTION: ((1, 1, 1), (2, 8, 37)),
     contract.TEXT: ((1, 1, 1), (2, 16, 64)),
 }
 
 
 def has_engine(graph: str) -> bool:
     """Whether a graph gets engines: `pixels` does not, since it only serves comparisons."""
-    return graph != contract.PIXELS
+    return contract.graph_kind(graph) != contract.PIXELS
 
 
 def whole_range(graph: str) -> tuple[int, int, int]:

@@ -110,8 +110,8 @@ class Component(ABC, Generic[P]):
         """
 
     @abstractmethod
-    def traced(self) -> TracedComponent:
-        """Traces the component, without reading weights."""
+    def traced(self) -> Sequence[TracedComponent]:
+        """Traces the component, once for each shape of its inputs, without reading weights."""
 
     def formats(self, measured: Measured) -> dict[str, Format]:
         """Quantisation formats by weight name: the plan's scheme, except for excluded layers."""

@@ -5,6 +5,7 @@ are computed by the model's own functions.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,18 +24,37 @@ from perception_rt.export.components.traced_modules import (
 from perception_rt.export.graph.lazy_weights import Array, Weight
 from perception_rt.models.decoder import rope_1d
 from perception_rt.models.layers import Rope, rope_2d
-from perception_rt.models.vision import token_table
+from perception_rt.models.vision import probe_keys, token_table
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 
 _FLOAT32 = np.dtype(np.float32)
+_GRID_TABLES = ("table", "rope_cos", "rope_sin")
 _GAINS = {"attn.out_proj": "ls_1.gamma", "mlp.c_proj": "ls_2.gamma"}
 
 
 def vision_parameters(
-    source: WeightSource, graph: VisionGraph, config: VisionConfig, grid: tuple[int, int]
+    source: WeightSource,
+    graph: VisionGraph,
+    config: VisionConfig,
+    grid: tuple[int, int],
+    *,
+    is_further: bool = False,
 ) -> dict[str, Weight]:
-    """Weights of a vision graph, by parameter name; `config` has the checkpoint's layer scale."""
-    return _tower_parameters(source, graph, config, grid, "visual.")
+    """Weights of a vision graph, by parameter name.
+
+    Args:
+        source: weights of the model.
+        graph: the traced module.
+        config: the tower, with the checkpoint's layer scale.
+        grid: patch rows and columns.
+        is_further: whether the package has other grids; tables have the grid in their names then.
+    """
+    weights = _tower_parameters(source, graph, config, grid, "visual.")
+    for name in _GRID_TABLES if is_further else ():
+        if name in weights:
+            label = f"visual.{name}_{grid[0]}x{grid[1]}"
+            weights[name] = replace(weights[name], name=label, origin=label)
+    return weights
 
 
 def tile_parameters(source: WeightSource, graph: TileGraph, config: PlmConfig) -> dict[str, Weight]:
@@ -159,7 +179,13 @@ def _tables(
         with_class, native = config.use_cls_token, config.timm_grid
         return rope_2d(grid, config.head_dim, class_token=with_class, native=native)
 
-    return {"table": table, **_rope(rope)}
+    def keys() -> Array:
+        pool = f"{prefix}attn_pool."
+        names = ("probe", "attn.in_proj_weight", "attn.in_proj_bias")
+        probe, weight, bias = (source.load(pool + name).float() for name in names)
+        return _float32(probe_keys(probe, weight, bias, config.attn_pooler_heads))
+
+    return {"table": table, "probe_keys": keys, **_rope(rope)}
 
 
 def _rope(tables: Callable[[], Rope]) -> Mapping[str, Callable[[], Array]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from perception_rt.export.components.component import (
 )
 from perception_rt.export.components.parameters import text_parameters, vision_parameters
 from perception_rt.export.components.traced_modules import (
+    HalfAttention,
     HalfBlocks,
     HalfTower,
     Pixels,
@@ -42,7 +44,7 @@ from perception_rt.export.quantization.sensitivity import Measured
 from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
 from perception_rt.package import contract
-from perception_rt.package.pe_graphs import cut_taps, text_signature, vision_signatures
+from perception_rt.package.pe_graphs import further_sizes, text_signature
 from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import MIN_CONTEXT, VOCAB_SIZE, TextSpec
 from perception_rt.processing.image import ImageSpec, Resize, normalize
@@ -63,81 +65,80 @@ class VisionComponent(Component[ExportPlan]):
         """Runs the eager tower on two calibration images; see `Component.reference`."""
         spec, scheme = self.plan.image, self.plan.scheme
         inputs = gate_images(self.plan, spec, _GATE_IMAGES)
-        images = inputs[:_GATE_IMAGES]
-        pixels = normalize(images, spec)
         tower = _load(VisionTower, self.config, self.source, "visual.")
         measured = Measured()
-        batch = torch.from_numpy(pixels)
         if scheme is not None:
             batches = calibration_batches(inputs, spec, _GATE_IMAGES)
             judged = judged_images(JUDGED_IMAGES, spec) if scheme == "int8" else None
             found = measure_faithful(tower, tower, batches, scheme, ranges_of(self.plan), judged)
             measured.add(found, "visual.")
+        feeds: dict[str, dict[str, Array]] = {}
+        outputs: dict[str, dict[str, Array]] = {}
+        for spec in self.plan.images:
+            images = gate_images(self.plan, spec, _GATE_IMAGES)[:_GATE_IMAGES]
+            pixels = normalize(images, spec)
+            for name, graph in self.plan.image_graphs(spec).items():
+                # A later graph of the chain takes an output of the one before it.
+                given = {contract.PIXELS_F32: pixels, contract.IMAGES_U8: images}
+                if (source := graph.inputs[0].name) in given:
+                    # The blocks may be many, so they are compared on one image.
+                    rows = 1 if contract.graph_kind(name) == contract.FEATURES else _GATE_IMAGES
+                    feeds[name] = {source: given[source][:rows]}
+            results = self._eager(tower, torch.from_numpy(pixels))
+            for name, graph in self.plan.image_graphs(spec).items():
+                outputs[name] = {output.name: results[output.name] for output in graph.outputs}
+        return Reference(inputs=feeds, outputs=outputs, measured=measured)
+
+    def _eager(self, tower: VisionTower, pixels: Tensor) -> dict[str, Array]:
+        """Results by output name: all rows of the embedding, the first of the others."""
         taps = self.plan.tapped
         with torch.inference_mode():
-            last = self.config.layers - 1
-            *tapped, tokens = tower.forward_taps(batch, [*taps, last])
-            embedding = tower.head(tokens).numpy()
-        return Reference(
-            inputs={
-                contract.VISION: {contract.IMAGES_U8: images},
-                contract.PIXELS: {contract.PIXELS_F32: pixels},
-                contract.FEATURES: {contract.IMAGES_U8: images[:1]},
-            },
-            outputs={
-                contract.VISION: {contract.EMBEDDING: embedding},
-                contract.PIXELS: {contract.EMBEDDING: embedding},
-                **self._expected_blocks(tapped),
-            },
-            measured=measured,
-        )
+            *tapped, tokens = tower.forward_taps(pixels, [*taps, self.config.layers - 1])
+            results = {contract.EMBEDDING: tower.head(tokens).numpy()}
+            for tap, block in zip(taps, tapped, strict=True):
+                results[contract.tap_name(tap)] = block[:1].numpy()
+            if self.config.pool_type == "attn":
+                results[contract.ATTENTION_MAPS] = tower.attention_maps(tokens[:1]).numpy()
+        return results
 
-    def _expected_blocks(self, tapped: Sequence[Tensor]) -> dict[str, dict[str, Array]]:
-        """Outputs of the graphs of the taps, for the first image only, since they may be many."""
-        rows = {
-            contract.tap_name(i): x[:1].numpy()
-            for i, x in zip(self.plan.tapped, tapped, strict=True)
-        }
-        return {
-            contract.features_part(index): {
-                name: rows[name] for name in map(contract.tap_name, taps)
-            }
-            for index, taps in enumerate(cut_taps(self.plan.tapped))
-        }
+    def traced(self) -> Sequence[TracedComponent]:
+        """Traces the tower on the patch grid of each image size.
 
-    def traced(self) -> TracedComponent:
-        """Traces the tower on the plan's patch grid.
-
-        The graphs are `vision` on uint8 images, `pixels` on floats, and the chain of the taps.
+        The graphs are `vision` on uint8 images, `pixels` on floats, the chain of the taps, and
+        `attention` at its end.
         """
-        grid, spec = self.plan.grid, self.plan.image
+        return [self._traced(spec) for spec in self.plan.images]
+
+    def _traced(self, spec: ImageSpec) -> TracedComponent:
+        grid = self.config.grid_of(spec.height, spec.width)
         graph = VisionGraph(self.config, grid, self.plan.tapped)
         example = torch.empty(2, 3, spec.height, spec.width, device="meta")
-        names = [contract.EMBEDDING, *(contract.tap_name(i) for i in self.plan.tapped)]
+        is_further = spec is not self.plan.image
         return TracedComponent(
-            recipes=self._recipes(),
-            traced=trace_batch(graph, contract.PIXELS_F32, example, names),
-            parameters=vision_parameters(self.source, graph, self.config, grid),
+            recipes=self._recipes(spec),
+            traced=trace_batch(graph, contract.PIXELS_F32, example, graph.output_names),
+            parameters=vision_parameters(
+                self.source, graph, self.config, grid, is_further=is_further
+            ),
         )
 
-    def _recipes(self) -> dict[str, Recipe]:
-        spec, plan = self.plan.image, self.plan
-        images = uint8_images(spec.mean, spec.std)
-        entries = {contract.VISION: images, contract.FEATURES: images}
-        segments = cut_taps(plan.tapped)
-        attentions = {}
-        done = 0
-        for index, segment in enumerate(segments):
-            attentions[contract.features_part(index)] = segment[-1] + 1 - done
-            done = segment[-1] + 1
+    def _recipes(self, spec: ImageSpec) -> dict[str, Recipe]:
         whole = self.config.layers + (self.config.pool_type == "attn")
-        signatures = vision_signatures(plan.config, spec.height, spec.width, segments)
-        return {
-            name: Recipe.of_signature(
-                signature, entries.get(name, as_is), attentions=attentions.get(name, whole)
-            )
-            for name, signature in signatures.items()
-        }
+        ends = [-1, *(taps[-1] for taps in self.plan.segments)]
+        depths = iter([end - start for start, end in pairwise(ends)])
+        recipes = {}
+        for name, signature in self.plan.image_graphs(spec).items():
+            match contract.graph_kind(name):
+                case contract.FEATURES:
+                    attentions = next(depths)
+                case contract.ATTENTION:
+                    attentions = 0
+                case _:
+                    attentions = whole
+            is_bytes = signature.inputs[0].name == contract.IMAGES_U8
+            entry = uint8_images(spec.mean, spec.std) if is_bytes else as_is
+            recipes[name] = Recipe.of_signature(signature, entry, attentions=attentions)
+        return recipes
 
 
 class TextComponent(Component[ExportPlan]):
@@ -168,17 +169,19 @@ class TextComponent(Component[ExportPlan]):
             measured=measured,
         )
 
-    def traced(self) -> TracedComponent:
+    def traced(self) -> Sequence[TracedComponent]:
         """Traces the tower at its full context length; the graph is `text`."""
         length = self.config.context_length
         recipe = Recipe.of_signature(text_signature(self.config), attentions=self.config.layers)
         graph = TextGraph(self.config)
         example = torch.zeros((2, length), dtype=torch.int64, device="meta")
-        return TracedComponent(
-            recipes={contract.TEXT: recipe},
-            traced=trace_batch(graph, contract.TOKENS, example, [contract.TEXT_EMBEDDING]),
-            parameters=text_parameters(self.source, graph),
-        )
+        return [
+            TracedComponent(
+                recipes={contract.TEXT: recipe},
+                traced=trace_batch(graph, contract.TOKENS, example, [contract.TEXT_EMBEDDING]),
+                parameters=text_parameters(self.source, graph),
+            )
+        ]
 
 
 class PeExport(ModelExport[PeConfig, ExportPlan]):
@@ -193,8 +196,7 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
         image = find_images(options) or ImageSpec(
             height=side, width=side, rgb_conversion="after_resize"
         )
-        size = (image.height, image.width) if options.image_size is None else options.image_size
-        height, width = size if isinstance(size, tuple) else (size, size)
+        (height, width), *more = options.image_sizes or [(image.height, image.width)]
         resize: Resize = "center_crop" if options.center_crop else image.resize
         taps = options.taps
         return ExportPlan(
@@ -207,6 +209,7 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
                 resize=resize,
                 exif_orientation=not options.ignore_exif,
             ),
+            more_sizes=tuple(sorted(more)),
             taps=None if taps is None else tuple(map(config.vision.block_index, taps)),
         )
 
@@ -218,6 +221,7 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
             **settings.shared(),
             config=PeConfig.from_dict(content.architecture),
             image=ImageSpec.from_dict(content.image),
+            more_sizes=tuple(further_sizes(content.graphs)),
             taps=tuple(content.target.options["taps"]),
         )
 
@@ -255,12 +259,22 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
             assert config.text is not None
             return HalfTower(_load(TextTower, config.text, self.source, "text."))
         tower = _load(VisionTower, config.vision, self.source, "visual.")
+        if contract.graph_kind(graph) == contract.ATTENTION:
+            return HalfAttention(tower)
         images = Pixels(self.plan.image)
-        first = 0
-        for index, taps in enumerate(cut_taps(self.plan.tapped)):
-            if graph == contract.features_part(index):
-                return HalfBlocks(tower, self.plan.grid, taps, first, None if index else images)
-            first = taps[-1] + 1
+        for spec in self.plan.images:
+            chain = [
+                name
+                for name in self.plan.image_graphs(spec)
+                if contract.graph_kind(name) == contract.FEATURES
+            ]
+            if graph in chain:
+                index = chain.index(graph)
+                segments = self.plan.segments
+                first = segments[index - 1][-1] + 1 if index else 0
+                grid = config.vision.grid_of(spec.height, spec.width)
+                entry = None if index else images
+                return HalfBlocks(tower, grid, segments[index], first, entry)
         return HalfTower(tower, images)
 
 

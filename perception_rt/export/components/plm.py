@@ -277,7 +277,7 @@ class TileComponent(Component[PlmPlan]):
         run.run(encoder, lambda x: projector(tower.ln_post(x)[:, tower.num_prefix :]))
         return run
 
-    def traced(self) -> TracedComponent:
+    def traced(self) -> Sequence[TracedComponent]:
         """Traces tower and projector on the tile's grid; the graphs are `vision` and `pixels`."""
         config, spec = self.plan.config, self.plan.tiles.tile
         entries = {contract.VISION: uint8_images(spec.mean, spec.std), contract.PIXELS: as_is}
@@ -288,8 +288,10 @@ class TileComponent(Component[PlmPlan]):
         }
         graph = TileGraph(config)
         example = torch.empty(2, 3, spec.height, spec.width, device="meta")
-        return TracedComponent(
-            recipes=recipes,
-            traced=trace_batch(graph, contract.PIXELS_F32, example, [contract.IMAGE_FEATURES]),
-            parameters=tile_parameters(self.source, graph, config),
-        )
+        return [
+            TracedComponent(
+                recipes=recipes,
+                traced=trace_batch(graph, contract.PIXELS_F32, example, [contract.IMAGE_FEATURES]),
+                parameters=tile_parameters(self.source, graph, config),
+            )
+        ]

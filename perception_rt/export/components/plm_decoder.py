@@ -8,7 +8,7 @@ L logit positions.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -128,18 +128,20 @@ class EmbedComponent(Component[PlmPlan]):
         """The format of the embedding, which a tied head shares."""
         return table_formats(self.plan)
 
-    def traced(self) -> TracedComponent:
+    def traced(self) -> Sequence[TracedComponent]:
         """Traces the lookup; the graph is `embed`."""
         config = self.plan.config.decoder
         recipe = Recipe.of_signature(embed_signature(config))
         graph = EmbedGraph(config)
         example = {contract.TOKENS: torch.zeros(2, 3, dtype=torch.int64, device="meta")}
         dynamic = {contract.TOKENS: {0: contract.BATCH, 1: contract.LENGTH}}
-        return TracedComponent(
-            recipes={contract.EMBED: recipe},
-            traced=trace.trace(graph, example, dynamic=dynamic, output_names=[contract.HIDDEN]),
-            parameters=embed_parameters(self.source, graph),
-        )
+        return [
+            TracedComponent(
+                recipes={contract.EMBED: recipe},
+                traced=trace.trace(graph, example, dynamic=dynamic, output_names=[contract.HIDDEN]),
+                parameters=embed_parameters(self.source, graph),
+            )
+        ]
 
 
 class DecoderComponent(Component[PlmPlan]):
@@ -229,7 +231,7 @@ class DecoderComponent(Component[PlmPlan]):
                 found[key] = "int8_blocks" if key in excluded else blocks
         return found
 
-    def traced(self) -> TracedComponent:
+    def traced(self) -> Sequence[TracedComponent]:
         """Traces the layers over their caches; the graph has the component's name."""
         signature = self._signature(picks_tokens=True)
         taken = self._signature(picks_tokens=self.plan.target.picks_tokens)
@@ -244,11 +246,13 @@ class DecoderComponent(Component[PlmPlan]):
         names = [spec.name for spec in signature.outputs]
         excluded = self.plan.config.image_token_id
         graph = DecoderGraph(self.config, self.layers)
-        return TracedComponent(
-            recipes={self.name: recipe},
-            traced=trace.trace(graph, examples, dynamic=dynamic, output_names=names),
-            parameters=decoder_parameters(self.source, graph, self.config, excluded),
-        )
+        return [
+            TracedComponent(
+                recipes={self.name: recipe},
+                traced=trace.trace(graph, examples, dynamic=dynamic, output_names=names),
+                parameters=decoder_parameters(self.source, graph, self.config, excluded),
+            )
+        ]
 
     def _signature(self, *, picks_tokens: bool) -> GraphSignature:
         return decoder_signature(

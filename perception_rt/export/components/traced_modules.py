@@ -24,6 +24,7 @@ from perception_rt.models.layers import Rope
 from perception_rt.models.plm import VisionProjector
 from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
+from perception_rt.package import contract
 from perception_rt.plm_config import DecoderConfig, PlmConfig
 from perception_rt.processing.image import ImageSpec
 
@@ -60,17 +61,32 @@ class _GridGraph(nn.Module):
 
 
 class VisionGraph(_GridGraph):
-    """A vision tower with its head, and block taps."""
+    """A vision tower with its head, block taps and the attention of its pooling probe, if any.
+
+    A further parameter is `probe_keys` (heads, C), which `parameters.py` computes too.
+    """
 
     def __init__(self, config: VisionConfig, grid: tuple[int, int], taps: Sequence[int]) -> None:
         super().__init__(config, grid)
         self.taps = tuple(taps)
+        if config.pool_type == "attn":
+            self.probe_keys = _meta(config.attn_pooler_heads, config.width)
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the results of `forward`."""
+        names = [contract.EMBEDDING, *map(contract.tap_name, self.taps)]
+        is_pooled = self.tower.config.pool_type == "attn"
+        return [*names, contract.ATTENTION_MAPS] if is_pooled else names
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        """Normalised float (N, 3, H, W) -> embedding (N, D), then (N, T, C) per tap."""
+        """Normalised float (N, 3, H, W) -> embedding (N, D), (N, T, C) per tap, (N, heads, T)."""
         last = self.tower.config.layers - 1
         *taps, tokens = self.blocks(inputs[0], [*self.taps, last])
-        return (self.tower.head(tokens), *taps)
+        results = (self.tower.head(tokens), *taps)
+        if self.tower.config.pool_type != "attn":
+            return results
+        return (*results, self.tower.attention_maps(tokens, self.probe_keys))
 
 
 class TileGraph(_GridGraph):
@@ -162,6 +178,22 @@ class DecoderGraph(nn.Module):
             top = allowed.amax(dim=-1), allowed.argmax(dim=-1)
             return (logits, *self.attention.updated, *top)
         return (hidden, *self.attention.updated)
+
+
+class HalfAttention(nn.Module):
+    """The attention of a vision tower's pooling probe in float16, with a float32 output.
+
+    Args:
+        tower: the tower with its weights; converted in place.
+    """
+
+    def __init__(self, tower: VisionTower) -> None:
+        super().__init__()
+        self.tower = tower.to(torch.float16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float32 (N, T, C) of the last block -> (N, heads, T)."""
+        return self.tower.attention_maps(tokens.to(torch.float16)).to(torch.float32)
 
 
 class Pixels(nn.Module):

@@ -5,14 +5,15 @@ Legend: N images.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from perception_rt.config import PeConfig
 from perception_rt.limits import Limits
 from perception_rt.package import contract
 from perception_rt.package.contract import GraphSpec
-from perception_rt.package.pe_graphs import Segments
+from perception_rt.package.pe_graphs import Segments, further_sizes, read_segments
 from perception_rt.processing.image import ImageSource, ImageSpec
 from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
 from perception_rt.processing.image_options import ImageOptions
@@ -35,20 +36,60 @@ class Step:
     output: str
 
 
-EMBEDDING = (Step(contract.VISION, contract.IMAGES_U8, contract.EMBEDDING),)
+TEXT = [Step(contract.TEXT, contract.TOKENS, contract.TEXT_EMBEDDING)]
 
 
-def chain_to_block(segments: Segments, index: int) -> list[Step]:
-    """The chain that computes a tapped block, without the graphs behind it."""
-    steps: list[Step] = []
-    source = contract.IMAGES_U8
-    for part, taps in enumerate(segments):
-        output = contract.tap_name(min(index, taps[-1]))
-        steps.append(Step(contract.features_part(part), source, output))
-        if index <= taps[-1]:
-            break
-        source = output
-    return steps
+class ImageChains:
+    """The chains of a package's graphs for one image size.
+
+    Attributes:
+        spec: how images become pixels.
+        embedding: the chain from images to the tower's output.
+        pixels: the chain from normalised pixels to the tower's output.
+        taps: indices of the blocks that the package returns.
+    """
+
+    def __init__(self, spec: ImageSpec, segments: Segments, *, is_further: bool) -> None:
+        self.spec = spec
+        self.taps = frozenset(tap for taps in segments for tap in taps)
+        self._segments = segments
+        self._size = (spec.height, spec.width) if is_further else None
+        self.embedding = [self._step(contract.VISION, contract.IMAGES_U8, contract.EMBEDDING)]
+        self.pixels = [self._step(contract.PIXELS, contract.PIXELS_F32, contract.EMBEDDING)]
+
+    def block(self, index: int) -> list[Step]:
+        """The chain from images to a tapped block, without the graphs behind it."""
+        steps: list[Step] = []
+        source = contract.IMAGES_U8
+        for part, taps in enumerate(self._segments):
+            output = contract.tap_name(min(index, taps[-1]))
+            steps.append(self._step(contract.features_part(part), source, output))
+            if index <= taps[-1]:
+                break
+            source = output
+        return steps
+
+    def attention(self) -> list[Step]:
+        """The chain from images to the attention of the pooling probe."""
+        last = self._segments[-1][-1]
+        maps = contract.ATTENTION_MAPS
+        return [*self.block(last), self._step(contract.ATTENTION, contract.tap_name(last), maps)]
+
+    def _step(self, graph: str, source: str, output: str) -> Step:
+        name = graph if self._size is None else contract.sized(graph, self._size)
+        return Step(name, source, output)
+
+
+def image_chains(
+    graphs: Mapping[str, GraphSpec], config: PeConfig, spec: ImageSpec
+) -> dict[tuple[int, int], ImageChains]:
+    """The chains of a checked package by image size (height, width), its own size first."""
+    segments = read_segments(graphs, config)
+    chains = {(spec.height, spec.width): ImageChains(spec, segments, is_further=False)}
+    for height, width in further_sizes(graphs):
+        further = replace(spec, height=height, width=width)
+        chains[height, width] = ImageChains(further, segments, is_further=True)
+    return chains
 
 
 def run_chain(sessions: Sessions, steps: Sequence[Step], array: Array) -> Float32:
@@ -64,7 +105,6 @@ class ImageRunner:
     Args:
         sessions: opens the package's graphs.
         graphs: their specs.
-        spec: how images become pixels.
         limits: bounds on the images.
         options: formats to accept, and the background.
     """
@@ -73,13 +113,11 @@ class ImageRunner:
         self,
         sessions: Sessions,
         graphs: Mapping[str, GraphSpec],
-        spec: ImageSpec,
         limits: Limits,
         options: ImageOptions,
     ) -> None:
         self._sessions = sessions
         self._graphs = graphs
-        self._spec = spec
         self._limits = limits
         self._options = options
 
@@ -87,6 +125,7 @@ class ImageRunner:
         self,
         images: Iterable[ImageSource],
         steps: Sequence[Step],
+        spec: ImageSpec,
         *,
         batch_size: int,
         workers: int | None,
@@ -98,6 +137,7 @@ class ImageRunner:
         Args:
             images: as for `Embedder.embed_images`; so are `workers` and the callbacks.
             steps: the chain.
+            spec: how images become pixels.
             batch_size: images per engine call.
             workers: threads that decode; None for the default.
             on_progress: called after each batch.
@@ -109,7 +149,7 @@ class ImageRunner:
         workers = check_integer("workers", workers, 1, MAX_WORKERS)
         loading = load_images(
             images,
-            self._spec,
+            spec,
             workers=workers,
             ahead=batch_size + workers,
             limits=self._limits,

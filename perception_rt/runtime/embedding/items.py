@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
@@ -48,6 +48,19 @@ def nonempty_array(values: Any) -> Array:
 def stacked(parts: Iterable[Float32], shape: tuple[int, ...]) -> Float32:
     """One array of all parts, (N, *shape); N may be 0."""
     return np.concatenate([np.empty((0, *shape), np.float32), *parts])
+
+
+def in_batches(
+    items: Sequence[Any] | Array,
+    size: int,
+    on_progress: Callable[[int, int], None] | None,
+    run: Callable[[Any], Float32],
+) -> Iterator[Float32]:
+    """Results of `run` on parts of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield run(items[start : start + size])
+        if on_progress is not None:
+            on_progress(min(start + size, len(items)), len(items))
 
 
 def unit(rows: Float32) -> Float32:
