@@ -2,22 +2,23 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from perception_rt.bulk.listing import Item
 from perception_rt.bulk.parquet import ImageColumn
 from perception_rt.bulk.sources import TEXTS, Sources
+from perception_rt.bulk.tars import DAMAGE, is_tar, open_archive
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS, Limits
-from perception_rt.processing.files import open_regular_file
 
 _FIELDS = ("text", "caption")
 _TAR_VIDEO_BYTES = 256 * 1024 * 1024  # a video in a tar is read into memory
 
 
 class Contents:
-    """Reads items; keeps the last Parquet file open. Use it as a context manager.
+    """Reads items; keeps the last file open. Use it as a context manager.
 
     Args:
         column: column of Parquet files, or field of `.jsonl` lines; None for the usual names.
@@ -27,14 +28,16 @@ class Contents:
     def __init__(self, column: str | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
         self._column = column
         self._limits = limits
-        self._cells: tuple[str, ImageColumn] | None = None
+        self._opened: tuple[str, Any] | None = None  # path and file
 
     def image(self, item: Item) -> str | bytes:
         """A path, or encoded bytes; InputError if there are none."""
         if item.form == "file":
             return item.file
         if item.form == "cell":
-            return self._open(item.path).read(item.offset)
+            column = self._open(item.path, lambda: ImageColumn(item.path, self._column))
+            found: str | bytes = column.read(item.offset)
+            return found
         if item.form == "missing":
             raise InputError("the row names no file")
         return self._span(item, self._limits.image_bytes)
@@ -60,29 +63,31 @@ class Contents:
         line_break = 2 if item.kind == "text" else 0
         if item.size > most + line_break:
             raise InputError(f"{item.size} bytes; the limit is {most}")
-        with open_regular_file(item.path, repr(item.path)) as file:
-            try:
-                file.seek(item.offset)
-                data = bytearray()
-                while len(data) < item.size and (more := file.read(item.size - len(data))):
-                    data += more
-            except OSError as error:
-                raise InputError(f"{item.path!r:.200} cannot be read: {error.strerror}") from None
+        file = self._open(item.path, lambda: open_archive(item.path))
+        try:
+            file.seek(item.offset)
+            data = bytearray()
+            while len(data) < item.size and (more := file.read(item.size - len(data))):
+                data += more
+        except DAMAGE:
+            raise InputError(f"{item.path!r:.200} is damaged") from None
+        except OSError as error:
+            raise InputError(f"{item.path!r:.200} cannot be read: {error.strerror}") from None
         if len(data) < item.size:
             raise InputError(f"{item.path!r:.200} became shorter")
         return bytes(data)
 
-    def _open(self, path: str) -> ImageColumn:
-        if self._cells is None or self._cells[0] != path:
+    def _open(self, path: str, opener: Callable[[], Any]) -> Any:
+        if self._opened is None or self._opened[0] != path:
             self.close()
-            self._cells = path, ImageColumn(path, self._column)
-        return self._cells[1]
+            self._opened = path, opener()
+        return self._opened[1]
 
     def close(self) -> None:
         """Closes the open file."""
-        cells, self._cells = self._cells, None
-        if cells is not None:
-            cells[1].close()
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +122,7 @@ def image_of(source: str, column: str | None = None) -> str | bytes | None:
                 return contents.image(Item("image", source, "cell", path, int(name)))
             items = Sources(paths=(path,)).items()
             item = next((i for i in items if i.source == source), None)
-            return None if item is None or ending != ".tar" else contents.image(item)
+            return None if item is None or not is_tar(path) else contents.image(item)
     except InputError:
         return None
 

@@ -1,11 +1,11 @@
 """Reads images of Parquet files. pyarrow (extra `bulk`) is imported on first use."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from perception_rt.bulk.listing import Item
+from perception_rt.bulk.listing import Item, Kind
 from perception_rt.errors import BackendError, InputError
 
 _COLUMNS = ("image", "jpg", "png", "webp", "bytes", "path")
@@ -26,7 +26,7 @@ def pyarrow() -> tuple[Any, Any]:
 
 
 class ImageColumn:
-    """A column of a Parquet file: encoded images, structs with their `bytes`, or paths.
+    """A column of a Parquet file: encoded images, paths, or structs with `bytes` or `path`.
 
     Use it as a context manager, or only for `items`.
 
@@ -51,12 +51,16 @@ class ImageColumn:
         except self._errors:
             raise self._damaged() from None
         self._column = self._named(schema.names, column)
-        kind, types = schema.field(self._column).type, arrow.types
-        self._field = ""
-        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            self._field, kind = "bytes", kind.field("bytes").type
-        self.is_path = types.is_string(kind) or types.is_large_string(kind)
-        if not (self.is_path or types.is_binary(kind) or types.is_large_binary(kind)):
+        kind = _value_type(arrow, schema.field(self._column).type)
+        self._folder = os.path.dirname(path)  # noqa: PTH120 - keeps a leading "./"
+        # Columns of images of the library datasets have bytes, or a path in their place.
+        self._fields: tuple[str, ...] = ()
+        if arrow.types.is_struct(kind):
+            types = {field.name: _value_type(arrow, field.type) for field in kind}
+            wanted = (("bytes", _is_bytes), ("path", _is_text))
+            self._fields = tuple(n for n, fits in wanted if n in types and fits(arrow, types[n]))
+        self.is_path = _is_text(arrow, kind)
+        if not (self.is_path or _is_bytes(arrow, kind) or self._fields):
             raise InputError(
                 f"column {self._column!r:.80} of {path!r:.200} has neither bytes nor paths, "
                 f"but {str(kind)!r:.60}"
@@ -64,22 +68,25 @@ class ImageColumn:
         self._values: Iterator[Any] = iter(())
         self._next = self._end = 0  # row of the next value; end of its row group
 
-    def items(self) -> Iterator[Item]:
-        """Yields the images; relative paths are relative to the Parquet file's folder."""
+    def items(self, kind_of: Callable[[str], Kind | None]) -> Iterator[Item]:
+        """Yields the items; relative paths are relative to the Parquet file's folder.
+
+        Args:
+            kind_of: kind of the file at a path; None counts as an image.
+        """
         with self:
             if not self.is_path:
                 for row in range(self._file.metadata.num_rows):
                     yield Item("image", f"{self._path}#{row}", "cell", self._path, row)
                 return
-            folder = os.path.dirname(self._path)  # noqa: PTH120 - keeps a leading "./"
             for row, value in enumerate(self._rows(range(self._file.num_row_groups))):
                 if value:
-                    yield Item("image", os.path.join(folder, value))  # noqa: PTH118
+                    yield Item(kind_of(value) or "image", self._file_at(value))
                 else:
                     yield Item("image", f"{self._path}#{row}", "missing")
 
-    def read(self, row: int) -> bytes:
-        """Returns the bytes of a row; fast for ascending rows.
+    def read(self, row: int) -> str | bytes:
+        """Returns the bytes of a row, or its path; fast for ascending rows.
 
         Raises:
             InputError: the row is empty or not in the file, or the file is damaged.
@@ -97,7 +104,7 @@ class ImageColumn:
         self._next += 1
         if not value:
             raise InputError(f"row {row} of {self._path!r:.200} has no image")
-        return bytes(value)
+        return self._file_at(value) if isinstance(value, str) else bytes(value)
 
     def _seek(self, row: int) -> None:
         """Starts at the row group of a row."""
@@ -112,15 +119,20 @@ class ImageColumn:
         raise InputError(f"{self._path!r:.200} has no row {row}: did it change?")
 
     def _rows(self, groups: Any) -> Iterator[Any]:
-        name = f"{self._column}.{self._field}" if self._field else self._column
+        names = [f"{self._column}.{field}" for field in self._fields] or [self._column]
         try:
-            batches = self._file.iter_batches(_ROWS, row_groups=list(groups), columns=[name])
+            batches = self._file.iter_batches(_ROWS, row_groups=list(groups), columns=names)
             for batch in batches:
                 for value in batch.column(0):
                     found = value.as_py()
-                    yield found.get(self._field) if isinstance(found, dict) else found
+                    if isinstance(found, dict):
+                        found = next(filter(None, map(found.get, self._fields)), None)
+                    yield found
         except self._errors:
             raise self._damaged() from None
+
+    def _file_at(self, path: str) -> str:
+        return os.path.join(self._folder, path)  # noqa: PTH118
 
     def _named(self, names: list[str], column: str | None) -> str:
         found = [name for name in _COLUMNS if name in names] if column is None else [column]
@@ -145,3 +157,16 @@ class ImageColumn:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _value_type(arrow: Any, kind: Any) -> Any:
+    """Type of the values, which may be stored once each in a dictionary."""
+    return kind.value_type if arrow.types.is_dictionary(kind) else kind
+
+
+def _is_bytes(arrow: Any, kind: Any) -> bool:
+    return kind in (arrow.binary(), arrow.large_binary(), arrow.binary_view())
+
+
+def _is_text(arrow: Any, kind: Any) -> bool:
+    return kind in (arrow.string(), arrow.large_string(), arrow.string_view())

@@ -4,9 +4,7 @@ Files are listed here and read by `contents`. Nothing of an archive is ever extr
 """
 
 import glob
-import io
 import os
-import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import BinaryIO
 
 from perception_rt.bulk.listing import Item, Kind
 from perception_rt.bulk.parquet import ImageColumn
+from perception_rt.bulk.tars import OTHER_COMPRESSIONS, is_tar, tar_files
 from perception_rt.errors import InputError
 from perception_rt.limits import DEFAULT_LIMITS
 from perception_rt.processing.files import open_regular_file
@@ -30,8 +29,6 @@ REQUESTED = {
 ALL_IMAGES = frozenset((*IMAGES, *(ending for names in REQUESTED.values() for ending in names)))
 VIDEOS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "ts", "mts", "m2ts")
 TEXTS = ("txt", "jsonl")
-_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_HEADER_BYTES = 1024 * 1024
 _LINE_BYTES = 64 * 1024  # longest line of a list of paths
 
 
@@ -98,21 +95,21 @@ class _Lister:
 
     def named(self, path: str) -> Iterator[Item]:
         """Items of a path that a user named; a file of unknown ending is taken for an image."""
-        kind, ending = self._kind(path), _ending(path)
-        if kind is not None:
-            yield Item(kind, path)
-        elif path.lower().endswith(_COMPRESSED_TARS):
-            raise InputError(f"{path!r:.200} is compressed: give the .tar file itself")
-        elif ending == "tar":
+        ending = _ending(path)
+        if os.path.isdir(path):  # noqa: PTH112 - first, as a folder may be called "a.parquet"
+            yield from self._folder(path)
+        elif is_tar(path):
             yield from self._tar(path)
+        elif path.lower().endswith(OTHER_COMPRESSIONS):
+            raise InputError(
+                f"{path!r:.200} is compressed: give the .tar file itself, or one by gzip"
+            )
         elif ending == "parquet":
-            yield from ImageColumn(path, self._column).items()
+            yield from ImageColumn(path, self._column).items(self._kind)
         elif ending in TEXTS:
             yield from _lines(path, "json" if ending == "jsonl" else "span")
-        elif os.path.isdir(path):  # noqa: PTH112
-            yield from self._folder(path)
         else:
-            yield Item("image", path)
+            yield Item(self._kind(path) or "image", path)
 
     def paths_of(self, file: BinaryIO | str) -> Iterator[Item]:
         """Items of a list of paths, such as standard input."""
@@ -168,7 +165,7 @@ class _Lister:
                 yield Item(kind, path)
 
     def _tar(self, path: str) -> Iterator[Item]:
-        """Images and videos of an uncompressed tar, such as a webdataset shard, in its order."""
+        """Images and videos of a tar, such as a webdataset shard, in its order; no hidden ones."""
         found = False
         for member in tar_files(path):
             kind = self._kind(member.name)
@@ -196,51 +193,9 @@ def kind_of(path: str, images: Collection[str] = ALL_IMAGES) -> Kind | None:
     return "video" if ending in VIDEOS else None
 
 
-class _HeaderFile(io.FileIO):
-    """Reads headers of a tar, which says itself how long they are."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Reads at most 1 MiB; TarError for more."""
-        if size is None or not 0 <= size <= _HEADER_BYTES:
-            raise tarfile.ReadError
-        return super().read(size) or b""
-
-
-def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
-    """Yields the members of an uncompressed tar; reads their headers only.
-
-    Raises:
-        OSError, tarfile.TarError, ValueError, OverflowError, RecursionError: it is unreadable.
-    """
-    with _HeaderFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        end = -1
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined] # else they stay in memory
-            if member.offset_data <= end or member.size < 0:  # a loop
-                raise tarfile.ReadError
-            end = member.offset_data
-            yield member
-        # tarfile ends at a damaged header as if the archive did.
-        file.seek(tar.offset)
-        if any(file.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError
-
-
-def tar_files(path: str) -> Iterator[tarfile.TarInfo]:
-    """Yields the regular files of an uncompressed tar, such as a webdataset shard, in its order.
-
-    Raises:
-        InputError: the tar is missing, damaged or compressed.
-    """
-    _check_file(path)
-    try:
-        for member in tar_members(path):
-            if member.isreg() and not member.issparse():
-                yield member
-    except OSError as error:
-        raise InputError(f"tar {path!r:.200} cannot be read: {error.strerror}") from None
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError):
-        raise InputError(f"{path!r:.200} is damaged, or not an uncompressed tar file") from None
+def _is_hidden(name: str) -> bool:
+    """Whether a member would be hidden on disk, as the "._1.jpg" that macOS adds."""
+    return any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
 
 
 def _check_file(path: str) -> None:

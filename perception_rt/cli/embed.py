@@ -25,7 +25,7 @@ def add_embed_arguments(embed: CommandParser) -> None:
     package_arguments(embed)
     embed.add_argument(
         "sources", metavar="SOURCE", nargs="*", default=[], help="file, folder, quoted glob, "
-        "webdataset .tar, .parquet, or .txt or .jsonl of texts"
+        "webdataset .tar or .tar.gz, .parquet, or .txt or .jsonl of texts"
     )  # fmt: skip
     list_argument(embed, "--image", "FILE")
     list_argument(embed, "--text", "TEXT")

@@ -1,5 +1,6 @@
 """SOURCE arguments become items in a fixed order; archives and lists of all kinds are read."""
 
+import gzip
 import io
 import tarfile
 from pathlib import Path
@@ -99,6 +100,39 @@ def test_tars_are_read_in_place(tmp_path: Path) -> None:
     assert image_of(f"{tar}#absent.png") is None
 
 
+def test_gzipped_tars_are_read_in_any_order(tmp_path: Path) -> None:
+    tar, packed = tmp_path / "s.tar", tmp_path / "s.tar.gz"
+    write_tar(tar, {f"d/{i}.jpg": bytes([i]) * 70_000 for i in range(5)})
+    packed.write_bytes(gzip.compress(tar.read_bytes()))
+    items = list(Sources(paths=(str(packed),)).items())
+    assert [item.source for item in items] == [f"{packed}#d/{i}.jpg" for i in range(5)]
+    with Contents() as contents:
+        for i in (0, 3, 1, 4, 4):
+            assert contents.image(items[i]) == bytes([i]) * 70_000
+    assert image_of(f"{packed}#d/2.jpg") == bytes([2]) * 70_000
+    data = packed.read_bytes()
+    packed.write_bytes(data[:12] + bytes(9) + data[21:])
+    with Contents() as contents, pytest.raises(InputError, match="is damaged"):
+        contents.image(items[0])
+    for damaged in (data[:-40], data[:12] + bytes(9) + data[21:], b"no gzip", b""):
+        packed.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"s.tar.gz' is damaged, or not a tar"):
+            names(packed)
+
+
+def test_hidden_members_of_tars_are_left_out(tmp_path: Path) -> None:
+    tar = tmp_path / "s.tar"
+    write_tar(tar, {"./a.jpg": b"a", "._a.jpg": b"mac", "d/.b.jpg": b"b", ".c/d.jpg": b"d"})
+    assert names(tar) == [f"{tar}#./a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.mp4", "a.parquet", "a.tar", "a.tar.xz", "a.txt"])
+def test_a_folder_may_have_the_ending_of_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "1.jpg").write_bytes(b"x")
+    assert relative(tmp_path, names(tmp_path / name)) == [f"{name}/1.jpg"]
+
+
 def damaged_tars() -> dict[str, bytes]:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -131,7 +165,7 @@ def damaged_tars() -> dict[str, bytes]:
 def test_damaged_tars_are_refused(tmp_path: Path, kind: str) -> None:
     tar = tmp_path / "x.tar"
     tar.write_bytes(damaged_tars()[kind])
-    with pytest.raises(InputError, match=r"damaged, or not an uncompressed tar"):
+    with pytest.raises(InputError, match=r"damaged, or not a tar"):
         names(tar)
 
 
@@ -150,14 +184,14 @@ def test_links_in_tars_are_ignored(tmp_path: Path) -> None:
     [
         ("absent.jpg", "does not exist"),
         ("*.jpg", "matches no file"),
-        ("x.tar.gz", "compressed: give the .tar file itself"),
+        ("x.tar.xz", "compressed: give the .tar file itself"),
         ("empty", "has no image or video"),
         ("empty.txt", "has no text"),
-        ("empty.tar", "damaged, or not an uncompressed tar"),
+        ("empty.tar", "damaged, or not a tar"),
     ],
 )
 def test_useless_sources_are_one_error(tmp_path: Path, name: str, message: str) -> None:
-    for file in ("x.tar.gz", "empty.txt", "empty.tar"):
+    for file in ("x.tar.xz", "empty.txt", "empty.tar"):
         (tmp_path / file).write_bytes(b"")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message) as error:
@@ -198,6 +232,46 @@ def test_parquet_columns(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(InputError, match="damaged, or not a Parquet file"):
         names(file)
+
+
+def test_parquet_columns_of_other_types(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file, images = tmp_path / "x.parquet", [jpeg(0), None, jpeg(1), jpeg(0)]
+    raw = arrow.array(images, arrow.binary())
+    paths = arrow.array(["a.jpg", None, "b.mp4", "a.jpg"])
+    bytes_or_path = [{"bytes": jpeg(0), "path": "z"}, None, {"bytes": None, "path": "a.jpg"}, {}]
+    table = arrow.table({
+        "dictionary": raw.dictionary_encode(),
+        "large": raw.cast(arrow.large_binary()),
+        "view": raw.cast(arrow.binary_view()),
+        "names": paths.dictionary_encode(),
+        "views": paths.cast(arrow.string_view()),
+        "mixed": arrow.array(bytes_or_path),
+        "files": arrow.array([None if name is None else {"bytes": None, "path": name}
+                              for name in paths.to_pylist()]),
+    })  # fmt: skip
+    parquet.write_table(table, file)
+
+    def read(column: str) -> list[object]:
+        found: list[object] = []
+        with Contents(column) as contents:
+            for item in Sources(paths=(str(file),), column=column).items():
+                try:
+                    found.append(contents.image(item))
+                except InputError:
+                    found.append(None)
+        return found
+
+    for column in ("dictionary", "large", "view"):
+        assert read(column) == images
+    whole = [str(tmp_path / "a.jpg"), None, str(tmp_path / "b.mp4"), str(tmp_path / "a.jpg")]
+    for column in ("names", "views", "files"):
+        assert read(column) == whole
+    assert read("mixed") == [jpeg(0), None, str(tmp_path / "a.jpg"), None]
+    items = Sources(paths=(str(file),), column="names").items()
+    assert [item.kind for item in items] == ["image", "image", "video", "image"]
 
 
 def test_a_listing_reads_any_part_and_has_a_digest(tmp_path: Path) -> None:

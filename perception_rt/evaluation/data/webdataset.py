@@ -13,7 +13,8 @@ from pathlib import Path
 
 from perception_rt.bulk.contents import Contents
 from perception_rt.bulk.listing import Item
-from perception_rt.bulk.sources import kind_of, tar_files
+from perception_rt.bulk.sources import kind_of
+from perception_rt.bulk.tars import tar_files
 from perception_rt.errors import InputError
 from perception_rt.evaluation.data.files import read_names, read_text
 
