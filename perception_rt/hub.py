@@ -116,6 +116,14 @@ def locate(name: str, expect: str | None = None) -> tuple[Path, str | None]:
     return folder, expect
 
 
+def find_cached(package_id: str) -> Path | None:
+    """Returns the folder of a package that was fetched before; None if it is not in the cache."""
+    try:
+        return _cached(user_cache(_CACHE), package_id) if _ID.fullmatch(package_id) else None
+    except OSError:  # there is no home directory
+        return None
+
+
 def pull(name: str, out: str | os.PathLike[str] | None = None, expect: str | None = None) -> Path:
     """Fetches and verifies a package; returns its folder. A damaged copy is fetched again.
 

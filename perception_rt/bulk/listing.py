@@ -5,6 +5,7 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, TypeAlias, get_args
@@ -69,8 +70,12 @@ class Listing:
                 self._file.write(line)
                 self._count += 1
             self._file.flush()
+        except OSError as error:  # a full disk, which names no file
+            error.filename = error.filename or str(folder or tempfile.gettempdir())
+            self._discard()
+            raise
         except BaseException:
-            self._file.close()
+            self._discard()
             raise
         self.digest = f"sha256:{digest.hexdigest()}"
 
@@ -90,6 +95,10 @@ class Listing:
     def close(self) -> None:
         """Removes the file."""
         self._file.close()
+
+    def _discard(self) -> None:
+        with suppress(OSError):  # what is not written yet cannot be written
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from perception_rt.bulk.atomic import TEMPORARY, replacing, write_bytes
+from perception_rt.bulk.atomic import TEMPORARY, remove_leftovers, replacing, write_bytes
 from perception_rt.bulk.parquet import pyarrow
-from perception_rt.bulk.result import SUFFIXES, open_result, write_result
+from perception_rt.bulk.result import SUFFIXES, open_result, result_paths, write_result
 from perception_rt.bulk.shards import (
     NumpyShards,
     ParquetShards,
@@ -141,7 +141,7 @@ class Output:
     def errors_path(self) -> Path:
         """File of the items without a row."""
         if self._kind:
-            return self.path.with_name(f"{self.path.stem}.errors.jsonl")
+            return self.path.with_name(f"{self.path.name}.errors.jsonl")
         return self.path / "errors.jsonl"
 
     @property
@@ -156,10 +156,14 @@ class Output:
             InputError: something else is in its place.
         """
         if self.is_complete:
-            found = open_result(self.path).origin.get("job")
-            if isinstance(found, dict):
-                return found
-            raise InputError(f"{str(self.path)!r:.200} exists and has no record of its job")
+            with suppress(InputError):  # not a result, or one without its other files
+                found = open_result(self.path).origin.get("job")
+                if isinstance(found, dict):
+                    return found
+            raise InputError(
+                f"{str(self.path)!r:.200} exists, and is not a whole result of such a job: "
+                "give another --out"
+            )
         try:
             value = json.loads((self.folder / JOB_FILE).read_bytes())
         except FileNotFoundError:
@@ -201,6 +205,8 @@ class Output:
         if alone:
             for left in self.folder.glob(f".*{TEMPORARY}"):
                 left.unlink(missing_ok=True)
+            for path in (self.errors_path, *result_paths(self.path)) if self._kind else ():
+                remove_leftovers(path)
         self._owned = part is None
         if self._owned and not self._present():
             found = None  # the job ended before its first shard

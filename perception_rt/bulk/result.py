@@ -125,6 +125,12 @@ def write_result(out: Path, shards: Iterable[Shard], rows: int, origin: dict[str
     )
 
 
+def result_paths(out: Path) -> tuple[Path, ...]:
+    """Paths of the files of a single-file result."""
+    beside = {".npy": (ids_path(out), meta_path(out)), ".jsonl": (meta_path(out),)}
+    return (*beside.get(out.suffix, ()), out)
+
+
 def meta_path(out: Path) -> Path:
     """Path of the facts beside a `.npy` or `.jsonl` result."""
     return out.with_name((out.stem if out.suffix == ".npy" else out.name) + ".meta.json")
@@ -170,7 +176,8 @@ def _write_parquet(out: Path, shards: Iterable[Shard], rows: int, origin: dict[s
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*.parquet"))
+    # By number: those above 99999 have more digits.
+    return sorted(folder.glob("part-*.parquet"), key=lambda path: (len(path.name), path.name))
 
 
 def _parquet_blocks(path: Path, dim: int) -> Iterator[Block]:
@@ -256,6 +263,6 @@ def _misfit(result: Result) -> InputError:
 
 def _line(source: str) -> bytes:
     """A source in one line; what a line or UTF-8 cannot hold is escaped."""
-    if "\n" in source:
+    if source.splitlines() != [source]:  # at "\r" and "\u2028" too, as readers may split it
         source = escaped(source)
     return source.encode("utf-8", "backslashreplace") + b"\n"

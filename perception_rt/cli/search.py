@@ -16,7 +16,8 @@ def add_search_arguments(search: CommandParser) -> None:
     search.add_argument("text", metavar="TEXT", nargs="?", help="what to search for")
     search.add_argument(
         "--package", metavar="DIR", help="the package that made OUT, or demo:pe, or "
-        "hf:org/name@revision; it embeds the query"
+        "hf:org/name@revision; it embeds the query (default: a demo, or one that was fetched from "
+        "a hub, with the id in OUT)"
     )  # fmt: skip
     search.add_argument("--image", metavar="FILE", help="an image to search for")
     search.add_argument("-k", type=int, default=20, metavar="K", help="hits (default: 20)")
@@ -49,6 +50,20 @@ def add_index_arguments(index: CommandParser) -> None:
     )
 
 
+def _package_of(package_id: str) -> str | None:
+    """A demo, or a package in the cache of a hub, by its id; None if it is neither."""
+    from perception_rt.demo import package_paths
+    from perception_rt.hub import find_cached
+    from perception_rt.package.manifest import MANIFEST_FILE
+    from perception_rt.package.reader import read_manifest
+
+    for name, folder in package_paths().items():
+        if (folder / MANIFEST_FILE).is_file() and read_manifest(folder).id == package_id:
+            return name
+    found = find_cached(package_id)
+    return None if found is None else str(found)
+
+
 class SearchCommand:
     """One call of `search`: checks all that needs no engine, then searches and shows.
 
@@ -64,6 +79,8 @@ class SearchCommand:
 
         self._options = options
         self._result = open_result(options.result)
+        if options.package is None:
+            options.package = _package_of(self._result.package)
         if options.package is None:
             raise InputError(
                 f"give --package: {options.result!r:.200} was embedded by {self._result.package} "

@@ -27,7 +27,7 @@ def test_skipped_items_set_the_status(photos: Path, tmp_path: Path, capsys) -> N
     out = tmp_path / "rows.npy"
     status, printed, _ = run(capsys, PACKAGE, photos, "--out", out, "--skip-errors")
     assert status == 1
-    errors = tmp_path / "rows.errors.jsonl"
+    errors = tmp_path / "rows.npy.errors.jsonl"
     first, table = printed.split("\n", 1)
     assert first == f"{out}: 18 rows of 64 float32; 2 errors in {errors}"
     assert table.startswith("18 items, dim 64, cosines\n")

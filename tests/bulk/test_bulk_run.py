@@ -64,7 +64,7 @@ def test_rows_are_those_of_the_embedder(
     # Batches start anew with each shard of 8, and leave broken images out.
     expected = [engine.embed_images(list(part)) for part in (names[:7], names[7:15])]
     np.testing.assert_array_equal(rows[:15], np.concatenate(expected))
-    errors = out / "errors.jsonl" if out.is_dir() else tmp_path / "rows.errors.jsonl"
+    errors = out / "errors.jsonl" if out.is_dir() else tmp_path / f"{name}.errors.jsonl"
     lines = [json.loads(line) for line in errors.read_text().splitlines()]
     assert [(line["id"], line["source"]) for line in lines] == [
         (i, str(photos / f"{i:05}.jpg")) for i in (3, 17)
@@ -205,7 +205,7 @@ def test_unusable_places(engine: prt.Embedder, photos: Path, tmp_path: Path) -> 
         ("rows.csv", "must end in .npy, .jsonl, .parquet or name a folder"),
         ("absent/rows.npy", "parent folder is missing"),
         ("full", "is not empty, and not a result of embed"),
-        ("old.npy", "old.meta.json.* cannot be read"),
+        ("old.npy", "old.npy.* exists, and is not a whole result"),
     ):
         if name == "full":
             pytest.importorskip("pyarrow")
@@ -320,7 +320,7 @@ def test_kinds_may_be_mixed(engine: prt.Embedder, photos: Path, tmp_path: Path) 
     np.testing.assert_array_equal(rows[:5], images)
     np.testing.assert_allclose(rows[5:7], engine.embed_texts(["three", "seven"]), atol=1e-6)
     np.testing.assert_allclose(rows[8:], engine.embed_texts(["a green two"]), atol=1e-6)
-    errors = [json.loads(line) for line in (tmp_path / "rows.errors.jsonl").open()]
+    errors = [json.loads(line) for line in (tmp_path / "rows.jsonl.errors.jsonl").open()]
     assert [e["id"] for e in errors] == [7, 10]
     assert "limit is 65536" in errors[0]["reason"] and "absent.mp4" in errors[1]["reason"]
 

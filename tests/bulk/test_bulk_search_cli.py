@@ -15,10 +15,12 @@ from bulk_files import jpeg, write_photos, write_tar
 from PIL import Image
 
 import perception_rt as prt
+from perception_rt import demo
 from perception_rt.bulk.html_page import THUMBNAIL_SIDE, write_page
 from perception_rt.bulk.search import Hit
 from perception_rt.cli import main
 from perception_rt.demo import package_paths
+from perception_rt.package.reader import read_manifest
 
 PACKAGE = str(package_paths()["demo:pe"])
 
@@ -100,7 +102,6 @@ def test_many_rows_use_the_index_if_there_is_one(rows: Path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x"], r"give --package: 'rows.npy' was embedded by sha256:\w+ \(PE-Demo\)"),
         (["x", "--package", "demo:plm"], r"embedded by sha256:\w+ \('PE-Demo'\), not by sha256:"),
         (["--package", "demo:pe"], "nothing to search for: give TEXT, --image or both"),
         (["x", "--package", "demo:pe", "-k", "0"], "k must be"),
@@ -114,6 +115,20 @@ def test_unusable_arguments(rows: Path, arguments, message: str, capsys) -> None
     assert (status, printed) == (2, "")
     lines = [line for line in error.splitlines() if " s  " not in line]
     assert len(lines) == 1 and re.search(message, lines[0]), error
+
+
+def test_a_package_is_found_by_its_id(rows: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    named = run(capsys, "search", rows, "x", "--package", "demo:pe")
+    assert run(capsys, "search", rows, "x")[:2] == named[:2]
+    # Neither a demo nor in the cache of a hub, and then there.
+    monkeypatch.setattr(demo, "package_paths", dict)
+    status, printed, error = run(capsys, "search", rows, "x")
+    assert (status, printed) == (2, "")
+    assert re.search(r"give --package: 'rows.npy' was embedded by sha256:\w+ \(PE-Demo\)", error)
+    cached = tmp_path / "cache" / "perception_rt" / "hub" / read_manifest(PACKAGE).id.split(":")[1]
+    shutil.copytree(PACKAGE, cached)
+    assert run(capsys, "search", rows, "x")[:2] == named[:2]
 
 
 def test_absent_result(capsys, tmp_path: Path) -> None:
