@@ -193,11 +193,6 @@ def kind_of(path: str, images: Collection[str] = ALL_IMAGES) -> Kind | None:
     return "video" if ending in VIDEOS else None
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether a member would be hidden on disk, as the "._1.jpg" that macOS adds."""
-    return any(part[:1] == "." and part not in (".", "..") for part in name.split("/"))
-
-
 def _check_file(path: str) -> None:
     """InputError unless a path is a regular file, which can be read at any place."""
     open_regular_file(path, repr(path)).close()
