@@ -96,7 +96,9 @@ class ExportEvaluation:
             return run_task(model, self._task, self._data, self._task_options, report, name=name)
 
     def _in_fp32(self, out: Path) -> "ExportOptions":
-        defaults = {f.name: f.default for f in fields(self._options) if f.name in _ENGINE_OPTIONS}
+        defaults: dict[str, Any] = {
+            f.name: f.default for f in fields(self._options) if f.name in _ENGINE_OPTIONS
+        }
         return replace(self._options, out=out, precision=_FP32, backend="onnxruntime", **defaults)
 
 
