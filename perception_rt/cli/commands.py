@@ -18,13 +18,13 @@ from perception_rt._version import __version__
 from perception_rt.cli.arguments import (
     CommandParser,
     list_argument,
-    output_path,
     package_arguments,
     question_arguments,
 )
 from perception_rt.cli.embed import EmbedCommand, add_embed_arguments
 from perception_rt.cli.evaluate import EvaluateCommand, add_evaluate_arguments
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
+from perception_rt.cli.features import FeaturesCommand, add_features_arguments
 from perception_rt.cli.search import (
     SearchCommand,
     add_index_arguments,
@@ -159,13 +159,11 @@ def _add_encoder_commands(commands: Any) -> None:
     )
 
     features = _command(
-        commands, "features", _features, "draw the dense features of an image",
+        commands, "features", _features, "draw the dense features of images",
         "perception-rt features demo:pe --image digit.png --layer -1 --out features.png",
+        "perception-rt features demo:pe --image *.png --shared --smooth --out pictures/",
     )  # fmt: skip
-    package_arguments(features)
-    features.add_argument("--image", required=True, metavar="FILE")
-    features.add_argument("--layer", type=int, default=-1, help="block index (default: -1)")
-    features.add_argument("--out", required=True, metavar="FILE.png", help="image to write")
+    add_features_arguments(features)
 
 
 def _add_search_commands(commands: Any) -> None:
@@ -370,25 +368,13 @@ def _classify(options: argparse.Namespace) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
-    from perception_rt.processing.image import decode_image
-    from perception_rt.processing.image_options import image_options
-    from perception_rt.processing.pca import side_by_side
-
-    out = output_path("--out", options.out, ".png")
+    command = FeaturesCommand(options)
     with Progress() as progress, _load(options, progress) as engine:
-        count = progress.counter("images")
-        (dense,) = engine.features([options.image], options.layer, on_progress=count)
-        picture = decode_image(
-            options.image,
-            options=image_options(options.formats, options.background),
-            upright=engine.image_spec.exif_orientation,
-        )
-    side_by_side(picture, dense).save(out)
-    shape = "x".join(map(str, dense.shape))
+        results = command.run(engine, progress)
     if options.json:
-        _print_json({"image": options.image, "shape": list(dense.shape), "picture": options.out})
+        _print_json(results[0] if len(results) == 1 else results)
     else:
-        print(f"{escaped(options.out)}: {shape} features of layer {options.layer}")
+        command.show(results)
 
 
 def _generate(options: argparse.Namespace) -> None:

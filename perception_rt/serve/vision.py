@@ -97,7 +97,7 @@ def _images(service: Service, urls: list[str]) -> list[bytes]:
 
 def _picture(dense: Any) -> str:
     """The first three principal components as colours, a PNG in base64."""
-    colors = Image.fromarray(principal_colors(dense))
+    colors = Image.fromarray(principal_colors(dense[None])[0])
     factor = max(1, _SIDE_PX // max(colors.size))
     size = (colors.width * factor, colors.height * factor)
     file = io.BytesIO()

@@ -270,7 +270,9 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         "--workers", "--ray",
     }  # fmt: skip
     assert options["classify"] == package | {"--image", "--label", "--template", "--json"}
-    assert options["features"] == package | {"--image", "--layer", "--out", "--json"}
+    assert options["features"] == package | {
+        "--image", "--layer", "--attention", "--shared", "--smooth", "--height", "--out", "--json",
+    }  # fmt: skip
     assert options["search"] == package | {
         "--package", "--image", "-k", "--html", "--column", "--exact", "--approximate", "--json",
     }  # fmt: skip

@@ -40,6 +40,9 @@ def _without_additions(
     found = dict(now, excludes=[name for name in now["excludes"] if name in arguments])
     if before["choices"] is not None and now["choices"] is not None:
         found["choices"] = [name for name in now["choices"] if name in before["choices"]]
+    if before["required"] and before["nargs"] is None and now["nargs"] == "+":
+        # A required option that took one value may take several.
+        found |= {key: before[key] for key in ("action", "default", "nargs")}
     return found
 
 
