@@ -19,6 +19,18 @@ class InputError(PerceptionError, ValueError):
     """A user's value is unusable: an image, a text, an option, a configuration."""
 
 
+class SampleError(InputError):
+    """A sample of a data set is unusable. The message is the same for all that have the defect.
+
+    Attributes:
+        detail: particulars of this sample, such as a path; may be empty.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
 class CheckpointError(PerceptionError):
     """Weights cannot be read, or do not fit the architecture."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perception_rt.errors import InputError, PerceptionError
+from perception_rt.errors import InputError, PerceptionError, SampleError
 from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
 from perception_rt.processing.prompt import Tiles, Turn, encode_prompt, place_media
 from perception_rt.processing.tiles import TileSpec, load_tiles
@@ -17,7 +17,6 @@ from training.data.loader import LaneStream
 from training.data.media import MediaFolders
 from training.data.packing import IGNORED
 from training.data.records import read_record
-from training.data.unusable import SampleError
 from training.distributed import process_group
 from training.recipe.schema import DatasetConfig, LanguageDataConfig
 from training.tasks.language import open_conversations

@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perception_rt.errors import InputError, PerceptionError
+from perception_rt.errors import InputError, PerceptionError, SampleError
+from perception_rt.processing.conversation_layouts import read_layout
 from perception_rt.processing.llm_tokenizer import TokenizerSpec, open_tokenizer
 from perception_rt.processing.prompt import Tiles, Turn
 from perception_rt.processing.tiles import TileSpec
 from training.data.datasets import LineDataset
 from training.data.jsonl import JsonLines
-from training.data.layouts import read_layout
 from training.data.media import MediaFolders
 from training.data.pairs import PairSource
 from training.data.records import read_record
-from training.data.unusable import SampleError
 from training.recipe.pairs import PairDataConfig
 from training.recipe.schema import DatasetConfig, LanguageDataConfig, load_config
 from training.tasks.language import open_conversations

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, SampleError
 from perception_rt.processing.llm_tokenizer import Tokenizer
 from perception_rt.processing.llm_vocabulary import IMAGE
 from perception_rt.processing.prompt import encode_transcript
@@ -22,7 +22,7 @@ from training.data.media import MediaFolders
 from training.data.mixture import Mix
 from training.data.packing import IGNORED, Sample
 from training.data.records import read_record
-from training.data.unusable import SampleError, Unusable, all_unusable
+from training.data.unusable import Unusable, all_unusable
 from training.recipe.schema import LanguageDataConfig
 
 _MAX_BAD = 1000  # consecutive reads of unusable samples before the run stops

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, SampleError
 from training.data.jsonl import JsonLines
 from training.data.media import MediaFolders
 from training.data.mixture import shuffled
-from training.data.unusable import SampleError
 from training.recipe.schema import DatasetConfig
 
 

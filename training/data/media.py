@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data.unusable import SampleError
+from perception_rt.errors import SampleError
 
 _FILE_URL = "file://"
 

@@ -22,13 +22,13 @@ import numpy as np
 from PIL import Image
 
 from perception_rt.config import PeConfig
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, SampleError
 from perception_rt.processing.image import open_image, resize_image
 from perception_rt.processing.video import load_video
 from training.data.loader import Read
 from training.data.pair_batch import Captions, Pair, Sizes, square
 from training.data.shards import Format, Index, Raw, divide, expand, open_format
-from training.data.unusable import SampleError, Unusable, all_unusable
+from training.data.unusable import Unusable, all_unusable
 from training.data.video_decoder import frame_decoder
 from training.recipe.pairs import PairDataConfig
 

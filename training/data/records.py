@@ -1,4 +1,6 @@
-"""Parses one line of a jsonl file into conversation turns and tiles; `layouts.py` has the layouts.
+"""Parses one line of a jsonl file into conversation turns and tiles.
+
+`perception_rt/processing/conversation_layouts.py` reads the layouts:
 
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "What is this?"},
                                          {"from": "assistant", "value": "A cat."}]}
@@ -21,26 +23,26 @@ Rules where the reference fails or is silent:
   Otherwise all items go into the first question by the rules of `place_media`.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perception_rt.errors import InputError
-from perception_rt.processing.boxes import format_box
-from perception_rt.processing.prompt import IMAGE_MARK, VIDEO_MARK, Part, Turn, place_media
+from perception_rt.errors import InputError, SampleError
+from perception_rt.processing.conversation_layouts import (
+    Conversation,
+    frame_boxes,
+    marks_per_question,
+    read_layout,
+)
+from perception_rt.processing.prompt import Part, Turn, place_media
 from perception_rt.processing.tiles import TileSpec, load_tiles
 from perception_rt.processing.video import load_frames
-from training.data.layouts import Conversation, read_layout
 from training.data.media import MediaFolders
-from training.data.unusable import SampleError
 from training.data.video_decoder import frame_decoder
 
 Pixels: TypeAlias = NDArray[np.uint8]
-
-_BOX = re.compile(r"<\|bbox([0-9]{1,9})\|>")
 
 
 def read_record(record: Any, folders: MediaFolders, spec: TileSpec) -> tuple[list[Turn], Pixels]:
@@ -61,11 +63,9 @@ def read_record(record: Any, folders: MediaFolders, spec: TileSpec) -> tuple[lis
     if not isinstance(record, Mapping):
         raise SampleError("a line is not an object")
     found = read_layout(record)
-    boxes = _boxes(record)
-    texts = [_BOX.sub(lambda box: _box(boxes, int(box[1])), text) for text in found.texts]
     items = _load_media(found, record, folders, spec)
     turns = [] if found.system is None else [Turn("system", (found.system,))]
-    for question, answer in zip(_place(texts[::2], items), texts[1::2], strict=True):
+    for question, answer in zip(_place(found.texts[::2], items), found.texts[1::2], strict=True):
         if not any(not isinstance(part, str) or part.strip() for part in question):
             raise SampleError("a question is empty")
         turns += [Turn("user", question), Turn("assistant", (answer,))]
@@ -73,38 +73,10 @@ def read_record(record: Any, folders: MediaFolders, spec: TileSpec) -> tuple[lis
     return turns, np.concatenate([np.empty((0, side, side, 3), np.uint8), *items])
 
 
-def _boxes(record: Mapping[str, Any]) -> list[str]:
-    boxes = record.get("bbox")
-    if boxes is None:
-        return []
-    width, height = record.get("width"), record.get("height")
-    if not isinstance(boxes, list) or type(width) is not int or type(height) is not int:
-        raise SampleError("bbox is not a list, or width or height is not an integer")
-    texts = []
-    for box in boxes:
-        if not isinstance(box, list) or len(box) != 4:
-            raise SampleError("a box is not x, y, width, height")
-        try:
-            x, y, wide, high = (float(value) for value in box)
-            texts.append(format_box((x, y, x + wide, y + high), width, height))
-        except (TypeError, ValueError, OverflowError) as error:  # InputError is a ValueError
-            detail = str(error) if isinstance(error, InputError) else ""
-            raise SampleError("a box is not x, y, width, height", detail) from None
-    return texts
-
-
-def _box(boxes: Sequence[str], number: int) -> str:
-    if number >= len(boxes):
-        raise SampleError("a text refers to a missing box", f"<|bbox{number}|>")
-    return boxes[number]
-
-
 def _place(questions: Sequence[str], items: Sequence[Pixels]) -> list[tuple[Part, ...]]:
     """Contents of the user's turns."""
     counts = [len(item) for item in items]
-    marks = [text.count(IMAGE_MARK) + text.count(VIDEO_MARK) for text in questions]
-    if sum(marks) != len(items):
-        marks = [len(items)] + [0] * (len(questions) - 1)
+    marks = marks_per_question(questions, len(items))
     ends = np.cumsum(marks)
     try:
         return [
@@ -139,20 +111,9 @@ def _load_video(
     source = folders.find(video, "a video")
     start, end = record.get("start_time"), record.get("end_time")
     try:
-        boxes = _frame_boxes(record.get("bbox_map"))
+        boxes = frame_boxes(record)
         return load_frames(
             source, spec, start_s=start, end_s=end, boxes=boxes, decoder=frame_decoder()
         )
     except InputError as error:
         raise SampleError("a video is unusable", str(error)) from None
-
-
-def _frame_boxes(boxes: Any) -> dict[int, Any]:
-    """Boxes of `bbox_map` by frame number; frames with null have none."""
-    if boxes is None:
-        return {}
-    if not isinstance(boxes, Mapping) or not all(
-        isinstance(frame, str) and frame.isdecimal() and len(frame) < 10 for frame in boxes
-    ):
-        raise InputError("bbox_map must be an object whose keys are frame numbers")
-    return {int(frame): box for frame, box in boxes.items() if box is not None}

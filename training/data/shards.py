@@ -1,7 +1,7 @@
 """Reads image-caption and video-caption samples from jsonl files and webdataset tar shards.
 
 A jsonl line is `{"image": path, "caption": text}`; `video` may replace `image`, `text` may replace
-`caption`, and `layouts.py` has other names of `image`.
+`caption`, and `conversation_layouts.py` has other names of `image`.
 
 In a tar shard, the members of a sample share their name up to its first dot: `.jpg`, `.jpeg`,
 `.png` or `.webp` for the image, `.txt` or a `.json` with `caption` for the text. Shards must be
@@ -21,12 +21,11 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, SampleError
 from perception_rt.limits import DEFAULT_LIMITS
+from perception_rt.processing.conversation_layouts import IMAGE_KEYS, first_of
 from training.data.jsonl import refuse_array
-from training.data.layouts import IMAGE_KEYS, first_of
 from training.data.media import MediaFolders
-from training.data.unusable import SampleError
 from training.recipe.pairs import PairDataConfig
 
 Index = NDArray[np.int64]

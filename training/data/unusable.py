@@ -1,21 +1,9 @@
-"""Unusable samples: the error that names the defect, and its record for reports."""
+"""Records of unusable samples, for reports."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from perception_rt.errors import InputError, PerceptionError
-
-
-class SampleError(InputError):
-    """A sample is unusable. The message is the same for all samples with this defect.
-
-    Attributes:
-        detail: particulars of this sample, such as a path; may be empty.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.detail = detail
+from perception_rt.errors import PerceptionError
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from itertools import islice
 from pathlib import Path
 
 from perception_rt.config import PeConfig
-from perception_rt.errors import InputError
+from perception_rt.errors import InputError, SampleError
 from training.data.pair_batch import Captions, Pair
 from training.data.pairs import make_pair
 from training.data.shards import Index, divide, expand, open_format
-from training.data.unusable import SampleError, Unusable, all_unusable
+from training.data.unusable import Unusable, all_unusable
 from training.recipe.pairs import PairDataConfig
 
 MOST = 5000  # pairs; more make the figures steadier, and the evaluation slower

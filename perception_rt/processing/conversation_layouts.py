@@ -8,15 +8,18 @@
 | caption | `text` or `caption` |
 
 Either list may hold either kind of turn. Roles are `human` or `user`, `assistant` or `gpt`, and
-`system` for a first turn that replaces the system prompt.
+`system` for a first turn that replaces the system prompt. `<|bboxN|>` in a text stands for box N of
+`bbox`, counted from 0: x, y, width, height in pixels of an image of `width` and `height`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perception_rt.errors import InputError, SampleError
+from perception_rt.processing.boxes import PixelBox, format_box
 from perception_rt.processing.prompt import IMAGE_MARK, VIDEO_MARK
-from training.data.unusable import SampleError
 
 IMAGE_KEYS = ("image", "images", "image_path", "file_name", "filepath")
 _CAPTION_KEYS = ("text", "caption")
@@ -28,6 +31,7 @@ _EXCHANGE_KEYS = (
     ("prompt", "response"),
     ("prompt", "completion"),
 )
+_BOX = re.compile(r"<\|bbox([0-9]{1,9})\|>")
 _ROLES = {
     "human": "human",
     "user": "human",
@@ -44,7 +48,7 @@ class Conversation:
 
     Attributes:
         system: system prompt; None for the default one.
-        texts: question, answer, question, ..., answer.
+        texts: question, answer, question, ..., answer, with boxes in place of `<|bboxN|>`.
         images: paths of images, or arrays.
         video: path of a video, or an array; None for none.
     """
@@ -104,7 +108,39 @@ def read_layout(record: Mapping[str, Any]) -> Conversation:
     ):  # else it says that the sample is text alone
         raise SampleError("the list of images is empty")
     images, video = _media(record, items)
-    return Conversation(system=system, texts=tuple(texts), images=images, video=video)
+    boxes = _boxes(record)
+    return Conversation(
+        system=system,
+        texts=tuple(_BOX.sub(lambda box: _box(boxes, int(box[1])), text) for text in texts),
+        images=images,
+        video=video,
+    )
+
+
+def marks_per_question(questions: Sequence[str], items: int) -> list[int]:
+    """Number of images and videos of each question.
+
+    If the questions have one mark per item, each item replaces its mark. Otherwise all items go
+    into the first question.
+    """
+    marks = [text.count(IMAGE_MARK) + text.count(VIDEO_MARK) for text in questions]
+    return marks if sum(marks) == items else [items] + [0] * (len(questions) - 1)
+
+
+def frame_boxes(record: Mapping[str, Any]) -> dict[int, PixelBox]:
+    """Boxes of `bbox_map` by frame number; frames with null have none.
+
+    Raises:
+        InputError: it is no object whose keys are frame numbers.
+    """
+    boxes = record.get("bbox_map")
+    if boxes is None:
+        return {}
+    if not isinstance(boxes, Mapping) or not all(
+        isinstance(frame, str) and frame.isdecimal() and len(frame) < 10 for frame in boxes
+    ):
+        raise InputError("bbox_map must be an object whose keys are frame numbers")
+    return {int(frame): box for frame, box in boxes.items() if box is not None}
 
 
 def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -199,3 +235,29 @@ def _filled(items: Sequence[_Item], kind: str, beside: Sequence[Any]) -> list[An
             f"{len(found)} {kind}s in the messages, {len(beside)} beside them",
         )
     return found
+
+
+def _boxes(record: Mapping[str, Any]) -> list[str]:
+    boxes = record.get("bbox")
+    if boxes is None:
+        return []
+    width, height = record.get("width"), record.get("height")
+    if not isinstance(boxes, list) or type(width) is not int or type(height) is not int:
+        raise SampleError("bbox is not a list, or width or height is not an integer")
+    texts = []
+    for box in boxes:
+        if not isinstance(box, list) or len(box) != 4:
+            raise SampleError("a box is not x, y, width, height")
+        try:
+            x, y, wide, high = (float(value) for value in box)
+            texts.append(format_box((x, y, x + wide, y + high), width, height))
+        except (TypeError, ValueError, OverflowError) as error:  # InputError is a ValueError
+            detail = str(error) if isinstance(error, InputError) else ""
+            raise SampleError("a box is not x, y, width, height", detail) from None
+    return texts
+
+
+def _box(boxes: Sequence[str], number: int) -> str:
+    if number >= len(boxes):
+        raise SampleError("a text refers to a missing box", f"<|bbox{number}|>")
+    return boxes[number]
