@@ -36,8 +36,7 @@ def add_evaluate_arguments(parser: CommandParser) -> None:
         "--out", metavar="FILE.json", help="report to write; pictures are written beside it"
     )
     for option in fields(TaskOptions):
-        takers = ", ".join(task.name for task in TASKS.values() if option.name in task.options)
-        help_line = f"{option.metadata['help']} [{takers}]"
+        help_line = f"{option.metadata['help']} [{_takers(option.name)}]"
         kind = _kind(option)
         if kind is bool:
             parser.add_argument(flag(option.name), action="store_const", const=True, help=help_line)
@@ -45,7 +44,7 @@ def add_evaluate_arguments(parser: CommandParser) -> None:
             parser.add_argument(
                 flag(option.name), type=kind, metavar=option.metadata["metavar"], help=help_line
             )
-    lines = "\n".join(f"  {task.name:<14}{task.text}" for task in TASKS.values())
+    lines = "\n".join(f"  {task.name:<18}{task.text}" for task in TASKS.values())
     parser.epilog = f"tasks:\n{lines}\n\n{parser.epilog}"
 
 
@@ -75,6 +74,18 @@ def named_options(values: Sequence[str]) -> "TaskOptions":
         except ValueError:
             raise InputError(f"{name} must be of type {kind.__name__}, not {value!r:.60}") from None
     return TaskOptions(**found)
+
+
+def _takers(option: str) -> str:
+    """The tasks that take an option: by name, or by family if all of a family do."""
+    from perception_rt.evaluation.tasks import TASKS
+
+    names = list[str]()
+    for family in dict.fromkeys(task.family for task in TASKS.values()):
+        tasks = [task for task in TASKS.values() if task.family == family]
+        takers = [task.name for task in tasks if option in task.options]
+        names += takers if len(takers) < len(tasks) else [f"all tasks of {family.label}"]
+    return ", ".join(names)
 
 
 def task_options(options: argparse.Namespace) -> "TaskOptions":
@@ -158,7 +169,7 @@ def report_lines(report: "Report") -> Iterator[str]:
         yield f"{title if part.name else f'{len(part.outcomes)} items'}"
         for figure in part.figures:
             interval = f"{100 * figure.low:.2f} to {100 * figure.high:.2f}"
-            yield f"  {figure.name:<16}{100 * figure.value:7.2f} %  {interval:>18}"
+            yield f"  {figure.name:<24}{100 * figure.value:7.2f} %  {interval:>18}"
         yield from _group_lines(part)
         if report.against is not None:
             yield from _comparison_lines(part, report.against.package)
@@ -181,7 +192,7 @@ def _comparison_lines(part: "PartReport", other: Any) -> Iterator[str]:
     yield f"  points lost against {other['model']} {other['precision']} ({other['name']})"
     for figure in found.lost:
         interval = f"{figure.low:.2f} to {figure.high:.2f}"
-        yield f"    {figure.name:<14}{figure.value:7.2f}    {interval:>18}"
+        yield f"    {figure.name:<22}{figure.value:7.2f}    {interval:>18}"
     yield f"    {len(found.changed)} of {len(part.outcomes)} answers changed"
     if found.cosines is not None:
         yield f"    cosine: mean {found.cosines.mean():.6f}, lowest {found.cosines.min():.6f}"

@@ -54,6 +54,7 @@ class Outcomes:
         pictures: image or video of each item, which `bulk.contents.Contents` reads when a sheet is
             drawn or the data are hashed; empty if there are none.
         found: image or video that each answer names, for sheets; empty for answers of other kinds.
+        files: all images and videos, where items have several; hashed with the pictures.
     """
 
     ids: Sequence[str]
@@ -65,6 +66,7 @@ class Outcomes:
     texts: Sequence[str] = ()
     pictures: Sequence[Item] = ()
     found: Sequence[Item] = ()
+    files: Sequence[Item] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 from perception_rt.errors import InputError
-from perception_rt.families import PE, Family, import_named
+from perception_rt.families import PE, PLM, Family, import_named
 
 # The noun of what is counted, such as "images", the number done and the total.
 OnProgress: TypeAlias = Callable[[str, int, int], None]
@@ -39,7 +39,17 @@ class TaskOptions:
     dual_softmax: bool | None = _option(
         "rank by a softmax over both directions, which needs all queries at once"
     )
-    num_frames: int | None = _option("frames per video (default: 8)", "N")
+    num_frames: int | None = _option(
+        "frames per video (default: 8; of a language model, the most it takes)", "N"
+    )
+    prompt: str | None = _option(
+        "text with {} for the question, such as '{} Answer with one word.'", "TEXT"
+    )
+    max_new_tokens: int | None = _option("most tokens of an answer (default: 256)", "N")
+    max_tiles: int | None = _option("tiles per image (default: the model's limit)", "N")
+    score_choices: bool | None = _option(
+        "compare the probabilities of the choices' texts, instead of asking for a letter"
+    )
 
     def given(self) -> dict[str, Any]:
         """Options that are not None, by name."""
@@ -84,6 +94,20 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+_ANSWER_OPTIONS = ("prompt", "max_new_tokens", "max_tiles", "num_frames")
+
+
+def _answers(name: str, run: str, text: str, *more: str) -> Task:
+    """A task of language models; `run` is below `perception_rt.evaluation.answers`."""
+    return Task(
+        name=name,
+        family=PLM,
+        text=text,
+        run=f"perception_rt.evaluation.answers.{run}",
+        options=(*_ANSWER_OPTIONS, *more),
+    )
+
+
 _TASKS: tuple[Task, ...] = (
     Task(
         name="zero-shot",
@@ -113,7 +137,26 @@ _TASKS: tuple[Task, ...] = (
         run="perception_rt.evaluation.encoder.linear_probe:run",
         options=("train_data", "classes", "num_frames"),
     ),
-)
+    _answers("exact-match", "texts:run_exact_match", "answers equal to a right one"),
+    _answers("vqa-accuracy", "texts:run_vqa", "agreement with several annotators, as in VQAv2"),
+    _answers("anls", "texts:run_anls", "edit distance to the right answers, as in DocVQA"),
+    _answers("relaxed-accuracy", "texts:run_relaxed", "numbers within 5 %, as in ChartQA"),
+    _answers(
+        "multiple-choice", "choices:run_choices", "one of several choices, by letter or by score",
+        "score_choices",
+    ),
+    _answers(
+        "multi-binary", "choices:run_multi_binary",
+        "sets of questions with choices, all of which must be right, as in PLM-VideoBench's FGQA",
+    ),
+    _answers("yes-no", "yes_no:run", "accuracy and F1 of yes and no, as in POPE"),
+    _answers("boxes", "localization:run_boxes", "boxes in images: accuracy at IoU 0.5, mean IoU"),
+    _answers(
+        "moments", "localization:run_moments",
+        "moments in videos: recall at IoU 0.3 to 0.9, as in PLM-VideoBench's RTLoc",
+    ),
+    _answers("captions", "texts:run_captions", "CIDEr of captions"),
+)  # fmt: skip
 TASKS = {task.name: task for task in _TASKS}
 
 

@@ -1,6 +1,7 @@
 """Writes questions as jsonl: `python training/demo/write_questions.py SET COUNT FOLDER`.
 
 Writes `FOLDER/SET.jsonl` with PNG images beside it, in the format of `training/data/records.py`.
+With `--held-out`, they are the questions that PLM-Demo is evaluated on, with the set as their kind.
 """
 
 import argparse
@@ -11,17 +12,26 @@ from pathlib import Path
 from PIL import Image
 
 from perception_rt.errors import PerceptionError
-from training.demo.questions import SETS, record
+from training.demo.questions import SETS, held_out_record, record
 
 _SEED = 11
 
 
-def write(name: str, count: int, folder: Path) -> Path:
-    """Writes a dataset and returns the path of its jsonl file."""
+def write(name: str, count: int, folder: Path, *, held_out: bool = False) -> Path:
+    """Writes a dataset and returns the path of its jsonl file.
+
+    Args:
+        name: name of the set.
+        count: number of records.
+        folder: folder to write to.
+        held_out: write questions about held-out digits, which also have `id` and `kind`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
-        found = record(name, _SEED, number)
+        found = held_out_record(name, number) if held_out else record(name, _SEED, number)
+        if held_out:
+            found = {"id": f"{name} {number}", "kind": name, **found}
         images = found["image"] if isinstance(found["image"], list) else [found["image"]]
         files = [f"{name}_{number:06}_{index}.png" for index in range(len(images))]
         for file, image in zip(files, images, strict=True):
@@ -40,9 +50,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("set", help=f"set of questions: {', '.join(SETS)}")
     parser.add_argument("count", type=int, help="number of records")
     parser.add_argument("folder", type=Path, help="folder to write to")
+    parser.add_argument(
+        "--held-out", action="store_true", help="questions to evaluate on; SET may also be read3"
+    )
     options = parser.parse_args(arguments)
     try:
-        print(write(options.set, options.count, options.folder))
+        held_out = options.held_out
+        print(write(options.set, options.count, options.folder, held_out=held_out))
     except (PerceptionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ def data_digest(result: TaskResult, on_progress: OnProgress) -> str:
     for name, part in result.parts.items():
         record = [name, list(part.ids), list(part.texts), list(part.expected)]
         digest.update(json.dumps(record, sort_keys=True).encode("ascii") + b"\n")
-        items.update(dict.fromkeys(part.pictures))
+        items.update(dict.fromkeys([*part.pictures, *part.files]))
     for done, item in enumerate(items, 1):
         if item.form in ("file", "span"):
             digest.update(_content_digest(item))

@@ -1,0 +1,1 @@
+"""Tasks of language models: questions about images and videos, asked and scored."""
