@@ -71,10 +71,9 @@ def record(name: str, seed: int, number: int, *, validation: bool = False) -> Re
     Raises:
         InputError: the set is unknown.
     """
-    if name not in SETS:
-        raise InputError(f"unknown scenes {name!r:.60}; known are {', '.join(SETS)}")
+    draw = _set(name)
     rng = np.random.default_rng((seed, number, list(SETS).index(name), validation))
-    return SETS[name](rng, _split(validation))
+    return draw(rng, _split(validation))
 
 
 def held_out_record(name: str, number: int) -> Record:
@@ -83,13 +82,18 @@ def held_out_record(name: str, number: int) -> Record:
     Args:
         name: name of the set; `read3` is `read` with rows of three digits.
         number: number of the sample.
+
+    Raises:
+        InputError: the set is unknown.
     """
     rng = np.random.default_rng((_HELD_OUT_SEED, number))
     if name == "read3":
         row = draw_row(rng, held_out(), 3)
         return _conversation([row.image], (_READ[0], row.number))
-    found = SETS[name](rng, held_out())
-    return {**found, "conversations": found["conversations"][:2]}
+    found = _set(name)(rng, held_out())
+    if "conversations" in found:
+        found["conversations"] = found["conversations"][:2]
+    return found
 
 
 def is_right(name: str, answer: str, found: Record) -> bool:
@@ -267,6 +271,13 @@ SETS: dict[str, Callable[[np.random.Generator, Digits], Record]] = {
     "last": _last,
 }
 LEARNED = ("read", "count", "locate", "colour", "exists", "compare")
+
+
+def _set(name: str) -> Callable[[np.random.Generator, Digits], Record]:
+    """The function that draws a record of a set; InputError if the set is unknown."""
+    if name not in SETS:
+        raise InputError(f"unknown scenes {name!r:.60}; known are {', '.join(SETS)}")
+    return SETS[name]
 
 
 @cache
