@@ -47,7 +47,7 @@ LAYER_1 = (
 )
 LAYER_2 = (*LAYER_1, "processing", "package")
 TORCH_SIDE = (*LAYER_2, "models", "checkpoint")
-PLAN = ("export.options", "export.plan", "export.quantization")
+PLAN = ("export.architecture", "export.options", "export.plan", "export.quantization")
 EXPORTER = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
 RECIPE = ("training.recipe",)
 SHARED_BY_BENCHMARKS = (
@@ -152,8 +152,9 @@ _RUNTIME = {
 _EXPORT = {
     "perception_rt.export": Part(uses=TORCH_SIDE, libraries=EXPORTER),
     "perception_rt.export.options": Part(uses=LAYER_1),
+    "perception_rt.export.architecture": Part(uses=(*LAYER_2, "checkpoint", "export.options")),
     "perception_rt.export.plan": Part(
-        uses=(*LAYER_2, "checkpoint", "export.options", "export.quantization")
+        uses=(*LAYER_2, "export.architecture", "export.options", "export.quantization")
     ),
     "perception_rt.export.fidelity": Part(uses=LAYER_2, libraries=("numpy",)),
     "perception_rt.export.gate": Part(uses=(*TORCH_SIDE, "export", "runtime"), libraries=EXPORTER),

@@ -61,8 +61,9 @@ def test_their_manifests_fit_the_code(
 ) -> None:
     from perception_rt.checkpoint.source import open_checkpoint
     from perception_rt.export import ExportOptions
+    from perception_rt.export.architecture import find_architecture, locate_weights
     from perception_rt.export.build import model_export
-    from perception_rt.export.plan import build_settings, find_architecture, locate_weights
+    from perception_rt.export.plan import build_settings
     from perception_rt.families import family_of
 
     options = ExportOptions(model=model, precision=precision, out=tmp_path)

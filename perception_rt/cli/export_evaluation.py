@@ -39,7 +39,7 @@ class ExportEvaluation:
 
     def __init__(self, arguments: argparse.Namespace, options: "ExportOptions") -> None:
         from perception_rt.evaluation.tasks import get_task
-        from perception_rt.export.plan import find_architecture
+        from perception_rt.export.architecture import find_architecture
 
         self._task = get_task(arguments.eval_task)
         self._task_options = named_options(arguments.eval_option)

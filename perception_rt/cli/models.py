@@ -17,7 +17,7 @@ class ListModels(argparse.Action):
         """Prints one line per model."""
         try:
             from perception_rt.checkpoint.source import expected_tensors
-            from perception_rt.export.plan import demo_configs
+            from perception_rt.export.architecture import demo_configs
         except ModuleNotFoundError as error:
             parser.error(f"--list needs {error.name}: pip install 'perception_rt[export]'")
         rows = [_HEADER]

@@ -23,6 +23,14 @@ from perception_rt.checkpoint.adapter import AdaptedWeights
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
 from perception_rt.errors import BackendError, CapacityError, ExportError, InputError
+from perception_rt.export.architecture import (
+    Report,
+    WeightsPlace,
+    find_architecture,
+    locate_weights,
+    refuse_foreign,
+)
+from perception_rt.export.backends.refit_source import RefitSource
 from perception_rt.export.backends.tensorrt_engines import (
     EngineBuilder,
     EngineMaker,
@@ -41,21 +49,10 @@ from perception_rt.export.gate import check_gpu, run_gate
 from perception_rt.export.graph.lowering import Lowering
 from perception_rt.export.graph.onnx_writer import Place, write_graphs
 from perception_rt.export.options import ExportOptions
-from perception_rt.export.plan import (
-    HERE,
-    BuildSettings,
-    Plan,
-    Report,
-    WeightsPlace,
-    build_settings,
-    find_architecture,
-    locate_weights,
-    refuse_foreign,
-)
+from perception_rt.export.plan import HERE, BuildSettings, Plan, build_settings
 from perception_rt.export.quantization.calibration import calibration_files, prompts
 from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
-from perception_rt.export.refit_source import RefitSource
 from perception_rt.families import Family, family_of, import_named
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec

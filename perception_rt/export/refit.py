@@ -11,9 +11,10 @@ from pathlib import Path
 from perception_rt.checkpoint.locate import check_config
 from perception_rt.checkpoint.source import open_checkpoint
 from perception_rt.errors import InputError, PackageError
+from perception_rt.export.architecture import Report
+from perception_rt.export.backends.refit_source import RefitSource
 from perception_rt.export.build import check_machine, export_package, model_export, with_adapter
-from perception_rt.export.plan import BuildSettings, Plan, Report
-from perception_rt.export.refit_source import RefitSource
+from perception_rt.export.plan import BuildSettings, Plan
 from perception_rt.families import get_family
 from perception_rt.package.manifest import Manifest
 from perception_rt.package.reader import Package, open_package

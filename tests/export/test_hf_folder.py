@@ -12,8 +12,9 @@ from perception_rt.checkpoint.locate import find_config, find_tiles
 from perception_rt.checkpoint.random import RandomWeights
 from perception_rt.cli import export_main, main
 from perception_rt.export import ExportOptions, export
+from perception_rt.export.architecture import find_architecture
 from perception_rt.export.build import export_package
-from perception_rt.export.plan import PlmPlan, find_architecture
+from perception_rt.export.plan import PlmPlan
 from perception_rt.package.reader import read_manifest
 from perception_rt.plm_config import PlmConfig
 

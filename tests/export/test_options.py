@@ -11,7 +11,7 @@ import pytest
 from perception_rt.cli import export_main
 from perception_rt.cli.export import export_parser
 from perception_rt.errors import CheckpointError, ExportError, InputError
-from perception_rt.export import ExportOptions, export, plan
+from perception_rt.export import ExportOptions, architecture, export
 from perception_rt.export.components.plm import PlmExport
 from perception_rt.export.options import parse_image_size, parse_taps, parse_target
 from perception_rt.package.manifest import Manifest
@@ -125,7 +125,7 @@ def test_wrong_types_and_contradictions_are_refused(
 def test_bad_values_are_refused_before_weights_are_looked_for(
     values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "download", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(architecture, "download", lambda name: pytest.fail("the hub was asked"))
     with pytest.raises(InputError, match=message):
         export(ExportOptions(out=tmp_path / "a" / "p", **values))
     assert list(tmp_path.iterdir()) == []
@@ -134,7 +134,7 @@ def test_bad_values_are_refused_before_weights_are_looked_for(
 def test_a_taken_destination_is_refused_before_weights_are_looked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "download", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(architecture, "download", lambda name: pytest.fail("the hub was asked"))
     (tmp_path / "p").write_text("mine")
     with pytest.raises(ExportError, match="is not a directory; it is not replaced"):
         export(ExportOptions(model="PLM-1B", out=tmp_path / "p", force=True))
@@ -157,7 +157,8 @@ def test_texts_of_the_command_line_are_parsed() -> None:
 
 def test_every_option_of_the_command_has_a_field() -> None:
     arguments = vars(export_parser().parse_args(["--model", "PE-Demo", "--out", "p"]))
-    only_the_command = {"command", "fp8", "json"}  # fp8 is a precision
+    # fp8 is a precision; the command evaluates what `export` made.
+    only_the_command = {"command", "fp8", "json", "eval_data", "eval_task", "eval_option"}
     assert arguments.keys() - only_the_command == {field.name for field in fields(ExportOptions)}
 
 

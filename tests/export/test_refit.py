@@ -13,10 +13,10 @@ from perception_rt.cli import export_main, main
 from perception_rt.config import PeConfig
 from perception_rt.demo import language_model_path, weights_path
 from perception_rt.errors import BackendError, ExportError, InputError, PackageError
+from perception_rt.export.backends.refit_source import structure
 from perception_rt.export.backends.tensorrt_engines import library_for
 from perception_rt.export.plan import ExportPlan
 from perception_rt.export.refit import plan_of, refit_package
-from perception_rt.export.refit_source import structure
 from perception_rt.package.reader import open_package, read_manifest
 from perception_rt.processing.image import ImageSpec
 from perception_rt.tensorrt_library import gpu_capability

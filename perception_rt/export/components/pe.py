@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perception_rt.checkpoint.source import WeightSource
 from perception_rt.config import PeConfig, TextConfig
+from perception_rt.export.architecture import find_images
 from perception_rt.export.components.component import (
     JUDGED_IMAGES,
     Array,
@@ -37,7 +38,7 @@ from perception_rt.export.components.traced_modules import (
 )
 from perception_rt.export.graph.lowering import Recipe, as_is, uint8_images
 from perception_rt.export.options import ExportOptions
-from perception_rt.export.plan import BuildSettings, ExportPlan, find_images
+from perception_rt.export.plan import BuildSettings, ExportPlan
 from perception_rt.export.quantization import calibration
 from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
