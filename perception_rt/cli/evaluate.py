@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from perception_rt.evaluation.tasks import TaskOptions
 
 _SHOWN_GROUPS = 20
+_NAME_WIDTH = 16  # of a metric, at least
 
 
 def add_evaluate_arguments(parser: CommandParser) -> None:
@@ -167,9 +168,10 @@ def report_lines(report: "Report") -> Iterator[str]:
     for part in report.parts:
         title = f"{part.name}, {len(part.outcomes)} items" if part.name else "items"
         yield f"{title if part.name else f'{len(part.outcomes)} items'}"
+        width = max(_NAME_WIDTH, *(len(figure.name) + 2 for figure in part.figures))
         for figure in part.figures:
             interval = f"{100 * figure.low:.2f} to {100 * figure.high:.2f}"
-            yield f"  {figure.name:<24}{100 * figure.value:7.2f} %  {interval:>18}"
+            yield f"  {figure.name:<{width}}{100 * figure.value:7.2f} %  {interval:>18}"
         yield from _group_lines(part)
         if report.against is not None:
             yield from _comparison_lines(part, report.against.package)
@@ -190,9 +192,10 @@ def _comparison_lines(part: "PartReport", other: Any) -> Iterator[str]:
     found = part.comparison
     assert found is not None
     yield f"  points lost against {other['model']} {other['precision']} ({other['name']})"
+    width = max(_NAME_WIDTH, *(len(figure.name) + 2 for figure in found.lost)) - 2
     for figure in found.lost:
         interval = f"{figure.low:.2f} to {figure.high:.2f}"
-        yield f"    {figure.name:<22}{figure.value:7.2f}    {interval:>18}"
+        yield f"    {figure.name:<{width}}{figure.value:7.2f}    {interval:>18}"
     yield f"    {len(found.changed)} of {len(part.outcomes)} answers changed"
     if found.cosines is not None:
         yield f"    cosine: mean {found.cosines.mean():.6f}, lowest {found.cosines.min():.6f}"
