@@ -204,6 +204,18 @@ _EVALUATION = {
         libraries=("numpy", "PIL"),
         lazy_libraries=("torch",),
     ),
+    # Each of these is imported by its harness, in an environment that has it.
+    "perception_rt.evaluation.harness": Part(lazy_libraries=("lmms_eval",)),
+    "perception_rt.evaluation.harness.lmms_eval": Part(
+        uses=(*LAYER_1, "bulk.sources", "runtime"),
+        libraries=("numpy", "PIL", "lmms_eval", "tqdm"),
+    ),
+    "perception_rt.evaluation.harness.clip_benchmark": Part(
+        uses=(*LAYER_2, "runtime"), libraries=("PIL", "clip_benchmark", "torch")
+    ),
+    "perception_rt.evaluation.harness.mteb": Part(
+        uses=(*LAYER_1, "runtime"), libraries=("numpy", "mteb", "torch")
+    ),
 }
 
 _COMMANDS = {
