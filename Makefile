@@ -4,7 +4,7 @@
 # make demo-packages  make the shipped packages and pictures of the demo again
 # make browser   test the web page in Chromium, as CI does (needs chromium and chromedriver)
 # make engines   build TensorRT engines of whole encoders, as CI does (no GPU needed)
-# make ray       test a Ray cluster of two workers on this machine, as CI does (three minutes)
+# make ray       test a Ray cluster of two workers on this machine (three minutes)
 # make clean     remove the environment and everything that was built
 #
 # Each command first installs what it needs into .venv, again only after pyproject.toml changed.
