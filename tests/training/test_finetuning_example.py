@@ -70,7 +70,22 @@ def test_the_recipes_read_what_the_script_writes(name: str) -> None:
     assert f"out/mnist/{named[name]}" in config.to_yaml()
 
 
-def test_a_missing_raw_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "out"), "--raw", str(tmp_path / "none.csv.gz")]) == 2
-    assert "none.csv.gz" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "cannot read"),
+        (b"\x1f\x8bdamaged", "cannot read"),
+        (gzip.compress(b"1,2"), "2 columns"),
+    ],
+)
+def test_an_unusable_raw_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes | None, message: str
+) -> None:
+    raw = tmp_path / "raw.csv.gz"
+    if data is not None:
+        raw.write_bytes(data)
+    assert main([str(tmp_path / "out"), "--raw", str(raw)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(raw) in error
     assert not (tmp_path / "out").exists()
