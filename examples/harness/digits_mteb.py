@@ -18,7 +18,7 @@ from perception_rt.evaluation.harness.mteb import PerceptionRtEncoder
 FOLDER = Path("out/harness/digits")
 
 
-class Digits(AbsTaskZeroShotClassification):
+class Digits(AbsTaskZeroShotClassification):  # type: ignore[misc]
     """Zero-shot classification of the held-out digits by one sentence for each."""
 
     metadata = TaskMetadata(
@@ -36,7 +36,8 @@ class Digits(AbsTaskZeroShotClassification):
     def load_data(self, **_: Any) -> None:
         """Reads the tar that `write_data.py` wrote."""
         with tarfile.open(FOLDER / "test" / "0.tar") as tar:
-            members = {name: tar.extractfile(name).read() for name in tar.getnames()}
+            opened = {name: tar.extractfile(name) for name in tar.getnames()}
+            members = {name: file.read() for name, file in opened.items() if file is not None}
         rows = {
             "image": [{"bytes": data} for name, data in members.items() if name.endswith(".png")],
             "label": [int(data) for name, data in members.items() if name.endswith(".cls")],

@@ -196,7 +196,7 @@ def test_a_large_channel_that_no_norm_makes_is_smoothed_in_int8(tmp_path: Path) 
     options = manifest.content.target.options
     hurt_layer = "visual.transformer.resblocks.1.mlp.c_proj.weight"
     assert hurt_layer in options["balanced_layers"] and hurt_layer not in options["float_layers"]
-    # Processors differ in the last bits: on some, a few other layers stay in float, at most a third.
+    # Processors differ in the last bits: on some, other layers stay in float, at most a third.
     assert len(options["float_layers"]) <= 5
     assert manifest.record["fidelity"]["vision.embedding"]["cosine"] >= 0.999
 
