@@ -6,6 +6,7 @@ silently different model.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
 from perception_rt.errors import InputError
@@ -14,7 +15,10 @@ from perception_rt.records import Record, plain_number, require
 # "avg" is the mean of all tokens, as in the reference; "patch_avg" leaves out the class token.
 PoolType = Literal["attn", "tok", "avg", "patch_avg", "none"]
 
+DETECTION_PATCH = 16  # pixels: the strides of the pyramid's levels follow from it
+
 _MAX_LAYERS = 1024
+_MAX_WINDOW = 512  # patches; the largest image has 8192 pixels a side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,13 +191,72 @@ class TextConfig(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionConfig(Record):
+    """The part of a detection backbone that its vision tower does not describe.
+
+    Source: facebookresearch/perception_models `apps/detection` at 3e352cc, and the feature pyramid
+    of detectron2.
+
+    Attributes:
+        window: side of the attention windows, in patches.
+        global_blocks: indices of the blocks that attend to the whole image, ascending.
+        channels: channels of each level of the feature pyramid.
+    """
+
+    window: int
+    global_blocks: tuple[int, ...]
+    channels: int = 256
+
+    def __post_init__(self) -> None:
+        require(
+            1 <= self.window <= _MAX_WINDOW,
+            f"detection.window must be from 1 to {_MAX_WINDOW} patches, not {self.window}",
+        )
+        require(self.channels >= 1, f"detection.channels must be at least 1, not {self.channels}")
+        blocks = self.global_blocks
+        require(
+            all(a < b for a, b in pairwise(blocks)),
+            f"detection.global_blocks must be ascending, not {list(blocks)}",
+        )
+
+    def check(self, vision: VisionConfig) -> None:
+        """InputError unless a tower can be the backbone's."""
+        for index in self.global_blocks:
+            require(
+                0 <= index < vision.layers,
+                f"global block {index} is out of range: the tower has blocks 0 to "
+                f"{vision.layers - 1}",
+            )
+        require(
+            vision.patch_size == DETECTION_PATCH,
+            f"a detection backbone has patches of {DETECTION_PATCH} pixels, not "
+            f"{vision.patch_size}",
+        )
+        require(
+            vision.width % 4 == 0,
+            f"a feature pyramid needs a vision.width divisible by 4, not {vision.width}",
+        )
+        require(
+            not vision.use_cls_token and vision.pool_type == "none",
+            "a detection backbone has no class token and no pooling",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeConfig:
-    """A Perception Encoder: a vision tower and, for the core family, a text tower."""
+    """A Perception Encoder: a vision tower and, for the core family, a text tower.
+
+    With `detection`, the tower is that of a detection backbone, which returns a feature pyramid.
+    """
 
     vision: VisionConfig
     text: TextConfig | None = None
+    detection: DetectionConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.detection is not None:
+            require(self.text is None, "a detection backbone has no text tower")
+            self.detection.check(self.vision)
         if self.text is None:
             return
         require(
@@ -217,18 +280,28 @@ class PeConfig:
             raise InputError(f"config must be an object, not {type(data).__name__}")
         if "vision" not in data:
             return cls(vision=VisionConfig.from_dict(data))
-        unknown = sorted(set(data) - {"vision", "text"})
+        known = ["detection", "text", "vision"]
+        unknown = sorted(set(data) - set(known))
         if unknown:
-            raise InputError(f"config: unknown keys {unknown}; known are ['text', 'vision']")
-        text = data.get("text")
+            raise InputError(f"config: unknown keys {unknown}; known are {known}")
+        text, detection = data.get("text"), data.get("detection")
         return cls(
             vision=VisionConfig.from_dict(data["vision"], "vision"),
             text=None if text is None else TextConfig.from_dict(text, "text"),
+            detection=(
+                None if detection is None else DetectionConfig.from_dict(detection, "detection")
+            ),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `text` is None for a vision tower alone."""
-        return {
+        """Plain JSON values; `text` is None for a vision tower alone.
+
+        Only a detection backbone has `detection`, so other records keep their old form.
+        """
+        values: dict[str, Any] = {
             "vision": self.vision.to_dict(),
             "text": None if self.text is None else self.text.to_dict(),
         }
+        if self.detection is not None:
+            values["detection"] = self.detection.to_dict()
+        return values

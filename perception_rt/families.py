@@ -53,7 +53,15 @@ PE = Family(
     config=PeConfig,
     model="perception_rt.models.pe:PerceptionEncoder",
     component="perception_rt.export.components.pe:PeExport",
-    export_options=("towers", "image_size", "center_crop", "taps"),
+    export_options=(
+        "towers",
+        "image_size",
+        "center_crop",
+        "taps",
+        "detection",
+        "window",
+        "global_blocks",
+    ),
     runtime="perception_rt.runtime.embedder:Embedder",
 )
 PLM = Family(

@@ -1,9 +1,10 @@
 """The layouts of checkpoints: tables between their keys and our parameter names.
 
 Perception Encoders: `reference` is Meta's layout, `timm` and `open_clip` are those of the libraries
-that ported the model. Perception Language Models: `original` is Meta's layout, `hf` that of
-transformers. Our names are the parameter names of `models.pe.PerceptionEncoder` and
-`models.plm.PerceptionLM`. One table serves reading and writing.
+that ported the model, and `detectron2` is that of detectors whose backbone is an encoder's tower.
+Perception Language Models: `original` is Meta's layout, `hf` that of transformers. Our names are
+the parameter names of `models.pe.PerceptionEncoder` and `models.plm.PerceptionLM`. One table serves
+reading and writing.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,12 +20,15 @@ from perception_rt.errors import CheckpointError
 from perception_rt.families import PE, PLM, family_of
 from perception_rt.plm_config import PlmConfig
 
-Layout = Literal["reference", "timm", "open_clip", "original", "hf"]
+Layout = Literal["reference", "timm", "open_clip", "detectron2", "original", "hf"]
 
 _TRUNK = "visual.trunk."
 _HEAD = "visual.head.proj."  # open_clip's own projection, if the trunk has none
 _TEXT_LINEAR = "text_projection.weight"  # a linear layer, if it has a bias
 _ROOT_TEXT = "token_embedding.weight"  # open_clip's text tower without `text.`
+
+# A detector's tower and its feature pyramid.
+_BACKBONE, _PYRAMID = "backbone.net.", "backbone.simfp_"
 
 VISION_ONLY = (
     "holds only a vision tower, but this architecture has a text tower; --towers vision exports "
@@ -43,6 +47,7 @@ _PREFIXES: Mapping[str, Mapping[Layout, tuple[str, ...]]] = {
     },
     PLM.name: {"hf": HF_STEMS, "original": ORIGINAL_STEMS},
 }
+_BACKBONE_PREFIXES: Mapping[Layout, tuple[str, ...]] = {"detectron2": (_BACKBONE, _PYRAMID)}
 
 # The causal mask, a buffer that some open_clip versions save with the weights.
 IGNORED_KEYS: Mapping[Layout, frozenset[str]] = {
@@ -50,14 +55,20 @@ IGNORED_KEYS: Mapping[Layout, frozenset[str]] = {
 }
 
 
+def _prefixes(config: PeConfig | PlmConfig) -> Mapping[Layout, tuple[str, ...]]:
+    if isinstance(config, PeConfig) and config.detection is not None:
+        return _BACKBONE_PREFIXES
+    return _PREFIXES[family_of(config).name]
+
+
 def layout_starts(config: PeConfig | PlmConfig) -> tuple[str, ...]:
-    """Returns how keys of the layouts of an architecture's family start."""
-    return tuple(start for starts in _PREFIXES[family_of(config).name].values() for start in starts)
+    """Returns how keys of the layouts of an architecture start."""
+    return tuple(start for starts in _prefixes(config).values() for start in starts)
 
 
 def layouts_of(config: PeConfig | PlmConfig) -> tuple[Layout, ...]:
-    """Returns the layouts of an architecture's family."""
-    return tuple(_PREFIXES[family_of(config).name])
+    """Returns the layouts that can hold an architecture."""
+    return tuple(_prefixes(config))
 
 
 def detect_layout(names: Collection[str], config: PeConfig | PlmConfig) -> Layout:
@@ -70,8 +81,9 @@ def detect_layout(names: Collection[str], config: PeConfig | PlmConfig) -> Layou
     Raises:
         CheckpointError: no layout has such keys, or the layout cannot hold this architecture.
     """
-    family = family_of(config)
-    prefixes = _PREFIXES[family.name]
+    family, prefixes = family_of(config), _prefixes(config)
+    if is_detector(names) and prefixes is not _BACKBONE_PREFIXES:
+        raise CheckpointError("it holds a detector: --detection exports its backbone")
     fitting = (
         layout
         for layout, starts in prefixes.items()
@@ -89,6 +101,21 @@ def detect_layout(names: Collection[str], config: PeConfig | PlmConfig) -> Layou
     return layout
 
 
+def is_detector(keys: Collection[str]) -> bool:
+    """Returns whether keys, which may have prefixes of wrappers, are those of a detector."""
+    return any(_PYRAMID in key for key in keys)
+
+
+def backbone_keys(file_keys: Mapping[str, str]) -> dict[str, str]:
+    """Returns the keys of a detector's backbone, without its heads and tables of RoPE."""
+    tables = (f"{_BACKBONE}rope_win.", f"{_BACKBONE}rope_glb.")
+    return {
+        key: file
+        for key, file in file_keys.items()
+        if key.startswith((_BACKBONE, _PYRAMID)) and not key.startswith(tables)
+    }
+
+
 def stored_tensors(
     layout: Layout,
     shapes: Mapping[str, Shape],
@@ -98,7 +125,7 @@ def stored_tensors(
     """Returns the table of a layout for the tensors of an architecture.
 
     Args:
-        layout: one of the five layouts.
+        layout: one of the layouts.
         shapes: our names and shapes. A lone vision tower in the reference layout has keys without
             `visual.`, as in the reference's own module.
         head_dim: channels per head of the decoder; only `hf` needs it.
@@ -113,6 +140,8 @@ def stored_tensors(
         return tuple(original_entry(name, shape) for name, shape in shapes.items())
     if layout == "hf":
         return tuple(hf_entry(name, shape, head_dim) for name, shape in shapes.items())
+    if layout == "detectron2":
+        return tuple(_detectron2_entry(name, shape) for name, shape in shapes.items())
     bare = layout == "reference" and all(name.startswith("visual.") for name in shapes)
     if layout == "open_clip":
         linear = any(key.endswith(_TEXT_LINEAR) for key in keys) if keys else TEXT_BIAS in shapes
@@ -129,6 +158,16 @@ def _reference_entry(name: str, shape: Shape, bare: bool) -> Stored:
         raise CheckpointError(f"the reference layout has no place for {name!a:.80}")
     key = leaf if tower == "text" or (tower == "visual" and bare) else name
     return Stored(name=name, shape=shape, keys=(key,), shapes=(shape,))
+
+
+def _detectron2_entry(name: str, shape: Shape) -> Stored:
+    """A tensor of a detector's backbone; its position table has an axis for the batch."""
+    tower, _, leaf = name.partition(".")
+    if tower not in ("visual", "pyramid"):
+        raise CheckpointError(f"the detectron2 layout has no place for {name!a:.80}")
+    key = f"{_BACKBONE}{leaf}" if tower == "visual" else f"backbone.{leaf}"
+    stored = (1, *shape) if leaf == "positional_embedding" else shape
+    return Stored(name=name, shape=shape, keys=(key,), shapes=(stored,))
 
 
 def _timm_entry(name: str, shape: Shape, keys: Collection[str]) -> Stored:

@@ -21,7 +21,7 @@ from perception_rt.plm_config import PlmConfig
 _EMBEDDING_STD = 0.1
 _BIAS_STD = 0.02
 _EMBEDDINGS = ("class_embedding", "positional_embedding", "token_embedding.weight", "probe")
-_NORMS = ("ln_1", "ln_2", "ln_pre", "ln_post", "ln_final", "norm")
+_NORMS = ("ln_1", "ln_2", "ln_pre", "ln_post", "ln_final", "norm", "simfp_2.1")
 # Stored as (input, output), unlike a linear layer's weight.
 _PROJECTIONS = ("visual.proj", "text.text_projection")
 # This gain makes a decoder's attention prefer some tokens, so that generated text varies. A larger

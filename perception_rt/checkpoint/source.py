@@ -21,6 +21,7 @@ from perception_rt.checkpoint.names import (
     VISION_BIAS,
     VISION_ONLY,
     Layout,
+    backbone_keys,
     detect_layout,
     layout_starts,
     stored_tensors,
@@ -45,6 +46,7 @@ _DROPPED = {
     "reference": "non-visual tensors",
     "open_clip": "non-visual tensors",
     "hf": "tensors of the tower's pooling",
+    "detectron2": "tensors of the detector's heads",
 }
 PIECE_ELEMENTS = 1 << 20  # checked or compared at once
 # Biases of projections, and their towers in `PeConfig`.
@@ -277,6 +279,8 @@ def _plan(headers: Mapping[str, Header], names: PlainNames, config: PeConfig | P
     head_dim = None
     if isinstance(config, PlmConfig):
         head_dim = config.decoder.head_dim
+    elif layout == "detectron2":
+        file_keys = backbone_keys(file_keys)
     elif config.text is None:
         file_keys = _visual_only(file_keys, layout)
     elif layout == "reference" and _BARE_VISION in file_keys:

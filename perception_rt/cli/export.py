@@ -118,6 +118,23 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="blocks that `features` can return: all (default), none, or a list such as 5,11,-1",
     )
     parser.add_argument(
+        "--detection",
+        action="store_true",
+        help="export a vision tower as a detection backbone (ViTDet) with a feature pyramid",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="PATCHES",
+        help="side of the attention windows of --detection; default: the tower's own grid",
+    )
+    parser.add_argument(
+        "--global-blocks",
+        metavar="LAYERS",
+        help="blocks of --detection that attend to the whole image, such as 12,24,36,49; default: "
+        "four, evenly spread",
+    )
+    parser.add_argument(
         "--blocks",
         metavar="FORMAT",
         help="decoder blocks of a PLM in int4: int8 (default) for fast prompts, int4 for half the "
@@ -203,6 +220,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         from perception_rt.export.build import export
         from perception_rt.export.options import (
             ExportOptions,
+            parse_global_blocks,
             parse_image_sizes,
             parse_taps,
             parse_target,
@@ -226,6 +244,13 @@ def run_export(arguments: argparse.Namespace) -> None:
         center_crop=arguments.center_crop,
         ignore_exif=arguments.ignore_exif,
         taps=None if arguments.taps is None else parse_taps(arguments.taps),
+        detection=arguments.detection,
+        window=arguments.window,
+        global_blocks=(
+            None
+            if arguments.global_blocks is None
+            else parse_global_blocks(arguments.global_blocks)
+        ),
         tokenizer=arguments.tokenizer,
         blocks=arguments.blocks,
         max_length=arguments.max_length,

@@ -20,8 +20,15 @@ from torch import Tensor
 
 from perception_rt._version import __version__
 from perception_rt.checkpoint.adapter import AdaptedWeights
+from perception_rt.checkpoint.detection import BackboneWeights, open_backbone
 from perception_rt.checkpoint.random import RandomWeights
-from perception_rt.checkpoint.source import LICENSE_UNKNOWN, WeightSource, open_checkpoint
+from perception_rt.checkpoint.source import (
+    LICENSE_UNKNOWN,
+    FileWeights,
+    WeightSource,
+    open_checkpoint,
+)
+from perception_rt.config import PeConfig
 from perception_rt.errors import BackendError, CapacityError, ExportError, InputError
 from perception_rt.export.architecture import (
     Report,
@@ -53,7 +60,7 @@ from perception_rt.export.plan import HERE, BuildSettings, Plan, build_settings
 from perception_rt.export.quantization.calibration import calibration_files, prompts
 from perception_rt.export.quantization.formats import Format
 from perception_rt.export.quantization.sensitivity import Measured
-from perception_rt.families import Family, family_of, import_named
+from perception_rt.families import Config, Family, family_of, import_named
 from perception_rt.memory import peak_rss_bytes
 from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
@@ -101,7 +108,7 @@ def export(
     with _parents(Path(options.out)), Stage.create(options.out, force=options.force) as stage:
         locate = cache(partial(locate_weights, options, report))
         plan = model_export(family).make_plan(options, config, settings, lambda: locate().path)
-        plan, source = _open_source(plan, locate(), options, report)
+        plan, source = _open_source(plan, config, locate(), options, report)
         return _fill(stage, plan, source, None, report, evaluate)
 
 
@@ -205,18 +212,30 @@ def _fill(
 
 
 def _open_source(
-    plan: Plan, place: WeightsPlace, options: ExportOptions, report: Report
+    plan: Plan, given: Config, place: WeightsPlace, options: ExportOptions, report: Report
 ) -> tuple[Plan, WeightSource]:
-    """The weights, and the plan with the biases that they have."""
+    """The weights, and the plan with the biases that they have.
+
+    `given` is the architecture that the options name, from which a detection backbone is made.
+    """
     if place.path is None:
         return plan, with_adapter(RandomWeights(plan.config, options.seed), options.adapter, plan)
-    source = open_checkpoint(
-        place.path,
-        plan.config,
-        license_note=place.license_note or LICENSE_UNKNOWN,
-        ema=options.ema,
-        find_biases=True,
-    )
+    license_note = place.license_note or LICENSE_UNKNOWN
+    source: FileWeights | BackboneWeights
+    if isinstance(plan.config, PeConfig) and plan.config.detection is not None:
+        assert isinstance(given, PeConfig)
+        source = open_backbone(
+            place.path,
+            plan.config,
+            given,
+            license_note=license_note,
+            ema=options.ema,
+            seed=options.seed,
+        )
+    else:
+        source = open_checkpoint(
+            place.path, plan.config, license_note=license_note, ema=options.ema, find_biases=True
+        )
     for note in source.notes:
         report(note)
     plan = replace(plan, config=source.config)

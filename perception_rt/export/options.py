@@ -8,7 +8,7 @@ from perception_rt.errors import InputError, describe
 
 _TEXTS = ("model", "towers", "precision", "backend", "blocks", "route", "calibrator")
 _PATHS = ("out", "checkpoint", "config", "weights", "adapter", "tokenizer", "calibration")
-_FLAGS = ("ema", "center_crop", "ignore_exif", "allow_unfused", "refittable", "force")
+_FLAGS = ("ema", "center_crop", "detection", "ignore_exif", "allow_unfused", "refittable", "force")
 
 PathName = str | os.PathLike[str]
 
@@ -44,6 +44,12 @@ class ExportOptions:
         ignore_exif: leave images as they are stored, as the reference does, instead of turning them
             upright by their EXIF orientation.
         taps: blocks that an encoder's `features` returns, negative from the end; None for all.
+        detection: export an encoder's vision tower as a detection backbone (ViTDet), which returns
+            a feature pyramid; a checkpoint may be that of a detector.
+        window: side of a detection backbone's attention windows, in patches of 16 pixels; None for
+            the tower's own grid.
+        global_blocks: indices of a detection backbone's blocks that attend to the whole image; None
+            for four, evenly spread, or the reference's choice.
         tokenizer: a language model's tokenizer file; None takes the one beside the weights.
         blocks: format of an int4 language model's decoder blocks: "int8" is faster at prompts,
             "int4" halves the memory; None for "int8".
@@ -76,6 +82,9 @@ class ExportOptions:
     center_crop: bool = False
     ignore_exif: bool = False
     taps: Sequence[int] | None = None
+    detection: bool = False
+    window: int | None = None
+    global_blocks: Sequence[int] | None = None
     tokenizer: PathName | None = None
     blocks: str | None = None
     max_length: int | None = None
@@ -92,12 +101,17 @@ class ExportOptions:
         names = (self.target,) if isinstance(self.target, str) else self.target
         object.__setattr__(self, "target", _items("target", names, str))
         object.__setattr__(self, "taps", _items("taps", self.taps, int))
+        blocks = _items("global_blocks", self.global_blocks, int)
+        object.__setattr__(self, "global_blocks", blocks)
         if (self.model is None) == (self.checkpoint is None):
             raise InputError("give either a model or a checkpoint")
         if self.checkpoint is not None and self.weights is not None:
             raise InputError("--weights is for --model; --checkpoint itself has the weights")
         if self.ema and self.weights == "random":
             raise InputError("--ema is for a checkpoint; random weights have no averaged copy")
+        for name in ("window", "global_blocks"):
+            if getattr(self, name) is not None and not self.detection:
+                raise InputError(f"--{name.replace('_', '-')} needs --detection")
         if self.model is not None and self.config is not None:
             raise InputError("--config is for --checkpoint; --model has its own architecture")
 
@@ -113,7 +127,7 @@ class ExportOptions:
                 value = getattr(self, name)
                 if not isinstance(value, kinds) and (value is not None or name in required):
                     raise InputError(f"{name} must be {wanted}, not {describe(value)}")
-        for name in ("seed", "max_length"):
+        for name in ("seed", "max_length", "window"):
             value = getattr(self, name)
             if type(value) is not int and (value is not None or name == "seed"):
                 raise InputError(f"{name} must be an integer, not {describe(value)}")
@@ -175,6 +189,14 @@ def parse_taps(text: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--taps must be all, none or integers, not {text!r:.60}") from None
+
+
+def parse_global_blocks(text: str) -> tuple[int, ...]:
+    """Parses block indices such as "12,24,36,49" to `ExportOptions.global_blocks`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--global-blocks must be integers, not {text!r:.60}") from None
 
 
 def parse_target(text: str) -> tuple[str, ...]:

@@ -208,6 +208,8 @@ class ExportPlan(Plan):
     def tapped(self) -> tuple[int, ...]:
         """Indices of the tapped blocks, in order."""
         layers = self.config.vision.layers
+        if self.config.detection is not None:
+            return ()
         return tuple(range(layers)) if self.taps is None else tuple(sorted(set(self.taps)))
 
 

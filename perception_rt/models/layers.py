@@ -139,6 +139,41 @@ def rope_2d(
     return Rope(angles.cos(), angles.sin())
 
 
+class Windows(NamedTuple):
+    """Square windows over a patch grid, which is filled with zeros at the bottom and the right."""
+
+    rows: int
+    columns: int
+    side: int
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Windows down and across."""
+        return -(-self.rows // self.side), -(-self.columns // self.side)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(N, h*w, C) -> (N * windows, side**2, C)."""
+        n, _, c = x.shape
+        (down, across), side = self.counts, self.side
+        grid = x.reshape(n, self.rows, self.columns, c)
+        below, right = down * side - self.rows, across * side - self.columns
+        if below or right:
+            grid = F.pad(grid, (0, 0, 0, right, 0, below))
+        # (N, down * side, across * side, C) -> (N, down, side, across, side, C)
+        cut = grid.reshape(n, down, side, across, side, c)
+        # (N, down, across, side, side, C) -> (N * windows, side**2, C)
+        return cut.transpose(2, 3).reshape(n * down * across, side * side, c)
+
+    def join(self, x: Tensor) -> Tensor:
+        """(N * windows, side**2, C) -> (N, h*w, C); the inverse of `split`."""
+        (down, across), side, c = self.counts, self.side, x.shape[-1]
+        cut = x.reshape(-1, down, across, side, side, c)
+        # (N, down, side, across, side, C) -> (N, down * side, across * side, C)
+        grid = cut.transpose(2, 3).reshape(-1, down * side, across * side, c)
+        # -> (N, h, w, C) -> (N, h*w, C)
+        return grid[:, : self.rows, : self.columns].flatten(1, 2)
+
+
 def drop_path(x: Tensor, rate: float, *, training: bool) -> Tensor:
     """Stochastic depth: while training, drops samples of a residual branch at `rate`."""
     if not training or rate == 0.0:
@@ -217,10 +252,19 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp_dim)
         self.ls_2 = nn.Identity() if ls_init is None else LayerScale(width, ls_init)
 
-    def forward(self, x: Tensor, *, rope: Rope | None = None, causal: bool = False) -> Tensor:
-        """(N, T, C) -> (N, T, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rope: Rope | None = None,
+        causal: bool = False,
+        windows: Windows | None = None,
+    ) -> Tensor:
+        """(N, T, C) -> (N, T, C); with `windows`, tokens attend within their window only."""
         rate, training = self.drop_path_rate, self.training
-        mixed = self.ls_1(self.attn(self.ln_1(x), rope=rope, causal=causal))
+        normed = self.ln_1(x) if windows is None else windows.split(self.ln_1(x))
+        mixed = self.attn(normed, rope=rope, causal=causal)
+        mixed = self.ls_1(mixed if windows is None else windows.join(mixed))
         x = x + drop_path(mixed, rate, training=training)
         return x + drop_path(self.ls_2(self.mlp(self.ln_2(x))), rate, training=training)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from perception_rt.config import PeConfig
 from perception_rt.errors import InputError
+from perception_rt.models.detection import FeaturePyramid, pyramid_levels
 from perception_rt.models.layers import Attention, sdpa_attention
 from perception_rt.models.text import TextTower
 from perception_rt.models.vision import VisionTower
@@ -30,6 +31,8 @@ class PerceptionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.visual = VisionTower(config.vision, attention=attention)
+        if config.detection is not None:
+            self.pyramid = FeaturePyramid(config.vision.width, config.detection.channels)
         if config.text is not None:
             self.text = TextTower(config.text, attention=attention)
             self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
@@ -38,6 +41,12 @@ class PerceptionEncoder(nn.Module):
         """Normalised float pixels (N, 3, H, W) -> (N, D)."""
         x = self.visual(pixels)
         return F.normalize(x, dim=-1) if normalize else x
+
+    def encode_pyramid(self, pixels: Tensor) -> list[Tensor]:
+        """Normalised float pixels (N, 3, H, W) -> the levels p2 to p6 of a detection backbone."""
+        if self.config.detection is None:
+            raise InputError("this Perception Encoder is no detection backbone")
+        return pyramid_levels(self.visual, self.pyramid, pixels, self.config.detection)
 
     def encode_video(self, frames: Tensor, *, normalize: bool = False) -> Tensor:
         """Float frames (N, F, 3, H, W) -> the mean (N, D) of the frames' features.

@@ -20,6 +20,7 @@ VISION = "vision"  # uint8 images -> what the reference's vision `forward` retur
 PIXELS = "pixels"  # the same from already normalised float pixels
 FEATURES = "features"  # uint8 images -> tapped blocks, no final norm; see `features_part`
 ATTENTION = "attention"  # output of the last block -> attention of the pooling probe
+PYRAMID = "pyramid"  # uint8 images -> feature pyramid of a detection backbone, its only graph
 TEXT = "text"  # token ids -> text features, not normalised
 
 # Graphs of a Perception Language Model package, beside `vision` and `pixels` for tiles. The decoder
@@ -39,6 +40,7 @@ LOGIT_POSITIONS = "logit_positions"  # int64 (N, L): indices of the tokens to pr
 # Outputs.
 EMBEDDING = "embedding"  # float32 (N, D) of a pooled tower, or (N, T, C) of a tower without pool
 ATTENTION_MAPS = "attention_maps"  # float32 (N, heads of the pooling probe, T)
+LEVELS = ("p2", "p3", "p4", "p5", "p6")  # float32 (N, channels, h, w), of strides 4 to 64 pixels
 TEXT_EMBEDDING = "text_embedding"  # float32 (N, D)
 
 IMAGE_FEATURES = "image_features"  # float32 (N, image tokens per tile, C of the decoder)
@@ -70,7 +72,7 @@ _REQUIRED, _OPTIONAL = {"data", "file", "inputs", "outputs"}, {"backend", "kind"
 _NAME = re.compile(r"[a-z0-9._-]{1,64}")  # backend or kind
 _SIDE = "([1-9][0-9]{0,3})"
 _IMAGE_GRAPH = re.compile(
-    rf"({VISION}|{PIXELS}|{FEATURES}|{ATTENTION})(?:_[0-9]+)?(?:_{_SIDE}x{_SIDE})?"
+    rf"({VISION}|{PIXELS}|{FEATURES}|{ATTENTION}|{PYRAMID})(?:_[0-9]+)?(?:_{_SIDE}x{_SIDE})?"
 )
 _KEYS, _VALUES = "key_cache_", "value_cache_"
 

@@ -8,8 +8,8 @@ Legend: N images or texts, H W pixels, T tokens, D embedding channels, C width.
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from perception_rt.config import PeConfig, TextConfig
-from perception_rt.errors import PackageError
+from perception_rt.config import DetectionConfig, PeConfig, TextConfig, VisionConfig
+from perception_rt.errors import InputError, PackageError
 from perception_rt.package import contract
 from perception_rt.package.contract import (
     GraphSignature,
@@ -37,7 +37,8 @@ def vision_signatures(
 ) -> dict[str, GraphSignature]:
     """Signatures of `vision`, `pixels`, the graphs of the tapped blocks, and `attention`.
 
-    `attention` needs the last block and a tower that pools by attention.
+    `attention` needs the last block and a tower that pools by attention. A detection backbone has
+    the graph `pyramid` alone.
 
     Args:
         config: the architecture.
@@ -46,9 +47,11 @@ def vision_signatures(
         segments: the tapped blocks of each graph.
 
     Raises:
-        InputError: the patch size does not divide the image size.
+        InputError: the patch size does not divide the image size, or the image is too small.
     """
     vision = config.vision
+    if config.detection is not None:
+        return {contract.PYRAMID: _pyramid_signature(vision, config.detection, height, width)}
     rows, columns = vision.grid_of(height, width)
     tokens = rows * columns + int(vision.use_cls_token)
     middle = (tokens,) if vision.pool_type == "none" else ()
@@ -70,6 +73,28 @@ def vision_signatures(
         maps = batched(contract.ATTENTION_MAPS, "float32", vision.attn_pooler_heads, tokens)
         signatures[contract.ATTENTION] = GraphSignature(inputs=(source,), outputs=(maps,))
     return signatures
+
+
+def _pyramid_signature(
+    vision: VisionConfig, detection: DetectionConfig, height: int, width: int
+) -> GraphSignature:
+    """Signature of `pyramid`: images to the levels p2 to p6; errors as `vision_signatures`."""
+    rows, columns = vision.grid_of(height, width)
+    least = 2 * vision.patch_size
+    if min(rows, columns) < 2:
+        raise InputError(
+            f"image size {height}x{width} is too small: a pyramid needs {least} pixels a side"
+        )
+    grids = [(4 * rows, 4 * columns), (2 * rows, 2 * columns), (rows, columns)]
+    grids.append((rows // 2, columns // 2))
+    grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))
+    return GraphSignature(
+        inputs=(batched(contract.IMAGES_U8, "uint8", height, width, 3),),
+        outputs=tuple(
+            batched(name, "float32", detection.channels, *grid)
+            for name, grid in zip(contract.LEVELS, grids, strict=True)
+        ),
+    )
 
 
 def text_signature(config: TextConfig) -> GraphSignature:

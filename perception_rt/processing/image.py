@@ -35,7 +35,7 @@ from perception_rt.processing.image_options import DEFAULT_IMAGE_OPTIONS, ImageO
 from perception_rt.records import Record, check_choice, check_integer, check_value
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
-Resize: TypeAlias = Literal["squash", "center_crop", "letterbox"]
+Resize: TypeAlias = Literal["squash", "center_crop", "letterbox", "pad"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 Filter: TypeAlias = Literal["bilinear", "bicubic", "box", "hamming", "lanczos"]
 RgbConversion: TypeAlias = Literal["before_resize", "after_resize"]
@@ -71,7 +71,8 @@ class ImageSpec(Record):
         width: width of the result in pixels.
         resize: "squash" scales height and width independently; "center_crop" keeps the aspect
             ratio, scales the image until it covers the result, and crops the rest; "letterbox"
-            keeps the aspect ratio, scales the image until it fits, and fills the rest.
+            keeps the aspect ratio, scales the image until it fits, and fills the rest; "pad" does
+            so with the image at the top left, as detectors do.
         interpolation: name of Pillow's antialiased filter.
         mean: per channel, subtracted from pixels in [0, 1].
         std: per channel, divides the difference.
@@ -81,7 +82,7 @@ class ImageSpec(Record):
             does; "before_resize" is what packages without this field were exported with.
         crop_pct: above 0 and at most 1; the image is scaled for a result that is larger by
             1 / crop_pct, and its centre is cropped.
-        fill: RGB from 0 to 255, colour around the image in "letterbox".
+        fill: RGB from 0 to 255, colour around the image in "letterbox" and "pad".
     """
 
     height: int
@@ -245,7 +246,8 @@ def _fitted(image: Image.Image, spec: ImageSpec) -> Image.Image:
         bands = len(image.getbands())
         # A single band, such as an index into a palette, and alpha are filled as in torchvision.
         fill = spec.fill if bands == 3 else (spec.fill[0],) * bands
-        border = (wide // 2, high // 2, wide - wide // 2, high - high // 2)
+        before = (0, 0) if spec.resize == "pad" else (wide // 2, high // 2)
+        border = (*before, wide - before[0], high - before[1])
         image = ImageOps.expand(image, border, fill if bands > 1 else fill[0])
     left, top = round((image.width - spec.width) / 2), round((image.height - spec.height) / 2)
     return image.crop((left, top, left + spec.width, top + spec.height))

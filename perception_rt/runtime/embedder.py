@@ -354,6 +354,7 @@ class Embedder(LoadedModel):
         """
         check_process(self._process)
         chains, vision = self._at(size), self._config.vision
+        self._require_encoder()
         block = vision.block_index(layer)
         if block not in chains.taps:
             raise InputError(f"this package was exported without the output of layer {layer}")
@@ -393,6 +394,7 @@ class Embedder(LoadedModel):
         """
         check_process(self._process)
         chains, vision = self._at(size), self._config.vision
+        self._require_encoder()
         if contract.ATTENTION not in self.manifest.content.graphs:
             raise InputError(
                 "this package has no attention maps: they need a model that pools by attention, "
@@ -410,6 +412,45 @@ class Embedder(LoadedModel):
         grid = vision.grid_of(chains.spec.height, chains.spec.width)
         return maps[..., int(vision.use_cls_token) :].reshape(len(maps), -1, *grid)
 
+    def pyramid(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        size: tuple[int, int] | None = None,
+        batch_size: int = 1,
+        workers: int | None = None,
+        on_progress: Progress | None = None,
+        on_error: OnError | None = None,
+    ) -> dict[str, Float32]:
+        """The feature pyramid of a detection backbone, for a detector's heads.
+
+        Arguments as for `features`. At 1024 x 1024 pixels, the levels of one image take 87 MiB, so
+        the default is one image per engine call, and long lists are better given in parts.
+
+        Returns:
+            "p2" to "p6", each float32 (N, channels, rows, columns). A cell of "p2" covers 4 x 4
+            pixels of the resized image, and each level halves the one before it.
+
+        Raises:
+            InputError: as `features`, or the package is no detection backbone.
+            BackendError: the engine failed, or the embedder is closed.
+        """
+        check_process(self._process)
+        if self._config.detection is None:
+            raise InputError(
+                "this package is no detection backbone: perception-export --detection makes one"
+            )
+        chains = self._at(size)
+        return self._images.levels(
+            images,
+            chains.pyramid,
+            chains.spec,
+            batch_size=self._batch_size(batch_size),
+            workers=workers,
+            on_progress=on_progress,
+            on_error=on_error,
+        )
+
     def encode_pixels(self, pixels: Float32, *, batch_size: int | None = None) -> Float32:
         """Returns the output of the reference's vision `forward`, float32 (N, D) or (N, T, C).
 
@@ -418,6 +459,7 @@ class Embedder(LoadedModel):
             batch_size: rows per engine call, 1 to 256; None for `self.batch_size`.
         """
         check_process(self._process)
+        self._require_encoder()
         pixels = nonempty_array(pixels)
         chains = self._chains.get(pixels.shape[-2:]) or self._at(None)
         run = partial(run_chain, self._sessions, chains.pixels)
@@ -479,7 +521,13 @@ class Embedder(LoadedModel):
             return self.batch_size
         return check_integer("batch_size", batch_size, 1, MAX_BATCH)
 
+    def _require_encoder(self) -> None:
+        if self._config.detection is not None:
+            name = self.manifest.content.name
+            raise InputError(f"{name} is exported as a detection backbone; use pyramid()")
+
     def _require_pooled(self) -> None:
+        self._require_encoder()
         if self._config.vision.pool_type == "none":
             name = self.manifest.content.name
             raise InputError(f"{name} has no pooled embedding; use features()")

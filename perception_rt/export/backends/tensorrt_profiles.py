@@ -13,6 +13,7 @@ _SIZES = {
     contract.VISION: _IMAGES,
     contract.FEATURES: ((1, 1, 1), (2, 8, 37)),
     contract.ATTENTION: ((1, 1, 1), (2, 8, 37)),
+    contract.PYRAMID: ((1, 1, 1), (2, 4, 8)),
     contract.TEXT: ((1, 1, 1), (2, 16, 64)),
 }
 

@@ -17,6 +17,7 @@ from perception_rt.config import VisionConfig
 from perception_rt.export.components.traced_modules import (
     DecoderGraph,
     EmbedGraph,
+    PyramidGraph,
     TextGraph,
     TileGraph,
     VisionGraph,
@@ -111,6 +112,38 @@ def _tower_parameters(
         load = computed.get(name) or (
             _loader(source, key) if own else _tower_load(source, config, prefix, leaf)
         )
+        weights[name] = Weight(key, _FLOAT32, tuple(parameter.shape), load, origin=key)
+    return weights
+
+
+def backbone_parameters(
+    source: WeightSource,
+    graph: PyramidGraph,
+    config: VisionConfig,
+    tables: Mapping[str, tuple[str, Callable[[], Tensor]]],
+) -> dict[str, Weight]:
+    """Weights of a detection backbone, by parameter name.
+
+    Args:
+        source: weights of the backbone.
+        graph: the traced module.
+        config: the tower, with the checkpoint's layer scale.
+        tables: name in the package, and value, of each table by parameter name.
+    """
+
+    def computed(table: Callable[[], Tensor]) -> Callable[[], Array]:
+        return lambda: _float32(table())
+
+    weights = {}
+    for name, parameter in graph.named_parameters():
+        leaf = name.removeprefix("tower.")
+        if name in tables:
+            key, table = tables[name]
+            load = computed(table)
+        elif leaf == name:
+            key, load = name, _loader(source, name)
+        else:
+            key, load = f"visual.{leaf}", _tower_load(source, config, "visual.", leaf)
         weights[name] = Weight(key, _FLOAT32, tuple(parameter.shape), load, origin=key)
     return weights
 

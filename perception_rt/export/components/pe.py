@@ -27,6 +27,7 @@ from perception_rt.export.components.component import (
     ranges_of,
     trace_batch,
 )
+from perception_rt.export.components.detection import PyramidComponent, backbone_plan
 from perception_rt.export.components.parameters import text_parameters, vision_parameters
 from perception_rt.export.components.traced_modules import (
     HalfAttention,
@@ -193,6 +194,8 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
         cls, options: ExportOptions, config: PeConfig, settings: BuildSettings, locate: Locate
     ) -> ExportPlan:
         """The plan of an export, with the preprocessing that lies beside the weights, if any."""
+        if options.detection or config.detection is not None:
+            return backbone_plan(options, config, settings)
         side = config.vision.image_size
         image = find_images(options) or ImageSpec(
             height=side, width=side, rgb_conversion="after_resize"
@@ -227,7 +230,9 @@ class PeExport(ModelExport[PeConfig, ExportPlan]):
         )
 
     def components(self) -> Sequence[Component[ExportPlan]]:
-        """The vision tower, and the text tower if there is one."""
+        """The vision tower, and the text tower if there is one; or a detection backbone."""
+        if self.plan.config.detection is not None:
+            return [PyramidComponent(self.plan, self.source)]
         vision = VisionComponent(self.plan, self.source)
         text = self.plan.config.text
         return [vision] if text is None else [vision, TextComponent(self.plan, text, self.source)]

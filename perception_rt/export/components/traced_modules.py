@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perception_rt.config import TextConfig, VisionConfig
+from perception_rt.config import DetectionConfig, TextConfig, VisionConfig
 from perception_rt.export.graph.trace import CachedAttention, traced_attention
 from perception_rt.models.decoder import DecoderLayer, RmsNorm
+from perception_rt.models.detection import BackboneTables, FeaturePyramid, pyramid_levels
 from perception_rt.models.layers import Rope
 from perception_rt.models.plm import VisionProjector
 from perception_rt.models.text import TextTower
@@ -33,6 +34,12 @@ def _meta(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, device="meta"), requires_grad=False)
 
 
+def _traced_tower(config: VisionConfig) -> VisionTower:
+    with torch.device("meta"):
+        folded = replace(config, ls_init_value=None, drop_path=0.0)
+        return VisionTower(folded, attention=traced_attention).requires_grad_(False)
+
+
 class _GridGraph(nn.Module):
     """A vision tower on one patch grid.
 
@@ -42,9 +49,7 @@ class _GridGraph(nn.Module):
 
     def __init__(self, config: VisionConfig, grid: tuple[int, int]) -> None:
         super().__init__()
-        with torch.device("meta"):
-            folded = replace(config, ls_init_value=None, drop_path=0.0)
-            self.tower = VisionTower(folded, attention=traced_attention).requires_grad_(False)
+        self.tower = _traced_tower(config)
         tokens = grid[0] * grid[1] + self.tower.num_prefix
         self.has_table = config.use_abs_posemb or config.use_cls_token
         if self.has_table:
@@ -103,6 +108,41 @@ class TileGraph(_GridGraph):
         tokens = self.tower.ln_post(tokens)[:, self.tower.num_prefix :]
         features: Tensor = self.vision_projector(tokens)
         return features
+
+
+class PyramidGraph(nn.Module):
+    """A detection backbone on one patch grid.
+
+    Its own parameters are tables, which `components/detection.py` computes: `table` (h*w, C) of
+    positions, `rope_cos` and `rope_sin` (h*w, head channels / 2) for the blocks that attend to the
+    image, `window_cos` and `window_sin` (window**2, head channels / 2) for the others.
+    """
+
+    def __init__(
+        self, config: VisionConfig, detection: DetectionConfig, grid: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.detection = detection
+        self.tower = _traced_tower(config)
+        with torch.device("meta"):
+            pyramid = FeaturePyramid(config.width, detection.channels)
+        self.pyramid = pyramid.requires_grad_(False)
+        tokens, in_window, angles = grid[0] * grid[1], detection.window**2, config.head_dim // 2
+        if config.use_abs_posemb:
+            self.table = _meta(tokens, config.width)
+        if config.use_rope2d:
+            self.rope_cos, self.rope_sin = _meta(tokens, angles), _meta(tokens, angles)
+            self.window_cos, self.window_sin = _meta(in_window, angles), _meta(in_window, angles)
+
+    def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """Normalised float (N, 3, H, W) -> the levels p2 to p6, (N, K, rows, columns)."""
+        config = self.tower.config
+        whole = window = None
+        if config.use_rope2d:
+            whole = Rope(self.rope_cos, self.rope_sin)
+            window = Rope(self.window_cos, self.window_sin)
+        tables = BackboneTables(self.table if config.use_abs_posemb else None, whole, window)
+        return tuple(pyramid_levels(self.tower, self.pyramid, inputs[0], self.detection, tables))
 
 
 class TextGraph(nn.Module):

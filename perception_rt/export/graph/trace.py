@@ -191,6 +191,18 @@ def _rms_norm(x: Any, shape: Any, weight: Any, eps: float) -> Any:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
 
 
+def _conv2d(
+    x: Any, weight: Any, bias: Any = None, stride: Any = (1, 1), padding: Any = (0, 0), *_: Any
+) -> Any:
+    """Translates aten.conv2d without the zero bias that torch's own translation computes."""
+    return op.Conv(x, weight, bias, strides=stride, pads=[*padding, *padding])
+
+
+def _conv_transpose2d(x: Any, weight: Any, bias: Any = None, stride: Any = (1, 1), *_: Any) -> Any:
+    """Translates aten.conv_transpose2d without padding."""
+    return op.ConvTranspose(x, weight, bias, strides=stride)
+
+
 def _split(x: Any, size: int, dim: int = 0) -> Any:
     """Translates aten.split into equal parts to one Split, and not to a sequence."""
     parts = -(-x.shape[dim] // size)
@@ -202,6 +214,8 @@ _TRANSLATIONS: dict[Any, Any] = {
     torch.ops.aten.split.Tensor: _split,
     torch.ops.aten.embedding.default: _embedding,
     torch.ops.aten.rms_norm.default: _rms_norm,
+    torch.ops.aten.conv2d.default: _conv2d,
+    torch.ops.aten.conv_transpose2d.input: _conv_transpose2d,
     torch.ops.perception_rt.attention.default: _attention,
     torch.ops.perception_rt.cached_attention.default: _cached_attention,
 }

@@ -12,7 +12,7 @@ import numpy as np
 from perception_rt.config import PeConfig
 from perception_rt.limits import Limits
 from perception_rt.package import contract
-from perception_rt.package.contract import GraphSpec
+from perception_rt.package.contract import GraphSpec, TensorSpec
 from perception_rt.package.pe_graphs import Segments, further_sizes, read_segments
 from perception_rt.processing.image import ImageSource, ImageSpec
 from perception_rt.processing.image_loader import OnError, default_workers, load_images, next_batch
@@ -75,9 +75,16 @@ class ImageChains:
         maps = contract.ATTENTION_MAPS
         return [*self.block(last), self._step(contract.ATTENTION, contract.tap_name(last), maps)]
 
+    @property
+    def pyramid(self) -> str:
+        """Name of the graph of a detection backbone."""
+        return self._name(contract.PYRAMID)
+
     def _step(self, graph: str, source: str, output: str) -> Step:
-        name = graph if self._size is None else contract.sized(graph, self._size)
-        return Step(name, source, output)
+        return Step(self._name(graph), source, output)
+
+    def _name(self, graph: str) -> str:
+        return graph if self._size is None else contract.sized(graph, self._size)
 
 
 def image_chains(
@@ -143,6 +150,67 @@ class ImageRunner:
             on_progress: called after each batch.
             on_error: called for each unusable image.
         """
+
+        def run(pixels: Array) -> list[Float32]:
+            return [run_chain(self._sessions, steps, pixels)]
+
+        (rows,) = self._results(
+            images,
+            run,
+            [self._graphs[steps[-1].graph].output(steps[-1].output)],
+            spec,
+            batch_size=batch_size,
+            workers=workers,
+            on_progress=on_progress,
+            on_error=on_error,
+        )
+        return rows
+
+    def levels(
+        self,
+        images: Iterable[ImageSource],
+        graph: str,
+        spec: ImageSpec,
+        *,
+        batch_size: int,
+        workers: int | None,
+        on_progress: Progress | None,
+        on_error: OnError | None = None,
+    ) -> dict[str, Float32]:
+        """The levels of the pyramid for all images, by name; `graph` computes them.
+
+        Other arguments as for `rows`.
+        """
+        names = contract.LEVELS
+
+        def run(pixels: Array) -> Sequence[Float32]:
+            return self._sessions[graph].run({contract.IMAGES_U8: pixels}, names)
+
+        results = self._results(
+            images,
+            run,
+            [self._graphs[graph].output(name) for name in names],
+            spec,
+            batch_size=batch_size,
+            workers=workers,
+            on_progress=on_progress,
+            on_error=on_error,
+        )
+        return dict(zip(names, results, strict=True))
+
+    def _results(
+        self,
+        images: Iterable[ImageSource],
+        run: Callable[[Array], Sequence[Float32]],
+        outputs: Sequence[TensorSpec],
+        spec: ImageSpec,
+        *,
+        batch_size: int,
+        workers: int | None,
+        on_progress: Progress | None,
+        on_error: OnError | None,
+    ) -> list[Float32]:
+        """The results of `run` on batches of pixels, which have the specs `outputs`."""
         check_items(images, "images", _IMAGE_NDIM)
         if workers is None:
             workers = default_workers()
@@ -155,20 +223,21 @@ class ImageRunner:
             limits=self._limits,
             options=self._options,
         )
-        result = self._graphs[steps[-1].graph].output(steps[-1].output)
-        shape = tuple(length for length in result.shape if isinstance(length, int))
+        shapes = [tuple(size for size in o.shape if isinstance(size, int)) for o in outputs]
         total = len(images) if isinstance(images, Sized) else None
-        rows: list[Float32] = []
+        rows: list[list[Float32]] = [[] for _ in outputs]
         done = 0
         with closing(loading):
             while batch := next_batch(loading, batch_size, done, on_error):
                 usable = [index for index, pixels in enumerate(batch) if pixels is not None]
-                part = np.zeros((len(batch), *shape), np.float32)
+                parts = [np.zeros((len(batch), *shape), np.float32) for shape in shapes]
                 if usable:
-                    pixels = np.stack([pixels for pixels in batch if pixels is not None])
-                    part[usable] = run_chain(self._sessions, steps, pixels)
-                rows.append(part)
+                    results = run(np.stack([pixels for pixels in batch if pixels is not None]))
+                    for part, result in zip(parts, results, strict=True):
+                        part[usable] = result
+                for finished, part in zip(rows, parts, strict=True):
+                    finished.append(part)
                 done += len(batch)
                 if on_progress is not None:
                     on_progress(done, done if total is None else total)
-        return stacked(rows, shape)
+        return [stacked(parts, shape) for parts, shape in zip(rows, shapes, strict=True)]
