@@ -91,7 +91,7 @@ _RUNTIME = {
     "perception_rt.runtime.native_calls": Part(uses=LAYER_1),
     "perception_rt.runtime.request": Part(uses=LAYER_2, libraries=("numpy",)),
     "perception_rt.runtime.embedding": Part(
-        uses=(*LAYER_2, "runtime.session"), libraries=("numpy",)
+        uses=(*LAYER_2, "runtime.native_calls", "runtime.session"), libraries=("numpy",)
     ),
     "perception_rt.runtime.load_options": Part(
         uses=(*LAYER_2, "runtime.request", "runtime.session")

@@ -19,7 +19,6 @@ from perception_rt.config import PeConfig
 from perception_rt.errors import InputError, PackageError
 from perception_rt.families import PE
 from perception_rt.limits import DEFAULT_LIMITS, Limits
-from perception_rt.package import contract
 from perception_rt.package.reader import Package
 from perception_rt.processing.clip_bpe import ClipTokenizer, TextSpec
 from perception_rt.processing.image import ImageSource, ImageSpec
@@ -27,10 +26,10 @@ from perception_rt.processing.image_loader import OnError
 from perception_rt.processing.image_options import Background
 from perception_rt.processing.video import VideoSource, decode_frames
 from perception_rt.records import check_integer
+from perception_rt.runtime.embedding.dense import DenseOutputs
 from perception_rt.runtime.embedding.image_graphs import (
     MAX_WORKERS,
     TEXT,
-    ImageChains,
     ImageRunner,
     Progress,
     image_chains,
@@ -51,13 +50,12 @@ from perception_rt.runtime.embedding.items import (
 from perception_rt.runtime.embedding.package_parts import check_agreement, text_tokenizer
 from perception_rt.runtime.load_options import LoadOptions, open_model
 from perception_rt.runtime.native_calls import check_process
-from perception_rt.runtime.session import AUTO, LoadedModel, Sessions, is_batch_dependent
+from perception_rt.runtime.session import AUTO, Sessions, is_batch_dependent
 
-MAX_BATCH = 256
 _VIDEO_NDIM = 4  # dimensions of an array that is one video
 
 
-class Embedder(LoadedModel):
+class Embedder(DenseOutputs):
     """A loaded Perception Encoder package. Make one with `Embedder.load` or `perception_rt.load`.
 
     Each graph opens on first use. Several threads may call methods; a forked child may not.
@@ -328,129 +326,6 @@ class Embedder(LoadedModel):
         vectors = unit(stacked(rows, (self.dim,)))
         return unit(vectors.reshape(len(labels), len(templates), -1).mean(axis=1))
 
-    def features(
-        self,
-        images: Iterable[ImageSource],
-        layer: int = -1,
-        *,
-        size: tuple[int, int] | None = None,
-        batch_size: int | None = None,
-        workers: int | None = None,
-        on_progress: Progress | None = None,
-        on_error: OnError | None = None,
-    ) -> Float32:
-        """Dense features of a block, without class token and final norm.
-
-        Only the blocks up to about the layer run, so one in front costs less. `layer` is a block
-        index, from the front or, if negative, from the end. Other arguments as for `embed_images`.
-
-        Returns:
-            float32 (N, h, w, C).
-
-        Raises:
-            InputError: an image or an argument is unusable, there is no such block, or the package
-                was exported without its output.
-            BackendError: the engine failed, or the embedder is closed.
-        """
-        check_process(self._process)
-        chains, vision = self._at(size), self._config.vision
-        self._require_encoder()
-        block = vision.block_index(layer)
-        if block not in chains.taps:
-            raise InputError(f"this package was exported without the output of layer {layer}")
-        tokens = self._images.rows(
-            images,
-            chains.block(block),
-            chains.spec,
-            batch_size=self._batch_size(batch_size),
-            workers=workers,
-            on_progress=on_progress,
-            on_error=on_error,
-        )
-        grid = vision.grid_of(chains.spec.height, chains.spec.width)
-        return tokens[:, int(vision.use_cls_token) :].reshape(-1, *grid, vision.width)
-
-    def attention_maps(
-        self,
-        images: Iterable[ImageSource],
-        *,
-        size: tuple[int, int] | None = None,
-        batch_size: int | None = None,
-        workers: int | None = None,
-        on_progress: Progress | None = None,
-        on_error: OnError | None = None,
-    ) -> Float32:
-        """Attention of the pooling probe to each patch: which patches make up the embedding.
-
-        Arguments as for `features`.
-
-        Returns:
-            float32 (N, heads, h, w). A head's weights sum to 1 together with the class token's,
-            which is left out.
-
-        Raises:
-            InputError: as `features`, or the package has no attention maps.
-            BackendError: the engine failed, or the embedder is closed.
-        """
-        check_process(self._process)
-        chains, vision = self._at(size), self._config.vision
-        self._require_encoder()
-        if contract.ATTENTION not in self.manifest.content.graphs:
-            raise InputError(
-                "this package has no attention maps: they need a model that pools by attention, "
-                "and an export of the last block (--taps)"
-            )
-        maps = self._images.rows(
-            images,
-            chains.attention(),
-            chains.spec,
-            batch_size=self._batch_size(batch_size),
-            workers=workers,
-            on_progress=on_progress,
-            on_error=on_error,
-        )
-        grid = vision.grid_of(chains.spec.height, chains.spec.width)
-        return maps[..., int(vision.use_cls_token) :].reshape(len(maps), -1, *grid)
-
-    def pyramid(
-        self,
-        images: Iterable[ImageSource],
-        *,
-        size: tuple[int, int] | None = None,
-        batch_size: int = 1,
-        workers: int | None = None,
-        on_progress: Progress | None = None,
-        on_error: OnError | None = None,
-    ) -> dict[str, Float32]:
-        """The feature pyramid of a detection backbone, for a detector's heads.
-
-        Arguments as for `features`. At 1024 x 1024 pixels, the levels of one image take 87 MiB, so
-        the default is one image per engine call, and long lists are better given in parts.
-
-        Returns:
-            "p2" to "p6", each float32 (N, channels, rows, columns). A cell of "p2" covers 4 x 4
-            pixels of the resized image, and each level halves the one before it.
-
-        Raises:
-            InputError: as `features`, or the package is no detection backbone.
-            BackendError: the engine failed, or the embedder is closed.
-        """
-        check_process(self._process)
-        if self._config.detection is None:
-            raise InputError(
-                "this package is no detection backbone: perception-export --detection makes one"
-            )
-        chains = self._at(size)
-        return self._images.levels(
-            images,
-            chains.pyramid,
-            chains.spec,
-            batch_size=self._batch_size(batch_size),
-            workers=workers,
-            on_progress=on_progress,
-            on_error=on_error,
-        )
-
     def encode_pixels(self, pixels: Float32, *, batch_size: int | None = None) -> Float32:
         """Returns the output of the reference's vision `forward`, float32 (N, D) or (N, T, C).
 
@@ -477,11 +352,6 @@ class Embedder(LoadedModel):
         return np.concatenate(list(in_batches(rows, size, None, self._tokens)))
 
     @property
-    def image_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Image sizes (height, width) in pixels that the package has, the default first."""
-        return tuple(self._chains)
-
-    @property
     def dim(self) -> int:
         """Channels of an embedding."""
         return self._config.vision.embed_dim
@@ -497,15 +367,6 @@ class Embedder(LoadedModel):
         """Frees the engines and closes the package; see `LoadedModel.close`."""
         self._sessions.close()
 
-    def _at(self, size: tuple[int, int] | None) -> ImageChains:
-        """The chains for an image size; InputError unless the package has it."""
-        if size is None:
-            return self._chains[self.image_sizes[0]]
-        if size not in self.image_sizes:
-            known = ", ".join(f"{height}x{width}" for height, width in self.image_sizes)
-            raise InputError(f"size must be one of this package, {known}, not {size!r:.40}")
-        return self._chains[size]
-
     def _tokens(self, tokens: Array) -> Array:
         text = self._config.text
         if text is None:
@@ -515,16 +376,6 @@ class Embedder(LoadedModel):
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < text.vocab_size:
             raise InputError(f"a token id is not in 0 to {text.vocab_size - 1}")
         return run_chain(self._sessions, TEXT, tokens)
-
-    def _batch_size(self, batch_size: int | None) -> int:
-        if batch_size is None:
-            return self.batch_size
-        return check_integer("batch_size", batch_size, 1, MAX_BATCH)
-
-    def _require_encoder(self) -> None:
-        if self._config.detection is not None:
-            name = self.manifest.content.name
-            raise InputError(f"{name} is exported as a detection backbone; use pyramid()")
 
     def _require_pooled(self) -> None:
         self._require_encoder()
