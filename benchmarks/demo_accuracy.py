@@ -44,10 +44,15 @@ def request(found: Record) -> prt.Request:
     return prt.Request(question, images=images, max_new_tokens=160)
 
 
-def accuracy(package: Path, names: Sequence[str], count: int) -> dict[str, float]:
+def backend_of(precision: str) -> str:
+    """The backend that runs a package of this precision on the CPU."""
+    return "onnxruntime" if PRECISIONS[precision] is GRAPHS else "auto"
+
+
+def accuracy(package: Path, names: Sequence[str], count: int, backend: str) -> dict[str, float]:
     """Share of right answers, 0 to 1, to `count` questions of each set."""
     shares = {}
-    with prt.Generator.load(package, backend="onnxruntime") as plm:
+    with prt.Generator.load(package, backend=backend) as plm:
         for name in names:
             records = [held_out_record(name, number) for number in range(count)]
             results = plm.generate_batch([request(found) for found in records])
@@ -68,7 +73,7 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
             package = Path(folder) / precision
             how = {**model, **PRECISIONS[precision], "precision": precision, "out": package}
             export(ExportOptions(**how), progress)
-            shares[precision] = accuracy(package, SETS, options.count)
+            shares[precision] = accuracy(package, SETS, options.count, backend_of(precision))
             progress(f"{precision}: {shares[precision]}")
     return {"count": options.count, "accuracy": shares}
 

@@ -22,6 +22,25 @@ def available_cores(root: Path = _ROOT) -> int:
     return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(root))]))
 
 
+def physical_cores(root: Path = _ROOT) -> int:
+    """Number of physical cores that this process may use, at least 1.
+
+    Two threads of one core share its arithmetic units. Without the topology, every core counts.
+
+    Args:
+        root: directory that holds `proc` and `sys`.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    ids = range(os.cpu_count() or 1) if affinity is None else affinity(0)
+    shared = set()
+    for index in ids:
+        with suppress(OSError):
+            file = root / f"sys/devices/system/cpu/cpu{index}/topology/thread_siblings_list"
+            shared.add(file.read_text())
+    cores = available_cores(root)
+    return min(cores, len(shared)) if shared else cores
+
+
 def _quotas(root: Path) -> Iterator[float]:
     """Cores that each control group of this process may use, as far as they are limited."""
     with suppress(OSError, ValueError):

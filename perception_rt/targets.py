@@ -35,6 +35,13 @@ class Target:
         has_engines: whether a package may have, besides graphs, engines compiled for GPUs.
         picks_tokens: whether a decoder returns the likeliest token beside its logits.
         tile_batch: image tiles encoded in one call.
+        writer: "module:function" that writes graphs which are no ONNX models; empty for none.
+        tower_backend: backend of a package's vision tower, for a backend that runs decoders only.
+        channel_multiple: number that divides the width of a decoder and of its feed-forward layers.
+        whole_decoder: whether all layers are one graph, and every integer format is in blocks.
+        half_caches: precisions with float16 caches, although activations are float32.
+        preferred: precisions that an export of a language model takes this backend for, if it can
+            run here and no backend is named.
     """
 
     name: str
@@ -52,6 +59,12 @@ class Target:
     has_engines: bool = False
     picks_tokens: bool = False
     tile_batch: int = 1
+    writer: str = ""
+    tower_backend: str = ""
+    channel_multiple: int = 1
+    whole_decoder: bool = False
+    half_caches: frozenset[str] = frozenset()
+    preferred: frozenset[str] = frozenset()
 
     @property
     def default_precision(self) -> str:
@@ -102,6 +115,23 @@ TARGETS: dict[str, Target] = {
         has_engines=True,
         picks_tokens=True,
         tile_batch=16,
+    ),
+    # Decoders in C++, from weights that are mapped and used in place.
+    "native": Target(
+        name="native",
+        precisions={"fp32": ("cpu",), "int8": ("cpu",), "int4": ("cpu",)},
+        kinds=frozenset({"native-decoder"}),
+        domains=frozenset(),
+        emitter="",
+        writer="perception_rt.export.backends.native:write_decoder",
+        session="perception_rt.runtime.backends.native",
+        install="perception_rt",
+        graph_backend="native",
+        tower_backend="onnxruntime",
+        channel_multiple=16,
+        whole_decoder=True,
+        half_caches=frozenset({"int8", "int4"}),
+        preferred=frozenset({"int4"}),
     ),
     # Predictable outputs without an engine: stands in for any backend in tests.
     "reference": Target(

@@ -45,7 +45,7 @@ LAYER_1 = (
     "targets",
     "tensorrt_library",
 )
-LAYER_2 = (*LAYER_1, "processing", "package")
+LAYER_2 = (*LAYER_1, "processing", "package", "native")
 TORCH_SIDE = (*LAYER_2, "models", "checkpoint")
 PLAN = ("export.architecture", "export.options", "export.plan", "export.quantization")
 EXPORTER = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
@@ -73,6 +73,8 @@ _FOUNDATION = {
         lazy_libraries=("av", "pillow_heif", "sentencepiece", "tiktoken", "tokenizers"),
     ),
     "perception_rt.package": Part(uses=LAYER_1),
+    "perception_rt.native": Part(uses=LAYER_1),
+    "perception_rt.native.wheel_hook": Part(libraries=("hatchling",), lazy=("native",)),
     # Above the runtime; `package.names` finds it by name when a package on a hub is named.
     "perception_rt.hub": Part(uses=(*LAYER_1, "package"), lazy_libraries=("huggingface_hub",)),
     "perception_rt.models": Part(uses=LAYER_1, libraries=("torch",)),
@@ -136,6 +138,9 @@ _RUNTIME = {
         uses=(*LAYER_1, "package", "runtime.cache", "runtime.cuda", "runtime.session"),
         libraries=("numpy",),
     ),
+    "perception_rt.runtime.backends.native": Part(
+        uses=(*LAYER_2, "runtime.session"), libraries=("numpy",)
+    ),
     "perception_rt.runtime.backends.onnxruntime": Part(
         uses=(
             *LAYER_1,
@@ -172,6 +177,9 @@ _EXPORT = {
     ),
     "perception_rt.export.backends": Part(
         uses=(*LAYER_2, *PLAN, "export.graph"), libraries=EXPORTER
+    ),
+    "perception_rt.export.backends.native": Part(
+        uses=(*LAYER_2, *PLAN, "export.components", "export.graph"), libraries=EXPORTER
     ),
     "perception_rt.export.backends.torch_tensorrt": Part(
         uses=(*LAYER_2, *PLAN, "export.backends", "export.graph"),
@@ -244,7 +252,7 @@ _COMMANDS = {
     ),
     "perception_rt.cli.models": Part(uses=LAYER_1, lazy=("checkpoint", "export")),
     "perception_rt.cli.report": Part(
-        uses=(*LAYER_1, "package"), lazy=("runtime",), lazy_libraries=("onnxruntime",)
+        uses=(*LAYER_1, "package"), lazy=("native", "runtime"), lazy_libraries=("onnxruntime",)
     ),
     "perception_rt.__main__": Part(uses=("cli",)),
 }

@@ -238,7 +238,10 @@ def environment() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, str]:
-    result = {"reference": "cpu (predictable outputs for tests, not a model)"}
+    result = {
+        "reference": "cpu (predictable outputs for tests, not a model)",
+        "native": _native(),
+    }
     if find_spec("onnxruntime") is None:
         return result | {"onnxruntime": "not installed: pip install perception_rt"}
     from perception_rt.runtime.backends.onnxruntime import devices
@@ -250,6 +253,18 @@ def _backends() -> dict[str, str]:
         return result | {"tensorrt": str(error)}
     ahead = ", ".join(library.capabilities)
     return result | {"tensorrt": library.label + (f", builds for {ahead}" if ahead else "")}
+
+
+def _native() -> str:
+    """The instruction sets of the native decoder; or the reason why it is not there."""
+    from perception_rt.native.library import instruction_sets
+
+    try:
+        sets = instruction_sets()
+    except PerceptionError as error:
+        return str(error)
+    wrong = [f"{name} is disabled: its results are wrong" for name, ok in sets.items() if not ok]
+    return f"cpu ({', '.join([*(name for name, ok in sets.items() if ok), *wrong])})"
 
 
 def _version(name: str) -> str:

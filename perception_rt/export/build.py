@@ -47,13 +47,15 @@ from perception_rt.export.backends.tensorrt_engines import (
 from perception_rt.export.backends.tensorrt_profiles import has_engine
 from perception_rt.export.backends.torch_tensorrt import TorchTensorRt, load_compiler
 from perception_rt.export.components.component import (
+    Component,
     ModelExport,
     Reference,
+    layer_notes,
     ranges_of,
 )
 from perception_rt.export.fidelity import MIN_COSINE, Fidelity, check_gate
 from perception_rt.export.gate import check_gpu, run_gate
-from perception_rt.export.graph.lowering import Lowering
+from perception_rt.export.graph.lowering import LoweredGraph, Lowering
 from perception_rt.export.graph.onnx_writer import Place, write_graphs
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.plan import HERE, BuildSettings, Plan, build_settings
@@ -66,7 +68,8 @@ from perception_rt.package.contract import GraphSpec
 from perception_rt.package.manifest import Content, Manifest, Target
 from perception_rt.package.store import Stage
 from perception_rt.package.trust import remember
-from perception_rt.targets import operator_domains
+from perception_rt.targets import Target as BackendRecord
+from perception_rt.targets import get_target, operator_domains
 from perception_rt.tensorrt_library import gpu_capability
 
 # Called with the folder of a finished package; returns JSON values for its record.
@@ -103,7 +106,7 @@ def export(
     config = find_architecture(options)
     family = family_of(config)
     refuse_foreign(options, family)
-    settings = build_settings(options)
+    settings = build_settings(options, decodes=family.generates)
     check_machine(settings)
     with _parents(Path(options.out)), Stage.create(options.out, force=options.force) as stage:
         locate = cache(partial(locate_weights, options, report))
@@ -302,7 +305,6 @@ def _write_components(
     refit: RefitSource | None,
     report: Report,
 ) -> _Written:
-    lowering: type[Lowering] = import_named(plan.target.emitter)
     dtype = np.dtype(plan.float_dtype)
     written = _Written()
     places: dict[str, Place] = {}
@@ -322,25 +324,41 @@ def _write_components(
             measured.decide(refit.excluded, refit.smoothed, refit.clipped)
         formats = component.formats(measured)
         written.add(measured, formats)
-        for line in _layer_notes(component.name, measured, formats):
+        for line in layer_notes(component.name, measured, formats):
             report(line)
     for component, reference in zip(components, written.references, strict=True):
         report(f"{component.name}: tracing and writing {plan.precision} graphs")
-        measured = reference.measured
-        formats = component.formats(measured)
-        lowered = {
-            name: lowering(
-                made.traced, made.parameters, dtype=dtype, formats=formats, measured=measured
-            ).lower(name, recipe)
-            for made in component.traced()
-            for name, recipe in made.recipes.items()
-        }
-        graphs = write_graphs(stage, f"{component.name}.data", lowered, places)
+        formats, target = component.formats(reference.measured), get_target(component.backend)
+        if target.writer:
+            graphs = import_named(target.writer)(stage, component, formats, places)
+        else:
+            lowered = _lowered(target, component, dtype, formats, reference.measured)
+            graphs = write_graphs(stage, f"{component.name}.data", lowered, places)
+        if target is not plan.target:
+            graphs = {n: replace(spec, backend=target.name) for n, spec in graphs.items()}
         written.graphs |= graphs
         if refit is not None:
             for name, spec in graphs.items():
                 refit.check(name, stage.path(spec.file).read_bytes())
     return written
+
+
+def _lowered(
+    target: BackendRecord,
+    component: Component[Any],
+    dtype: np.dtype[Any],
+    formats: Mapping[str, Format],
+    measured: Measured,
+) -> dict[str, LoweredGraph]:
+    """The component's graphs in the operators of its backend."""
+    lowering: type[Lowering] = import_named(target.emitter)
+    return {
+        name: lowering(
+            made.traced, made.parameters, dtype=dtype, formats=formats, measured=measured
+        ).lower(name, recipe)
+        for made in component.traced()
+        for name, recipe in made.recipes.items()
+    }
 
 
 def _check_simulation(plan: Plan, component: str, measured: Measured) -> None:
@@ -354,18 +372,6 @@ def _check_simulation(plan: Plan, component: str, measured: Measured) -> None:
         f"eager is {measured.cosine:.6f} (at least {least} is required). Export in another "
         "precision, such as fp16. Nothing was published"
     )
-
-
-def _layer_notes(
-    component: str, measured: Measured, formats: Mapping[str, Format]
-) -> Iterator[str]:
-    """Lines about the linear layers that are not quantised like the others."""
-    floats = [name for name in measured.excluded() if name not in formats]
-    smoothed = sorted(measured.smoothed & formats.keys())
-    total = len(measured.errors)
-    for names, what in ((floats, "stay in float"), (smoothed, "have their channels smoothed")):
-        if names:
-            yield f"{component}: {len(names)} of {total} linear layers {what}: {', '.join(names)}"
 
 
 def _content(plan: Plan, model: ModelExport[Any, Any], stage: Stage, written: _Written) -> Content:

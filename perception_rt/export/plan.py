@@ -15,6 +15,7 @@ from perception_rt.export.architecture import model_name
 from perception_rt.export.options import ExportOptions
 from perception_rt.export.quantization.formats import Scheme
 from perception_rt.families import Config
+from perception_rt.native.library import is_compiled
 from perception_rt.package import contract
 from perception_rt.package.contract import DECODER, EMBED, PIXELS, VISION, GraphSignature
 from perception_rt.package.pe_graphs import Segments, cut_taps, vision_signatures
@@ -22,7 +23,13 @@ from perception_rt.plm_config import PlmConfig
 from perception_rt.processing.image import ImageSpec
 from perception_rt.processing.llm_tokenizer import TokenizerSpec
 from perception_rt.processing.tiles import TileSpec
-from perception_rt.targets import Target, check_precision, default_backend, get_target
+from perception_rt.targets import (
+    TARGETS,
+    Target,
+    check_precision,
+    default_backend,
+    get_target,
+)
 
 HERE = "here"  # stands for the compute capability of this machine's GPU
 ROUTES = ("onnx", "torch-tensorrt")
@@ -118,10 +125,19 @@ class BuildSettings:
         return {field.name: getattr(self, field.name) for field in fields(BuildSettings)}
 
 
-def build_settings(options: ExportOptions) -> BuildSettings:
-    """The settings that the options ask for; InputError if they do not fit together."""
+def build_settings(options: ExportOptions, *, decodes: bool = False) -> BuildSettings:
+    """The settings that the options ask for; InputError if they do not fit together.
+
+    Args:
+        options: what the user asked for.
+        decodes: whether the model is a language model.
+    """
     name = model_name(options)
-    target = get_target(options.backend or default_backend(options.precision))
+    # `blocks` and `target` choose among the formats of other backends.
+    free = decodes and options.blocks is None and options.target is None
+    preferred = preferred_backend(options.precision) if free else None
+    backend = options.backend or preferred or default_backend(options.precision)
+    target = get_target(backend)
     default_engines = (HERE,) if target.has_engines else ()
     return BuildSettings(
         name=name,
@@ -134,6 +150,13 @@ def build_settings(options: ExportOptions) -> BuildSettings:
         calibration=None if options.calibration is None else Path(options.calibration),
         calibrator=options.calibrator,
     )
+
+
+def preferred_backend(precision: str | None) -> str | None:
+    """The backend that a language model of a precision is exported for, if it can run here."""
+    # A backend that is preferred runs natively.
+    fitting = (target.name for target in TARGETS.values() if precision in target.preferred)
+    return next(fitting, None) if is_compiled() else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +197,10 @@ class ExportPlan(Plan):
     def __post_init__(self) -> None:
         # A dataclass with slots is a new class, which `super()` without arguments does not find.
         Plan.__post_init__(self)
+        if self.target.tower_backend:
+            raise InputError(
+                f"backend {self.backend} runs decoders; an encoder's is {self.target.tower_backend}"
+            )
         if self.precision == "int4":
             raise InputError("int4 is for language models; an encoder can be int8")
         sizes = [(spec.height, spec.width) for spec in self.images]
@@ -262,6 +289,11 @@ class PlmPlan(Plan):
         """Whether linear weights are integers."""
         return self.precision in ("int8", "int4")
 
+    @property
+    def cache_dtype(self) -> str:
+        """NumPy dtype name of keys and values."""
+        return "float16" if self.precision in self.target.half_caches else self.float_dtype
+
 
 def check_decoder(settings: BuildSettings, config: PlmConfig, blocks: str) -> None:
     """InputError if a language model cannot be built under these settings."""
@@ -283,6 +315,13 @@ def check_decoder(settings: BuildSettings, config: PlmConfig, blocks: str) -> No
             f"precision {settings.precision} needs decoder heads whose channels together are a "
             f"multiple of {_BLOCK}, not {decoder.n_heads * decoder.head_dim}"
         )
+    multiple = settings.target.channel_multiple
+    for width in (decoder.dim, decoder.ffn_dim):
+        if width % multiple:
+            raise InputError(
+                f"backend {settings.backend} needs decoder widths that are a multiple of "
+                f"{multiple}, not {width}"
+            )
     row = 2 * decoder.kv_heads * decoder.max_seqlen * decoder.head_dim
     if settings.target.fixed_slots and row % _ADDRESS_MULTIPLE:
         raise InputError(

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 import perception_rt as prt
-from benchmarks.demo_accuracy import PRECISIONS, request
+from benchmarks.demo_accuracy import PRECISIONS, backend_of, request
 from perception_rt.demo import language_model_path
 from perception_rt.export import ExportOptions, export
 from perception_rt.plm_config import PlmConfig
@@ -26,7 +26,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         package = tmp_path_factory.mktemp("demo") / precision
         how = {"precision": precision, "out": package, **PRECISIONS[precision]}
         export(ExportOptions(model="PLM-Demo", **how))
-        with prt.load(package, backend="onnxruntime") as plm:
+        with prt.load(package, backend=backend_of(precision)) as plm:
             assert isinstance(plm, prt.Generator)
             results = plm.generate_batch([request(record) for _, record in ASKED])
             found[precision] = [result.text for result in results]

@@ -25,7 +25,7 @@ from perception_rt.targets import ONNX, Target
 
 OLD_PACKAGES = Path(__file__).parents[1] / "compatibility" / "packages"
 NATIVE = b"native weights, which are no ONNX model"
-NATIVE_KIND = "native-weights"
+NATIVE_KIND = "toy-weights"
 IMAGES = [np.full((40, 30, 3), value, np.uint8) for value in (0, 100, 200)]
 
 Changes = dict[str, dict[str, Any]]
@@ -67,7 +67,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     module.__dict__.update(open_session=open_session, check_device=lambda device: None)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     target = Target(
-        name="native",
+        name="toy",
         precisions={"fp32": ("cpu",)},
         domains=frozenset(),
         emitter="",
@@ -123,17 +123,17 @@ def test_parts_of_a_decoder_for_several_backends_are_refused(
 ) -> None:
     graphs = graph_specs()
     kinds = frozenset({graphs["decoder_1"].kind})
-    monkeypatch.setitem(targets.TARGETS, "native", replace(targets.TARGETS["native"], kinds=kinds))
-    graphs["decoder_1"] = replace(graphs["decoder_1"], backend="native")
+    monkeypatch.setitem(targets.TARGETS, "toy", replace(targets.TARGETS["toy"], kinds=kinds))
+    graphs["decoder_1"] = replace(graphs["decoder_1"], backend="toy")
     package = write_plm(tmp_path / "plm", graphs=graphs)
-    with pytest.raises(PackageError, match="are for 2 backends: native, reference"):
+    with pytest.raises(PackageError, match="are for 2 backends: reference, toy"):
         prt.load(package)
 
 
 def test_a_file_that_is_not_onnx_is_opened_by_a_backend_for_its_kind(
     repack: Repack, native: dict[str, bytes]
 ) -> None:
-    change = {"backend": "native", "kind": NATIVE_KIND, "file": "features.native", "data": ()}
+    change = {"backend": "toy", "kind": NATIVE_KIND, "file": "features.toy", "data": ()}
     package = repack("pe", {contract.FEATURES: change})
     verify_package(package)
     with prt.load(package) as engine:
@@ -143,7 +143,7 @@ def test_a_file_that_is_not_onnx_is_opened_by_a_backend_for_its_kind(
     assert native == {contract.FEATURES: NATIVE}
     with (
         open_package(package) as opened,
-        pytest.raises(PackageError, match="graph 'features' is of kind native-weights, not ONNX"),
+        pytest.raises(PackageError, match="graph 'features' is of kind toy-weights, not ONNX"),
     ):
         opened.read_graph(contract.FEATURES)
 
@@ -151,13 +151,13 @@ def test_a_file_that_is_not_onnx_is_opened_by_a_backend_for_its_kind(
 def test_damage_to_a_file_that_is_not_onnx_is_found(
     repack: Repack, native: dict[str, bytes]
 ) -> None:
-    change = {"backend": "native", "kind": NATIVE_KIND, "file": "features.native", "data": ()}
+    change = {"backend": "toy", "kind": NATIVE_KIND, "file": "features.toy", "data": ()}
     package = repack("pe", {contract.FEATURES: change})
-    file = package / "features.native"
+    file = package / "features.toy"
     file.chmod(0o644)
     file.write_bytes(NATIVE[::-1])
     for load in (verify_package, prt.load):
-        with pytest.raises(PackageError, match=r"features\.native is damaged"):
+        with pytest.raises(PackageError, match=r"features\.toy is damaged"):
             load(package)
     assert native == {}
 
@@ -165,7 +165,7 @@ def test_damage_to_a_file_that_is_not_onnx_is_found(
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
 def test_a_kind_that_the_backend_does_not_open_is_refused(repack: Repack, backend: str) -> None:
     package = repack("pe", {contract.FEATURES: {"kind": NATIVE_KIND}})
-    message = "graph 'features' is of kind 'native-weights', which backend onnxruntime does not"
+    message = "graph 'features' is of kind 'toy-weights', which backend onnxruntime does not"
     with pytest.raises(PackageError, match=message):
         prt.load(package, backend=backend)
     with prt.load(package, backend="reference") as engine:  # which reads no file
@@ -175,8 +175,8 @@ def test_a_kind_that_the_backend_does_not_open_is_refused(repack: Repack, backen
 def test_an_onnx_graph_is_refused_by_a_backend_for_other_kinds(
     repack: Repack, native: dict[str, bytes]
 ) -> None:
-    package = repack("pe", {contract.FEATURES: {"backend": "native"}})
-    message = "graph 'features' is of kind 'onnx', which backend native does not open"
+    package = repack("pe", {contract.FEATURES: {"backend": "toy"}})
+    message = "graph 'features' is of kind 'onnx', which backend toy does not open"
     with pytest.raises(PackageError, match=message):
         prt.load(package)
 
@@ -199,21 +199,21 @@ def test_operators_are_limited_to_the_domains_of_each_graphs_backend(
 def test_every_backend_of_a_package_must_run_on_the_device(
     repack: Repack, native: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = repack("pe", {contract.FEATURES: {"backend": "native", "kind": NATIVE_KIND}})
-    gpu_only = replace(targets.TARGETS["native"], precisions={"fp32": ("gpu",)})
-    monkeypatch.setitem(targets.TARGETS, "native", gpu_only)
-    with pytest.raises(prt.BackendError, match="package for native does not run on cpu"):
+    package = repack("pe", {contract.FEATURES: {"backend": "toy", "kind": NATIVE_KIND}})
+    gpu_only = replace(targets.TARGETS["toy"], precisions={"fp32": ("gpu",)})
+    monkeypatch.setitem(targets.TARGETS, "toy", gpu_only)
+    with pytest.raises(prt.BackendError, match="package for toy does not run on cpu"):
         prt.load(package)
 
 
 def test_inspect_and_doctor_name_backends_and_kinds(repack: Repack) -> None:
-    change = {"backend": "native", "kind": NATIVE_KIND, "file": "features.native", "data": ()}
+    change = {"backend": "toy", "kind": NATIVE_KIND, "file": "features.toy", "data": ()}
     package = repack("pe", {contract.FEATURES: change})
     lines = report.describe(read_manifest(package))
     (line,) = [line for line in lines if line.startswith("graph       features")]
-    assert line.startswith("graph       features by native of kind native-weights: images uint8")
+    assert line.startswith("graph       features by toy of kind toy-weights: images uint8")
     notes = report.lint(package)
-    assert "this version does not know backend native" in notes
+    assert "this version does not know backend toy" in notes
 
 
 @pytest.mark.parametrize("change", [{"backend": "reference"}, {"kind": NATIVE_KIND}])

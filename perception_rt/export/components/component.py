@@ -5,7 +5,7 @@ tower, a text tower, an embedding, a run of decoder layers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -108,6 +108,11 @@ class Component(ABC, Generic[P]):
         Args:
             carry: `Reference.carry` of the component before this one.
         """
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend of the component's graphs: the plan's, unless it has no towers."""
+        return self.plan.backend
 
     @abstractmethod
     def traced(self) -> Sequence[TracedComponent]:
@@ -330,3 +335,13 @@ def _own_storage(tensor: Tensor) -> Tensor:
     tensor = tensor.to(torch.float32)
     shared = tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone() if shared else tensor
+
+
+def layer_notes(component: str, measured: Measured, formats: Mapping[str, Format]) -> Iterator[str]:
+    """Lines about the linear layers that are not quantised like the others."""
+    floats = [name for name in measured.excluded() if name not in formats]
+    smoothed = sorted(measured.smoothed & formats.keys())
+    total = len(measured.errors)
+    for names, what in ((floats, "stay in float"), (smoothed, "have their channels smoothed")):
+        if names:
+            yield f"{component}: {len(names)} of {total} linear layers {what}: {', '.join(names)}"

@@ -87,6 +87,10 @@ class PlmExport(ModelExport[PlmConfig, PlmPlan]):
             raise InputError(f"--max-length {length} is not in 1 to the model's {limit}")
         config = replace(config, decoder=replace(config.decoder, max_seqlen=length))
         blocks = options.blocks or _DEFAULT_BLOCKS
+        if settings.target.whole_decoder:
+            if options.blocks is not None:
+                raise InputError(f"--blocks is not for backend {settings.backend}")
+            blocks = "int4" if settings.precision == "int4" else _DEFAULT_BLOCKS
         check_decoder(settings, config, blocks)
         weights, size = locate(), config.vision.image_size
         tiles = TileSpec(tile_size=size) if weights is None else find_tiles(weights, size)
@@ -195,6 +199,11 @@ class TileComponent(Component[PlmPlan]):
     """Vision tower and projector: graphs `vision` on uint8 tiles, `pixels` on normalised ones."""
 
     name = "vision"
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend of the tile encoder."""
+        return self.plan.target.tower_backend or self.plan.backend
 
     def reference(self, carry: Tensor | None = None) -> Reference:
         """Runs one tile through the eager tower; hands on its image features (1, t, C)."""

@@ -28,7 +28,7 @@ from perception_rt.export.components.component import (
 from perception_rt.export.components.parameters import decoder_parameters, embed_parameters
 from perception_rt.export.components.traced_modules import DecoderGraph, EmbedGraph
 from perception_rt.export.graph import trace
-from perception_rt.export.graph.lazy_weights import Array, row_ranges
+from perception_rt.export.graph.lazy_weights import Array, Weight, row_ranges
 from perception_rt.export.graph.lowering import Recipe
 from perception_rt.export.plan import PlmPlan
 from perception_rt.export.quantization import calibration
@@ -128,18 +128,25 @@ class EmbedComponent(Component[PlmPlan]):
         """The format of the embedding, which a tied head shares."""
         return table_formats(self.plan)
 
+    def signature(self) -> GraphSignature:
+        """Inputs and outputs of the graph `embed`."""
+        return embed_signature(self.plan.config.decoder)
+
+    def parameters(self) -> dict[str, Weight]:
+        """The embedding's weight."""
+        return embed_parameters(self.source, EmbedGraph(self.plan.config.decoder))
+
     def traced(self) -> Sequence[TracedComponent]:
         """Traces the lookup; the graph is `embed`."""
-        config = self.plan.config.decoder
-        recipe = Recipe.of_signature(embed_signature(config))
-        graph = EmbedGraph(config)
+        recipe = Recipe.of_signature(self.signature())
+        graph = EmbedGraph(self.plan.config.decoder)
         example = {contract.TOKENS: torch.zeros(2, 3, dtype=torch.int64, device="meta")}
         dynamic = {contract.TOKENS: {0: contract.BATCH, 1: contract.LENGTH}}
         return [
             TracedComponent(
                 recipes={contract.EMBED: recipe},
                 traced=trace.trace(graph, example, dynamic=dynamic, output_names=[contract.HIDDEN]),
-                parameters=embed_parameters(self.source, graph),
+                parameters=self.parameters(),
             )
         ]
 
@@ -231,11 +238,19 @@ class DecoderComponent(Component[PlmPlan]):
                 found[key] = "int8_blocks" if key in excluded else blocks
         return found
 
+    def signature(self) -> GraphSignature:
+        """Inputs and outputs of the graph."""
+        return self._signature(picks_tokens=self.plan.target.picks_tokens)
+
+    def parameters(self) -> dict[str, Weight]:
+        """Weights of the layers, and of the norm and the head after the last."""
+        graph = DecoderGraph(self.config, self.layers)
+        return decoder_parameters(self.source, graph, self.config, self.plan.config.image_token_id)
+
     def traced(self) -> Sequence[TracedComponent]:
         """Traces the layers over their caches; the graph has the component's name."""
         signature = self._signature(picks_tokens=True)
-        taken = self._signature(picks_tokens=self.plan.target.picks_tokens)
-        recipe = Recipe.of_signature(taken, cached_attentions=len(self.layers))
+        recipe = Recipe.of_signature(self.signature(), cached_attentions=len(self.layers))
         examples, dynamic = {}, {}
         for spec in signature.inputs:
             # Equal names are equal sizes, and a name always stands at the same index.
@@ -244,13 +259,12 @@ class DecoderComponent(Component[PlmPlan]):
             examples[spec.name] = torch.zeros(sizes, dtype=dtype, device="meta")
             dynamic[spec.name] = {i: s for i, s in enumerate(spec.shape) if isinstance(s, str)}
         names = [spec.name for spec in signature.outputs]
-        excluded = self.plan.config.image_token_id
         graph = DecoderGraph(self.config, self.layers)
         return [
             TracedComponent(
                 recipes={self.name: recipe},
                 traced=trace.trace(graph, examples, dynamic=dynamic, output_names=names),
-                parameters=decoder_parameters(self.source, graph, self.config, excluded),
+                parameters=self.parameters(),
             )
         ]
 
@@ -258,7 +272,7 @@ class DecoderComponent(Component[PlmPlan]):
         return decoder_signature(
             self.config,
             self.layers,
-            cache_dtype=self.plan.float_dtype,
+            cache_dtype=self.plan.cache_dtype,
             fixed_slots=self.plan.target.fixed_slots,
             picks_tokens=picks_tokens,
         )
@@ -270,7 +284,9 @@ def block_format(plan: PlmPlan) -> Format | None:
         return "fp8"
     if not plan.quantized:
         return None
-    return "int4_blocks" if plan.blocks == "int4" else "int8_rows"
+    if plan.blocks == "int4":
+        return "int4_blocks"
+    return "int8_blocks" if plan.target.whole_decoder else "int8_rows"
 
 
 def table_formats(plan: PlmPlan) -> dict[str, Format]:
@@ -284,6 +300,8 @@ def table_formats(plan: PlmPlan) -> dict[str, Format]:
 def decoder_parts(plan: PlmPlan) -> list[range]:
     """Splits the layers into parts of at most about PART_BYTES of weights, head included."""
     config = plan.config.decoder
+    if plan.target.whole_decoder:
+        return [range(config.n_layers)]
     q_dim, kv_dim = (heads * config.head_dim for heads in (config.n_heads, config.kv_heads))
     layer = config.dim * (2 * q_dim + 2 * kv_dim + 3 * config.ffn_dim)
     per_weight = _WEIGHT_BYTES[block_format(plan) or plan.float_dtype]

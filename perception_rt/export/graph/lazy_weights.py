@@ -50,12 +50,13 @@ class Weight:
         """The contiguous array; ExportError if a value is not finite."""
         return self._checked(self.load(), self.shape)
 
-    def pieces(self) -> Iterator[Array]:
-        """The array in contiguous pieces of rows, in order."""
+    def pieces(self, multiple: int = 1) -> Iterator[Array]:
+        """The array in contiguous pieces of rows, in order; all but the last of a multiple."""
         if self.rows is None:
             yield self.array()
             return
-        for start, stop in row_ranges((self.shape[0], max(self.widest, prod(self.shape[1:])))):
+        shape = self.shape[0], max(self.widest, prod(self.shape[1:]))
+        for start, stop in row_ranges(shape, multiple):
             yield self._checked(self.rows(start, stop), (stop - start, *self.shape[1:]))
 
     def _checked(self, array: Array, shape: tuple[int, ...]) -> Array:
@@ -115,9 +116,9 @@ def constant(name: str, array: Array) -> Weight:
     return Weight(name, array.dtype, array.shape, lambda: array, fixed=True)
 
 
-def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, each at most about PIECE_BYTES in float32."""
+def row_ranges(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, each at most about PIECE_BYTES in float32, all but the last of a multiple."""
     row_bytes = 4 * int(np.prod(shape[1:], dtype=np.int64))
-    step = max(1, PIECE_BYTES // max(1, row_bytes))
+    step = max(1, PIECE_BYTES // max(1, row_bytes) // multiple) * multiple
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])

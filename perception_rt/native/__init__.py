@@ -1,0 +1,1 @@
+"""A decoder for CPUs in C++: sources, build, interface and weight files."""
