@@ -123,11 +123,16 @@ def test_a_detector_gives_its_backbone(tiny_config: PeConfig, tmp_path: Path) ->
         made(tmp_path / "q", **more)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [("onnxruntime", "fp16"), ("onnxruntime", "int8"), ("tensorrt", "fp16")],
+)
 def test_every_level_passes_the_gate(
-    precision: str, encoder: dict[str, Path], tmp_path: Path
+    backend: str, precision: str, encoder: dict[str, Path], tmp_path: Path
 ) -> None:
-    manifest = made(tmp_path / "p", **encoder, precision=precision)
+    target = () if backend == "tensorrt" else None
+    more = {"backend": backend, "precision": precision, "target": target, "window": 3}
+    manifest = made(tmp_path / "p", **(encoder | more))
     names = {f"{graph}.{level}" for graph in manifest.content.graphs for level in LEVELS}
     assert set(manifest.record["fidelity"]) == names
     assert min(f["cosine"] for f in manifest.record["fidelity"].values()) > 0.995

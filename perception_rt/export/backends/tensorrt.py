@@ -109,8 +109,8 @@ class TensorRtLowering(Lowering):
         assert query is not None and key is not None and value is not None
         heads = node.attributes["heads"].as_int()
         if cos is not None and sin is not None:
-            assert cos.shape is not None
-            positions = self.all_positions(query, cos.shape[0])
+            assert isinstance(cos, Weight)
+            positions = self.all_positions(query, cos)
             query = self.rotary(query, cos, sin, positions, heads)
             key = self.rotary(key, cos, sin, positions, heads)
         operands = [self.split_heads(x, heads) for x in (query, key, value)]
@@ -152,14 +152,20 @@ class TensorRtLowering(Lowering):
         mask = self.op("LessOrEqual", [columns, rows])[0]
         self.shared = {"start": start, "positions": positions, "mask": mask}
 
-    def all_positions(self, query: Operand, tokens: Any) -> ir.Value:
-        """Emits positions 0 to T - 1 for each sequence, (N, T)."""
-        if "positions" not in self.shared:
+    def all_positions(self, query: Operand, cos: Weight) -> ir.Value:
+        """Emits positions 0 to T - 1 for each sequence, (N, T), once for each rotary table.
+
+        Attentions that share a table share N too: those within windows have a table of their own.
+        """
+        tokens, key = cos.shape[0], f"positions {cos.name}"
+        if key not in self.shared:
             batch = self.op("Shape", [query], {"start": 0, "end": 1})[0]
-            size = self.op("Concat", [batch, self.index("tokens", [tokens])], {"axis": 0})[0]
-            row = constant("constant.positions", np.arange(tokens, dtype=np.int64)[None])
-            self.shared["positions"] = self.op("Expand", [row, size])[0]
-        return self.shared["positions"]
+            suffix = f"_{tokens}" if self.shared else ""
+            length = self.index(f"tokens{suffix}", [tokens])
+            size = self.op("Concat", [batch, length], {"axis": 0})[0]
+            row = constant(f"constant.positions{suffix}", np.arange(tokens, dtype=np.int64)[None])
+            self.shared[key] = self.op("Expand", [row, size])[0]
+        return self.shared[key]
 
     def rotary(
         self, x: Operand, cos: Operand, sin: Operand, positions: ir.Value, heads: int
