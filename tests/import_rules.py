@@ -224,6 +224,18 @@ _EVALUATION = {
     "perception_rt.evaluation.harness.mteb": Part(
         uses=(*LAYER_1, "runtime"), libraries=("numpy", "mteb", "torch")
     ),
+    # Compares with other libraries, so it loads them.
+    "perception_rt.evaluation.conformance": Part(
+        uses=(
+            *LAYER_2,
+            "checkpoint.timm_encoder",
+            "evaluation.tasks",
+            "export.fidelity",
+            "runtime",
+        ),
+        libraries=("numpy", "PIL"),
+        lazy_libraries=("open_clip", "timm", "torch", "transformers"),
+    ),
 }
 
 _COMMANDS = {
@@ -355,6 +367,7 @@ IMPORT_BY_TABLE = {
     "perception_rt.checkpoint.source",
     "perception_rt.export.build",
     "perception_rt.evaluation",
+    "perception_rt.evaluation.conformance.library",
     "perception_rt.evaluation.tasks",
     "perception_rt.families",
     "perception_rt.package.names",

@@ -21,6 +21,7 @@ from perception_rt.cli.arguments import (
     package_arguments,
     question_arguments,
 )
+from perception_rt.cli.conform import add_conform_arguments, run_conform
 from perception_rt.cli.embed import EmbedCommand, add_embed_arguments
 from perception_rt.cli.evaluate import EvaluateCommand, add_evaluate_arguments
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
@@ -216,6 +217,13 @@ def _add_evaluation_commands(commands: Any) -> None:
         "perception-rt eval pe-int8 --task zero-shot --data digits/ --against pe-fp32",
     )  # fmt: skip
     add_evaluate_arguments(evaluate)
+
+    conform = _command(
+        commands, "conform", run_conform, "compare a package with timm, open_clip or transformers",
+        "perception-rt conform pe-core-l --against open_clip",
+        "perception-rt conform plm-1b --against transformers --weights Perception-LM-1B/",
+    )  # fmt: skip
+    add_conform_arguments(conform)
 
 
 def _add_package_commands(commands: Any) -> None:
