@@ -69,19 +69,21 @@ def report_lines(report: "ConformanceReport") -> Iterator[str]:
     yield f"{report.package['name']} against {report.library}, weights {report.weights}"
     for check in found.checks:
         mark = "ok" if check.passed else "DIFFERS"
-        yield f"  {check.name:<30}{_figure(check):<44}{mark}"
+        yield f"  {check.name:<30}{_figure(check):<46}{mark}"
     if found.layers:
         yield "  layers, from the input on"
         for layer in found.layers:
-            yield f"    {layer.name:<28}cosine {layer.cosine:.8f}"
+            yield f"    {layer}"
     for note in found.notes:
         yield f"  note: {note}"
     yield report.verdict
 
 
 def _figure(check: "Check") -> str:
+    from perception_rt.evaluation.conformance.report import shown_cosine
+
     if check.kind == "equal":
         return f"{check.value:.1%} equal"
     if check.kind == "cosine":
-        return f"cosine {check.value:.8f} (at least {check.limit:g})"
+        return f"cosine {shown_cosine(check.value)} (at least {shown_cosine(check.limit)})"
     return f"largest difference {check.value:.3g} (at most {check.limit:.3g})"
