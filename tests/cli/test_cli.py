@@ -243,6 +243,7 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         "--model", "--checkpoint", "--config", "--weights", "--seed", "--precision",
         "--fp8", "--backend", "--target", "--allow-unfused", "--refittable", "--route",
         "--calibration", "--calibrator", "--image-size", "--center-crop", "--taps", "--blocks",
+        "--detection", "--window", "--global-blocks",
         "--max-length", "--tokenizer", "--out", "--force", "--json", "--version", "--list",
         "--ema", "--adapter", "--ignore-exif", "--towers", "--eval-data", "--eval-task",
         "--eval-option",
