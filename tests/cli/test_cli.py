@@ -253,7 +253,7 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert commands == [
         "demo", "embed", "classify", "features", "search", "index", "generate", "chat", "eval",
-        "inspect", "verify", "refit", "doctor", "push", "pull", "serve",
+        "conform", "inspect", "verify", "refit", "doctor", "push", "pull", "serve",
     ]  # fmt: skip
     options = {name: options_of(capsys, main, name) for name in commands}
     package = {"--backend", "--device", "--threads", "--expect", "--formats", "--background"}
@@ -281,6 +281,9 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     assert options["eval"] == package | set(map(flag, (f.name for f in fields(TaskOptions)))) | {
         "--task", "--data", "--against", "--out", "--json",
     }  # fmt: skip
+    assert options["conform"] == {
+        "--against", "--weights", "--model-only", "--backend", "--threads", "--expect", "--json",
+    }
     assert options["doctor"] == {"--json"}
     assert options["inspect"] == options["verify"] == {"--expect", "--json"}
     assert options["push"] == {"--private", "--message", "--json"}
