@@ -282,7 +282,13 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         "--task", "--data", "--against", "--out", "--json",
     }  # fmt: skip
     assert options["conform"] == {
-        "--against", "--weights", "--model-only", "--backend", "--threads", "--expect", "--json",
+        "--against",
+        "--weights",
+        "--model-only",
+        "--backend",
+        "--threads",
+        "--expect",
+        "--json",
     }
     assert options["doctor"] == {"--json"}
     assert options["inspect"] == options["verify"] == {"--expect", "--json"}
