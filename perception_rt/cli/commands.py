@@ -7,11 +7,9 @@ Each sub-command makes the calls that a program would make, and imports what it 
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from perception_rt._version import __version__
@@ -26,6 +24,7 @@ from perception_rt.cli.embed import EmbedCommand, add_embed_arguments
 from perception_rt.cli.evaluate import EvaluateCommand, add_evaluate_arguments
 from perception_rt.cli.export import REFIT_HELP, add_refit_arguments, export_parser, run_refit
 from perception_rt.cli.features import FeaturesCommand, add_features_arguments
+from perception_rt.cli.match import MatchCommand, add_match_arguments
 from perception_rt.cli.search import (
     SearchCommand,
     add_index_arguments,
@@ -33,6 +32,8 @@ from perception_rt.cli.search import (
     run_index,
 )
 from perception_rt.cli.serve import add_serve
+from perception_rt.cli.streams import drop_unwritable, reopen_closed
+from perception_rt.cli.track import TrackCommand, add_track_arguments
 from perception_rt.errors import InputError, PerceptionError, escaped
 from perception_rt.families import PE, PLM, Family, get_family
 from perception_rt.progress import Progress, is_terminal
@@ -55,7 +56,7 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
 
     A reader that leaves, such as `head`, ends the command without an error.
     """
-    _reopen_closed()
+    reopen_closed()
     try:
         options = parser.parse_args(arguments)
         # Print "?" for characters that cannot be encoded; find bytes that are no text.
@@ -75,7 +76,7 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     except KeyboardInterrupt:
         return _fail(f"{parser.prog}: interrupted", 130)
     finally:
-        _drop_unwritable()
+        drop_unwritable()
 
 
 def _fail(line: str, status: int) -> int:
@@ -83,23 +84,6 @@ def _fail(line: str, status: int) -> int:
     with suppress(OSError):
         print(line, file=sys.stderr)
     return status
-
-
-def _reopen_closed() -> None:
-    """Replaces standard streams that the caller closed, which Python sets to None."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
-
-
-def _drop_unwritable() -> None:
-    """Leaves nothing in a stream that cannot be written: the interpreter's exit would fail."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def main_parser() -> argparse.ArgumentParser:
@@ -160,11 +144,24 @@ def _add_encoder_commands(commands: Any) -> None:
     )
 
     features = _command(
-        commands, "features", _features, "draw the dense features of images",
+        commands, "features", _drawing(FeaturesCommand), "draw the dense features of images",
         "perception-rt features demo:pe --image digit.png --layer -1 --out features.png",
         "perception-rt features demo:pe --image *.png --shared --smooth --out pictures/",
     )  # fmt: skip
     add_features_arguments(features)
+
+    match = _command(
+        commands, "match", _drawing(MatchCommand),
+        "draw lines between the matching patches of images",
+        "perception-rt match demo:pe a.png b.png --out lines.png",
+    )  # fmt: skip
+    add_match_arguments(match)
+
+    track = _command(
+        commands, "track", _drawing(TrackCommand), "carry the masks of a video's first frame on",
+        "perception-rt track demo:pe video.mp4 --mask first.png --out masks/",
+    )  # fmt: skip
+    add_track_arguments(track)
 
 
 def _add_search_commands(commands: Any) -> None:
@@ -375,14 +372,19 @@ def _classify(options: argparse.Namespace) -> None:
         print(f"{escaped(image)}: " + ", ".join(f"{label} {p:.1%}" for label, p in ranked[:5]))
 
 
-def _features(options: argparse.Namespace) -> None:
-    command = FeaturesCommand(options)
-    with Progress() as progress, _load(options, progress) as engine:
-        results = command.run(engine, progress)
-    if options.json:
-        _print_json(results[0] if len(results) == 1 else results)
-    else:
-        command.show(results)
+def _drawing(kind: Any) -> Command:
+    """A command that draws: `kind` is made of the options, run with the engine, and shown."""
+
+    def run(options: argparse.Namespace) -> None:
+        command = kind(options)
+        with Progress() as progress, _load(options, progress) as engine:
+            found = command.run(engine, progress)
+        if options.json:
+            _print_json(found[0] if isinstance(found, list) and len(found) == 1 else found)
+        else:
+            command.show(found)
+
+    return run
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 Intervals, groups and comparisons of two packages are computed from the items, so a task only fills
 in `Outcomes` and names its metrics.
 
-Legend: N items, D width of embeddings.
+Legend: N items, D width of embeddings, C classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from perception_rt.bulk.listing import Item
 
@@ -47,13 +48,16 @@ class Outcomes:
         ids: name of each item, unique; the same data gives the same names with every package.
         expected: right answer of each item, a JSON value.
         answers: answer of the package, a JSON value.
-        columns: float64 (N,) figures of the items by name, such as "correct" with 0 and 1.
+        columns: figures of the items by name, float64 (N,), such as "correct" with 0 and 1; or
+            counts per class, float64 (N, C), which the report leaves out.
         groups: class or kind of each item, for the results per class; empty if there are none.
         vectors: float32 (N, D) unit embeddings, or None.
         texts: text of each item, such as a question or a caption; empty if there are none.
         pictures: image or video of each item, which `bulk.contents.Contents` reads when a sheet is
             drawn or the data are hashed; empty if there are none.
         found: image or video that each answer names, for sheets; empty for answers of other kinds.
+        drawings: pictures of each item's answer for sheets, such as its right mask and the
+            predicted one; empty if there are none.
         files: all images and videos, where items have several; hashed with the pictures.
     """
 
@@ -66,6 +70,7 @@ class Outcomes:
     texts: Sequence[str] = ()
     pictures: Sequence[Item] = ()
     found: Sequence[Item] = ()
+    drawings: Sequence[Sequence[Image.Image]] = ()
     files: Sequence[Item] = ()
 
     def __len__(self) -> int:

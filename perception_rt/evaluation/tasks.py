@@ -34,7 +34,7 @@ class TaskOptions:
     train_data: str | None = _option("examples with labels, as DATA", "DATA")
     k: int | None = _option("nearest neighbours that vote (default: 20)", "K")
     temperature: float | None = _option(
-        "temperature of the votes: lower favours the nearest (default: 0.07)", "T"
+        "temperature of the votes: lower favours the nearest (default: 0.07; of tracking, 0.1)", "T"
     )
     dual_softmax: bool | None = _option(
         "rank by a softmax over both directions, which needs all queries at once"
@@ -50,6 +50,16 @@ class TaskOptions:
     score_choices: bool | None = _option(
         "compare the probabilities of the choices' texts, instead of asking for a letter"
     )
+    layer: int | None = _option("block whose features are used (default: -1, the last)", "K")
+    raw_patches: bool | None = _option(
+        "use the pixels of each patch instead of its features, as a baseline"
+    )
+    ignore_label: int | None = _option("number of pixels that do not count (default: 255)", "N")
+    context_frames: int | None = _option("latest frames to take labels from (default: 7)", "N")
+    radius: int | None = _option(
+        "patches by which labels move between frames; 0: any number (default: 12)", "N"
+    )
+    top_k: int | None = _option("most similar patches to take labels from (default: 5)", "K")
 
     def given(self) -> dict[str, Any]:
         """Options that are not None, by name."""
@@ -136,6 +146,22 @@ _TASKS: tuple[Task, ...] = (
         text="classify by logistic regression on frozen embeddings",
         run="perception_rt.evaluation.encoder.linear_probe:run",
         options=("train_data", "classes", "num_frames"),
+    ),
+    Task(
+        name="segmentation",
+        family=PE,
+        text="label pixels by a linear probe on frozen dense features",
+        run="perception_rt.evaluation.encoder.segmentation:run",
+        options=("train_data", "classes", "layer", "raw_patches", "ignore_label"),
+    ),
+    Task(
+        name="tracking",
+        family=PE,
+        text="carry the masks of a video's first frame on by dense features, as in DAVIS",
+        run="perception_rt.evaluation.encoder.tracking:run",
+        options=(
+            "layer", "raw_patches", "context_frames", "radius", "top_k", "temperature"
+        ),
     ),
     _answers("exact-match", "texts:run_exact_match", "answers equal to a right one"),
     _answers("vqa-accuracy", "texts:run_vqa", "agreement with several annotators, as in VQAv2"),

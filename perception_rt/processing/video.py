@@ -39,7 +39,7 @@ from perception_rt.processing.frame_selection import (
     select_frames,
     select_plm_frames,
 )
-from perception_rt.processing.image import resize_image
+from perception_rt.processing.image import ImageSpec, resize_image
 from perception_rt.processing.tiles import TileSpec
 from perception_rt.records import check_integer
 
@@ -191,6 +191,27 @@ def load_frames(
         decoder=decoder,
     )
     return np.stack(_load(source, plan, limits))
+
+
+def load_all_frames(
+    source: VideoSource, spec: ImageSpec, *, limits: Limits = DEFAULT_LIMITS
+) -> Frame:
+    """Decodes all frames of a video, each resized as an image, uint8 (T, height, width, 3).
+
+    Raises:
+        InputError: the video has more than `limits.video_frames` frames, or as `decode_frames`.
+        BackendError: PyAV is not installed.
+    """
+
+    def select(total: int, *_: object) -> list[int]:
+        if total > limits.video_frames:
+            raise InputError(f"the video has {total} frames; the limit is {limits.video_frames}")
+        return list(range(total))
+
+    def finish(_: int, pixels: Frame) -> Frame:
+        return resize_image(Image.fromarray(np.ascontiguousarray(pixels)), spec)
+
+    return np.stack(_load(source, _Plan(select=select, finish=finish, held=1), limits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,13 +78,21 @@ def draw_scene(
     rng: np.random.Generator, ink: Floats, digit: int, image_size: int
 ) -> tuple[Pixels, Scene]:
     """Draws one digit (8, 8) into a random scene, uint8 (image_size, image_size, 3)."""
+    image, _, scene = draw_masked_scene(rng, ink, digit, image_size)
+    return image, scene
+
+
+def draw_masked_scene(
+    rng: np.random.Generator, ink: Floats, digit: int, image_size: int
+) -> tuple[Pixels, Floats, Scene]:
+    """Draws a scene as `draw_scene`, with the digit's coverage of each pixel, float32 (H, W)."""
     name, ground_name = _contrasting_colors(rng)
     kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    ground = _background(rng, kind, _shade(rng, ground_name), image_size)
-    mask = ink_mask(vary_pen(rng, ink), image_size, _placement(rng))[:, :, None]
-    image = ground + (_shade(rng, name) - ground) * mask
+    ground = draw_background(rng, kind, shade(rng, ground_name), image_size)
+    mask = ink_mask(vary_pen(rng, ink), image_size, _placement(rng))
+    image = ground + (shade(rng, name) - ground) * mask[:, :, None]
     scene = Scene(digit=digit, ink=name, ground=ground_name, kind=kind)
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8), scene
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8), mask, scene
 
 
 def draw_page(
@@ -159,7 +167,7 @@ def _contrasting_colors(rng: np.random.Generator) -> tuple[str, str]:
             return ink, ground
 
 
-def _shade(rng: np.random.Generator, name: str) -> Floats:
+def shade(rng: np.random.Generator, name: str) -> Floats:
     """A named colour with jitter, float32 (3,)."""
     return (np.array(COLORS[name]) + rng.uniform(-_JITTER, _JITTER, size=3)).astype(np.float32)
 
@@ -182,7 +190,7 @@ def _placement(rng: np.random.Generator) -> Placement:
     )
 
 
-def _background(rng: np.random.Generator, kind: str, color: Floats, size: int) -> Floats:
+def draw_background(rng: np.random.Generator, kind: str, color: Floats, size: int) -> Floats:
     """Background in shades of one colour, float32 (size, size, 3)."""
     x = np.arange(size, dtype=np.float32)[None, :]
     y = np.arange(size, dtype=np.float32)[:, None]

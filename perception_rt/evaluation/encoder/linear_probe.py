@@ -10,7 +10,7 @@ from perception_rt.evaluation.data.labelled import Int64
 from perception_rt.evaluation.data.training_data import read_training
 from perception_rt.evaluation.encoder.classification import classification_result
 from perception_rt.evaluation.encoder.embeddings import Float32, embed_items
-from perception_rt.evaluation.encoder.logistic import Logistic, fit_logistic
+from perception_rt.evaluation.encoder.logistic import Labels, Logistic, fit_logistic
 from perception_rt.evaluation.outcomes import TaskResult
 from perception_rt.evaluation.tasks import OnProgress, TaskOptions
 from perception_rt.runtime.embedder import Embedder
@@ -76,13 +76,13 @@ def validation_rows(labels: Int64, names: list[str]) -> Int64:
 
 
 def choose_penalty(
-    features: Float32, labels: Int64, classes: int, held_out: Int64, on_progress: OnProgress
+    features: Float32, labels: Labels, classes: int, held_out: Int64, on_progress: OnProgress
 ) -> tuple[float, list[float]]:
     """The penalty with the best accuracy on held-out rows, the strongest of equals; all accuracies.
 
     Args:
         features: float32 (T, D).
-        labels: int64 (T,).
+        labels: classes or shares of classes, as for `fit_logistic`.
         classes: number of classes.
         held_out: rows that are not fitted.
         on_progress: called after each fit.
@@ -92,7 +92,13 @@ def choose_penalty(
     probe: Logistic | None = None
     for penalty in PENALTIES:
         probe = fit_logistic(features[fitted], labels[fitted], classes, penalty, probe)
-        right = probe.scores(features[held_out]).argmax(axis=1) == labels[held_out]
-        accuracies.append(float(right.mean()))
+        answers = probe.scores(features[held_out]).argmax(axis=1)
+        accuracies.append(_accuracy(answers, labels[held_out]))
         on_progress("penalties", len(accuracies), len(PENALTIES))
     return PENALTIES[int(np.argmax(accuracies))], accuracies
+
+
+def _accuracy(answers: Int64, labels: Labels) -> float:
+    if labels.ndim == 1:
+        return float((answers == labels).mean())
+    return float(np.take_along_axis(labels, answers[:, None], axis=1).sum() / labels.sum())

@@ -14,6 +14,7 @@ from perception_rt.errors import BackendError
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
+Labels = Int64 | Float64
 
 _MAX_STEPS = 1000
 _TOLERANCE = 1e-7  # of the largest gradient
@@ -33,7 +34,7 @@ class Logistic:
 
 
 def fit_logistic(
-    features: Float32, labels: Int64, classes: int, penalty: float, start: Logistic | None = None
+    features: Float32, labels: Labels, classes: int, penalty: float, start: Logistic | None = None
 ) -> Logistic:
     """Minimises mean cross-entropy + penalty / 2 * (sum of squared weights), without the biases.
 
@@ -42,7 +43,8 @@ def fit_logistic(
 
     Args:
         features: (N, D).
-        labels: int64 (N,).
+        labels: class of each item, int64 (N,); or shares of the classes, float64 (N, C), whose sum
+            is the item's weight.
         classes: number of classes.
         penalty: above 0.
         start: where to begin.

@@ -24,7 +24,7 @@ def bootstrap_intervals(
 
     Args:
         computes: the figures of a set of items.
-        columns: (N,) per item and name.
+        columns: figures of the items by name, (N,) or (N, K).
         others: columns of the same items from another model, for the intervals of the others'
             figures minus these (paired: both are computed from the same drawn items).
 
@@ -33,9 +33,11 @@ def bootstrap_intervals(
     """
     values = np.empty((RESAMPLES, len(computes)))
     for row, drawn in zip(values, _draws(columns), strict=True):
-        row[:] = [compute(_rows(columns, drawn)) for compute in computes]
+        own = _rows(columns, drawn)
+        row[:] = [compute(own) for compute in computes]
         if others is not None:
-            row[:] = [compute(_rows(others, drawn)) for compute in computes] - row
+            theirs = _rows(others, drawn)
+            row[:] = [compute(theirs) for compute in computes] - row
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(values, [tail, 100 - tail], axis=0)
     return list(zip(low.tolist(), high.tolist(), strict=True))

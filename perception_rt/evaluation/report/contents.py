@@ -85,7 +85,9 @@ class PartReport:
         if own.texts:
             found["text"] = own.texts[index]
         found |= {"expected": own.expected[index], "answer": own.answers[index]}
-        found["values"] = {name: float(column[index]) for name, column in own.columns.items()}
+        found["values"] = {
+            name: float(column[index]) for name, column in own.columns.items() if column.ndim == 1
+        }
         if other is not None:
             found["other_answer"] = other.answers[index]
         return found

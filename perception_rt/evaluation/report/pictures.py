@@ -101,11 +101,12 @@ def _changes(part: PartReport, comparison: Comparison, about: str) -> Image.Imag
 
 
 def _images(outcomes: Outcomes, index: int) -> list[Image.Image]:
-    """The item's picture, and the one that was found."""
+    """The item's picture, the one that was found, and drawings of the answer."""
     items = [outcomes.pictures[index]]
     if outcomes.found:
         items.append(outcomes.found[index])
-    return [_open(item) for item in items]
+    drawings = outcomes.drawings[index] if outcomes.drawings else ()
+    return [*map(_open, items), *drawings]
 
 
 def _open(item: Item) -> Image.Image:
