@@ -138,4 +138,5 @@ def test_mixed_clients_some_of_which_leave(pe: prt.Embedder, plm: prt.Generator)
             until(lambda name=name: metric(base, f"perception_rt_{name}") == 0)
         until(lambda: not connected(server))
         assert server.num_fds() <= files
-        assert server.num_threads() <= threads + 2  # pools may not have reached their size
+        # Pools start a thread when more clients than before wait at once, up to a few more.
+        assert server.num_threads() <= threads + 8
