@@ -252,8 +252,8 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
         main(["--help"])
     commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert commands == [
-        "demo", "embed", "classify", "features", "search", "index", "generate", "chat", "eval",
-        "conform", "inspect", "verify", "refit", "doctor", "push", "pull", "serve",
+        "demo", "embed", "classify", "features", "match", "track", "search", "index", "generate",
+        "chat", "eval", "conform", "inspect", "verify", "refit", "doctor", "push", "pull", "serve",
     ]  # fmt: skip
     options = {name: options_of(capsys, main, name) for name in commands}
     package = {"--backend", "--device", "--threads", "--expect", "--formats", "--background"}
@@ -273,6 +273,11 @@ def test_the_set_of_options_is_frozen(capsys) -> None:
     assert options["classify"] == package | {"--image", "--label", "--template", "--json"}
     assert options["features"] == package | {
         "--image", "--layer", "--attention", "--shared", "--smooth", "--height", "--out", "--json",
+    }  # fmt: skip
+    assert options["match"] == package | {"--layer", "--out", "--lines", "--height", "--json"}
+    assert options["track"] == package | {
+        "--mask", "--out", "--layer", "--context-frames", "--radius", "--top-k", "--temperature",
+        "--json",
     }  # fmt: skip
     assert options["search"] == package | {
         "--package", "--image", "-k", "--html", "--column", "--exact", "--approximate", "--json",
