@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perception_rt.cli.evaluate import counter, named_options
-from perception_rt.errors import InputError, escaped
+from perception_rt.cli.report import evaluation_lines
+from perception_rt.errors import InputError
 from perception_rt.families import family_of
 from perception_rt.progress import Progress
 
@@ -76,12 +77,8 @@ class ExportEvaluation:
 
     def show(self, manifest: "Manifest") -> None:
         """Prints the scores on standard error."""
-        for part in manifest.record["evaluation"]["parts"]:
-            lost = {} if part["against"] is None else _values(part["against"]["points_lost"])
-            for name, value in _values(part["metrics"]).items():
-                title = " ".join(filter(None, [self._task.name, part["name"], name]))
-                cost = f", {lost[name]:.2f} points lost against fp32" if name in lost else ""
-                print(escaped(f"{title}: {100 * value:.2f} %{cost}"), file=sys.stderr)
+        for line in evaluation_lines(manifest.record["evaluation"]):
+            print(line, file=sys.stderr)
 
     def _run(self, folder: Path, progress: Progress) -> "Run":
         from perception_rt.evaluation.run import run_task
@@ -100,7 +97,3 @@ class ExportEvaluation:
             f.name: f.default for f in fields(self._options) if f.name in _ENGINE_OPTIONS
         }
         return replace(self._options, out=out, precision=_FP32, backend="onnxruntime", **defaults)
-
-
-def _values(figures: list[dict[str, Any]]) -> dict[str, float]:
-    return {figure["name"]: figure["value"] for figure in figures}

@@ -10,7 +10,7 @@ from string import ascii_lowercase
 from typing import Any
 
 from perception_rt._version import __version__
-from perception_rt.errors import PerceptionError
+from perception_rt.errors import PerceptionError, escaped
 from perception_rt.families import FAMILIES
 from perception_rt.limits import DEFAULT_LIMITS
 from perception_rt.package import contract
@@ -83,7 +83,32 @@ def describe(manifest: Manifest) -> list[str]:
         measured = record.get(part)
         for name, result in measured.items() if isinstance(measured, Mapping) else ():
             lines.append(f"{part:<11} {name}{note}: {_pairs(result)}")
+    if "evaluation" in record:
+        lines += [f"evaluation  {line}" for line in evaluation_lines(record["evaluation"])]
     return lines
+
+
+def evaluation_lines(evaluation: Any) -> list[str]:
+    """A line per score of an evaluation that an export recorded (`Report.summary`).
+
+    Records are not checked when a package is opened, so one of another form gives a line too.
+    """
+    lines = []
+    try:
+        other = evaluation["against"] and evaluation["against"]["precision"]
+        for part in evaluation["parts"]:
+            lost = _values(part["against"]["points_lost"]) if part["against"] else {}
+            for name, value in _values(part["metrics"]).items():
+                title = " ".join(filter(None, [evaluation["task"], part["name"], name]))
+                cost = f", {lost[name]:.2f} points lost against {other}" if name in lost else ""
+                lines.append(escaped(f"{title}: {100 * value:.2f} %{cost}"))
+    except (KeyError, TypeError, ValueError):
+        return ["not in a form that this version knows"]
+    return lines
+
+
+def _values(figures: list[dict[str, Any]]) -> dict[str, float]:
+    return {figure["name"]: figure["value"] for figure in figures}
 
 
 def _generates(content: Content) -> bool:

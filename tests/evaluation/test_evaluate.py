@@ -17,6 +17,7 @@ from PIL import Image
 
 import perception_rt
 from perception_rt.cli import export_main, main
+from perception_rt.cli.report import evaluation_lines
 from perception_rt.errors import InputError
 from perception_rt.evaluation import TaskOptions, evaluate, write_report
 from perception_rt.evaluation.metrics.bootstrap import RESAMPLES
@@ -227,11 +228,25 @@ def test_an_export_records_the_points_lost(
     assert export_main([*command, "--json"]) == 0
     assert sorted(tmp_path.iterdir()) == [config, out]
     record = read_manifest(out).record["evaluation"]
-    assert json.loads(capsys.readouterr().out)["record"]["evaluation"] == record
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["record"]["evaluation"] == record
+    scores = [line for line in printed.err.splitlines() if "points lost against fp32" in line]
+    assert scores[0].startswith("zero-shot top-1: ")
+    assert main(["inspect", str(out)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [f"evaluation  {line}" for line in scores] == [s for s in shown if "points lost" in s]
     report = evaluate(out, "zero-shot", data)
     assert record["parts"][0]["metrics"] == report.to_dict()["parts"][0]["metrics"]
     assert record["against"]["precision"] == "fp32"
     assert record["data"] == report.run.digest
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, 3, [], {}, {"task": "knn", "against": None, "parts": [{"name": "", "metrics": [1]}]}],
+)
+def test_inspect_survives_the_evaluation_of_another_version(record: object) -> None:
+    assert evaluation_lines(record) == ["not in a form that this version knows"]
 
 
 @pytest.mark.parametrize(
