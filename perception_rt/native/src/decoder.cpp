@@ -15,6 +15,7 @@ namespace prt {
 namespace {
 
 constexpr int kPanelsAtOnce = 8;  // panels of one piece of work
+constexpr size_t kFewProducts = 1 << 19;  // some 5 microseconds of one core
 
 int padded(int columns) { return (columns + 63) / 64 * 64; }
 
@@ -83,11 +84,13 @@ class Pass {
   }
 
  private:
-  // Runs work(i, worker) for i in 0 to count - 1, several of them at a time.
+  // Runs work(i, worker) for i in 0 to count - 1, several of them at a time. Work of few products is
+  // not worth the start of a thread.
   template <class Work>
-  void each(int count, int at_once, const Work& work) {
+  void each(int count, int at_once, const Work& work, size_t products = kFewProducts) {
     const int pieces = (count + at_once - 1) / at_once;
-    ThreadPool::shared().run(d_.threads, pieces, [&](int piece, int worker) {
+    const int threads = products < kFewProducts ? 1 : d_.threads;
+    ThreadPool::shared().run(threads, pieces, [&](int piece, int worker) {
       const int stop = std::min((piece + 1) * at_once, count);
       for (int i = piece * at_once; i < stop; ++i) work(i, worker);
     });
@@ -140,7 +143,7 @@ class Pass {
         for (int t = 0; t < width; ++t)
           std::memcpy(place + t * stride, sums + t * kRows, size_t(rows) * 4);
       }
-    });
+    }, size_t(m.rows) * x_stride * tokens);
   }
 
   void round(const Matrix& m, const float* x, int tokens) {
@@ -199,6 +202,7 @@ class Pass {
   void attend(int index) {
     const int tiles = (c_.tokens + kTile - 1) / kTile, rows = c_.sequences * s_.kv_heads;
     const size_t item = s_.half_cache ? 2 : 4;
+    const int longest = *std::max_element(c_.past, c_.past + c_.sequences);
     each(rows * tiles, 1, [&](int i, int worker) {
       // The last tokens see the most keys, so they come first.
       const int first = (tiles - 1 - i / rows) * kTile, n = i % rows / s_.kv_heads;
@@ -210,7 +214,7 @@ class Pass {
                 static_cast<const char*>(c_.values[index]) + place, s_.half_cache,
                 c_.past[n] + first, scratch_ + size_t(worker) * scratch_floats_,
                 attended_ + t * out_dim_ + head, out_dim_);
-    });
+    }, size_t(longest + c_.tokens) * count_ * q_dim_ * 16);  // floats take more time
   }
 
   void logits() {

@@ -28,22 +28,29 @@ void ThreadPool::start(int workers) {
 }
 
 void ThreadPool::work(int index) {
-  uint64_t seen = 0;
+  uint64_t seen = 0;  // number of the latest call, in the high bits
   for (;;) {
+    uint64_t state;
     int spins = 0;
-    uint64_t ticket;
-    while ((ticket = ticket_.load(std::memory_order_acquire)) == seen && spins < kSpins)
-      rest(spins++);
-    if (ticket == seen) {
+    const auto is_new = [&] {
+      state = state_.load(std::memory_order_seq_cst);
+      return state / kCall != seen;
+    };
+    while (!is_new() && spins < kSpins) rest(spins++);
+    if (state / kCall == seen) {
       std::unique_lock<std::mutex> lock(mutex_);
       sleeping_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.wait(lock, [&] { return (ticket = ticket_.load(std::memory_order_seq_cst)) != seen; });
+      wake_.wait(lock, is_new);
       sleeping_.fetch_sub(1, std::memory_order_seq_cst);
     }
-    seen = ticket;
-    if (index < int(ticket & 0xffff)) {
+    seen = state / kCall;
+    // The state may change meanwhile, even to another call: then look again.
+    while (state / kCall == seen && state & kOpen &&
+           index < int(state % kOpen / kHelper)) {
+      if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
       take(index + 1);
-      busy_.fetch_sub(1, std::memory_order_release);
+      state_.fetch_sub(1, std::memory_order_release);
+      break;
     }
   }
 }

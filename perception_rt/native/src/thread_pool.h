@@ -29,15 +29,16 @@ class ThreadPool {
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
     const int helpers = threads < count ? threads - 1 : count - 1;
-    busy_.store(helpers, std::memory_order_relaxed);
-    call_number_ += 1 << 16;
-    ticket_.store(call_number_ | uint64_t(helpers), std::memory_order_seq_cst);
+    call_number_ += kCall;
+    state_.store(call_number_ | kOpen | uint64_t(helpers) * kHelper, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst)) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
     take(0);
-    for (int spins = 0; busy_.load(std::memory_order_acquire); ++spins) rest(spins);
+    // A worker that has not begun, because other programs have its core, is not waited for.
+    state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int spins = 0; state_.load(std::memory_order_acquire) % kHelper; ++spins) rest(spins);
   }
 
   // One call at a time.
@@ -58,10 +59,11 @@ class ThreadPool {
 
   std::mutex calls_, mutex_;
   std::condition_variable wake_;
-  // Number of the call, and in the low 16 bits how many workers take part in it. A worker that reads
-  // an old ticket late has no part in it and touches nothing.
-  std::atomic<uint64_t> ticket_{0};
-  std::atomic<int> sleeping_{0}, next_{0}, busy_{0};
+  // Of the call in progress: how many workers are busy with it (12 bits), how many may take part
+  // (11 bits), whether more may begin (1 bit), and its number.
+  static constexpr uint64_t kHelper = 1 << 12, kOpen = 1 << 23, kCall = 1 << 24;
+  std::atomic<uint64_t> state_{0};
+  std::atomic<int> sleeping_{0}, next_{0};
   uint64_t call_number_ = 0;
   int started_ = 0, count_ = 0;
   void (*call_)(const void*, int, int) = nullptr;
