@@ -183,10 +183,10 @@ class EagerPlm:
     ends: tuple[int, ...] = ()
     chat: Any = None
 
-    def tiles(self, picture: Any, max_tiles: int | None = None) -> Any:
-        return normalize(load_tiles(picture, self.spec, max_tiles=max_tiles), self.spec.tile)
+    def tiles(self, picture: Any) -> Any:
+        return normalize(load_tiles(picture, self.spec), self.spec.tile)
 
-    def prompt(self, question: str, picture: Any, max_tiles: int) -> Any:
+    def prompt(self, question: str, picture: Any) -> Any:
         return self.chat
 
     def logits(self, ids: Any, pixels: Any) -> Any:
@@ -263,7 +263,6 @@ def test_the_demo_in_int8() -> None:
     assert found.location.startswith("values of decoder layer 2 (cosine ")
 
 
-@pytest.mark.slow
 def test_a_faithful_language_model(plm_package: Path, plm_library: EagerPlm) -> None:
     found = compare_plm(plm_package, plm_library)
     assert failed(found) == set() and found.location == ""
@@ -274,7 +273,6 @@ def test_a_faithful_language_model(plm_package: Path, plm_library: EagerPlm) -> 
     assert "no chat template" in found.notes[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "location"),
     [
@@ -292,14 +290,12 @@ def test_the_decoder_layer_with_a_changed_weight_is_named(
     assert found.location.startswith(location)
 
 
-@pytest.mark.slow
 def test_a_changed_tile_encoder_is_named(plm_package: Path, plm_library: EagerPlm) -> None:
     plm_library.model.vision_projector.projector[0].weight[:8] *= -1
     found = compare_plm(plm_package, plm_library, model_only=True)
     assert found.location.startswith("image features (cosine")
 
 
-@pytest.mark.slow
 def test_another_prompt_and_other_tiles(plm_package: Path, plm_library: EagerPlm) -> None:
     plm_library.chat = np.arange(5)
     plm_library.spec = replace(plm_library.spec, max_tiles=4)

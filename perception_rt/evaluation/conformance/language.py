@@ -91,9 +91,9 @@ class LanguageComparison:
         layers: list[Layer] = []
         location = ""
         for done, (name, (question, image)) in enumerate(cases.items(), 2):
-            ids, pixels = self._prompt(question, image)
             if not self._model_only:
-                checks += self._prompts(name, question, image, ids)
+                checks += self._prompts(name, question, image)
+            ids, pixels = self._prompt(question, image, QUESTION_TILES)
             found = [*self._features(pixels), *self._answers(name, ids, pixels)]
             checks += found
             self._on_progress("steps", done, 4)
@@ -117,7 +117,9 @@ class LanguageComparison:
             limit=limit,
         )  # fmt: skip
 
-    def _prompt(self, question: str, image: Image.Image | None) -> tuple[Array, Array | None]:
+    def _prompt(
+        self, question: str, image: Image.Image | None, max_tiles: int
+    ) -> tuple[Array, Array | None]:
         """Token ids (T,) and normalised tiles (n, 3, S, S) that the package makes of a question."""
         preprocessor = RequestPreprocessor(
             self._package, self._config, limits=DEFAULT_LIMITS, cached=False, clock=lambda: 0.0
@@ -125,7 +127,7 @@ class LanguageComparison:
         request = Request(
             question,
             images=[] if image is None else [image],
-            max_tiles=min(QUESTION_TILES, self._tiles.max_tiles),
+            max_tiles=min(max_tiles, self._tiles.max_tiles),
             max_new_tokens=_TOKENS,
         )
         preprocessor.check(request)
@@ -133,16 +135,15 @@ class LanguageComparison:
         tiles = state.tiles
         return state.ids, None if tiles is None else normalize(tiles, self._tiles.tile)
 
-    def _prompts(
-        self, name: str, question: str, image: Image.Image | None, ids: Array
-    ) -> list[Check]:
-        """The ids of the library's chat template, if it has one."""
-        theirs = self._library.prompt(question, image, min(QUESTION_TILES, self._tiles.max_tiles))
+    def _prompts(self, name: str, question: str, image: Image.Image | None) -> list[Check]:
+        """The ids of the library's chat template, if it has one, with all tiles."""
+        theirs = self._library.prompt(question, image)
         if theirs is None:
             note = "prompts were not compared: the library's weights have no chat template"
             if note not in self._notes:
                 self._notes.append(note)
             return []
+        ids, _ = self._prompt(question, image, self._tiles.max_tiles)
         equal = share_equal(ids, theirs)
         return [
             Check(name=f"token ids, {name}", part="prompt", kind="equal", value=equal, limit=1.0)

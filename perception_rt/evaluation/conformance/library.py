@@ -51,10 +51,10 @@ class EncoderLibrary(Protocol):
 class LanguageLibrary(Protocol):
     """A language model that a library runs in float32 on the CPU."""
 
-    def tiles(self, picture: Image.Image, max_tiles: int | None = None) -> Array:
+    def tiles(self, picture: Image.Image) -> Array:
         """Normalised tiles of a picture, float32 (n, 3, S, S)."""
 
-    def prompt(self, question: str, picture: Image.Image | None, max_tiles: int) -> Array | None:
+    def prompt(self, question: str, picture: Image.Image | None) -> Array | None:
         """Token ids of a question, int64 (T,); None if the weights have no chat template."""
 
     def logits(self, ids: Array, pixels: Array | None) -> Array:

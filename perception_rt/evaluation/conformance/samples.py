@@ -17,7 +17,7 @@ TEXTS = (
     "a long text about nothing " * 20,
 )
 QUESTIONS = ("What is two plus three?", "Describe the picture, then name its colours.")
-# A question's picture is cut into few tiles, as both sides take any number.
+# Answers are compared on few tiles, since all would take minutes.
 QUESTION_TILES = 4
 
 _DEMO = ("digit_3.png", "locate.png", "colour.png", "read.png")

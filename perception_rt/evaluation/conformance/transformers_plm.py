@@ -45,14 +45,13 @@ class TransformersPlm:
         self._model = model
         self._processor = processor
 
-    def tiles(self, picture: Image.Image, max_tiles: int | None = None) -> Array:
+    def tiles(self, picture: Image.Image) -> Array:
         """As `LanguageLibrary.tiles`."""
-        limit = {} if max_tiles is None else {"max_num_tiles": max_tiles}
-        found = self._processor.image_processor(picture, return_tensors="pt", **limit)
+        found = self._processor.image_processor(picture, return_tensors="pt")
         tiles: Array = found["pixel_values"][0].numpy()
         return tiles
 
-    def prompt(self, question: str, picture: Image.Image | None, max_tiles: int) -> Array | None:
+    def prompt(self, question: str, picture: Image.Image | None) -> Array | None:
         """As `LanguageLibrary.prompt`."""
         processor = self._processor
         if processor.chat_template is None and processor.tokenizer.chat_template is None:
@@ -62,7 +61,7 @@ class TransformersPlm:
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        given = {} if picture is None else {"images": [picture], "max_num_tiles": max_tiles}
+        given = {} if picture is None else {"images": [picture]}
         # The template writes the token of the beginning itself.
         found = processor(text=text, add_special_tokens=False, return_tensors="pt", **given)
         ids: Array = found["input_ids"][0].numpy()
