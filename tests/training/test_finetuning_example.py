@@ -75,8 +75,9 @@ def test_the_recipes_read_what_the_script_writes(name: str) -> None:
     [
         (None, "cannot read"),
         (b"\x1f\x8bdamaged", "cannot read"),
-        (gzip.compress(b"1,2"), "2 columns"),
+        (gzip.compress(b"1,2", mtime=0), "2 columns"),
     ],
+    ids=["missing", "damaged", "two columns"],  # the bytes make no name that is always the same
 )
 def test_an_unusable_raw_file_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes | None, message: str
