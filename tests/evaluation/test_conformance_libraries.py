@@ -103,6 +103,16 @@ def test_weights_of_the_reference_without_pooling(tmp_path: Path) -> None:
     assert report.faithful, report.verdict
 
 
+def test_a_file_of_open_clip_has_the_released_preprocessing(tmp_path: Path) -> None:
+    file, out = tmp_path / "weights.safetensors", tmp_path / "package"
+    torch.manual_seed(0)
+    model = open_clip.create_model("PE-Core-T-16-384", load_weights=False)
+    save_file(model.state_dict(), file)
+    export(ExportOptions(model="PE-Core-T16-384", weights=file, out=out))
+    report = conform(out, "open_clip", file)
+    assert report.faithful, report.verdict
+
+
 @pytest.fixture(scope="module")
 def open_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest encoder with a short text tower, as open_clip saves it."""

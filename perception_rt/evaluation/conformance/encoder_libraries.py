@@ -35,6 +35,7 @@ _OPEN_CLIP = {
     "PE-Core-G14-448": "PE-Core-bigG-14-448",
 }
 _OPEN_CLIP_TAG = "meta"
+_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 
 def open_timm(content: Content, weights: str | None) -> tuple["TimmEncoder", str]:
@@ -64,6 +65,7 @@ def open_open_clip(content: Content, weights: str | None) -> tuple["OpenClipEnco
     """A model of open_clip at the package's image size; see `open_library`."""
     open_clip = import_module("open_clip")
     pretrained: str | None = None
+    preprocessing: dict[str, Any] = {}
     if weights is None:
         name, pretrained = released_name(content, _OPEN_CLIP, "open_clip"), _OPEN_CLIP_TAG
     elif is_hub_name(weights):
@@ -72,7 +74,12 @@ def open_open_clip(content: Content, weights: str | None) -> tuple["OpenClipEnco
         name = f"local-dir:{weights}"
     else:
         name, pretrained = released_name(content, _OPEN_CLIP, "open_clip"), weights
-    model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        # A file has no preprocessing, and open_clip's default is that of other models.
+        released = open_clip.get_pretrained_cfg(name, _OPEN_CLIP_TAG)
+        preprocessing = {f"image_{key}": released[key] for key in _PREPROCESSING}
+    model, _, transform = open_clip.create_model_and_transforms(
+        name, pretrained=pretrained, **preprocessing
+    )
     size = _image_size(content)
     theirs = model.visual.image_size
     theirs = (theirs, theirs) if isinstance(theirs, int) else tuple(theirs)
