@@ -1,6 +1,6 @@
 // AVX-512 with VNNI: 16 rows per register, 4 columns per product.
 #include <cmath>
-#include <utility>
+#include <utility>  // product_by_width.h
 
 #include "half.h"
 #include "kernels.h"
@@ -66,20 +66,7 @@ void product_of(const Matrix& m, int panel, const Tile& tile, float* out, size_t
   }
 }
 
-using Product = void (*)(const Matrix&, int, const Tile&, float*, size_t);
-
-template <bool FOUR, int... I>
-Product product_for(int width, std::integer_sequence<int, I...>) {
-  static const Product table[] = {product_of<FOUR, I + 1>...};
-  return table[width - 1];
-}
-
-void product(const Matrix& m, int panel, const Tile& tile, float* out, size_t stride) {
-  auto widths = std::make_integer_sequence<int, kTile>();
-  auto run = m.format == kInt4 ? product_for<true>(tile.width, widths)
-                               : product_for<false>(tile.width, widths);
-  run(m, panel, tile, out, stride);
-}
+#include "product_by_width.h"
 
 }  // namespace
 
