@@ -49,7 +49,7 @@ class BoundedProtocol(H11Protocol):
         self._watch_unread()
 
     def resume_writing(self) -> None:
-        """Called when the client took all of them."""
+        """Called when the client has read the waiting bytes."""
         super().resume_writing()
         if self._unread_timer is not None:
             self._unread_timer.cancel()

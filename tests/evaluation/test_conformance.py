@@ -54,7 +54,7 @@ SIZE = 32  # of the tiny model's images
 
 
 def ignore(*_: object) -> None:
-    """Progress that nobody sees."""
+    """A progress callback that does nothing."""
 
 
 def eager(config: PeConfig | PlmConfig, source: Any) -> Any:

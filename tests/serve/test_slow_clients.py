@@ -104,7 +104,7 @@ def test_a_body_that_never_completes_frees_its_place(
 
 
 def test_a_body_that_drips(url: str, errors: Errors) -> None:
-    """Each byte comes in time, but all of them would take 50 seconds."""
+    """Each byte comes in time, but the whole body would take 50 seconds."""
     before = errors("body_timeout")
     with connect(url, post_head("/v1/embeddings", "Content-Length: 1000")) as connection:
         drip(connection, b" " * 1000)

@@ -47,7 +47,7 @@ def samples(folder: str, split: str, ending: str) -> Iterator[tuple[Item, str]]:
     Args:
         folder: a folder of this layout.
         split: folder of the tars, such as "test".
-        ending: of the members with the texts: "cls" or "txt".
+        ending: suffix of the text members, "cls" or "txt".
 
     Raises:
         InputError: a file is missing or damaged, or a sample lacks one of the two members.

@@ -24,7 +24,7 @@ _SEED = 0
 def run(engine: Embedder, data: str, options: TaskOptions, on_progress: OnProgress) -> TaskResult:
     """Runs the task.
 
-    A fifth of the training items of each class chooses the penalty; then all of them are fitted
+    A fifth of the training items of each class chooses the penalty; then all items are fitted
     with it. The items of `data` are used for the scores only.
 
     Args:

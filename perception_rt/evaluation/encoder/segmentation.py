@@ -61,7 +61,7 @@ class _Probe:
 def run(engine: Embedder, data: str, options: TaskOptions, on_progress: OnProgress) -> TaskResult:
     """Runs the task: mIoU, pixel accuracy and the IoU of each class.
 
-    A fifth of the training images chooses the penalty; then all of them are fitted. The loss of a
+    A fifth of the training images chooses the penalty; then all images are fitted. The loss of a
     patch is the mean cross-entropy of its pixels. Logits are interpolated between patches.
 
     Args:

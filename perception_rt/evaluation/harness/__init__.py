@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lmms_eval_model() -> Any:
-    """What lmms-eval finds by the entry point `lmms_eval.models`: where its model class is."""
+    """Place of the model class; the entry point `lmms_eval.models` calls this."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

@@ -35,7 +35,7 @@ class Cell:
     Attributes:
         images: its pictures, side by side.
         lines: lines of text below them.
-        color: of its frame.
+        color: frame colour.
     """
 
     images: Sequence[Image.Image]

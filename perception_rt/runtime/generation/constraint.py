@@ -39,8 +39,8 @@ class Constraint:
 
         Args:
             name: field of the request, for messages.
-            matcher: of the grammar.
-            tokenizer: of the model.
+            matcher: the grammar's matcher.
+            tokenizer: the model's tokenizer.
             closer: finds where JSON can be closed; None for another constraint.
 
         Raises:
